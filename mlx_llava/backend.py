@@ -1,0 +1,48 @@
+"""The machine under MLX: on Linux, an optimised BLAS is put below MLX's CPU backend.
+
+The CPU wheel of MLX for Linux links a reference BLAS that reaches 2-3 GFLOP/s. A library
+that exports the same ``cblas_*`` names and is loaded globally *before* ``mlx.core`` takes
+its place. macOS (Accelerate, Metal) and CUDA need nothing of this.
+
+Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone, or to the path of a library to load that one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from pathlib import Path
+
+
+def _candidates() -> list[str]:
+    """The libraries to try, best first: MKL from PyPI, then the system's BLIS, OpenBLAS."""
+    mkl = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
+    system = [ctypes.util.find_library(name) for name in ("blis", "openblas")]
+    return [str(path) for path in mkl] + [name for name in system if name]
+
+
+def preload_blas() -> str | None:
+    """Loads an optimised BLAS below MLX, if this is Linux and one is installed.
+
+    Does nothing, silently, on other systems, when ``mlx.core`` is loaded already (too late
+    to take effect) or when no library is found.
+
+    Returns:
+        The library that was loaded, or None.
+    """
+    choice = os.environ.get("MLX_LLAVA_BLAS", "")
+    if sys.platform != "linux" or choice == "off" or "mlx.core" in sys.modules:
+        return None
+    for library in [choice] if choice else _candidates():
+        try:
+            blas = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        if hasattr(blas, "cblas_sgemm"):
+            return library
+    return None
+
+
+BLAS = preload_blas()

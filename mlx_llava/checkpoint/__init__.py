@@ -1,0 +1,1 @@
+"""Checkpoints as they are found in the wild -> config and canonical weights."""

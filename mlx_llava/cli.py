@@ -1,0 +1,38 @@
+"""The table of commands: ``mlx_llava COMMAND`` is ``python -m mlx_llava.COMMAND``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mlx_llava import __version__
+
+COMMANDS = {
+    "generate": "ask about pictures",
+}
+
+
+def usage() -> str:
+    """The text of ``--help``."""
+    commands = "\n".join(f"  {name:<10} {job}" for name, job in COMMANDS.items())
+    return (
+        f"usage: mlx_llava COMMAND ...\n\nLLaVA in MLX, version {__version__}. "
+        f"Commands, each with its own --help:\n{commands}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first argument names."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"{usage()}\n\nerror: there is no command {name!r}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"mlx_llava.{name}").main(rest)
+    return code

@@ -1,0 +1,354 @@
+"""What a checkpoint's config.json says, under Hugging Face's names.
+
+A config holds only what differs from the defaults of its class, so the defaults here are
+those of transformers' LlavaConfig, CLIPVisionConfig, LlamaConfig and MistralConfig. A key
+that this file does not know could change the maths and is refused by name.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from mlx_llava.activations import ACTIVATIONS
+
+#: Keys that say nothing about the forward pass: provenance, training, generation defaults.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    attention_dropout auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label ignore_index image_seq_length initializer_factor
+    initializer_range is_composition is_decoder label2id length_penalty logit_scale_init_value
+    max_length max_sequence_length min_length model_type no_repeat_ngram_size
+    num_additional_image_tokens num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type processor_class projection_dim quantization_config remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_version typical_p unsloth_version use_bfloat16
+    use_cache use_return_dict vocab_size
+    """.split()
+)
+_ROPE_KEYS = frozenset(
+    """
+    rope_theta rope_type type factor low_freq_factor high_freq_factor
+    original_max_position_embeddings partial_rotary_factor
+    """.split()
+)
+#: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
+_CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+_MISTRAL_DEFAULTS = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+_ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+Config = TypeVar("Config")
+
+
+def _refuse_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    """Raises ValueError for keys outside `known` that are set to anything."""
+    unknown = [
+        key
+        for key, value in data.items()
+        if key not in known and value is not None and value is not False and value not in ([], {})
+    ]
+    if unknown:
+        raise ValueError(
+            f"{where} has keys that mlx_llava does not know and that could change the result: "
+            f"{', '.join(f'{key}={data[key]!r}' for key in sorted(unknown))}. "
+            "Remove those that do not matter for this model."
+        )
+
+
+def _refuse_value(where: str, key: str, found: object, expected: object) -> None:
+    raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
+
+
+def _build(cls: type[Config], data: Mapping[str, Any]) -> Config:
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: value for key, value in data.items() if key in names})
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision tower (transformers' CLIPVisionConfig); sizes in pixels."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
+        """Reads ``vision_config``; None stands for LLaVA's own default tower."""
+        where = "vision_config"
+        data = dict(_CLIP_L_336 if data is None else data)
+        if data.get("model_type", "clip_vision_model") != "clip_vision_model":
+            _refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
+        known = frozenset(field.name for field in fields(cls))
+        _refuse_unknown(data, known | _HARMLESS | {"num_channels"}, where)
+        if data.get("num_channels", 3) != 3:
+            _refuse_value(where, "num_channels", data["num_channels"], "3")
+        config = _build(cls, data)
+        if config.hidden_act not in ACTIVATIONS:
+            _refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
+        if config.hidden_size % config.num_attention_heads:
+            heads = config.num_attention_heads
+            _refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
+        if not 0 < config.patch_size <= config.image_size:
+            size = f"1 to image_size={config.image_size}"
+            _refuse_value(where, "patch_size", config.patch_size, size)
+        return config
+
+    @property
+    def patches_per_side(self) -> int:
+        """The side of the square patch grid of one tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder (transformers' LlamaConfig or MistralConfig)."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
+        """Reads ``text_config``, filled with the defaults of its own model family."""
+        where = "text_config"
+        data = dict(data or {})
+        model_type = data.get("model_type", "llama")
+        if model_type not in ("llama", "mistral"):
+            _refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
+        known = frozenset(field.name for field in fields(cls))
+        _refuse_unknown(data, known | _HARMLESS | {"hidden_act", "rope_parameters"}, where)
+        if data.get("hidden_act", "silu") != "silu":
+            _refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
+        defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
+        data = {**defaults, **data, **cls._rope(data)}
+        if model_type == "llama":
+            data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
+        data["num_key_value_heads"] = data.get("num_key_value_heads") or data.get(
+            "num_attention_heads", cls.num_attention_heads
+        )
+        config = _build(cls, data)
+        if config.num_attention_heads % config.kv_heads:
+            heads = f"divisors of num_attention_heads={config.num_attention_heads}"
+            _refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
+        return config
+
+    @classmethod
+    def _rope(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads RoPE from transformers 5's ``rope_parameters`` or the older two keys."""
+        rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+        _refuse_unknown(rope, _ROPE_KEYS, "text_config.rope_parameters")
+        theta = rope.pop("rope_theta", None) or data.get("rope_theta") or cls.rope_theta
+        rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+        rope.pop("type", None)
+        if rope_type not in ("default", "linear", "llama3"):
+            expected = "'default', 'linear' and 'llama3'"
+            _refuse_value("text_config", "rope_type", rope_type, expected)
+        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("text_config rotates a part of each head (partial_rotary_factor).")
+        if rope_type == "default":
+            return {"rope_theta": float(theta), "rope_scaling": None}
+        needed = ["factor"]
+        if rope_type == "llama3":
+            needed += ["low_freq_factor", "high_freq_factor"]
+            context = data.get("max_position_embeddings", cls.max_position_embeddings)
+            rope.setdefault("original_max_position_embeddings", context)
+        if missing := [key for key in needed if key not in rope]:
+            raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)} in text_config.")
+        return {"rope_theta": float(theta), "rope_scaling": {"rope_type": rope_type, **rope}}
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dims_per_head(self) -> int:
+        """The width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the decoder can tell apart; linear RoPE scaling stretches it."""
+        scaling = self.rope_scaling or {}
+        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+        return int(self.max_position_embeddings * factor)
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A whole LLaVA (transformers' LlavaConfig and LlavaNextConfig).
+
+    Attributes:
+        vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
+            A list is concatenated along the width.
+        vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
+        image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
+        anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (image.py).
+        mm_use_im_start_end: LLaVA v0 wraps each picture in ``<im_start>`` and ``<im_end>``.
+        eos_token_id: every id that ends an answer according to this file.
+        quantization: MLX's quantisation: bits, group_size, mode, and settings per path.
+    """
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("llava", "llava_next")
+
+    vision_config: VisionConfig
+    text_config: TextConfig
+    model_type: str = "llava"
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | tuple[int, ...] = -2
+    vision_feature_select_strategy: str = "default"
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
+    anyres_convention: str = "hf"
+    mm_use_im_start_end: bool = False
+    tie_word_embeddings: bool = False
+    eos_token_id: tuple[int, ...] = ()
+    quantization: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LlavaConfig:
+        """Reads the content of a llava-hf config.json.
+
+        Raises:
+            ValueError: The config names a model, a value or a key that is not supported.
+        """
+        where = "config.json"
+        data = dict(data)
+        if data.get("model_type") not in cls.MODEL_TYPES:
+            _refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
+        known = frozenset(field.name for field in fields(cls))
+        extra = {"image_token_id", "use_image_newline_parameter"}
+        _refuse_unknown(data, known | _HARMLESS | extra, where)
+        data["eos_token_id"] = _eos_ids(data)
+        data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
+        data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
+        data["quantization"] = _mlx_quantization(data)
+        data["image_token_index"] = _image_token(data)
+        if isinstance(data.get("vision_feature_layer"), list):
+            data["vision_feature_layer"] = tuple(data["vision_feature_layer"])
+        pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
+        data["image_grid_pinpoints"] = read_pinpoints(pinpoints)
+        if data["model_type"] == "llava" and text.tie_word_embeddings:
+            data["tie_word_embeddings"] = True  # as LlavaConfig, unlike LlavaNextConfig
+        config = _build(cls, data)
+        config._check(data)
+        return config
+
+    def _check(self, data: Mapping[str, Any]) -> None:
+        where = "config.json"
+        if self.projector_hidden_act not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            _refuse_value(where, "projector_hidden_act", self.projector_hidden_act, supported)
+        strategies = ("default",) if self.is_anyres else ("default", "full")
+        if self.vision_feature_select_strategy not in strategies:
+            found = self.vision_feature_select_strategy
+            key = "vision_feature_select_strategy"
+            _refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
+        if self.is_anyres and data.get("use_image_newline_parameter", True) is not True:
+            _refuse_value(where, "use_image_newline_parameter", False, "True")
+        if self.anyres_convention not in ("hf", "original"):
+            expected = "'hf' and 'original'"
+            _refuse_value(where, "anyres_convention", self.anyres_convention, expected)
+        _ = self.feature_layers
+
+    @property
+    def is_anyres(self) -> bool:
+        """Whether pictures are cut into tiles (LLaVA 1.6)."""
+        return self.model_type == "llava_next"
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states that are read, counted from the embedding = 0."""
+        layers = self.vision_feature_layer
+        states = self.vision_config.num_hidden_layers + 1
+        wanted = (layers,) if isinstance(layers, int) else layers
+        if not wanted or any(not -states <= layer < states for layer in wanted):
+            expected = f"indices from {-states} to {states - 1}"
+            _refuse_value("config.json", "vision_feature_layer", layers, expected)
+        return tuple(layer % states for layer in wanted)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """How many positions one tile (or one LLaVA 1.5 picture) takes in the prompt."""
+        class_token = self.vision_feature_select_strategy == "full"
+        return self.vision_config.patches_per_side**2 + class_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json that says the same, with every value spelled out."""
+        data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
+        data["vision_config"]["model_type"] = "clip_vision_model"
+        name = "LlavaNext" if self.is_anyres else "Llava"
+        data["architectures"] = [f"{name}ForConditionalGeneration"]
+        if self.quantization is None:
+            del data["quantization"]
+        return data
+
+
+def read_pinpoints(pinpoints: str | Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Reads ``image_grid_pinpoints``, a list of pairs or the text of one."""
+    pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    return tuple((int(height), int(width)) for height, width in pairs)
+
+
+def _image_token(data: Mapping[str, Any]) -> int:
+    """The placeholder's id, under its old or its new name."""
+    given = {data[key] for key in ("image_token_index", "image_token_id") if data.get(key)}
+    if len(given) > 1:
+        raise ValueError(f"config.json gives the image token two ids: {sorted(given)}.")
+    return int(given.pop()) if given else LlavaConfig.image_token_index
+
+
+def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ends of answer of the whole model, or of its text model."""
+    ids = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """MLX's ``quantization``; another library's ``quantization_config`` is refused."""
+    found = data.get("quantization") or data.get("quantization_config")
+    if found is None:
+        return None
+    if "quant_method" in found or "bits" not in found:
+        method = found.get("quant_method", "unknown")
+        raise ValueError(f"The checkpoint is quantised with {method!r}, which is not MLX's own.")
+    return dict(found)

@@ -1,0 +1,179 @@
+"""Pictures: whatever a user has -> an RGB image of 8 bits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ImageSource: TypeAlias = (
+    "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]"  # str: a path or a URL
+)
+
+MAX_PIXELS = 100_000_000
+MAX_DOWNLOAD_BYTES = 100_000_000
+DOWNLOAD_SECONDS = 30
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads one picture as RGB.
+
+    EXIF orientation is applied to everything that is a file; a ready PIL image or array is
+    taken as it stands. Transparency is composited on white, 16-bit greys are rescaled to 8
+    bits, and of an animation the first frame is used.
+
+    Args:
+        source (str, Path, bytes, file, PIL.Image.Image or numpy.ndarray): A path, an http(s)
+            or data: URL, the bytes of a file, an open binary file, a PIL image, or an array
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or floats in 0..1.
+        max_pixels (int): The largest width x height; checked before anything is decoded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no picture, it is broken, or it is too large.
+    """
+    if isinstance(source, Image.Image):
+        check_pixels(source.size, max_pixels, "The image")
+        return to_rgb(source)
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source))
+    file, name = _open(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _identify(file, name)
+            check_pixels(image.size, max_pixels, name)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image in a format that Pillow reads.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{name} is a broken image: {error}") from error
+    finally:
+        if file is not source:
+            file.close()
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Raises ValueError for a (width, height) of too many pixels, or of none."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{name} is {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}."
+        )
+    if not width or not height:
+        raise ValueError(f"{name} is empty ({width}x{height} pixels).")
+
+
+def _open(source: Any) -> tuple[BinaryIO, str]:
+    """An open binary file and the words to name it with in an error."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source), f"The image ({len(source):,} bytes)"
+    if hasattr(source, "read"):
+        return source, str(getattr(source, "name", "The image"))
+    if not isinstance(source, (str, Path)):
+        kinds = "a path, URL, bytes, file, PIL image or array"
+        raise ValueError(f"An image must be {kinds}, not {type(source).__name__}.")
+    text = str(source)
+    if text.startswith("data:"):
+        return io.BytesIO(_decode_data_url(text)), "The data: URL"
+    if text.startswith(("http://", "https://")):
+        return io.BytesIO(_download(text)), text
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{text} is a folder, not an image.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no image {text}.")
+    return path.open("rb"), text
+
+
+def _decode_data_url(url: str) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ValueError("A data: URL must look like data:image/png;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"The data: URL is not valid base64: {error}.") from error
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mlx_llava"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from error
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes.")
+    return data
+
+
+def _identify(file: BinaryIO, name: str) -> Image.Image:
+    """Opens the picture; HEIC (iPhone photos) through the optional pillow-heif."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        # ISO base media file: size, "ftyp", then the brand of the format.
+        is_heic = file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
+        if not is_heic:
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ValueError(f"{name} is HEIC: pip install 'mlx_llava[heic]' to read it.") from error
+    pillow_heif.register_heif_opener()
+    file.seek(0)
+    return Image.open(file)
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    """Turns (H, W) or (H, W, C) of any usual dtype into a PIL image."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"An image array must be (H, W) or (H, W, 1|3|4), not {array.shape}.")
+    if array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = _to_8_bits(array, 65535)
+    elif np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError("A floating-point image array must lie in 0..1.")
+        array = _to_8_bits(array, 1)
+    elif array.dtype != np.uint8:
+        kinds = "uint8, uint16, bool or floating point"
+        raise ValueError(f"An image array must be {kinds}, not {array.dtype}.")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_8_bits(array: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:
+    scaled = np.nan_to_num(array.astype(np.float32)) * (255 / white)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any PIL mode to RGB, as transformers 5 does.
+
+    The exception are greys of more than 8 bits, which Pillow would clip at 255: modes ``I;16``
+    and ``I`` are taken as 16 bits, ``F`` as 0..1.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        white = 1 if image.mode == "F" else 65535
+        image = Image.fromarray(_to_8_bits(np.asarray(image), white))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white_canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white_canvas, image)
+    return image.convert("RGB")

@@ -1,0 +1,176 @@
+"""LLaVA: embed the text, encode the picture, project, replace the placeholders, decode.
+
+B rows, L tokens, D decoder width, V vocabulary, N tiles of H = W pixels, F image features.
+Liu et al. 2023 (arXiv:2304.08485); anyres: LLaVA-NeXT, llava_arch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llava.anyres import Size, grid_size, unpadded_grid
+from mlx_llava.clip import CLIPVisionTower
+from mlx_llava.config import LlavaConfig
+from mlx_llava.llama import Cache, LanguageModel
+from mlx_llava.projector import Projector
+
+
+def merge(embeddings: mx.array, features: mx.array, is_image: mx.array) -> mx.array:
+    """Puts image features in the places that wait for them, in reading order.
+
+    Args:
+        embeddings (mx.array): (B, L, D).
+        features (mx.array): (F, D), of all pictures of all rows.
+        is_image (mx.array): bool (B, L), true in F places.
+
+    Raises:
+        ValueError: There are more or fewer places than features.
+    """
+    places = int(is_image.sum())
+    if places != len(features):
+        raise ValueError(
+            f"The prompt has {places} image tokens but the images give {len(features)} features."
+        )
+    if not places:
+        return embeddings
+    index = mx.maximum(mx.cumsum(is_image.flatten().astype(mx.int32)) - 1, 0)
+    replaced = features.astype(embeddings.dtype)[index].reshape(embeddings.shape)
+    return mx.where(is_image[..., None], replaced, embeddings)
+
+
+class Llava(nn.Module):
+    """A LLaVA 1.5 or 1.6 model.
+
+    Attributes:
+        vision_device: where pictures are encoded; None is MLX's default device.
+    """
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_device: mx.DeviceType | None = None
+        self.vision_tower = CLIPVisionTower(config.vision_config)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = LanguageModel(config.text_config, config.tie_word_embeddings)
+        if config.is_anyres:
+            self.image_newline = mx.zeros((config.text_config.hidden_size,))
+
+    def used_parameters(self) -> list[Any]:
+        """The weights that inference reads: not those above the last feature layer."""
+        tower = self.vision_tower.vision_model
+        layers = tower.encoder.layers[: max(self.config.feature_layers)]
+        modules = [tower.embeddings, tower.pre_layrnorm, *layers]
+        modules += [self.multi_modal_projector, self.language_model]
+        newline = [self.image_newline] if self.config.is_anyres else []
+        return [*(module.parameters() for module in modules), *newline]
+
+    def encode_images(
+        self, pixel_values: mx.array, image_sizes: Sequence[Size] | None = None
+    ) -> list[mx.array]:
+        """Encodes and projects pictures.
+
+        Args:
+            pixel_values (mx.array): The tiles of all pictures in order, (N, H, W, 3).
+            image_sizes (sequence of (height, width), optional): The pictures' own sizes, for
+                anyres; without them every tile is a picture.
+
+        Returns:
+            list[mx.array]: The features of each picture, (tokens, D).
+        """
+        with mx.stream(self.vision_device or mx.default_device()):
+            features = self.multi_modal_projector(self._vision_features(pixel_values))
+            if not self.config.is_anyres:
+                return list(features)
+            if image_sizes is None:
+                return [self._end_lines(tile[None]) for tile in features]
+            return self._assemble_tiles(features, image_sizes)
+
+    def _vision_features(self, pixel_values: mx.array) -> mx.array:
+        layers = self.config.feature_layers
+        hidden_states = self.vision_tower(pixel_values, num_layers=max(layers))
+        features = mx.concatenate([hidden_states[layer] for layer in layers], axis=-1)
+        features = features.astype(self.multi_modal_projector.dtype)
+        if self.config.vision_feature_select_strategy == "default":
+            return features[:, 1:]
+        return features
+
+    def _assemble_tiles(self, features: mx.array, image_sizes: Sequence[Size]) -> list[mx.array]:
+        """Lays out each picture's tiles (N, P, D): the whole, then its unpadded grid by rows."""
+        patches = self.config.vision_config.patches_per_side
+        images = []
+        first = 0
+        for size in image_sizes:
+            rows, columns = grid_size(size, self.config)
+            tiles_down, tiles_across = rows // patches, columns // patches
+            last = first + 1 + tiles_down * tiles_across
+            if last > len(features):
+                raise ValueError(
+                    f"pixel_values have {len(features)} tiles but image_sizes need {last} or more."
+                )
+            grid = features[first + 1 : last].reshape(
+                tiles_down, tiles_across, patches, patches, -1
+            )
+            grid = grid.transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
+            grid = grid[unpadded_grid(size, (rows, columns), self.config.anyres_convention)]
+            images.append(mx.concatenate([features[first], self._end_lines(grid)]))
+            first = last
+        if first != len(features):
+            raise ValueError(
+                f"pixel_values have {len(features)} tiles but image_sizes need {first}."
+            )
+        return images
+
+    def _end_lines(self, grid: mx.array) -> mx.array:
+        """Ends each row of (rows, columns, D) with the newline feature and flattens it."""
+        rows, _, D = grid.shape
+        newlines = mx.broadcast_to(self.image_newline.astype(grid.dtype), (rows, 1, D))
+        return mx.concatenate([grid, newlines], axis=1).flatten(0, 1)
+
+    def embed(
+        self,
+        input_ids: mx.array,
+        pixel_values: mx.array | None = None,
+        image_sizes: Sequence[Size] | None = None,
+        attention_mask: mx.array | None = None,  # noqa: ARG002 - so that **inputs fits
+    ) -> mx.array:
+        """Embeds a prompt and its pictures.
+
+        Args:
+            input_ids (mx.array): (B, L), with one placeholder id for every image feature.
+            pixel_values (mx.array, optional): See `encode_images`.
+            image_sizes (sequence of (height, width), optional): See `encode_images`.
+            attention_mask (mx.array, optional): Not needed here.
+
+        Returns:
+            mx.array: Embeddings (B, L, D).
+        """
+        is_image = input_ids == self.config.image_token_index
+        # The placeholder's id may lie outside the embedding table.
+        embeddings = self.language_model.model.embed_tokens(mx.where(is_image, 0, input_ids))
+        if pixel_values is None:
+            features = mx.zeros((0, embeddings.shape[-1]))
+        else:
+            features = mx.concatenate(self.encode_images(pixel_values, image_sizes))
+        return merge(embeddings, features, is_image)
+
+    def __call__(
+        self,
+        input_ids: mx.array,
+        pixel_values: mx.array | None = None,
+        image_sizes: Sequence[Size] | None = None,
+        attention_mask: mx.array | None = None,
+        cache: Cache | None = None,
+    ) -> mx.array:
+        """Runs the whole model; ``model(**processor(prompt, images))``.
+
+        Returns:
+            mx.array: Logits (B, L, V).
+        """
+        embeddings = self.embed(input_ids, pixel_values, image_sizes)
+        return self.language_model(
+            input_embeddings=embeddings, attention_mask=attention_mask, cache=cache
+        )

@@ -1,0 +1,238 @@
+"""RGB images -> the float32 tiles that CLIP reads.
+
+S is the side of one tile, N tiles. Sizes are (height, width) except where Pillow is spoken
+to. Every step is bit-equal to transformers' Pillow image processors (CLIPImageProcessor,
+LlavaImageProcessor, LlavaNextImageProcessor): tests/test_preprocess.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mlx_llava.anyres import Size, grid_size, select_best_resolution, unpadded_grid
+from mlx_llava.config import LlavaConfig, read_pinpoints
+from mlx_llava.image import MAX_PIXELS, check_pixels
+
+Pixels: TypeAlias = npt.NDArray[np.float32]
+
+MODES = ("crop", "pad", "anyres")
+
+#: OpenAI CLIP's normalisation (clip.py, _transform), for checkpoints without a processor file.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resize_shortest(
+    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Resizes so that the shorter edge is `side`; the longer one is truncated, not rounded."""
+    width, height = image.size
+    longer = int(side * max(width, height) / min(width, height))
+    check_pixels((longer, side), MAX_PIXELS, "The resized image")
+    size = (side, longer) if width <= height else (longer, side)
+    return image.resize(size, resample)
+
+
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """Cuts (height, width) out of the middle; what lies outside the picture is black."""
+    width, height = image.size
+    # Floor division as in transformers.image_transforms.center_crop, also where negative.
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def expand_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    """Centres the picture on a square of its longer side (LLaVA's expand2square)."""
+    width, height = image.size
+    side = max(width, height)
+    check_pixels((side, side), MAX_PIXELS, "The padded image")
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def anyres_canvas(
+    image: Image.Image,
+    canvas: Size,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Fits the picture into (height, width) and centres it on black."""
+    (rows, columns), (width, height) = canvas, image.size
+    by_width, by_height = columns / width, rows / height
+    if by_width < by_height:
+        new = (columns, min(math.ceil(height * by_width), rows))
+    else:
+        new = (min(math.ceil(width * by_height), columns), rows)
+    black = Image.new("RGB", (columns, rows))
+    black.paste(image.resize(new, resample), ((columns - new[0]) // 2, (rows - new[1]) // 2))
+    return black
+
+
+def split_tiles(image: Image.Image, side: int) -> list[Image.Image]:
+    """Cuts a canvas into square tiles, row by row."""
+    width, height = image.size
+    return [
+        image.crop((left, top, left + side, top + side))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+
+
+def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
+    """A side, or (height, width), from the spellings of preprocessor_config.json."""
+    if isinstance(size, int):
+        return size
+    if set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    if set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    raise ValueError(f"The image processor's {key}={size!r} is not supported.")
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Pictures -> tiles of normalised pixels, the way one checkpoint wants them.
+
+    Attributes:
+        config: the model that reads the pixels; its vision tower sets the side S of a tile.
+        mode: ``crop`` (shortest edge, centre crop), ``pad`` (LLaVA 1.5's square on the mean
+            colour) or ``anyres`` (LLaVA 1.6's base picture and tiles).
+        size: what pictures are resized to: the shorter edge, or (height, width).
+    """
+
+    config: LlavaConfig
+    mode: str
+    size: int | Size
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_config(
+        cls, data: Mapping[str, Any] | None, config: LlavaConfig, mode: str | None = None
+    ) -> ImageProcessor:
+        """Reads the content of preprocessor_config.json; None takes CLIP's own values.
+
+        Args:
+            data (dict, optional): The processor's settings.
+            config (LlavaConfig): The model that will read the pixels.
+            mode (str, optional): Overrides how pictures are cut.
+
+        Raises:
+            ValueError: A setting is not supported or does not fit the model.
+        """
+        data = dict(data or {})
+        for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if data.get(key, True) is False:
+                raise ValueError(f"The image processor has {key}=false, which is not supported.")
+        if mode is None:
+            pads = data.get("do_pad") and "LlavaImage" in data.get("image_processor_type", "")
+            mode = "anyres" if config.is_anyres else "pad" if pads else "crop"
+        side = config.vision_config.image_size
+        processor = cls(
+            config=config,
+            mode=mode,
+            size=_read_size(data.get("size", side), "size"),
+            mean=tuple(data.get("image_mean", CLIP_MEAN)),
+            std=tuple(data.get("image_std", CLIP_STD)),
+            rescale_factor=data.get("rescale_factor", 1 / 255),
+            resample=Image.Resampling(data.get("resample", Image.Resampling.BICUBIC)),
+        )
+        processor._check(data)
+        return processor
+
+    def _check(self, data: Mapping[str, Any]) -> None:
+        side = self.config.vision_config.image_size
+        if self.mode not in MODES:
+            raise ValueError(f"There is no image mode {self.mode!r}; known: {', '.join(MODES)}.")
+        crop = _read_size(data.get("crop_size", side), "crop_size")
+        if crop not in (side, (side, side)):
+            raise ValueError(
+                f"The image processor makes tiles of {crop} pixels, the vision tower reads {side}."
+            )
+        if self.mode != "anyres":
+            return
+        if not self.config.is_anyres:
+            raise ValueError("Image mode anyres needs a LLaVA 1.6 (llava_next) model.")
+        pinpoints = self.config.image_grid_pinpoints
+        if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints) != pinpoints:
+            raise ValueError("image_grid_pinpoints of the image processor and config.json differ.")
+        if self.size not in (side, (side, side)):
+            raise ValueError(
+                f"anyres tiles are {side} pixels but the processor's size={self.size}."
+            )
+        if any(pixels % side for pinpoint in pinpoints for pixels in pinpoint):
+            raise ValueError(f"image_grid_pinpoints must be multiples of the tile side, {side}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The preprocessor_config.json that says the same."""
+        side = self.config.vision_config.image_size
+        size = self.size
+        names = {"crop": "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
+        data: dict[str, Any] = {
+            "image_processor_type": f"{names[self.mode]}ImageProcessor",
+            "size": {"shortest_edge": size}
+            if isinstance(size, int)
+            else {"height": size[0], "width": size[1]},
+            "crop_size": {"height": side, "width": side},
+            "resample": int(self.resample),
+            "rescale_factor": self.rescale_factor,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "do_pad": self.mode != "crop",
+        }
+        if self.mode == "anyres":
+            data["image_grid_pinpoints"] = self.config.image_grid_pinpoints
+        return data
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pixels:
+        """Cuts RGB pictures and normalises them: the tiles of all in order, (N, S, S, 3)."""
+        tiles = [tile for image in images for tile in self.tiles(image)]
+        return self.normalize(np.stack([np.asarray(tile) for tile in tiles]))
+
+    def tiles(self, image: Image.Image) -> list[Image.Image]:
+        """One S x S tile, or for anyres the squashed whole picture and then its tiles."""
+        side = self.config.vision_config.image_size
+        if self.mode == "anyres":
+            size, pinpoints = (image.height, image.width), self.config.image_grid_pinpoints
+            canvas = select_best_resolution(size, pinpoints, self.config.anyres_convention)
+            tiles = split_tiles(anyres_canvas(image, canvas, self.resample), side)
+            return [image.resize((side, side), self.resample), *tiles]
+        if self.mode == "pad":
+            # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
+            image = expand_to_square(image, tuple(int(mean * 255) for mean in self.mean))
+        return [center_crop(self._resize(image), (side, side))]
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        if isinstance(self.size, int):
+            return resize_shortest(image, self.size, self.resample)
+        height, width = self.size
+        return image.resize((width, height), self.resample)
+
+    def normalize(self, pixels: npt.NDArray[np.uint8]) -> Pixels:
+        """Maps uint8 (..., 3) to normalised float32, through a table of the 256 levels.
+
+        The table is computed in transformers' own order: levels scaled in float64, cast to
+        float32, then normalised in float32.
+        """
+        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = np.array([self.mean, self.std], dtype=np.float32)
+        table: Pixels = (levels[:, None] - mean) / std
+        return table[pixels, np.arange(3)]
+
+    def num_tokens(self, size: Size) -> int:
+        """How many positions a picture of (height, width) takes in the prompt."""
+        base = self.config.tokens_per_tile
+        if self.mode == "anyres":
+            grid = grid_size(size, self.config)
+            rows, columns = unpadded_grid(size, grid, self.config.anyres_convention)
+            return base + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+        return base + self.config.is_anyres  # LLaVA 1.6 ends a lone tile with a newline

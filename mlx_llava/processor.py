@@ -1,0 +1,254 @@
+"""Prompt and pictures -> what the model reads.
+
+B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N tiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+
+from mlx_llava.anyres import Size
+from mlx_llava.config import LlavaConfig
+from mlx_llava.image import ImageSource, load_image
+from mlx_llava.preprocess import ImageProcessor
+from mlx_llava.prompt import (
+    ChatTemplate,
+    JinjaTemplate,
+    Message,
+    read_messages,
+    wrap_images,
+)
+from mlx_llava.templates import get_template
+from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
+
+Conversation: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+
+#: Any id will do where the attention mask is 0; 0 is in every vocabulary.
+_PADDING_ID = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `Llava` reads; unpacks with ``**`` into `Llava.__call__` and `Llava.embed`.
+
+    Attributes:
+        input_ids: int32 (B, L), one placeholder id for each image feature.
+        pixel_values: float32 (N, S, S, 3), all tiles of all pictures in reading order.
+        image_sizes: the (height, width) of each picture, where the model cuts into tiles.
+        attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
+        prompts: the texts that were tokenised, with one ``<image>`` for each picture.
+        image_tokens: how many placeholders each picture takes.
+        seconds: how long all of this took to prepare.
+    """
+
+    input_ids: mx.array
+    pixel_values: mx.array | None
+    image_sizes: tuple[Size, ...] | None
+    attention_mask: mx.array | None
+    prompts: tuple[str, ...]
+    image_tokens: tuple[int, ...]
+    seconds: float
+
+    def keys(self) -> Iterator[str]:
+        """The model's arguments, for ``**inputs``."""
+        return iter(("input_ids", "pixel_values", "image_sizes", "attention_mask"))
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+
+def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The checkpoint's own template, or the one that its shape points to.
+
+    The original guesses from the folder's name (cli.py); the shapes of the published
+    checkpoints say the same and survive renaming.
+    """
+    if tokenizer.chat_template:
+        special = tokenizer.config
+        bos, eos = (_text_of(special.get(key)) for key in ("bos_token", "eos_token"))
+        return JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
+    text = config.text_config
+    if config.mm_use_im_start_end:
+        return get_template("llava_v0" if text.vocab_size == 32004 else "llava_v1")
+    if text.vocab_size >= 128256:
+        return get_template("llava_llama_3")
+    if text.hidden_size == 7168:
+        return get_template("chatml_direct")
+    if text.model_type == "mistral" and text.rope_theta == 1e6:
+        return get_template("mistral_instruct")
+    return get_template("vicuna_v1")
+
+
+def _text_of(token: Any) -> str:
+    return (token.get("content") if isinstance(token, Mapping) else token) or ""
+
+
+class Processor:
+    """Tokenizer, image processor and chat template of one checkpoint.
+
+    Attributes:
+        template: writes conversations as prompts.
+        stops: texts that end an answer.
+        eos_ids: token ids that end an answer.
+        context_length: how many tokens the decoder can read and write in all.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        template: ChatTemplate | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            config (LlavaConfig): The model's config.
+            tokenizer (Tokenizer): Its tokenizer.
+            image_processor (ImageProcessor): Its way with pictures.
+            template (ChatTemplate, optional): Default: `choose_template`.
+            eos_ids (sequence of int): Ends of answer beyond config's and tokenizer's.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template = template or choose_template(config, tokenizer)
+        self.context_length = config.text_config.context_length
+        special = tokenizer.special_tokens
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        ends = [special[stop] for stop in self.template.stops if stop in special]
+        self.eos_ids = frozenset((*eos_ids, *config.eos_token_id, *own, *ends))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer in the default template."""
+        return self.template.stops
+
+    def __call__(
+        self,
+        prompt: Conversation | Sequence[Conversation],
+        images: ImageSource | Sequence[Any] | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        image_position: str = "start",
+    ) -> Inputs:
+        """Prepares one prompt, or a batch of them.
+
+        Args:
+            prompt (str, list of dict, or a list of these): A question, a conversation in
+                OpenAI's shape, or a list of prompts for a batch.
+            images (image or list of images, optional): Pictures as `load_image` takes them.
+                For a batch, one list (or None) for each prompt.
+            raw (bool): The prompt is the whole text already, with its ``<image>`` marks and
+                special tokens; no template is applied.
+            system (str, optional): Replaces the template's system text.
+            image_position (str): ``start`` or ``end``: where pictures without a mark go in
+                their turn.
+
+        Returns:
+            Inputs: For ``model(**inputs)`` or ``model.embed(**inputs)``.
+
+        Raises:
+            ValueError: Marks and images do not match, or an image cannot be read.
+        """
+        if image_position not in ("start", "end"):
+            raise ValueError(f"image_position is {image_position!r}; known: start, end.")
+        started = time.perf_counter()
+        texts: list[str] = []
+        pictures: list[Any] = []
+        for conversation, given in _rows(prompt, images):
+            text, own = self._render(conversation, given, raw, system, image_position)
+            self._check_marks(text, own)
+            texts.append(text)
+            pictures += own
+        return self._inputs(texts, [load_image(picture) for picture in pictures], started)
+
+    def _render(
+        self,
+        conversation: Conversation,
+        images: list[Any],
+        raw: bool,
+        system: str | None,
+        image_position: str,
+    ) -> tuple[str, list[Any]]:
+        """The text of one prompt and its pictures in reading order."""
+        if raw:
+            if not isinstance(conversation, str):
+                raise ValueError("A raw prompt must be a text.")
+            return conversation, images
+        messages, images = read_messages(conversation, images, self.tokenizer.protect)
+        if system is not None:
+            messages = [message for message in messages if message.role != "system"]
+            messages.insert(0, Message("system", self.tokenizer.protect(system)))
+        text = self.template.render(messages, image_position)
+        return (wrap_images(text) if self.config.mm_use_im_start_end else text), images
+
+    def _check_marks(self, text: str, images: list[Any]) -> None:
+        marks = text.count(IMAGE_TOKEN)
+        if marks != len(images):
+            raise ValueError(
+                f"The prompt has {marks} {IMAGE_TOKEN} marks but {len(images)} images were given."
+            )
+
+    def _inputs(self, texts: list[str], images: list[Any], started: float) -> Inputs:
+        sizes = tuple((image.height, image.width) for image in images)
+        counts = tuple(self.image_processor.num_tokens(size) for size in sizes)
+        remaining = iter(counts)
+        rows = [self._expand(self.tokenizer.encode(text), remaining) for text in texts]
+        length = max(len(row) for row in rows)
+        padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
+        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        pixel_values = mx.array(self.image_processor(images)) if images else None
+        is_padded = any(len(row) < length for row in rows)
+        return Inputs(
+            input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
+            pixel_values=pixel_values,
+            image_sizes=sizes if images and self.image_processor.mode == "anyres" else None,
+            attention_mask=mx.array(mask, mx.int32) if is_padded else None,
+            prompts=tuple(self.tokenizer.unprotect(text) for text in texts),
+            image_tokens=counts,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
+        """Repeats each placeholder as often as its picture has features."""
+        image = self.config.image_token_index
+        return [i for token in ids for i in ([token] * next(counts) if token == image else [token])]
+
+    def show(self, inputs: Inputs) -> str:
+        """What the model reads, the placeholders of each picture folded with their count."""
+        counts = iter(inputs.image_tokens)
+        bos_ids = self.tokenizer.bos_ids
+        bos = "".join(text for text, i in self.tokenizer.special_tokens.items() if i in bos_ids)
+        shown = []
+        for prompt in inputs.prompts:
+            first, *rest = prompt.removeprefix(bos).split(IMAGE_TOKEN)
+            folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
+            shown.append(bos + first + folded)
+        return "\n".join(shown)
+
+
+def _rows(
+    prompt: Conversation | Sequence[Conversation], images: Any
+) -> list[tuple[Conversation, list[Any]]]:
+    """Each prompt of a batch with its own pictures."""
+    is_batch = not isinstance(prompt, str) and not all(isinstance(p, Mapping) for p in prompt)
+    if not is_batch:
+        return [(prompt, _as_list(images))]  # type: ignore[list-item]
+    per_row = [None] * len(prompt) if images is None else list(images)
+    if len(per_row) != len(prompt):
+        raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
+    return [(p, _as_list(own)) for p, own in zip(prompt, per_row, strict=True)]  # type: ignore[misc]
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]

@@ -1,0 +1,300 @@
+"""Conversations -> the text that a checkpoint was trained on.
+
+A template is one of the original LLaVA's (templates.py has them by name) or the checkpoint's
+own in Jinja, rendered as transformers does it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlx_llava.tokenizer import IM_END, IM_START, IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    import jinja2
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        text: what was said; ``<image>`` in it marks the place of a picture.
+        images: how many pictures of this turn have no mark and go to the default place.
+    """
+
+    role: str
+    text: str
+    images: int = 0
+
+
+class ChatTemplate(Protocol):
+    """Anything that writes a conversation as one prompt."""
+
+    @property
+    def name(self) -> str:
+        """What the template is called."""
+        ...
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        ...
+
+    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+        """The prompt, ending where the assistant's answer begins.
+
+        Args:
+            messages: An optional system turn, then user and assistant in turn, user last.
+            image_position: Where unmarked pictures go in their turn, ``start`` or ``end``.
+        """
+        ...
+
+
+def place_images(message: Message, joint: str, position: str) -> str:
+    """The text of a turn with its unmarked pictures at the start or at the end."""
+    if position == "end":
+        return message.text + (joint + IMAGE_TOKEN) * message.images
+    return (IMAGE_TOKEN + joint) * message.images + message.text
+
+
+def wrap_images(text: str) -> str:
+    """Puts LLaVA v0's ``<im_start>`` and ``<im_end>`` around every picture."""
+    return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raises ValueError unless user and assistant alternate and the user has the last word."""
+    for message in messages:
+        if message.role not in ROLES:
+            raise ValueError(f"There is no role {message.role!r}; known: {', '.join(ROLES)}.")
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = [ROLES[1 + i % 2] for i in range(len(turns))]
+    if turns != expected or len(turns) % 2 == 0:
+        raise ValueError(
+            "A conversation must be user, assistant, ..., user after an optional system turn; "
+            f"found {', '.join(roles) or 'nothing'}."
+        )
+
+
+@dataclass(frozen=True)
+class Template:
+    """A built-in template, as the pieces that it puts around what is said.
+
+    Attributes:
+        name: the name in LLaVA's conversation.py.
+        system: the system text unless the user gives one.
+        header: what opens the prompt, around ``{system}``.
+        bare_header: what opens it when the system text is empty.
+        user: a question, around ``{text}``.
+        assistant: what announces an answer.
+        answer: a past answer, around ``{text}``.
+        between: what stands between an answer and the next question.
+        stops: texts that end an answer.
+        image_joint: what stands between a picture and the text.
+        examples: turns that precede the conversation.
+        image_turn: pictures get a turn of their own, acknowledged with "Received."
+    """
+
+    name: str
+    system: str
+    header: str
+    user: str
+    assistant: str
+    answer: str
+    stops: tuple[str, ...]
+    bare_header: str = ""
+    between: str = ""
+    image_joint: str = "\n"
+    examples: tuple[Message, ...] = ()
+    image_turn: bool = False
+
+    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+        """Writes the conversation; see `ChatTemplate`."""
+        check_turns(messages)
+        system = self.system
+        if messages[0].role == "system":
+            system, messages = messages[0].text, messages[1:]
+        messages = [*self.examples, *self._images_first(messages)]
+        text = self.header.replace("{system}", system) if system else self.bare_header
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                text += self.answer.replace("{text}", message.text)
+                continue
+            said = place_images(message, self.image_joint, image_position)
+            text += self.between if i else ""
+            text += self.user.replace("{text}", said) + self.assistant
+        return text
+
+    def _images_first(self, messages: Sequence[Message]) -> list[Message]:
+        """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
+        first, *rest = messages
+        if not self.image_turn:
+            return [first, *rest]
+        count = first.images + first.text.count(IMAGE_TOKEN)
+        if not count:
+            return [first, *rest]
+        shown = Message("user", f"<Image>{IMAGE_TOKEN}</Image>" * count)
+        text = first.text.replace(IMAGE_TOKEN, "").strip()
+        return [
+            shown,
+            Message("assistant", "Received."),
+            replace(first, text=text, images=0),
+            *rest,
+        ]
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A checkpoint's own chat_template, rendered in Jinja's sandbox."""
+
+    source: str
+    bos: str = ""
+    eos: str = ""
+    name: str = "the checkpoint's own"
+    stops: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        import jinja2
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """Transformers' {% generation %} block, which only marks the answers."""
+
+            tags = {"generation"}  # noqa: RUF012 - jinja2's own convention
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The checkpoint's chat template is broken: {error}") from error
+
+    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+        """Writes the conversation; see `ChatTemplate`.
+
+        Raises:
+            ValueError: The template rejects the conversation or drops a part of it.
+        """
+        import jinja2
+
+        check_turns(messages)
+        try:
+            text = self._template.render(
+                messages=[self._as_dict(message, image_position) for message in messages],
+                add_generation_prompt=True,
+                bos_token=self.bos,
+                eos_token=self.eos,
+            )
+        except (jinja2.TemplateError, TypeError, OverflowError) as error:
+            raise ValueError(f"The checkpoint's chat template fails: {error}") from error
+        for message in messages:
+            if message.text.strip() not in text:
+                raise ValueError(
+                    f"The checkpoint's chat template drops the {message.role}'s text; choose "
+                    "another with --template."
+                )
+        return text
+
+    def _as_dict(self, message: Message, image_position: str) -> dict[str, Any]:
+        """The turn in the shape that the template reads: parts, or one string."""
+        if not re.search(r"""['"]type['"]|\.type\b""", self.source):
+            return {"role": message.role, "content": place_images(message, "\n", image_position)}
+        if image_position == "end":
+            message = Message(message.role, place_images(message, "\n", image_position))
+        images = [{"type": "image"}] * message.images
+        return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
+
+
+def read_messages(
+    conversation: str | Sequence[Mapping[str, Any]],
+    images: Sequence[Any],
+    protect: Callable[..., str],
+) -> tuple[list[Message], list[Any]]:
+    """Reads a question or a conversation in OpenAI's shape.
+
+    Text in a plain string may mark places with ``<image>``. Content in parts has its pictures
+    in parts: ``{"type": "image_url", "image_url": {"url": ...}}``, ``{"type": "image",
+    "image": ...}``, or ``{"type": "image"}`` for the next of `images`; marks in its text are
+    just text. Pictures that are given beside the conversation and have no place in it belong
+    to the first user turn.
+
+    Args:
+        conversation (str or list of dict): What is said.
+        images (list): Pictures that are given beside it.
+        protect (callable): `Tokenizer.protect`.
+
+    Returns:
+        The turns, and all pictures in reading order.
+    """
+    if isinstance(conversation, str):
+        conversation = [{"role": "user", "content": conversation}]
+    beside = iter(images)
+    messages: list[Message] = []
+    used: list[Any] = []
+    for turn in conversation:
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise ValueError(f"A message must have role and content; found {turn!r}.")
+        role, content = turn["role"], turn["content"]
+        if isinstance(content, str):
+            keep = {IMAGE_TOKEN} if role == "user" else ()
+            text = protect(content, keep=keep)
+            pictures: list[Any] = []
+            marks = text.count(IMAGE_TOKEN)
+            used += [picture for _, picture in zip(range(marks), beside, strict=False)]
+        else:
+            text, pictures = _read_parts(content, beside, protect)
+        used += pictures
+        messages.append(Message(role, text, images=len(pictures)))
+    unplaced = list(beside)
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    if unplaced and first is not None and IMAGE_TOKEN not in messages[first].text:
+        before = sum(message.images for message in messages[:first])
+        images_here = messages[first].images
+        used[before:before] = unplaced
+        messages[first] = replace(messages[first], images=images_here + len(unplaced))
+    else:
+        used += unplaced
+    return messages, used
+
+
+def _read_parts(content: Any, beside: Any, protect: Callable[..., str]) -> tuple[str, list[Any]]:
+    """The text and the pictures of a message whose content is a list of parts."""
+    texts: list[str] = []
+    pictures: list[Any] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(protect(part["text"]))
+        elif kind == "image_url":
+            url = part["image_url"]
+            pictures.append(url["url"] if isinstance(url, Mapping) else url)
+        elif kind == "image":
+            keys = ("image", "url", "path")
+            source = next((part[key] for key in keys if part.get(key) is not None), None)
+            source = next(beside, None) if source is None else source
+            if source is None:
+                raise ValueError("A message has more image parts than images were given.")
+            pictures.append(source)
+        else:
+            raise ValueError(f"A content part must be text, image or image_url; found {part!r}.")
+    return "\n".join(texts), pictures

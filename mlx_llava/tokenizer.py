@@ -1,0 +1,295 @@
+"""Text <-> token ids, from tokenizer.json or from a SentencePiece tokenizer.model.
+
+A prompt mixes text that may hold special tokens (the template's) with text that must not
+(the user's): `Tokenizer.protect` marks the second, `Tokenizer.encode` honours the mark.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+IMAGE_TOKEN = "<image>"
+IM_START, IM_END = "<im_start>", "<im_end>"
+
+#: A Unicode noncharacter, which no text holds; it breaks up special tokens in users' text.
+_MARK = "\ufdd0"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, or {} where there is none.
+
+    Raises:
+        ValueError: The file is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object.")
+    return data
+
+
+class Tokenizer:
+    """A fast tokenizer with LLaVA's rules for special tokens.
+
+    Attributes:
+        special_tokens: text -> id of every special token, ``<image>`` included.
+        bos_ids: what every prompt starts with (one id, or nothing).
+        eos_id: the tokenizer's own end of text, if it has one.
+        chat_template: the checkpoint's own Jinja template, if it has one.
+    """
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        config: Mapping[str, Any],
+        image_token_id: int,
+        chat_template: str | None = None,
+    ) -> None:
+        """Builds a tokenizer.
+
+        Args:
+            spec (dict): The content of tokenizer.json.
+            config (dict): The content of tokenizer_config.json.
+            image_token_id (int): The placeholder's id according to the model.
+            chat_template (str, optional): The checkpoint's Jinja template.
+
+        Raises:
+            ValueError: Tokenizer and model disagree on the id of ``<image>``.
+        """
+        tokens = [
+            {**token, "special": token["special"] or token["content"] == IMAGE_TOKEN}
+            for token in spec.get("added_tokens", [])
+        ]
+        self.spec = {**spec, "added_tokens": tokens}
+        self.config = dict(config)
+        self.chat_template = chat_template
+        added = [token for token in tokens if token["special"]]
+        self.special_tokens = {token["content"].strip(): int(token["id"]) for token in added}
+        found = self.special_tokens.setdefault(IMAGE_TOKEN, image_token_id)
+        if found != image_token_id:
+            raise ValueError(
+                f"The tokenizer gives {IMAGE_TOKEN} the id {found}, config.json "
+                f"image_token_index={image_token_id}."
+            )
+        self._special = _special_pattern(added)
+        self._backend = _backend(self.spec)
+        inner = _without_first_prefix(self.spec)
+        same = inner["pre_tokenizer"] == self.spec.get("pre_tokenizer")
+        self._inner_backend = self._backend if same else _backend(inner)
+        self.bos_ids = self._read_bos()
+        self.eos_id = self._id_of("eos_token")
+
+    @classmethod
+    def from_folder(cls, folder: Path, image_token_id: int) -> Tokenizer:
+        """Reads tokenizer.json or tokenizer.model and the files beside it.
+
+        Raises:
+            FileNotFoundError: The folder has neither.
+        """
+        config = read_json(folder / "tokenizer_config.json")
+        template = _read_chat_template(folder, config)
+        if (folder / "tokenizer.json").exists():
+            return cls(read_json(folder / "tokenizer.json"), config, image_token_id, template)
+        if not (folder / "tokenizer.model").exists():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model.")
+        added = read_json(folder / "added_tokens.json")
+        spec = spec_from_sentencepiece((folder / "tokenizer.model").read_bytes(), added)
+        config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", **config}
+        return cls(spec, config, image_token_id, template)
+
+    def _id_of(self, key: str) -> int | None:
+        """The id of a token that tokenizer_config.json names, as text or as an object."""
+        token = self.config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _read_bos(self) -> list[int]:
+        """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
+        wanted = self.config.get("add_bos_token")
+        if wanted is None:
+            bos: list[int] = self._backend.encode("").ids
+            return bos[:1]
+        bos_id = self._id_of("bos_token")
+        return [bos_id] if wanted and bos_id is not None else []
+
+    def protect(self, text: str, keep: Iterable[str] = ()) -> str:
+        """Marks text so that no special token in it has an effect.
+
+        Args:
+            text (str): A user's text.
+            keep (iterable of str): Special tokens that keep their effect.
+        """
+        kept = set(keep)
+        text = text.replace(_MARK, "")
+
+        def break_up(match: re.Match[str]) -> str:
+            token = match.group()
+            return token if token.strip() in kept else token[:-1] + _MARK + token[-1]
+
+        while (broken := self._special.sub(break_up, text)) != text:
+            text = broken
+        return text
+
+    def unprotect(self, text: str) -> str:
+        """Takes the marks of `protect` away again, to show the text."""
+        return text.replace(_MARK, "")
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenises a prompt: begin of text, special tokens, and the text between them.
+
+        As in the original (mm_utils.py, tokenizer_image_token) and in transformers, each piece
+        between special tokens is tokenised on its own.
+        """
+        ids: list[int] = []
+        position = 0
+        for match in [*self._special.finditer(text), None]:
+            piece = text[position : match.start() if match else len(text)]
+            backend = self._backend if position == 0 else self._inner_backend
+            if piece:
+                ids += backend.encode(self.unprotect(piece), add_special_tokens=False).ids
+            if match:
+                ids.append(self.special_tokens[match.group().strip()])
+                position = match.end()
+        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
+        return ids if has_bos else self.bos_ids + ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def _backend(spec: Mapping[str, Any]) -> Backend:
+    backend = Backend.from_str(json.dumps(spec))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # `Tokenizer.encode` finds them itself
+    return backend
+
+
+def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
+    """Matches every special token, the longest first, with the spaces that it swallows."""
+    patterns = {IMAGE_TOKEN: re.escape(IMAGE_TOKEN)}
+    for token in added:
+        left = r"\s*" if token.get("lstrip") else ""
+        right = r"\s*" if token.get("rstrip") else ""
+        patterns[token["content"]] = left + re.escape(token["content"]) + right
+    return re.compile("|".join(patterns[text] for text in sorted(patterns, key=len, reverse=True)))
+
+
+def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for text that does not open the prompt.
+
+    Some tokenizer.json put a space before the first piece only (Metaspace, scheme "first").
+    """
+    pre = copy.deepcopy(spec.get("pre_tokenizer")) or {}
+    for step in [pre, *pre.get("pretokenizers", [])]:
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
+    return {**spec, "pre_tokenizer": pre or None}
+
+
+def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template, from the places where transformers has put it over the years."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    files = ("chat_template.json", "processor_config.json")
+    template = next(
+        (found for name in files if (found := read_json(folder / name).get("chat_template"))),
+        config.get("chat_template"),
+    )
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def spec_from_sentencepiece(model: bytes, added_tokens: Mapping[str, int]) -> dict[str, Any]:
+    """Writes a SentencePiece BPE model (LLaMA, Mistral, Yi) as a tokenizer.json.
+
+    Args:
+        model (bytes): The content of tokenizer.model.
+        added_tokens (dict): The content of added_tokens.json: text -> id.
+
+    Returns:
+        dict: A tokenizer.json that gives the ids of sentencepiece, with every piece between
+        special tokens tokenised on its own ("legacy" in transformers' words).
+
+    Raises:
+        ValueError: It is no SentencePiece BPE model, or one that normalises its text.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError("tokenizer.model is not a SentencePiece model.") from error
+    rules = proto.normalizer_spec
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise ValueError("tokenizer.model is not a BPE model; only BPE is supported.")
+    if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
+        raise ValueError("tokenizer.model normalises its text, which is not supported.")
+
+    normal = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    merges = [
+        (-score, piece[:cut], piece[cut:])
+        for piece, score in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    merges.sort(key=lambda merge: merge[0])
+    # A control piece is a token of its own; a user-defined one counts as text.
+    special = {
+        p.piece: (i, p.type != p.USER_DEFINED)
+        for i, p in enumerate(proto.pieces)
+        if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
+    }
+    special |= {text: (i, True) for text, i in added_tokens.items()}
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if rules.add_dummy_prefix else []
+    space_to_bar = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    bar_to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [bar_to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": i,
+                "content": text,
+                "special": is_special,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+            for text, (i, is_special) in special.items()
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, space_to_bar]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [*decoders, strip] if rules.add_dummy_prefix else decoders,
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": next((p.piece for p in proto.pieces if p.type == p.UNKNOWN), None),
+            "fuse_unk": True,
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+            "vocab": {p.piece: i for i, p in enumerate(proto.pieces)},
+            "merges": [[left, right] for _, left, right in merges],
+        },
+    }

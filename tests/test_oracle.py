@@ -1,0 +1,73 @@
+"""Our numbers are transformers' numbers, on tiny random checkpoints that it wrote itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
+tiny = pytest.importorskip("tests.tiny")
+
+from mlx_llava import load  # noqa: E402
+from mlx_llava.generate import generate_step  # noqa: E402
+
+TOLERANCE = 3e-5
+
+
+def reference_logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits.float().numpy()
+
+
+def max_error(ours: mx.array, theirs: np.ndarray, mask: np.ndarray | None = None) -> float:
+    difference = np.abs(np.array(ours.astype(mx.float32)) - theirs)
+    return float((difference if mask is None else difference[mask]).max())
+
+
+@pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.name)
+def test_processor_states_logits_and_tokens(case, tmp_path: Path) -> None:
+    reference = tiny.save(case, tmp_path)
+    model, processor = load(tmp_path)
+    prompts, pictures = tiny.rows(case)
+    batch = tiny.reference_inputs(case)
+    inputs = processor(prompts, pictures, raw=True)
+
+    mask = batch["attention_mask"].numpy()
+    ids = np.array(inputs.input_ids)
+    assert (ids[mask > 0] == batch["input_ids"].numpy()[mask > 0]).all()
+    if inputs.attention_mask is not None:
+        assert (np.array(inputs.attention_mask) == mask).all()
+    if inputs.pixel_values is not None:
+        check_vision(case, reference, model, inputs, batch)
+    logits = model(**inputs)
+    assert max_error(logits, reference_logits(reference, batch), mask > 0) < TOLERANCE
+    check_greedy(reference, model, processor, prompts[0], pictures[0], case)
+
+
+def check_vision(case, reference, model, inputs, batch) -> None:
+    pixels = inputs.pixel_values
+    theirs = batch["pixel_values"]
+    if case.next:  # (images, tiles, 3, H, W), padded with tiles of zeros
+        sizes = [tuple(size) for size in batch["image_sizes"].tolist()]
+        assert list(inputs.image_sizes) == sizes
+        theirs = torch.cat([tiles[tiles.flatten(1).any(1)] for tiles in theirs])
+    assert (np.array(pixels).transpose(0, 3, 1, 2) == theirs.numpy()).all()
+    depth = model.config.vision_config.num_hidden_layers
+    states = model.vision_tower(pixels, num_layers=depth)
+    expected = tiny.torch_hidden_states(reference, theirs)
+    assert len(states) == len(expected)
+    for ours, state in zip(states, expected, strict=True):
+        assert max_error(ours, state) < TOLERANCE
+
+
+def check_greedy(reference, model, processor, prompt, pictures, case) -> None:
+    batch = tiny.make_processor(case)(text=prompt, images=pictures or None, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        theirs = reference.generate(**batch, max_new_tokens=32, do_sample=False)
+    embeddings = model.embed(**processor(prompt, pictures, raw=True))
+    ours = [token for token, _ in generate_step(embeddings, model.language_model, max_tokens=32)]
+    assert ours == theirs[0, batch["input_ids"].shape[1] :].tolist()

@@ -1,0 +1,250 @@
+"""Tiny random LLaVA checkpoints, written by transformers, and the reference run on them.
+
+No config value is a class default and every weight carries noise of 0.2, so that a mistake
+in any of them shows (with default initialisation, exact and approximate GELU look alike).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+CORPUS = (
+    "USER: What is in this picture? ASSISTANT: A small dog that sleeps on a red chair.",
+    "Describe the second image. How many cats are there, and which colour are they?",
+    "The quick brown fox jumps over the lazy dog; naïve café, 日本語, 🦙.",
+)
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one tiny checkpoint is like; the defaults are no one's defaults."""
+
+    name: str
+    next: bool = False
+    family: str = "llama"
+    text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+    images: tuple[int, ...] = (1, 2, 0)
+    do_pad: bool = False
+
+    def config(self) -> hf.PreTrainedConfig:
+        vision = {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "image_size": 28,
+            "patch_size": 7,
+            "layer_norm_eps": 3e-3,
+            **self.vision,
+        }
+        text = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 52,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 777,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            **self.text,
+        }
+        text_class = hf.MistralConfig if self.family == "mistral" else hf.LlamaConfig
+        top = {"image_token_index": tokenizer().token_to_id("<image>"), **self.top}
+        if self.next:
+            side = vision["image_size"]
+            grid = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            top = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grid], **top}
+        config_class = hf.LlavaNextConfig if self.next else hf.LlavaConfig
+        return config_class(
+            vision_config=hf.CLIPVisionConfig(**vision), text_config=text_class(**text), **top
+        )
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE with LLaVA's special tokens, trained on three sentences."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Any:
+    """A reference model with noise of 0.2 on every weight."""
+    torch.manual_seed(0)
+    model_class = (
+        hf.LlavaNextForConditionalGeneration if case.next else hf.LlavaForConditionalGeneration
+    )
+    config = case.config()
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.tie_weights()
+    model.generation_config = hf.GenerationConfig(eos_token_id=None, pad_token_id=3)
+    return model.to(dtype)
+
+
+def make_processor(case: Case) -> Any:
+    """The reference processor of a case."""
+    config = case.config()
+    side = config.vision_config.image_size
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if case.next:
+        pinpoints = config.image_grid_pinpoints
+        images = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **size)
+    else:
+        images = LlavaImageProcessorPil(do_pad=case.do_pad, **size)
+    processor_class = hf.LlavaNextProcessor if case.next else hf.LlavaProcessor
+    return processor_class(
+        image_processor=images,
+        tokenizer=fast,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def save(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Writes a checkpoint as transformers does; returns the reference model."""
+    model = make_model(case, dtype)
+    model.save_pretrained(folder)
+    make_processor(case).save_pretrained(folder)
+    return model
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth random colours with noise on top: every resize filter shows."""
+    rng = np.random.default_rng(seed + 1000 * width + height)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    noise = rng.integers(-30, 30, (height, width, 3))
+    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+SIZES = ((50, 41), (20, 64), (90, 30), (31, 77), (28, 28), (17, 13))
+
+
+def rows(case: Case) -> tuple[list[str], list[list[Image.Image]]]:
+    """Raw prompts of unequal length with the pictures of each."""
+    prompts, pictures = [], []
+    sizes = iter(SIZES)
+    for row, count in enumerate(case.images):
+        marks = "".join(f"{i}<image>\n" for i in range(count))
+        prompts.append(f"USER: {marks}{CORPUS[row % 3][: 9 + 8 * row]} ASSISTANT:")
+        pictures.append([picture(*next(sizes), seed=i) for i in range(count)])
+    return prompts, pictures
+
+
+def reference_inputs(case: Case) -> Any:
+    """What transformers' processor makes of `rows`."""
+    prompts, pictures = rows(case)
+    flat = [image for row in pictures for image in row]
+    batch = make_processor(case)(
+        text=prompts, images=flat or None, padding=True, return_tensors="pt"
+    )
+    batch.pop("token_type_ids", None)
+    return batch
+
+
+def torch_hidden_states(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
+    """Every hidden state of the reference vision tower, [0] the embedding."""
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+    return [state.float().numpy() for state in states]
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 700.0,
+    "factor": 6.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.5,
+    "original_max_position_embeddings": 48,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}
+
+CASES = (
+    Case("vicuna", text={"num_key_value_heads": 4}),
+    Case("gqa"),
+    Case("mqa_one_row", text={"num_key_value_heads": 1}, images=(1,)),
+    Case("three_images_one_row", images=(3,)),
+    Case("text_only", images=(0, 0)),
+    Case("text_only_between", images=(1, 0, 3, 1)),
+    Case("tied_head", text={"tie_word_embeddings": True}),
+    Case("tied_at_top", top={"tie_word_embeddings": True}),
+    Case("theta", text={"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}),
+    Case("linear_rope", text={"rope_parameters": LINEAR}),
+    Case("llama3_rope", text={"rope_parameters": LLAMA3}),
+    Case("eps", text={"rms_norm_eps": 0.3}, vision={"layer_norm_eps": 0.2}),
+    Case("head_dim", text={"head_dim": 20}),
+    Case("attention_bias", text={"attention_bias": True, "mlp_bias": True}),
+    Case("mistral_window", family="mistral", text={"sliding_window": 13}),
+    Case("mistral_no_window", family="mistral", text={"sliding_window": None, "head_dim": 12}),
+    Case("layer_last", top={"vision_feature_layer": -1}),
+    Case("layer_first", top={"vision_feature_layer": 1}),
+    Case("layer_positive", top={"vision_feature_layer": 3}),
+    Case("layer_list", top={"vision_feature_layer": [-3, 1, -1]}),
+    Case("keep_class_token", top={"vision_feature_select_strategy": "full"}),
+    Case(
+        "layers_and_class_token",
+        top={"vision_feature_layer": [2, -2], "vision_feature_select_strategy": "full"},
+    ),
+    Case("projector_tanh_gelu", top={"projector_hidden_act": "gelu_pytorch_tanh"}),
+    Case(
+        "projector_no_bias",
+        top={"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
+    ),
+    Case("exact_gelu_tower", vision={"hidden_act": "gelu"}),
+    Case("uneven_patches", vision={"image_size": 31, "patch_size": 9}),
+    Case("pad", do_pad=True),
+    Case("next", next=True),
+    Case("next_one_image", next=True, images=(1,)),
+    Case("next_three_images", next=True, images=(3, 1)),
+    Case("next_mistral", next=True, family="mistral", text={"sliding_window": 40}),
+    Case("next_layers", next=True, top={"vision_feature_layer": [1, -2]}),
+    Case("next_llama3", next=True, text={"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
+    Case("next_uneven", next=True, vision={"image_size": 25, "patch_size": 6}),
+)
