@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mlx_llava import __version__
+from mlx_llava.version import __version__
 
 COMMANDS = {
     "generate": "ask about pictures",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from mlx_llava.activations import ACTIVATIONS
@@ -78,9 +78,25 @@ def _refuse_value(where: str, key: str, found: object, expected: object) -> None
     raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
 
 
-def _build(cls: type[Config], data: Mapping[str, Any]) -> Config:
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{key: value for key, value in data.items() if key in names})
+def _build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
+    """Makes a config of the keys that it has; null stands for a default that is not null."""
+    values = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        value, default = data.get(field.name), field.default
+        if field.name not in data or (value is None and default is not None):
+            continue
+        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
+        if kinds and not isinstance(value, (*kinds, tuple)):
+            _refuse_value(where, field.name, value, f"a {type(default).__name__}")
+        values[field.name] = value
+    return cls(**values)
+
+
+def _refuse_empty(config: VisionConfig | TextConfig, where: str) -> None:
+    """Raises ValueError for a size that is not positive."""
+    for key, value in vars(config).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            _refuse_value(where, key, value, "positive numbers")
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,8 @@ class VisionConfig:
         _refuse_unknown(data, known | _HARMLESS | {"num_channels"}, where)
         if data.get("num_channels", 3) != 3:
             _refuse_value(where, "num_channels", data["num_channels"], "3")
-        config = _build(cls, data)
+        config = _build(cls, data, where)
+        _refuse_empty(config, where)
         if config.hidden_act not in ACTIVATIONS:
             _refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
         if config.hidden_size % config.num_attention_heads:
@@ -161,10 +178,9 @@ class TextConfig:
         data = {**defaults, **data, **cls._rope(data)}
         if model_type == "llama":
             data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
-        data["num_key_value_heads"] = data.get("num_key_value_heads") or data.get(
-            "num_attention_heads", cls.num_attention_heads
-        )
-        config = _build(cls, data)
+        config = _build(cls, data, where)
+        _refuse_empty(config, where)
+        config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
         if config.num_attention_heads % config.kv_heads:
             heads = f"divisors of num_attention_heads={config.num_attention_heads}"
             _refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
@@ -269,7 +285,7 @@ class LlavaConfig:
         data["image_grid_pinpoints"] = read_pinpoints(pinpoints)
         if data["model_type"] == "llava" and text.tie_word_embeddings:
             data["tie_word_embeddings"] = True  # as LlavaConfig, unlike LlavaNextConfig
-        config = _build(cls, data)
+        config = _build(cls, data, where)
         config._check(data)
         return config
 
@@ -301,7 +317,7 @@ class LlavaConfig:
         layers = self.vision_feature_layer
         states = self.vision_config.num_hidden_layers + 1
         wanted = (layers,) if isinstance(layers, int) else layers
-        if not wanted or any(not -states <= layer < states for layer in wanted):
+        if not wanted or any(layer not in range(-states, states) for layer in wanted):
             expected = f"indices from {-states} to {states - 1}"
             _refuse_value("config.json", "vision_feature_layer", layers, expected)
         return tuple(layer % states for layer in wanted)

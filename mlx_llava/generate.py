@@ -122,6 +122,7 @@ def generate_step(
     seen = mx.zeros((0,), mx.int32) if prompt_ids is None else prompt_ids
 
     def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
+        logits = logits.astype(mx.float32)  # in 16 bits, subtracting would make ties
         for process in logits_processors:
             logits = process(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -197,7 +198,11 @@ def stream_generate(
     inputs = prompt
     if not isinstance(inputs, Inputs):
         inputs = processor(inputs, image, **prompt_options)
-    prompt_tokens = inputs.input_ids.shape[1]
+    elif image is not None or prompt_options:
+        raise ValueError("Inputs are complete; images and options belong to the processor's call.")
+    rows, prompt_tokens = inputs.input_ids.shape
+    if rows != 1:
+        raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
     max_tokens = _limit_tokens(prompt_tokens, max_tokens, processor.context_length)
     sampler = make_sampler(temp, top_p, min_p, top_k)
     penalties = make_logits_processors(repetition_penalty)
@@ -220,7 +225,7 @@ def stream_generate(
         prefill_step=prefill_step,
     )
     decoder = StreamingDecoder(processor.tokenizer)
-    matcher = StopMatcher([*processor.stops, *stop])
+    matcher = StopMatcher([*processor.template.stops, *stop])
     prefilled = encoded
     for n, (token, logprobs) in enumerate(tokens, 1):
         if n == 1:
@@ -349,14 +354,15 @@ def _report(last: GenerationResponse, load_seconds: float, images: int) -> str:
     return "\n".join(lines)
 
 
-def _as_json(prompt: str, parts: list[GenerationResponse], load_seconds: float) -> str:
+def _as_json(
+    prompt: str, text: str, tokens: list[int], last: GenerationResponse, load_seconds: float
+) -> str:
     """The object that ``--json`` prints."""
-    last = parts[-1]
     return json.dumps(
         {
-            "text": "".join(part.text for part in parts),
+            "text": text,
             "prompt": prompt,
-            "tokens": [part.token for part in parts],
+            "tokens": tokens,
             "prompt_tokens": last.prompt_tokens,
             "image_tokens": last.image_tokens,
             "generation_tokens": last.generation_tokens,
@@ -396,8 +402,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt, images, raw=args.raw, system=args.system, image_position=args.image_position
     )
     if args.show_prompt:
-        print(processor.show(inputs), file=sys.stderr)
-    parts = []
+        print(*inputs.prompts, sep="\n", file=sys.stderr)
+    text, tokens = "", []
     for part in stream_generate(
         model,
         processor,
@@ -411,12 +417,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         stop=args.stop,
     ):
-        parts.append(part)
+        text += part.text
+        tokens.append(part.token)
         if not args.json:
             print(part.text, end="", flush=True)
-    print(_as_json(prompt, parts, load_seconds) if args.json else "")
+    print(_as_json(prompt, text, tokens, part, load_seconds) if args.json else "")
     if not args.quiet:
-        print(_report(parts[-1], load_seconds, len(images)), file=sys.stderr)
+        print(_report(part, load_seconds, len(images)), file=sys.stderr)
 
 
 if __name__ == "__main__":

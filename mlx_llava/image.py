@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
-import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
@@ -41,11 +41,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         FileNotFoundError: There is no such file.
         ValueError: It is no picture, it is broken, or it is too large.
     """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     if isinstance(source, Image.Image):
         check_pixels(source.size, max_pixels, "The image")
         return to_rgb(source)
-    if isinstance(source, np.ndarray):
-        return to_rgb(_from_array(source))
     file, name = _open(source)
     try:
         with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
             data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"{url} cannot be fetched: {error}") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,11 +15,12 @@ from mlx.utils import tree_flatten
 from mlx_llava.checkpoint.layout import canonical_name, canonical_weights, to_torch_layout
 from mlx_llava.checkpoint.safetensors import read_weights, write_weights
 from mlx_llava.config import LlavaConfig
+from mlx_llava.json_files import read_json, write_json
 from mlx_llava.llava import Llava
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
 from mlx_llava.templates import get_template
-from mlx_llava.tokenizer import Tokenizer, read_json
+from mlx_llava.tokenizer import Tokenizer
 
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -235,12 +235,12 @@ def save(model: Llava, processor: Processor, folder: str | Path) -> None:
 
 def _write(model: Llava, processor: Processor, folder: Path) -> None:
     config, tokenizer = model.config, processor.tokenizer
-    _write_json(folder / "config.json", config.to_dict())
-    _write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
-    _write_json(folder / "tokenizer.json", tokenizer.spec)
-    _write_json(folder / "tokenizer_config.json", tokenizer.config)
-    _write_json(folder / "preprocessor_config.json", processor.image_processor.to_dict())
-    _write_json(
+    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
+    write_json(folder / "tokenizer.json", tokenizer.spec)
+    write_json(folder / "tokenizer_config.json", tokenizer.config)
+    write_json(folder / "preprocessor_config.json", processor.image_processor.to_dict())
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaNextProcessor" if config.is_anyres else "LlavaProcessor",
@@ -255,7 +255,3 @@ def _write(model: Llava, processor: Processor, folder: Path) -> None:
     to_mlx = config.quantization is not None
     weights = dict(tree_flatten(model.parameters()))
     write_weights(folder, weights if to_mlx else to_torch_layout(weights), is_mlx=to_mlx)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

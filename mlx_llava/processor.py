@@ -41,7 +41,7 @@ class Inputs:
         pixel_values: float32 (N, S, S, 3), all tiles of all pictures in reading order.
         image_sizes: the (height, width) of each picture, where the model cuts into tiles.
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
-        prompts: the texts that were tokenised, with one ``<image>`` for each picture.
+        prompts: the texts as the model reads them, each picture as ``<image x COUNT>``.
         image_tokens: how many placeholders each picture takes.
         seconds: how long all of this took to prepare.
     """
@@ -92,8 +92,7 @@ class Processor:
     """Tokenizer, image processor and chat template of one checkpoint.
 
     Attributes:
-        template: writes conversations as prompts.
-        stops: texts that end an answer.
+        template: writes conversations as prompts, and knows the texts that end an answer.
         eos_ids: token ids that end an answer.
         context_length: how many tokens the decoder can read and write in all.
     """
@@ -124,11 +123,6 @@ class Processor:
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         ends = [special[stop] for stop in self.template.stops if stop in special]
         self.eos_ids = frozenset((*eos_ids, *config.eos_token_id, *own, *ends))
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer in the default template."""
-        return self.template.stops
 
     def __call__(
         self,
@@ -200,7 +194,7 @@ class Processor:
     def _inputs(self, texts: list[str], images: list[Any], started: float) -> Inputs:
         sizes = tuple((image.height, image.width) for image in images)
         counts = tuple(self.image_processor.num_tokens(size) for size in sizes)
-        remaining = iter(counts)
+        remaining, folded = iter(counts), iter(counts)
         rows = [self._expand(self.tokenizer.encode(text), remaining) for text in texts]
         length = max(len(row) for row in rows)
         padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
@@ -212,7 +206,7 @@ class Processor:
             pixel_values=pixel_values,
             image_sizes=sizes if images and self.image_processor.mode == "anyres" else None,
             attention_mask=mx.array(mask, mx.int32) if is_padded else None,
-            prompts=tuple(self.tokenizer.unprotect(text) for text in texts),
+            prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
             seconds=time.perf_counter() - started,
         )
@@ -222,30 +216,23 @@ class Processor:
         image = self.config.image_token_index
         return [i for token in ids for i in ([token] * next(counts) if token == image else [token])]
 
-    def show(self, inputs: Inputs) -> str:
-        """What the model reads, the placeholders of each picture folded with their count."""
-        counts = iter(inputs.image_tokens)
-        bos_ids = self.tokenizer.bos_ids
-        bos = "".join(text for text, i in self.tokenizer.special_tokens.items() if i in bos_ids)
-        shown = []
-        for prompt in inputs.prompts:
-            first, *rest = prompt.removeprefix(bos).split(IMAGE_TOKEN)
-            folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
-            shown.append(bos + first + folded)
-        return "\n".join(shown)
+    def _fold(self, text: str, counts: Iterator[int]) -> str:
+        """A prompt as the model reads it, each picture's placeholders folded with their count."""
+        ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
+        bos = "".join(token for token, i in special.items() if i in ids)
+        first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
+        folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
+        return self.tokenizer.unprotect(bos + first + folded)
 
 
-def _rows(
-    prompt: Conversation | Sequence[Conversation], images: Any
-) -> list[tuple[Conversation, list[Any]]]:
-    """Each prompt of a batch with its own pictures."""
-    is_batch = not isinstance(prompt, str) and not all(isinstance(p, Mapping) for p in prompt)
-    if not is_batch:
-        return [(prompt, _as_list(images))]  # type: ignore[list-item]
-    per_row = [None] * len(prompt) if images is None else list(images)
+def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
+    """Each prompt with its own pictures: one, or the rows of a batch."""
+    if isinstance(prompt, str) or all(isinstance(message, Mapping) for message in prompt):
+        return [(prompt, _as_list(images))]
+    per_row = [None] * len(prompt) if images is None else _as_list(images)
     if len(per_row) != len(prompt):
         raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
-    return [(p, _as_list(own)) for p, own in zip(prompt, per_row, strict=True)]  # type: ignore[misc]
+    return [(row, _as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -15,28 +15,13 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from mlx_llava.json_files import read_json
+
 IMAGE_TOKEN = "<image>"
 IM_START, IM_END = "<im_start>", "<im_end>"
 
 #: A Unicode noncharacter, which no text holds; it breaks up special tokens in users' text.
 _MARK = "\ufdd0"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, or {} where there is none.
-
-    Raises:
-        ValueError: The file is not a JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object.")
-    return data
 
 
 class Tokenizer:
@@ -69,7 +54,7 @@ class Tokenizer:
         """
         tokens = [
             {**token, "special": token["special"] or token["content"] == IMAGE_TOKEN}
-            for token in spec.get("added_tokens", [])
+            for token in _added_tokens(spec, config)
         ]
         self.spec = {**spec, "added_tokens": tokens}
         self.config = dict(config)
@@ -116,11 +101,9 @@ class Tokenizer:
 
     def _read_bos(self) -> list[int]:
         """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
-        wanted = self.config.get("add_bos_token")
+        bos_id, wanted = self._id_of("bos_token"), self.config.get("add_bos_token")
         if wanted is None:
-            bos: list[int] = self._backend.encode("").ids
-            return bos[:1]
-        bos_id = self._id_of("bos_token")
+            wanted = bos_id in self._backend.encode("").ids[:1]
         return [bos_id] if wanted and bos_id is not None else []
 
     def protect(self, text: str, keep: Iterable[str] = ()) -> str:
@@ -170,8 +153,23 @@ class Tokenizer:
         return text
 
 
+def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of tokenizer.json, and those that only tokenizer_config.json has."""
+    tokens = [dict(token) for token in spec.get("added_tokens", [])]
+    listed = {token["content"] for token in tokens}
+    flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
+    return tokens + [
+        {"id": int(i), "content": token["content"], **{key: token.get(key, False) for key in flags}}
+        for i, token in config.get("added_tokens_decoder", {}).items()
+        if token["content"] not in listed
+    ]
+
+
 def _backend(spec: Mapping[str, Any]) -> Backend:
-    backend = Backend.from_str(json.dumps(spec))
+    try:
+        backend = Backend.from_str(json.dumps(spec))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(f"tokenizer.json cannot be used: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # `Tokenizer.encode` finds them itself

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
-from mlx_llava.generate import generate_step  # noqa: E402
+from mlx_llava.generate import generate_step, main  # noqa: E402
+from tests.conftest import shared_data  # noqa: E402
 
 TOLERANCE = 3e-5
 
@@ -71,3 +72,47 @@ def check_greedy(reference, model, processor, prompt, pictures, case) -> None:
     embeddings = model.embed(**processor(prompt, pictures, raw=True))
     ours = [token for token, _ in generate_step(embeddings, model.language_model, max_tokens=32)]
     assert ours == theirs[0, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "mistral_window", "llama3_rope", "layer_list", "next_one_image"]
+)
+def test_half_precision_is_close(name, dtype, tmp_path: Path) -> None:
+    case = next(case for case in tiny.CASES if case.name == name)
+    reference = tiny.save(case, tmp_path, getattr(torch, dtype))
+    model, processor = load(tmp_path)
+    assert model.vision_tower.dtype == getattr(mx, dtype)
+    prompts, pictures = tiny.rows(case)
+    batch = tiny.reference_inputs(case)
+    mask = batch["attention_mask"].numpy() > 0
+    batch["pixel_values"] = batch["pixel_values"].to(getattr(torch, dtype))
+    theirs = reference_logits(reference, batch)
+    logits = model(**processor(prompts, pictures, raw=True))
+    assert logits.dtype == getattr(mx, dtype)
+    difference = np.array(logits.astype(mx.float32))[mask] - theirs[mask]
+    assert np.linalg.norm(difference) / np.linalg.norm(theirs[mask]) < 2e-2
+
+
+@pytest.mark.parametrize("photograph", ["dog.jpeg", "extreme_ironing.jpg"])
+@pytest.mark.parametrize("name", ["gqa", "next"])
+def test_the_command_prints_the_words_of_transformers(name, photograph, tmp_path, capsys):
+    from transformers.image_utils import load_image
+
+    path = str(shared_data(f"images/{photograph}"))
+    case = next(case for case in tiny.CASES if case.name == name)
+    reference = tiny.save(case, tmp_path)
+    processor = tiny.make_processor(case)
+    parts = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    batch = processor(text=prompt, images=load_image(path), return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        tokens = reference.generate(**batch, max_new_tokens=40, do_sample=False)
+    theirs = processor.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    arguments = ["--model", str(tmp_path), "--image", path, "--max-tokens", "40"]
+    assert main([*arguments, "--prompt", "What is in this picture?"]) == 0
+    assert capsys.readouterr().out == theirs + "\n"

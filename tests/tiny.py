@@ -23,7 +23,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 CORPUS = (
     "USER: What is in this picture? ASSISTANT: A small dog that sleeps on a red chair.",
     "Describe the second image. How many cats are there, and which colour are they?",
-    "The quick brown fox jumps over the lazy dog; naïve café, 日本語, 🦙.",
+    "The quick brown fox jumps over the lazy dog, while five wizards box with a jug of ink.",
+    "There are two people on the left side of the photograph; one of them holds an umbrella.",
+    "A woman in a blue dress walks along the beach under a cloudy sky near the old pier.",
+    "Yes, the sign in the background says STOP. No, the kitchen table is not round: it is square.",
+    "An orange cat and a black bird look at each other through the window of a yellow house.",
+    "Answer the question using a single word or phrase: how many green apples do you see?",
 )
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}"
@@ -85,14 +90,13 @@ class Case:
 
 
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE with LLaVA's special tokens, trained on three sentences."""
-    backend = Tokenizer(models.BPE())
+    """A byte-level BPE with LLaVA's special tokens, trained on a few sentences."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)

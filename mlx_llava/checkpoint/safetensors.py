@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_llava.json_files import read_json, write_json
+
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
 
@@ -21,9 +23,11 @@ def find_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: There are none, or a shard is missing.
     """
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        expected = set(index["weight_map"].values())
+    index = read_json(folder / INDEX)
+    if index:
+        expected = set(index.get("weight_map", {}).values())
+        if any(Path(name).name != name for name in expected):
+            raise ValueError(f"{folder / INDEX} names files outside its folder.")
     else:
         found = {path.name for path in folder.glob("*.safetensors")}
         expected = {sibling for name in found for sibling in _siblings(name)}
@@ -76,10 +80,11 @@ def read_weights(folder: Path) -> tuple[list[tuple[str, mx.array]], bool]:
     is_mlx = False
     for path in find_files(folder):
         _check_complete(path)
-        tensors, metadata = cast(
-            "tuple[dict[str, mx.array], dict[str, Any]]",
-            mx.load(str(path), return_metadata=True),
-        )
+        try:
+            loaded = mx.load(str(path), return_metadata=True)
+        except RuntimeError as error:
+            raise ValueError(f"MLX cannot read {path}: {error}") from error
+        tensors, metadata = cast("tuple[dict[str, mx.array], dict[str, Any]]", loaded)
         weights += tensors.items()
         is_mlx |= metadata.get("format") == "mlx"
     return weights, is_mlx
@@ -106,4 +111,4 @@ def write_weights(folder: Path, weights: Mapping[str, mx.array], *, is_mlx: bool
         weight_map |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_json(folder / INDEX, index)

@@ -1,0 +1,74 @@
+"""Makes known mistakes in a copy of the package, one at a time; the tests must notice each.
+
+python scripts/mutate.py        # needs pip install '.[test]'; about 3 minutes
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py")
+
+#: What goes wrong, the file, the line as it is, the line with the mistake.
+MUTATIONS = (
+    ("approximate GELU in the projector", "activations", '"gelu": nn.gelu,', '"gelu": nn.gelu_approx,'),
+    ("exact GELU in the tower", "activations", "nn.gelu_fast_approx", "nn.gelu"),
+    ("class token dropped late", "llava", "return features[:, 1:]", "return features[:, :-1]"),
+    ("feature layer -1", "config", "layer % states for layer", "(layer + 1) % states for layer"),
+    ("post_layernorm applied", "clip", "return self.vision_model(pixel_values.astype(self.dtype), num_layers)", "return [self.vision_model.post_layernorm(x) for x in self.vision_model(pixel_values.astype(self.dtype), num_layers)]"),
+    ("class token after the patches", "clip", "[class_token, patches]", "[patches, class_token]"),
+    ("layer norm eps of the default", "clip", "eps=config.layer_norm_eps", "eps=1e-5"),
+    ("rope theta 1e4", "config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
+    ("rms norm eps of the default", "llama", "eps = config.hidden_size, config.rms_norm_eps", "eps = config.hidden_size, 1e-6"),
+    ("head width from the hidden size", "config", "return self.head_dim or self", "return self"),
+    ("interleaved RoPE", "llama", "traditional=False", "traditional=True"),
+    ("unscaled llama3 RoPE", "llama", "return periods / (kept + (1 - kept) / factor)", "return periods"),
+    ("window one too wide", "llama", "keys > queries - window", "keys >= queries - window"),
+    ("padding not masked", "llama", "allowed & (attention_mask[:, None] > 0)", "allowed"),
+    ("base picture last", "llava", "[features[first], self._end_lines(grid)]", "[self._end_lines(grid), features[first]]"),
+    ("original unpad rounding for hf", "anyres", 'int(round(kept, 7) if convention == "hf" else kept)', "int(kept)"),
+    ("pinpoints as (width, height)", "anyres", 'pinpoint if convention == "hf" else pinpoint[::-1]', "pinpoint[::-1]"),
+    ("longer edge rounded", "preprocess", "longer = int(side *", "longer = round(side *"),
+    ("bilinear resize", "preprocess", "Image.Resampling.BICUBIC\n) -> Image.Image:\n    \"\"\"Resizes so", "Image.Resampling.BILINEAR\n) -> Image.Image:\n    \"\"\"Resizes so"),
+    ("padded on black", "preprocess", "tuple(int(mean * 255) for mean in self.mean)", "(0, 0, 0)"),
+    ("pad colour rounded", "preprocess", "int(mean * 255)", "round(mean * 255)"),
+    ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
+)  # fmt: skip
+
+
+def survives(file: str, line: str, mistake: str) -> bool:
+    """Whether the tests pass in spite of a mistake."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("mlx_llava", "tests"):
+            shutil.copytree(ROOT / name, copy / name)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "mlx_llava" / f"{file}.py"
+        source = path.read_text(encoding="utf-8")
+        if line not in source:
+            raise SystemExit(
+                f"{file}.py has no {line!r} any more; bring scripts/mutate.py up to date"
+            )
+        path.write_text(source.replace(line, mistake), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *TESTS]
+        run = subprocess.run(command, cwd=copy, capture_output=True, check=False)
+        return run.returncode == 0
+
+
+def main() -> None:
+    """Prints a line for each mistake; exits 1 if one goes unnoticed."""
+    unnoticed = []
+    for name, file, line, mistake in MUTATIONS:
+        survived = survives(file, line, mistake)
+        print(f"{'UNNOTICED' if survived else 'noticed':<10} {name}", flush=True)
+        unnoticed += [name] * survived
+    sys.exit(1 if unnoticed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What every test shares: seeds, no network, a temporary hub cache, golden checkpoints."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
+import mlx.core as mx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+PICTURE = GOLDENS / "picture.png"
+SHARED = Path(os.environ.get("MLX_LLAVA_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    mx.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty Hugging Face cache, so that nothing depends on the user's own."""
+    from huggingface_hub import constants
+
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch) -> None:
+    """Lets sockets connect to this machine only."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        local = ("127.0.0.1", "::1", "localhost")
+        if isinstance(address, tuple) and address[0] not in local:
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", params=["llava", "llava_next"])
+def golden(request) -> Path:
+    """The folder of a tiny checkpoint that transformers wrote."""
+    return GOLDENS / request.param
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """A tiny LLaVA 1.5 and its processor."""
+    return load(GOLDENS / "llava")
+
+
+@pytest.fixture(scope="session")
+def loaded_next():
+    """A tiny LLaVA 1.6 and its processor."""
+    return load(GOLDENS / "llava_next")
+
+
+def shared_data(name: str) -> Path:
+    """A real file that is not part of the repository; skips the test where it is missing."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing; set MLX_LLAVA_TEST_DATA to a folder that holds {name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer_model() -> bytes:
+    """The real LLaMA tokenizer.model."""
+    return shared_data("tokenizers/llama-2.model").read_bytes()

@@ -1,0 +1,242 @@
+"""The command: the answer on stdout, all else on stderr, one line for a mistake."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_llava import cli, generate, load
+from tests.conftest import GOLDENS, PICTURE, ROOT
+from tests.test_image import png_header
+
+MODEL = str(GOLDENS / "llava")
+main = importlib.import_module("mlx_llava.generate").main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(["--model", MODEL, *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def ask(capsys, *arguments: str) -> tuple[int, str, str]:
+    return run(capsys, "--prompt", "What is this?", "--max-tokens", "8", *arguments)
+
+
+def expected(prompt: str = "What is this?", image=PICTURE, **options) -> str:
+    model, processor = load(MODEL)
+    return generate(model, processor, prompt, image, max_tokens=8, **options)
+
+
+def test_the_answer_is_on_stdout_and_the_timings_are_on_stderr(capsys):
+    code, out, err = ask(capsys, "--image", str(PICTURE))
+    assert (code, out) == (0, expected() + "\n")
+    images, times, speeds, memory = err.splitlines()
+    assert images == "images: 1, 16 tokens"
+    assert times.startswith("load ")
+    assert " | preprocess " in times
+    assert " | encode " in times
+    assert speeds.startswith("prefill 28 tokens, ")
+    assert "tokens/s | decode 8 tokens, " in speeds
+    assert memory.startswith("peak memory ")
+
+
+def test_quiet_says_nothing_but_the_answer(capsys):
+    assert ask(capsys, "--quiet") == (0, expected(image=None) + "\n", "")
+
+
+def test_json_is_one_object(capsys):
+    code, out, _ = ask(capsys, "--image", str(PICTURE), "--image", str(PICTURE), "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert set(answer) == {
+        "text",
+        "prompt",
+        "tokens",
+        "prompt_tokens",
+        "image_tokens",
+        "generation_tokens",
+        "finish_reason",
+        "timings",
+        "peak_memory",
+    }
+    assert set(answer["timings"]) == {"load", "preprocess", "encode", "prefill", "decode"}
+    assert answer["text"] == expected(image=[PICTURE, PICTURE])
+    assert (answer["image_tokens"], answer["generation_tokens"]) == (32, len(answer["tokens"]))
+    assert answer["finish_reason"] in ("stop", "length")
+
+
+def test_show_prompt_prints_what_the_model_reads(capsys):
+    _, _, err = ask(capsys, "--image", str(PICTURE), "--show-prompt", "--quiet")
+    assert err == "USER: <image x 16>\nWhat is this? ASSISTANT:\n"
+    template = [
+        "--template",
+        "mistral_instruct",
+        "--system",
+        "Be brief.",
+        "--image-position",
+        "end",
+    ]
+    _, _, err = ask(capsys, "--image", str(PICTURE), "--show-prompt", "--quiet", *template)
+    assert err == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is this?\n<image x 16> [/INST]\n"
+    raw = ["--raw", "--prompt", "a<image>b", "--show-prompt", "--quiet", "--image", str(PICTURE)]
+    _, _, err = run(capsys, *raw)
+    assert err == "a<image x 16>b\n"
+
+
+def test_options_reach_the_model(capsys):
+    _, out, _ = ask(capsys, "--quiet", "--image", str(PICTURE), "--image-mode", "pad")
+    model, processor = load(MODEL, image_mode="pad")
+    assert out == generate(model, processor, "What is this?", PICTURE, max_tokens=8) + "\n"
+    sampled = ["--temp", "1", "--top-k", "20", "--seed", "4", "--repetition-penalty", "1.1"]
+    _, out, _ = ask(capsys, "--quiet", *sampled)
+    assert out == expected(image=None, temp=1, top_k=20, seed=4, repetition_penalty=1.1) + "\n"
+    greedy = expected(image=None)
+    _, out, _ = ask(capsys, "--quiet", "--stop", greedy[4:6])
+    assert out == greedy[: greedy.index(greedy[4:6])] + "\n"
+    parts = ["--dtype", "float16", "--vision-dtype", "float32", "--projector-dtype", "bfloat16"]
+    code, _, _ = ask(capsys, *parts, "--vision-device", "cpu", "--image", str(PICTURE))
+    assert code == 0
+
+
+class Stdin(io.TextIOWrapper):
+    """A stdin that holds these bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+def test_prompt_or_image_from_stdin(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stdin(b"What is this?\n"))
+    _, out, _ = run(capsys, "--prompt", "-", "--max-tokens", "8", "--quiet")
+    assert out == expected(image=None) + "\n"
+    monkeypatch.setattr(sys, "stdin", Stdin(PICTURE.read_bytes()))
+    _, out, _ = ask(capsys, "--image", "-", "--quiet")
+    assert out == expected() + "\n"
+    code, _, err = run(capsys, "--prompt", "-", "--image", "-")
+    assert (code, err.startswith("error: Only one of --prompt")) == (2, True)
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    (tmp_path / "text.jpg").write_text("no picture")
+    jpeg = ROOT / "tests" / "goldens" / "picture.png"
+    from PIL import Image
+
+    Image.open(jpeg).convert("RGB").save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(GOLDENS / "llava", tmp_path / "text_only")
+    config = json.loads((tmp_path / "text_only" / "config.json").read_text())
+    (tmp_path / "text_only" / "config.json").write_text(json.dumps(config["text_config"]))
+    shutil.copytree(GOLDENS / "llava", tmp_path / "liar")
+    config["vision_config"]["hidden_size"] = 48
+    (tmp_path / "liar" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+MISTAKES = {
+    "missing image": (["--image", "none.png"], "There is no image none.png."),
+    "text": (["--image", "text.jpg"], "text.jpg is not an image in a format that Pillow reads."),
+    "truncated": (["--image", "cut.jpg"], "cut.jpg is a broken image"),
+    "bomb": (["--image", "bomb.png"], "400000000 pixels"),
+    "two marks": (
+        ["--prompt", "<image> or <image>?", "--image", "whole.jpg"],
+        "The prompt has 2 <image> marks but 1 images were given.",
+    ),
+    "no vision": (["--model", "text_only", "--image", "whole.jpg"], "model_type='llama'"),
+    "template": (["--template", "nope"], "There is no template 'nope'; known: "),
+    "no config": (["--model", "empty"], "empty has no config.json."),
+    "no folder": (["--model", "no/such/folder"], "There is no folder no/such/folder."),
+    "lying config": (["--model", "liar"], "where config.json says (48"),
+    "mode": (["--image-mode", "anyres"], "anyres needs a LLaVA 1.6"),
+    "tokens": (["--max-tokens", "-3"], "max_tokens is -3"),
+    "context": (["--prompt", "x " * 500], "the model's context is 777"),
+    "gpu": (["--vision-device", "gpu"], "This MLX has no GPU"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, files, capsys, monkeypatch):
+    import mlx.core as mx
+
+    if name == "gpu" and mx.is_available(mx.gpu):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(files)
+    arguments, message = MISTAKES[name]
+    code, out, err = ask(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_arguments_are_argparses(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--no-such-option"])
+    assert "the following arguments are required: --model, --prompt" in capsys.readouterr().err
+
+
+def process(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_python_m_runs_it_without_warnings():
+    for module in (["mlx_llava.generate"], ["mlx_llava", "generate"]):
+        command = process(
+            *module, "--model", MODEL, "--prompt", "What is this?", "-m", "8", "--quiet"
+        )
+        out, err = command.communicate(timeout=60)
+        assert (command.returncode, out, err) == (0, expected(image=None) + "\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_control_c_ends_cleanly_with_130(tmp_path):
+    os.mkfifo(tmp_path / "never.png")  # opening it waits for a writer that never comes
+    command = process(
+        *["mlx_llava.generate", "--model", MODEL, "--prompt", "hi"],
+        *["--image", str(tmp_path / "never.png")],
+    )
+    time.sleep(2)
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=60)
+    assert (command.returncode, out, err) == (130, "", "\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = process(
+        *["mlx_llava.generate", "--model", MODEL, "--prompt", "hi", "-m", "400", "--quiet"]
+    )
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait(timeout=60) == 0
+    command.stderr.close()
+
+
+def test_the_table_of_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert cli.main(["nonsense"]) == 2
+    assert "no command 'nonsense'" in capsys.readouterr().err
+    for name in cli.COMMANDS:
+        assert importlib.import_module(f"mlx_llava.{name}").main

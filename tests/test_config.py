@@ -1,0 +1,262 @@
+"""Configs mean what transformers takes them to mean, or are refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llava.config import LlavaConfig, TextConfig, VisionConfig, read_pinpoints
+from mlx_llava.llama import rope_frequencies
+
+# The published llava-hf configs: what differs from the defaults of their classes.
+LLAVA_15 = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.36.0.dev0",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+BAKLLAVA_TEXT = {
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32064,
+}
+MISTRAL_16_TEXT = {**BAKLLAVA_TEXT, "rope_theta": 1000000.0, "sliding_window": None}
+YI_34B_TEXT = {
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 56,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000000.0,
+    "vocab_size": 64064,
+}
+
+
+def text(**data) -> TextConfig:
+    return TextConfig.from_dict(data)
+
+
+def test_published_llava_15():
+    config = LlavaConfig.from_dict(LLAVA_15)
+    assert config.text_config == TextConfig(
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        num_key_value_heads=32,
+        head_dim=128,
+    )
+    assert config.vision_config == VisionConfig(1024, 4096, 24, 16, 336, 14)
+    assert (config.feature_layers, config.tokens_per_tile) == ((23,), 576)
+    assert not config.is_anyres
+
+
+def test_published_text_models():
+    bakllava = text(**BAKLLAVA_TEXT)
+    assert (bakllava.intermediate_size, bakllava.kv_heads) == (14336, 8)
+    assert (bakllava.sliding_window, bakllava.rope_theta) == (4096, 10000)
+    assert text(**MISTRAL_16_TEXT).sliding_window is None
+    yi = text(**YI_34B_TEXT)
+    assert (yi.dims_per_head, yi.kv_heads, yi.rope_theta) == (128, 8, 5e6)
+
+
+def test_an_empty_config_is_the_default_model():
+    config = LlavaConfig.from_dict({"model_type": "llava_next"})
+    assert config.vision_config == VisionConfig(1024, 4096, 24, 16, 336, 14)
+    assert config.text_config == TextConfig(num_key_value_heads=32, head_dim=128)
+    assert config.image_grid_pinpoints[:2] == ((336, 672), (672, 336))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_defaults_are_those_of_transformers(family):
+    hf = pytest.importorskip("transformers")
+    theirs = hf.MistralConfig() if family == "mistral" else hf.LlamaConfig()
+    ours = text(model_type=family)
+    for key in (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings"
+    ).split():
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    vision = hf.CLIPVisionConfig()
+    for key, value in vars(VisionConfig()).items():
+        assert value == getattr(vision, key), key
+
+
+def test_transformers_reads_what_we_write():
+    hf = pytest.importorskip("transformers")
+    for text_config in (LLAVA_15["text_config"], BAKLLAVA_TEXT, MISTRAL_16_TEXT, YI_34B_TEXT):
+        ours = LlavaConfig.from_dict({**LLAVA_15, "text_config": text_config})
+        assert LlavaConfig.from_dict(ours.to_dict()) == ours
+        theirs = hf.LlavaConfig.from_dict(ours.to_dict())
+        again = LlavaConfig.from_dict(theirs.to_dict())
+        assert replace(again, eos_token_id=()) == ours  # theirs spells LlamaConfig's 2 out
+
+
+ROPES = {
+    "default": {},
+    "theta": {"rope_theta": 5e5},
+    "parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "theta_beside": {"rope_theta": 5e5, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 700.0},
+    "linear_5": {
+        "rope_parameters": {
+            "rope_type": "linear",
+            "type": "linear",
+            "factor": 4.0,
+            "rope_theta": 7e2,
+        }
+    },
+    "llama3": {
+        "rope_theta": 5e5,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_frequencies_are_those_of_transformers(name):
+    hf = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaRotaryEmbedding(hf.LlamaConfig(**ROPES[name])).inv_freq.numpy()
+    ours = 1 / np.array(rope_frequencies(text(**ROPES[name])), np.float64)
+    assert np.abs(ours / theirs - 1).max() < 1e-6
+
+
+def test_linear_rope_stretches_the_context():
+    assert text(**ROPES["linear"]).context_length == 4 * 2048
+    assert text(**ROPES["llama3"]).context_length == 131072
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [(-2, (23,)), (-1, (24,)), (0, (0,)), (3, (3,)), ([-2, 0, 5], (23, 0, 5)), (-25, (0,))],
+)
+def test_feature_layers_count_from_the_embedding(layer, expected):
+    config = LlavaConfig.from_dict({"model_type": "llava", "vision_feature_layer": layer})
+    assert config.feature_layers == expected
+
+
+def test_pinpoints_may_be_text():
+    assert read_pinpoints("[[336, 672], (672, 336)]") == ((336, 672), (672, 336))
+
+
+def test_both_names_of_the_image_token():
+    for data in (
+        {"image_token_index": 7},
+        {"image_token_id": 7},
+        {"image_token_id": 7, "image_token_index": 7},
+    ):
+        assert LlavaConfig.from_dict({"model_type": "llava", **data}).image_token_index == 7
+    with pytest.raises(ValueError, match=r"two ids: \[7, 8\]"):
+        LlavaConfig.from_dict({"model_type": "llava", "image_token_id": 7, "image_token_index": 8})
+
+
+def test_ends_of_answer():
+    for data, expected in (
+        ({"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [7, 9]}, (7, 9)),
+        ({"text_config": {"eos_token_id": 5}}, (5,)),
+        ({}, ()),
+    ):
+        assert LlavaConfig.from_dict({"model_type": "llava", **data}).eos_token_id == expected
+
+
+REFUSED = {
+    "model_type": ({"model_type": "qwen2_vl"}, "model_type='qwen2_vl'"),
+    "text_model": ({"text_config": {"model_type": "qwen2"}}, "model_type='qwen2'"),
+    "vision_model": ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
+    "unknown": ({"mm_resampler": "perceiver"}, "mm_resampler='perceiver'"),
+    "unknown_text": ({"text_config": {"qk_norm": True}}, "text_config .* qk_norm=True"),
+    "unknown_vision": ({"vision_config": {"use_rope": 1}}, "vision_config .* use_rope=1"),
+    "unknown_rope": ({"text_config": {"rope_scaling": {"beta_fast": 3}}}, "beta_fast=3"),
+    "yarn": ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}, "'yarn'"),
+    "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
+    "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),
+    "act": ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
+    "vision_act": ({"vision_config": {"hidden_act": "swish"}}, "hidden_act='swish'"),
+    "projector_act": ({"projector_hidden_act": "mish"}, "projector_hidden_act='mish'"),
+    "strategy": ({"vision_feature_select_strategy": "cls"}, "'cls'"),
+    "next_full": (
+        {"model_type": "llava_next", "vision_feature_select_strategy": "full"},
+        "default with llava_next",
+    ),
+    "no_newline": (
+        {"model_type": "llava_next", "use_image_newline_parameter": False},
+        "use_image_newline_parameter",
+    ),
+    "layer": ({"vision_feature_layer": 25}, "vision_feature_layer=25.*-25 to 24"),
+    "no_layer": ({"vision_feature_layer": []}, "vision_feature_layer"),
+    "heads": ({"text_config": {"num_key_value_heads": 5}}, "num_key_value_heads=5"),
+    "channels": ({"vision_config": {"num_channels": 4}}, "num_channels=4"),
+    "patch": ({"vision_config": {"patch_size": 300}}, "patch_size=300"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+    "text_size": ({"text_config": {"hidden_size": "big"}}, "hidden_size='big'; .* a int"),
+    "no_size": ({"text_config": {"num_attention_heads": 0}}, "positive numbers"),
+    "negative_size": ({"vision_config": {"image_size": -336}}, "image_size=-336"),
+    "layer_name": ({"vision_feature_layer": ["last"]}, "vision_feature_layer"),
+    "convention": ({"anyres_convention": "mine"}, "anyres_convention='mine'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(name):
+    data, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        LlavaConfig.from_dict({"model_type": "llava", **data})
+
+
+def test_unknown_keys_that_are_off_are_harmless():
+    off = {"use_thing": False, "other": None, "list": [], "map": {}}
+    assert LlavaConfig.from_dict({**LLAVA_15, **off}) == LlavaConfig.from_dict(LLAVA_15)
+
+
+def test_null_is_the_default_where_a_default_exists():
+    assert text(hidden_size=None, rms_norm_eps=None, head_dim=None) == text()
+
+
+def test_frequencies_are_float32():
+    assert rope_frequencies(text()).dtype == mx.float32

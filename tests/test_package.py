@@ -1,0 +1,113 @@
+"""What the package promises: its layers, its public names, its weight."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+import mlx_llava
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "mlx_llava"
+
+#: Imports point only downward.
+LAYERS = (
+    {"version", "backend", "command", "activations", "image", "json_files", "cache", "sampling"},
+    {"config", "tokenizer", "checkpoint.safetensors", "checkpoint.layout"},
+    {"prompt", "streaming"},
+    {"anyres", "templates", "clip", "projector", "llama"},
+    {"preprocess", "llava"},
+    {"processor"},
+    {"load"},
+    {"generate"},
+    {"", "cli"},
+    {"__main__"},
+)
+LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def imports(module: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    path = PACKAGE / (module.replace(".", "/") or "__init__")
+    tree = ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_llava"):
+            name = node.module.removeprefix("mlx_llava").removeprefix(".")
+            submodules = {f"{name}.{alias.name}".strip(".") for alias in node.names} & {*LAYER_OF}
+            found |= submodules or {name}
+    return found
+
+
+@pytest.mark.parametrize("module", ["", *MODULES])
+def test_imports_point_only_downward(module):
+    assert module in LAYER_OF, f"give {module} a layer"
+    upward = {name for name in imports(module) if LAYER_OF[name] >= LAYER_OF[module]}
+    assert not upward
+
+
+def test_no_layer_lists_a_module_that_is_gone():
+    assert {*LAYER_OF} == {"", *MODULES}
+
+
+def test_public_names():
+    assert mlx_llava.__all__ == [
+        "GenerationResponse",
+        "Llava",
+        "LlavaConfig",
+        "Processor",
+        "__version__",
+        "generate",
+        "load",
+        "load_image",
+        "stream_generate",
+    ]
+    for name in ("generate", "load", "load_image", "stream_generate"):
+        assert callable(getattr(mlx_llava, name))
+
+
+def test_everything_public_is_documented():
+    undocumented = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [tree, *(n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))]
+        undocumented += [
+            f"{path.name}:{getattr(node, 'name', 'module')}"
+            for node in nodes
+            if not getattr(node, "name", "").startswith("_") and not ast.get_docstring(node)
+        ]
+    assert not undocumented
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mlx_llava",
+        "from mlx_llava.generate import main; main(['--help'])",
+        "from mlx_llava.generate import main; "
+        "main(['--model', 'tests/goldens/llava', '--image', 'tests/goldens/picture.png', "
+        "'--prompt', 'hi', '-m', '3'])",
+    ],
+    ids=["import", "help", "generate"],
+)
+def test_transformers_and_torch_are_not_imported(code):
+    check = (
+        "import sys\ntry:\n    " + code + "\nexcept SystemExit: pass\n"
+        "heavy = {'transformers', 'torch', 'mlx_lm', 'huggingface_hub'} & {*sys.modules}\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_version_is_in_the_changelog():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{mlx_llava.__version__}]" in changelog

@@ -1,0 +1,111 @@
+"""Every command and code block of the README runs, and prints what the README says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_llava import load
+from mlx_llava.generate import generate_step
+from tests.conftest import GOLDENS, PICTURE, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHELL = [code for language, code in BLOCKS if language == "sh"]
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+EXPECTED = next(code for language, code in BLOCKS if language == "text")
+
+
+def test_no_block_is_overlooked():
+    assert [language for language, _ in BLOCKS] == ["sh", "text", "sh", "sh", "python", "python"]
+
+
+def test_install_and_first_answer(tmp_path):
+    """In a copy of what git tracks, with a new environment: nothing may be there already."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        ["sh", "-e", "-c", SHELL[0]],
+        cwd=tmp_path,
+        env={**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == EXPECTED
+
+
+def test_the_test_command_is_what_ci_runs():
+    assert SHELL[1].strip() in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert os.access(ROOT / SHELL[1].strip(), os.X_OK)
+
+
+@pytest.fixture
+def hub(hub_cache, tmp_path, monkeypatch) -> Path:
+    """A hub cache in which a tiny model stands for LLaVA 1.5, and a folder with photo.jpg."""
+    snapshot = hub_cache / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "abc"
+    shutil.copytree(GOLDENS / "llava", snapshot)
+    reference = snapshot.parent.parent / "refs" / "main"
+    reference.parent.mkdir()
+    reference.write_text("abc")
+    shutil.copy(PICTURE, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    return hub_cache
+
+
+def test_asking_about_a_photograph(hub):
+    command = SHELL[2].replace("python ", f"{sys.executable} ", 1)
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        ["sh", "-e", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(EXPECTED.rstrip("\n"))
+
+
+def test_python_blocks(hub, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    names: dict = {}
+    exec(PYTHON[0], names)
+    out = capsys.readouterr().out
+    assert out == EXPECTED + "1 None\n2 None\n3 length\n"
+    assert names["logits"].shape[0] == 1
+    assert names["logits"].shape[2] == names["model"].config.text_config.vocab_size
+
+    model, processor = load(GOLDENS / "llava")
+    exec(
+        PYTHON[1],
+        {
+            "model": model,
+            "processor": processor,
+            "generate_step": generate_step,
+            "prompt": "What is in this picture?",
+            "images": [PICTURE],
+        },
+    )
+    assert capsys.readouterr().out.split() == EXPECTED.split()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

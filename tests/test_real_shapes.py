@@ -1,0 +1,68 @@
+"""CLIP ViT-L/14-336 and decoder layers of Vicuna's width, on real photographs and the real
+tokenizer: ids and logits are transformers'. Random weights; about 6 GB of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llava import backend, load
+from tests.conftest import shared_data
+
+torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
+hf = pytest.importorskip("transformers")
+tiny = pytest.importorskip("tests.tiny")
+
+IMAGE = 32000
+PHOTOGRAPHS = ("cat.jpeg", "extreme_ironing.jpg")
+
+
+def write_checkpoint(folder: Path, tokenizer_model: bytes):
+    """Vicuna-7B's shape with 2 of its 32 layers; the tower is whole."""
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(
+            num_hidden_layers=2, vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096
+        )
+    )
+    config._attn_implementation = "sdpa"
+    model = hf.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():  # unit-size activations, as trained weights give
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.normal_(std=1 / parameter[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": IMAGE}))
+    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    tiny.LlavaImageProcessorPil(**size).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.skipif(not mx.is_available(mx.gpu) and not backend.BLAS, reason="slow without a BLAS")
+def test_ids_and_logits_at_real_shapes(llama_tokenizer_model, tmp_path):
+    import sentencepiece
+    from transformers.image_utils import load_image
+
+    paths = [shared_data(f"images/{name}") for name in PHOTOGRAPHS]
+    reference = write_checkpoint(tmp_path, llama_tokenizer_model)
+    model, processor = load(tmp_path)
+    prompt = "USER: <image>\nWhat is in this picture? ASSISTANT:"
+    spm = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
+    before, after = (spm.encode(piece) for piece in prompt.split("<image>"))
+    images = tiny.LlavaImageProcessorPil.from_pretrained(tmp_path)
+    for path in paths:
+        inputs = processor(prompt, path, raw=True)
+        ids = [1, *before, *[IMAGE] * 576, *after]
+        assert inputs.input_ids[0].tolist() == ids
+        with torch.no_grad():
+            pixels = images(load_image(str(path)), return_tensors="pt")["pixel_values"]
+            theirs = reference(input_ids=torch.tensor([ids]), pixel_values=pixels).logits.numpy()
+        ours = np.array(model(**inputs))
+        scale = np.abs(theirs).max()
+        assert np.abs(ours - theirs).max() < 1e-4 * scale
+        assert (ours.argmax(-1) == theirs.argmax(-1)).all()

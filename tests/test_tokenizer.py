@@ -1,0 +1,196 @@
+"""Ids are sentencepiece's and the original LLaVA's; users' text has no special powers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_llava.streaming import StopMatcher, StreamingDecoder
+from mlx_llava.tokenizer import Tokenizer, spec_from_sentencepiece
+from tests.conftest import GOLDENS, SHARED
+
+IMAGE = 32000
+# The vectors of the original tokenizer_image_token (mm_utils.py), its -200 as IMAGE.
+VECTORS = {
+    "USER: <image>\nWhat is this? ASSISTANT:": (
+        [1, 3148, 1001, 29901, 29871, IMAGE, 29871, 13, 5618, 338, 445, 29973]
+        + [319, 1799, 9047, 13566, 29901]
+    ),
+    "[INST] <image>\nWhat is shown in this image? [/INST]": (
+        [1, 518, 25580, 29962, 29871, IMAGE, 29871, 13, 5618, 338, 4318, 297, 445]
+        + [1967, 29973, 518, 29914, 25580, 29962]
+    ),
+    "USER: <image>\nWhat are these?\nASSISTANT:": (
+        [1, 3148, 1001, 29901, 29871, IMAGE, 29871, 13, 5618, 526, 1438, 29973, 13]
+        + [22933, 9047, 13566, 29901]
+    ),
+    "USER: hi ASSISTANT: yes</s>USER: ok ASSISTANT:": (
+        [1, 3148, 1001, 29901, 7251, 319, 1799, 9047, 13566, 29901, 4874, 2]
+        + [3148, 1001, 29901, 3431, 319, 1799, 9047, 13566, 29901]
+    ),
+    "naïve café 🦙 日本語": (
+        [1, 1055, 30085, 345, 274, 28059, 29871, 243, 162, 169, 156, 29871, 30325, 30346, 30968]
+    ),
+    "Hello world": [1, 15043, 3186],
+    "  leading spaces": [1, 259, 8236, 8162],
+    "###": [1, 835],
+}
+
+
+@pytest.fixture(scope="module")
+def llama(llama_tokenizer_model, tmp_path_factory) -> Tokenizer:
+    """LLaMA's tokenizer from its tokenizer.model."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "tokenizer.model").write_bytes(llama_tokenizer_model)
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": IMAGE}))
+    return Tokenizer.from_folder(folder, IMAGE)
+
+
+@pytest.mark.parametrize("text", VECTORS)
+@pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.json"])
+def test_reference_vectors(llama, text, source, tmp_path):
+    if source == "tokenizer.json":
+        (tmp_path / "tokenizer.json").write_text(json.dumps(llama.spec))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(llama.config))
+        llama = Tokenizer.from_folder(tmp_path, IMAGE)
+    assert llama.encode(text) == VECTORS[text]
+
+
+PIECES = ["a", "aa", " ", "   ", "▁", "\n", "\t", "é", "🦙", "the", "ing", "<0x0A>", "</s>", "<s>"]
+PIECES += ["日本", "=", "==", "--", "0", "100", "<image>", "\u0000", "\u200d", "####"]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join)))
+def test_ids_are_sentencepieces(llama, llama_tokenizer_model, text):
+    import sentencepiece
+
+    truth = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
+    text = text.replace("\x00", "").replace("\ufdd0", "")
+    assert llama.encode(llama.protect(text)) == [1, *truth.encode(text)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([*PIECES, "USER: ", "ASSISTANT:", "What is this?"])).map("".join))
+def test_ids_are_transformers(text):
+    """On a tokenizer.json with special tokens that have effect."""
+    hf = pytest.importorskip("transformers")
+    folder = GOLDENS / "llava"
+    ours = Tokenizer.from_folder(folder, 4)
+    theirs = hf.AutoTokenizer.from_pretrained(folder)
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_transformers_written_llama_tokenizer_json(llama_tokenizer_model, tmp_path):
+    """transformers 5 writes a tokenizer.json that puts a space before the first piece only."""
+    hf = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(llama_tokenizer_model)
+    theirs = hf.LlamaTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["<image>"], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path, IMAGE)
+    for text in ("USER: <image>\nWhat is this? ASSISTANT:", "a</s>b <image> c", "<s>a b"):
+        assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_added_tokens_may_be_in_tokenizer_config_only(llama_tokenizer_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(llama_tokenizer_model)
+    decoder = {str(IMAGE): {"content": "<image>", "special": True, "normalized": False}}
+    decoder[str(IMAGE + 1)] = {"content": "<pad>", "special": True}
+    config = {"added_tokens_decoder": decoder, "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(tmp_path, IMAGE)
+    for text, ids in VECTORS.items():
+        assert tokenizer.encode(text) == ids
+    assert tokenizer.encode("<pad>") == [1, IMAGE + 1]
+
+
+def test_bos_is_not_written_twice(llama):
+    assert llama.encode("<s>Hello world") == llama.encode("Hello world")
+
+
+@pytest.mark.parametrize("text", ["<image>", "</s>", "a<s>b", "<</s>/s>", "<image", "<s><image>"])
+def test_protected_text_has_no_special_tokens(llama, text):
+    special = set(llama.special_tokens.values())
+    ids = llama.encode(llama.protect(text))
+    assert ids[0] == 1
+    assert not special & set(ids[1:])
+    assert llama.decode(ids) == text
+
+
+def test_protection_keeps_what_it_is_told_to(llama):
+    text = llama.protect("</s><image>", keep={"<image>"})
+    assert llama.encode(text)[-1] == IMAGE
+    assert 2 not in llama.encode(text)
+
+
+def test_tokenizer_and_model_must_agree_on_the_image_token():
+    with pytest.raises(ValueError, match=r"the id 4, config.json\s+image_token_index=7"):
+        Tokenizer.from_folder(GOLDENS / "llava", 7)
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+        Tokenizer.from_folder(tmp_path, 4)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not valid JSON"):
+        Tokenizer.from_folder(tmp_path, 4)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="tokenizer.json cannot be used"):
+        Tokenizer.from_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        spec_from_sentencepiece(b"\x01\x02\x03garbage", {})
+
+
+def stream(tokenizer, ids) -> list[str]:
+    decoder = StreamingDecoder(tokenizer)
+    return [*(decoder.add(i) for i in ids), decoder.flush()]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join)))
+def test_streamed_text_is_the_whole_text_in_whole_characters(llama, text):
+    ids = llama.encode(llama.protect(text))[1:]
+    parts = stream(llama, ids)
+    assert "".join(parts) == llama.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in part for part in parts)
+
+
+def test_what_is_no_whole_character_is_flushed_at_the_end(llama):
+    half_llama = llama.encode("🦙")[2:4]
+    assert stream(llama, half_llama) == ["", "", "\ufffd\ufffd"]
+
+
+def test_every_cut_of_a_stop_text_is_withheld():
+    text, stop = "one ## two#### three", "###"
+    for cut in range(1, len(text)):
+        for second in range(cut, len(text)):
+            matcher = StopMatcher([stop])
+            shown = ""
+            for part in (text[:cut], text[cut:second], text[second:]):
+                new, stopped = matcher.add(part)
+                shown += new
+                if stopped:
+                    break
+            assert shown == "one ## two"
+
+
+def test_what_only_began_like_a_stop_is_shown():
+    matcher = StopMatcher(["</s>", "STOP"])
+    assert matcher.add("a </") == ("a ", False)
+    assert matcher.add("b> ST") == ("</b> ", False)
+    assert matcher.flush() == "ST"
+
+
+def test_the_earliest_of_several_stops_ends_the_text():
+    assert StopMatcher(["later", "now"]).add("not now, later") == ("not ", True)
+
+
+def test_shared_data_is_where_the_tests_look_for_it():
+    """Says in the report whether the real tokenizer took part."""
+    if not SHARED.exists():
+        pytest.skip(f"{SHARED} is missing: the real LLaMA tokenizer was not tested")
