@@ -9,6 +9,7 @@ import warnings
 
 from mlx_llava import backend  # noqa: F401 - the first of all, before mlx.core
 from mlx_llava.config import LlavaConfig
+from mlx_llava.convert import convert
 from mlx_llava.generate import GenerationResponse, generate, stream_generate
 from mlx_llava.image import load_image
 from mlx_llava.llava import Llava
@@ -25,6 +26,7 @@ __all__ = [
     "LlavaConfig",
     "Processor",
     "__version__",
+    "convert",
     "generate",
     "load",
     "load_image",

@@ -57,3 +57,18 @@ def grid_size(size: Size, config: LlavaConfig) -> Size:
     canvas = select_best_resolution(size, config.image_grid_pinpoints, config.anyres_convention)
     side, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     return canvas[0] // side * patches, canvas[1] // side * patches
+
+
+def num_tiles(size: Size, config: LlavaConfig) -> int:
+    """How many tiles a picture of (height, width) is cut into, beside the whole."""
+    rows, columns = grid_size(size, config)
+    return rows * columns // config.vision_config.patches_per_side**2
+
+
+def num_tokens(size: Size, config: LlavaConfig) -> int:
+    """How many positions a picture of (height, width) takes in the prompt when it is cut."""
+    tile = config.tokens_per_tile
+    if config.mm_patch_merge_type != "spatial_unpad":
+        return tile * (1 + num_tiles(size, config))
+    rows, columns = unpadded_grid(size, grid_size(size, config), config.anyres_convention)
+    return tile + (rows.stop - rows.start) * (columns.stop - columns.start + 1)

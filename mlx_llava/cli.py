@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mlx_llava.version import __version__
 
 COMMANDS = {
+    "convert": "make an MLX folder of any checkpoint",
     "generate": "ask about pictures",
 }
 

@@ -8,9 +8,10 @@ that this file does not know could change the maths and is refused by name.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from mlx_llava.activations import ACTIVATIONS
 
@@ -54,6 +55,13 @@ _MISTRAL_DEFAULTS = {
     "max_position_embeddings": 4096 * 32,
     "sliding_window": 4096,
 }
+#: Keys that transformers does not know; written only where they say something.
+_EXTENSIONS = frozenset(
+    """
+    anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
+    quantization
+    """.split()
+)
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 Config = TypeVar("Config")
@@ -74,7 +82,7 @@ def _refuse_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) 
         )
 
 
-def _refuse_value(where: str, key: str, found: object, expected: object) -> None:
+def _refuse_value(where: str, key: str, found: object, expected: object) -> NoReturn:
     raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
 
 
@@ -237,8 +245,12 @@ class LlavaConfig:
             A list is concatenated along the width.
         vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
-        anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (image.py).
+        anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
+        mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
+        mm_patch_merge_type: how anyres tiles become a sequence, ``spatial_unpad`` (LLaVA 1.6),
+            ``spatial`` or ``flat``.
         mm_use_im_start_end: LLaVA v0 wraps each picture in ``<im_start>`` and ``<im_end>``.
+        conv_mode: the built-in template, where the checkpoint has none of its own.
         eos_token_id: every id that ends an answer according to this file.
         quantization: MLX's quantisation: bits, group_size, mode, and settings per path.
     """
@@ -255,7 +267,10 @@ class LlavaConfig:
     vision_feature_select_strategy: str = "default"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
     anyres_convention: str = "hf"
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_patch_merge_type: str = "spatial_unpad"
     mm_use_im_start_end: bool = False
+    conv_mode: str | None = None
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = ()
     quantization: dict[str, Any] | None = None
@@ -282,7 +297,8 @@ class LlavaConfig:
         if isinstance(data.get("vision_feature_layer"), list):
             data["vision_feature_layer"] = tuple(data["vision_feature_layer"])
         pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
-        data["image_grid_pinpoints"] = read_pinpoints(pinpoints)
+        side = data["vision_config"].image_size
+        data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
         if data["model_type"] == "llava" and text.tie_word_embeddings:
             data["tie_word_embeddings"] = True  # as LlavaConfig, unlike LlavaNextConfig
         config = _build(cls, data, where)
@@ -301,6 +317,10 @@ class LlavaConfig:
             _refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
         if self.is_anyres and data.get("use_image_newline_parameter", True) is not True:
             _refuse_value(where, "use_image_newline_parameter", False, "True")
+        if self.mm_patch_merge_type not in ("spatial_unpad", "spatial", "flat"):
+            expected = "'spatial_unpad', 'spatial' and 'flat'"
+            _refuse_value(where, "mm_patch_merge_type", self.mm_patch_merge_type, expected)
+        _ = self.projector_layers
         if self.anyres_convention not in ("hf", "original"):
             expected = "'hf' and 'original'"
             _refuse_value(where, "anyres_convention", self.anyres_convention, expected)
@@ -323,6 +343,22 @@ class LlavaConfig:
         return tuple(layer % states for layer in wanted)
 
     @property
+    def projector_layers(self) -> int:
+        """How many linear layers the projector has, activations between them."""
+        if self.mm_projector_type in ("identity", "linear"):
+            return int(self.mm_projector_type == "linear")
+        match = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
+        if not match or not 0 < int(match[1]) <= 8:
+            expected = "'linear', 'identity' and 'mlpNx_gelu'"
+            _refuse_value("config.json", "mm_projector_type", self.mm_projector_type, expected)
+        return int(match[1])
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether every row of an anyres grid ends with a learned feature."""
+        return self.is_anyres and self.mm_patch_merge_type == "spatial_unpad"
+
+    @property
     def tokens_per_tile(self) -> int:
         """How many positions one tile (or one LLaVA 1.5 picture) takes in the prompt."""
         class_token = self.vision_feature_select_strategy == "full"
@@ -334,15 +370,52 @@ class LlavaConfig:
         data["vision_config"]["model_type"] = "clip_vision_model"
         name = "LlavaNext" if self.is_anyres else "Llava"
         data["architectures"] = [f"{name}ForConditionalGeneration"]
-        if self.quantization is None:
-            del data["quantization"]
+        for field in fields(self):
+            if field.name in _EXTENSIONS and getattr(self, field.name) == field.default:
+                del data[field.name]
         return data
 
 
-def read_pinpoints(pinpoints: str | Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    """Reads ``image_grid_pinpoints``, a list of pairs or the text of one."""
-    pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+def read_pinpoints(
+    pinpoints: str | Sequence[Sequence[int]], side: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """Reads ``image_grid_pinpoints``: pairs, the text of some, or LLaVA-NeXT's range of tiles.
+
+    Args:
+        pinpoints (str or list): ``[[336, 672], ...]``, or ``"(1x1),...,(6x6)"``: every grid
+            from the first to the last (mm_utils.py, process_anyres_image).
+        side (int): The side of a tile in pixels, for a range.
+    """
+    if isinstance(pinpoints, str) and "x" in pinpoints:
+        grids = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        if len(grids) < 2:
+            raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no range of grids.")
+        first, last = grids[0], grids[-1]
+        return tuple(
+            (a * side, b * side)
+            for a in range(first[0], last[0] + 1)
+            for b in range(first[1], last[1] + 1)
+        )
+    try:
+        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no list of pairs.") from error
     return tuple((int(height), int(width)) for height, width in pairs)
+
+
+def template_by_shape(config: TextConfig) -> str:
+    """The name of the template that a text model's shape points to.
+
+    The original guesses from the folder's name (cli.py); the shapes of the published
+    checkpoints say the same and survive renaming.
+    """
+    if config.vocab_size >= 128256:
+        return "llava_llama_3"
+    if config.hidden_size == 7168:
+        return "chatml_direct"
+    if config.model_type == "mistral" and config.rope_theta == 1e6:
+        return "mistral_instruct"
+    return "vicuna_v1"
 
 
 def _image_token(data: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.anyres import Size, grid_size, unpadded_grid
+from mlx_llava.anyres import Size, grid_size, num_tiles, unpadded_grid
 from mlx_llava.clip import CLIPVisionTower
 from mlx_llava.config import LlavaConfig
 from mlx_llava.llama import Cache, LanguageModel
@@ -56,7 +56,7 @@ class Llava(nn.Module):
         self.vision_tower = CLIPVisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, config.tie_word_embeddings)
-        if config.is_anyres:
+        if config.has_newline:
             self.image_newline = mx.zeros((config.text_config.hidden_size,))
 
     def used_parameters(self) -> list[Any]:
@@ -65,7 +65,7 @@ class Llava(nn.Module):
         layers = tower.encoder.layers[: max(self.config.feature_layers)]
         modules = [tower.embeddings, tower.pre_layrnorm, *layers]
         modules += [self.multi_modal_projector, self.language_model]
-        newline = [self.image_newline] if self.config.is_anyres else []
+        newline = [self.image_newline] if self.config.has_newline else []
         return [*(module.parameters() for module in modules), *newline]
 
     def encode_images(
@@ -83,46 +83,46 @@ class Llava(nn.Module):
         """
         with mx.stream(self.vision_device or mx.default_device()):
             features = self.multi_modal_projector(self._vision_features(pixel_values))
-            if not self.config.is_anyres:
-                return list(features)
-            if image_sizes is None:
+            if image_sizes is not None:
+                return self._assemble_tiles(features, image_sizes)
+            if self.config.has_newline:
                 return [self._end_lines(tile[None]) for tile in features]
-            return self._assemble_tiles(features, image_sizes)
+            return list(features)
 
     def _vision_features(self, pixel_values: mx.array) -> mx.array:
         layers = self.config.feature_layers
         hidden_states = self.vision_tower(pixel_values, num_layers=max(layers))
         features = mx.concatenate([hidden_states[layer] for layer in layers], axis=-1)
-        features = features.astype(self.multi_modal_projector.dtype)
         if self.config.vision_feature_select_strategy == "default":
             return features[:, 1:]
         return features
 
     def _assemble_tiles(self, features: mx.array, image_sizes: Sequence[Size]) -> list[mx.array]:
-        """Lays out each picture's tiles (N, P, D): the whole, then its unpadded grid by rows."""
-        patches = self.config.vision_config.patches_per_side
-        images = []
-        first = 0
-        for size in image_sizes:
-            rows, columns = grid_size(size, self.config)
-            tiles_down, tiles_across = rows // patches, columns // patches
-            last = first + 1 + tiles_down * tiles_across
-            if last > len(features):
-                raise ValueError(
-                    f"pixel_values have {len(features)} tiles but image_sizes need {last} or more."
-                )
-            grid = features[first + 1 : last].reshape(
-                tiles_down, tiles_across, patches, patches, -1
-            )
-            grid = grid.transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
-            grid = grid[unpadded_grid(size, (rows, columns), self.config.anyres_convention)]
-            images.append(mx.concatenate([features[first], self._end_lines(grid)]))
-            first = last
-        if first != len(features):
+        """Splits (N, P, D) into pictures, each the whole and its tiles, and lays them out."""
+        counts = [1 + num_tiles(size, self.config) for size in image_sizes]
+        if sum(counts) != len(features):
             raise ValueError(
-                f"pixel_values have {len(features)} tiles but image_sizes need {first}."
+                f"pixel_values have {len(features)} tiles but image_sizes need {sum(counts)}."
             )
-        return images
+        ends = [sum(counts[: i + 1]) for i in range(len(counts) - 1)]
+        pictures = mx.split(features, ends)
+        return [
+            self._layout(tiles, size) for tiles, size in zip(pictures, image_sizes, strict=True)
+        ]
+
+    def _layout(self, tiles: mx.array, size: Size) -> mx.array:
+        """One picture's tiles (1 + n, P, D) -> the whole, then its grid row by row."""
+        merge_type = self.config.mm_patch_merge_type
+        if merge_type == "flat":
+            return tiles.flatten(0, 1)
+        patches = self.config.vision_config.patches_per_side
+        rows, columns = grid = grid_size(size, self.config)
+        shape = (rows // patches, columns // patches, patches, patches, -1)
+        whole = tiles[1:].reshape(shape).transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
+        if merge_type == "spatial":
+            return mx.concatenate([tiles[0], whole.flatten(0, 1)])
+        shown = whole[unpadded_grid(size, grid, self.config.anyres_convention)]
+        return mx.concatenate([tiles[0], self._end_lines(shown)])
 
     def _end_lines(self, grid: mx.array) -> mx.array:
         """Ends each row of (rows, columns, D) with the newline feature and flattens it."""

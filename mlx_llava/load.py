@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_llava.checkpoint.layout import canonical_name, canonical_weights, to_torch_layout
-from mlx_llava.checkpoint.safetensors import read_weights, write_weights
+from mlx_llava.checkpoint.layout import canonical_name, to_torch_layout
+from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
+from mlx_llava.checkpoint.safetensors import write_weights
+from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
 from mlx_llava.config import LlavaConfig
-from mlx_llava.json_files import read_json, write_json
+from mlx_llava.hub import find_checkpoint
+from mlx_llava.json_files import write_json
 from mlx_llava.llava import Llava
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
+from mlx_llava.quantized import PermutedQuantizedLinear
 from mlx_llava.templates import get_template
-from mlx_llava.tokenizer import Tokenizer
 
-_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -37,12 +41,16 @@ def load(
     vision_device: str | None = None,
     image_mode: str | None = None,
     template: str | None = None,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    mmproj: str | Path | None = None,
     lazy: bool = False,
 ) -> tuple[Llava, Processor]:
-    """Loads a LLaVA checkpoint.
+    """Loads a LLaVA checkpoint of any layout.
 
     Args:
-        path_or_repo (str or Path): A folder, or a repository on the Hugging Face hub.
+        path_or_repo (str or Path): A folder, a GGUF file, or a repository on the Hugging Face
+            hub.
         revision (str, optional): A branch, tag or commit of the repository.
         offline (bool): Uses only what was downloaded before.
         dtype (str, optional): ``float32``, ``float16`` or ``bfloat16`` for all weights.
@@ -52,6 +60,9 @@ def load(
         vision_device (str, optional): ``cpu`` or ``gpu``: where pictures are encoded.
         image_mode (str, optional): ``crop``, ``pad`` or ``anyres``. Default: the checkpoint's.
         template (str, optional): The name of a built-in template. Default: the checkpoint's.
+        base (str or Path, optional): The model that a delta, a LoRA or a projector belongs to.
+        vision_tower (str or Path, optional): CLIP, for original checkpoints without a tower.
+        mmproj (str or Path, optional): The second file of a GGUF pair.
         lazy (bool): Reads each weight when it is first used instead of now.
 
     Returns:
@@ -61,12 +72,13 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         ValueError: The checkpoint is broken or not supported.
     """
-    folder = find_folder(path_or_repo, revision, offline)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json.")
-    config = LlavaConfig.from_dict(read_json(folder / "config.json"))
-    processor = load_processor(folder, config, image_mode, template)
-    model = load_model(folder, config)
+    find = partial(find_checkpoint, revision=None, offline=offline)
+    parts = Parts(find, base=base, vision_tower=vision_tower, mmproj=mmproj)
+    checkpoint = open_checkpoint(find_checkpoint(path_or_repo, revision, offline), parts)
+    for warning in checkpoint.warnings:
+        warnings.warn(warning, stacklevel=2)
+    processor = make_processor(checkpoint, image_mode, template)
+    model = make_model(checkpoint)
     cast(model.vision_tower, vision_dtype or dtype)
     cast(model.multi_modal_projector, projector_dtype or dtype)
     cast(model.language_model, dtype)
@@ -76,99 +88,73 @@ def load(
     return model, processor
 
 
-def find_folder(path_or_repo: str | Path, revision: str | None, offline: bool) -> Path:
-    """The local folder of a checkpoint; a repository is downloaded, a folder never is."""
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_repo)
-    if path.exists() or not _is_repository(name):
-        raise FileNotFoundError(f"There is no folder {name}.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=offline
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        where = "among the downloaded repositories" if offline else "on the Hugging Face hub"
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"There is no folder {name}, and it is not {where}: {reason}"
-        ) from error
-    return Path(folder)
-
-
-def _is_repository(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def load_processor(
-    folder: Path, config: LlavaConfig, image_mode: str | None = None, template: str | None = None
+def make_processor(
+    checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> Processor:
-    """Reads the tokenizer, the image processor and the ends of answer of a folder."""
-    tokenizer = Tokenizer.from_folder(folder, config.image_token_index)
-    nested = read_json(folder / "processor_config.json").get("image_processor")
-    settings = read_json(folder / "preprocessor_config.json") or nested
-    ends = read_json(folder / "generation_config.json").get("eos_token_id", ())
+    """The processor of a checkpoint."""
+    settings = checkpoint.image_processor
     return Processor(
-        config,
-        tokenizer,
-        ImageProcessor.from_config(settings, config, image_mode),
+        checkpoint.config,
+        checkpoint.tokenizer,
+        ImageProcessor.from_config(settings, checkpoint.config, image_mode),
         template=get_template(template) if template else None,
-        eos_ids=(ends,) if isinstance(ends, int) else tuple(ends or ()),
+        eos_ids=checkpoint.eos_ids,
     )
 
 
-def load_model(folder: Path, config: LlavaConfig) -> Llava:
-    """Reads the weights of a folder into a model, lazily.
+def make_model(checkpoint: Checkpoint) -> Llava:
+    """A model with the weights of a checkpoint; safetensors are read when they are used.
 
     Raises:
-        ValueError: A tensor is missing, unknown, double, or of another size than config.json
-            says.
+        ValueError: A tensor is missing, unknown, or of another size than the config says.
     """
-    tensors, is_mlx = read_weights(folder)
-    weights = canonical_weights(tensors, is_mlx, config.tie_word_embeddings)
-    model = Llava(config)
-    if config.quantization is not None:
-        quantize_like(model, weights, config.quantization)
-    _check_weights(dict(tree_flatten(model.parameters())), weights)
-    model.load_weights(list(weights.items()))
+    model = empty_model(checkpoint.config, checkpoint.tensors.keys())
+    check_tensors(model, checkpoint.tensors)
+    model.load_weights([(name, tensor.read()) for name, tensor in checkpoint.tensors.items()])
     model.eval()
     return model
 
 
-def quantize_like(
-    model: Llava, weights: Mapping[str, mx.array], quantization: Mapping[str, Any]
-) -> None:
+def empty_model(config: LlavaConfig, names: Iterable[str]) -> Llava:
+    """A model without weights, quantised where the names of its tensors say so."""
+    model = Llava(config)
+    if config.quantization is not None:
+        quantize_like(model, set(names), config.quantization)
+    return model
+
+
+def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]) -> None:
     """Quantises the layers of a fresh model that are quantised in a file.
 
     Args:
         model (Llava): Is changed.
-        weights (dict): Canonical weights; a layer with ``scales`` is quantised.
+        names (set of str): Canonical names of tensors; a layer with ``scales`` is quantised,
+            one with ``input_permutation`` too, with its inputs in another order.
         quantization (dict): ``bits``, ``group_size``, ``mode``, and settings of single layers
             by path, as mlx-lm and mlx-vlm write them.
     """
-    names = ("group_size", "bits", "mode")
-    default = {name: quantization[name] for name in names if name in quantization}
+    keys = ("group_size", "bits", "mode")
+    default = {key: quantization[key] for key in keys if key in quantization}
     single = {canonical_name(key): value for key, value in quantization.items()}
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
+        if f"{path}.scales" not in names or not hasattr(module, "to_quantized"):
             return False
         own = single.get(path)
         return {**default, **own} if isinstance(own, dict) else default
 
     nn.quantize(model, class_predicate=settings)
+    permuted = {
+        path: PermutedQuantizedLinear.from_layer(module)
+        for path, module in model.named_modules()
+        if f"{path}.input_permutation" in names
+    }
+    model.update_modules(tree_unflatten(list(permuted.items())))
 
 
-def _check_weights(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> None:
-    """Raises ValueError unless names and shapes agree."""
+def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:
+    """Raises ValueError unless a checkpoint has exactly the model's tensors."""
+    expected = dict(tree_flatten(model.parameters()))
     problems = []
     for problem, names in (
         ("missing", expected.keys() - found.keys()),
@@ -219,23 +205,45 @@ def save(model: Llava, processor: Processor, folder: str | Path) -> None:
     Raises:
         FileExistsError: There is something at `folder` already.
     """
-    target = Path(folder)
-    if target.exists():
+    arrays = dict(tree_flatten(model.parameters()))
+    tensors = {name: from_array("the model", array) for name, array in arrays.items()}
+    with new_folder(Path(folder)) as beside:
+        is_mlx = model.config.quantization is not None
+        layout = tensors if is_mlx else to_torch_layout(tensors)
+        outputs = [output(name, tensor) for name, tensor in layout.items()]
+        write_weights(beside, outputs, is_mlx=is_mlx)
+        write_settings(beside, model.config, processor)
+
+
+@contextmanager
+def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A folder to fill beside the target, which takes its name when it is complete.
+
+    Whatever ends the program before leaves a hidden ``.NAME.partial``, which the next try
+    removes, and nothing under the target's name.
+
+    Raises:
+        FileExistsError: There is something at the target, and `force` is not set.
+    """
+    if target.exists() and not force:
         raise FileExistsError(f"{target} exists already; remove it or choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    beside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
     try:
-        _write(model, processor, beside)
-        beside.chmod(0o755)
+        yield beside
+        if target.exists():
+            shutil.rmtree(target)
         beside.rename(target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def _write(model: Llava, processor: Processor, folder: Path) -> None:
-    config, tokenizer = model.config, processor.tokenizer
-    write_json(folder / "config.json", config.to_dict())
+def write_settings(folder: Path, config: LlavaConfig, processor: Processor) -> None:
+    """Writes everything but the weights; config.json last, without which nothing is loaded."""
+    tokenizer = processor.tokenizer
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
     write_json(folder / "tokenizer.json", tokenizer.spec)
     write_json(folder / "tokenizer_config.json", tokenizer.config)
@@ -251,7 +259,4 @@ def _write(model: Llava, processor: Processor, folder: Path) -> None:
     )
     if tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    # transformers reads PyTorch's layout; only MLX reads MLX's quantised weights anyway.
-    to_mlx = config.quantization is not None
-    weights = dict(tree_flatten(model.parameters()))
-    write_weights(folder, weights if to_mlx else to_torch_layout(weights), is_mlx=to_mlx)
+    write_json(folder / "config.json", config.to_dict())

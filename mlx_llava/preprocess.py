@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mlx_llava.anyres import Size, grid_size, select_best_resolution, unpadded_grid
+from mlx_llava.anyres import Size, num_tokens, select_best_resolution
 from mlx_llava.config import LlavaConfig, read_pinpoints
 from mlx_llava.image import MAX_PIXELS, check_pixels
 
@@ -163,7 +163,7 @@ class ImageProcessor:
         if not self.config.is_anyres:
             raise ValueError("Image mode anyres needs a LLaVA 1.6 (llava_next) model.")
         pinpoints = self.config.image_grid_pinpoints
-        if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints) != pinpoints:
+        if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints, side) != pinpoints:
             raise ValueError("image_grid_pinpoints of the image processor and config.json differ.")
         if self.size not in (side, (side, side)):
             raise ValueError(
@@ -230,9 +230,7 @@ class ImageProcessor:
 
     def num_tokens(self, size: Size) -> int:
         """How many positions a picture of (height, width) takes in the prompt."""
-        base = self.config.tokens_per_tile
         if self.mode == "anyres":
-            grid = grid_size(size, self.config)
-            rows, columns = unpadded_grid(size, grid, self.config.anyres_convention)
-            return base + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
-        return base + self.config.is_anyres  # LLaVA 1.6 ends a lone tile with a newline
+            return num_tokens(size, self.config)
+        # LLaVA 1.6 ends a lone tile with a newline.
+        return self.config.tokens_per_tile + self.config.has_newline

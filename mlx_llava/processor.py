@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mlx_llava.anyres import Size
-from mlx_llava.config import LlavaConfig
+from mlx_llava.config import LlavaConfig, template_by_shape
 from mlx_llava.image import ImageSource, load_image
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.prompt import (
@@ -63,25 +63,11 @@ class Inputs:
 
 
 def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
-    """The checkpoint's own template, or the one that its shape points to.
-
-    The original guesses from the folder's name (cli.py); the shapes of the published
-    checkpoints say the same and survive renaming.
-    """
-    if tokenizer.chat_template:
-        special = tokenizer.config
-        bos, eos = (_text_of(special.get(key)) for key in ("bos_token", "eos_token"))
-        return JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
-    text = config.text_config
-    if config.mm_use_im_start_end:
-        return get_template("llava_v0" if text.vocab_size == 32004 else "llava_v1")
-    if text.vocab_size >= 128256:
-        return get_template("llava_llama_3")
-    if text.hidden_size == 7168:
-        return get_template("chatml_direct")
-    if text.model_type == "mistral" and text.rope_theta == 1e6:
-        return get_template("mistral_instruct")
-    return get_template("vicuna_v1")
+    """The checkpoint's own template, or the one that its shape points to."""
+    if config.conv_mode or not tokenizer.chat_template:
+        return get_template(config.conv_mode or template_by_shape(config.text_config))
+    bos, eos = (_text_of(tokenizer.config.get(key)) for key in ("bos_token", "eos_token"))
+    return JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
 
 
 def _text_of(token: Any) -> str:

@@ -13,21 +13,26 @@ from mlx_llava.config import LlavaConfig
 
 
 class Projector(nn.Module):
-    """(..., vision width x number of feature layers) -> (..., decoder width)."""
+    """(..., vision width x number of feature layers) -> (..., decoder width).
+
+    Its layers are ``linear_1``, ``linear_2``, ...: two in LLaVA 1.5 and 1.6, one in LLaVA v0
+    and v1, none where features have the decoder's width already.
+    """
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        vision_dims = config.vision_config.hidden_size * len(config.feature_layers)
+        dims = config.vision_config.hidden_size * len(config.feature_layers)
         text_dims, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.num_layers = config.projector_layers
         self.activation = ACTIVATIONS[config.projector_hidden_act]
-        self.linear_1 = nn.Linear(vision_dims, text_dims, bias=bias)
-        self.linear_2 = nn.Linear(text_dims, text_dims, bias=bias)
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The projector's own precision, also where its weights are quantised."""
-        layer = self.linear_1
-        return (layer.scales if "scales" in layer else layer.weight).dtype
+        for n in range(1, self.num_layers + 1):
+            self[f"linear_{n}"] = nn.Linear(dims, text_dims, bias=bias)
+            dims = text_dims
 
     def __call__(self, features: mx.array) -> mx.array:
-        return self.linear_2(self.activation(self.linear_1(features)))
+        for n in range(1, self.num_layers + 1):
+            layer = self[f"linear_{n}"]
+            # The projector's own precision, which a quantised layer shows in its scales.
+            features = features.astype((layer.scales if "scales" in layer else layer.weight).dtype)
+            features = layer(self.activation(features) if n > 1 else features)
+        return features

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from mlx_llava.json_files import read_json
+from mlx_llava.vocabulary import spec_from_sentencepiece
 
 IMAGE_TOKEN = "<image>"
 IM_START, IM_END = "<im_start>", "<im_end>"
@@ -76,21 +77,34 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
 
     @classmethod
-    def from_folder(cls, folder: Path, image_token_id: int) -> Tokenizer:
+    def from_folder(
+        cls, folder: Path, image_token_id: int, prefer_sentencepiece: bool = False
+    ) -> Tokenizer:
         """Reads tokenizer.json or tokenizer.model and the files beside it.
+
+        Args:
+            folder (Path): Where they are.
+            image_token_id (int): The placeholder's id according to the model.
+            prefer_sentencepiece (bool): Reads tokenizer.model where there are both, as the
+                original LLaVA does (``use_fast=False``).
 
         Raises:
             FileNotFoundError: The folder has neither.
         """
         config = read_json(folder / "tokenizer_config.json")
         template = _read_chat_template(folder, config)
-        if (folder / "tokenizer.json").exists():
-            return cls(read_json(folder / "tokenizer.json"), config, image_token_id, template)
-        if not (folder / "tokenizer.model").exists():
+        fast, slow = folder / "tokenizer.json", folder / "tokenizer.model"
+        if fast.exists() and not (prefer_sentencepiece and slow.exists()):
+            return cls(read_json(fast), config, image_token_id, template)
+        if not slow.exists():
             raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model.")
         added = read_json(folder / "added_tokens.json")
-        spec = spec_from_sentencepiece((folder / "tokenizer.model").read_bytes(), added)
-        config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", **config}
+        spec = spec_from_sentencepiece(slow.read_bytes(), added)
+        ends = {key: config.get(key) for key in ("bos_token", "eos_token")}
+        if not all(ends.values()) or ends["bos_token"] == ends["eos_token"]:
+            # LLaMA's first conversions to Hugging Face name no ends, or the wrong ones.
+            ends = {"bos_token": "<s>", "eos_token": "</s>"}
+        config = {"add_bos_token": True, **config, **ends}
         return cls(spec, config, image_token_id, template)
 
     def _id_of(self, key: str) -> int | None:
@@ -211,83 +225,3 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     return template.get("default") if isinstance(template, dict) else template
-
-
-def spec_from_sentencepiece(model: bytes, added_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Writes a SentencePiece BPE model (LLaMA, Mistral, Yi) as a tokenizer.json.
-
-    Args:
-        model (bytes): The content of tokenizer.model.
-        added_tokens (dict): The content of added_tokens.json: text -> id.
-
-    Returns:
-        dict: A tokenizer.json that gives the ids of sentencepiece, with every piece between
-        special tokens tokenised on its own ("legacy" in transformers' words).
-
-    Raises:
-        ValueError: It is no SentencePiece BPE model, or one that normalises its text.
-    """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(model)
-    except DecodeError as error:
-        raise ValueError("tokenizer.model is not a SentencePiece model.") from error
-    rules = proto.normalizer_spec
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise ValueError("tokenizer.model is not a BPE model; only BPE is supported.")
-    if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
-        raise ValueError("tokenizer.model normalises its text, which is not supported.")
-
-    normal = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    merges = [
-        (-score, piece[:cut], piece[cut:])
-        for piece, score in normal.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
-    merges.sort(key=lambda merge: merge[0])
-    # A control piece is a token of its own; a user-defined one counts as text.
-    special = {
-        p.piece: (i, p.type != p.USER_DEFINED)
-        for i, p in enumerate(proto.pieces)
-        if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
-    }
-    special |= {text: (i, True) for text, i in added_tokens.items()}
-    prepend = [{"type": "Prepend", "prepend": "▁"}] if rules.add_dummy_prefix else []
-    space_to_bar = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    bar_to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    decoders = [bar_to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {
-                "id": i,
-                "content": text,
-                "special": is_special,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-            }
-            for text, (i, is_special) in special.items()
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, space_to_bar]},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [*decoders, strip] if rules.add_dummy_prefix else decoders,
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": next((p.piece for p in proto.pieces if p.type == p.UNKNOWN), None),
-            "fuse_unk": True,
-            "byte_fallback": proto.trainer_spec.byte_fallback,
-            "vocab": {p.piece: i for i, p in enumerate(proto.pieces)},
-            "merges": [[left, right] for _, left, right in merges],
-        },
-    }

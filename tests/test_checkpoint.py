@@ -15,8 +15,9 @@ from PIL import Image
 
 from mlx_llava import load
 from mlx_llava.checkpoint import safetensors as files
-from mlx_llava.checkpoint.layout import canonical_name
-from mlx_llava.load import load_model, save
+from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
+from mlx_llava.checkpoint.tensors import from_array
+from mlx_llava.load import save
 from tests.conftest import GOLDENS, PICTURE
 
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
@@ -110,7 +111,7 @@ def test_weights_keep_their_dtype_and_can_be_cast_by_part(golden, tmp_path):
         folder, dtype="bfloat16", vision_dtype="float32", projector_dtype="float16"
     )
     assert model.vision_tower.dtype == mx.float32
-    assert model.multi_modal_projector.dtype == mx.float16
+    assert model.multi_modal_projector.linear_1.weight.dtype == mx.float16
     assert model.language_model.model.embed_tokens.weight.dtype == mx.bfloat16
     assert model(**processor("<image>", PICTURE)).dtype == mx.bfloat16
 
@@ -136,12 +137,10 @@ def test_nothing_is_read_before_it_is_used(golden, tmp_path):
 
 @pytest.mark.parametrize("is_mlx", [True, False])
 def test_patches_of_3_pixels_are_told_apart_by_the_files_format(is_mlx):
-    from mlx_llava.checkpoint.layout import canonical_weights
-
     patches = mx.random.normal((8, 3, 3, 3))
-    weights = canonical_weights([(PATCHES, patches)], is_mlx, tied_head=False)
+    found = canonical_tensors({PATCHES: from_array("file", patches)}, is_mlx)
     expected = patches if is_mlx else patches.transpose(0, 2, 3, 1)
-    assert mx.array_equal(weights[PATCHES], expected)
+    assert mx.array_equal(found.tensors[PATCHES].read(), expected)
 
 
 def test_mlx_layout_is_recognised_by_shape(golden, tmp_path):
@@ -259,7 +258,7 @@ def test_saving_over_something_is_refused_and_failing_leaves_nothing(golden, tmp
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(mx, "save_safetensors", fail)
+    monkeypatch.setattr(mx, "contiguous", fail)
     with pytest.raises(OSError, match="disk full"):
         save(model, processor, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -337,7 +336,7 @@ def test_files_that_lead_astray_are_refused(golden, tmp_path):
     header = json.dumps({"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(4)
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="MLX cannot read"):
+    with pytest.raises(ValueError, match="holds x as F99, which MLX has no type for"):
         load(folder)
 
 
@@ -393,4 +392,4 @@ def test_loading_is_strict_about_a_tied_head(tmp_path):
     tiny.save(tiny.Case("tied", text={"tie_word_embeddings": True}), tmp_path / "tied")
     model, _ = load(tmp_path / "tied")
     assert "lm_head" not in model.language_model
-    assert load_model(tmp_path / "tied", model.config).config.tie_word_embeddings
+    assert model.config.tie_word_embeddings

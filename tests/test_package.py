@@ -16,13 +16,15 @@ PACKAGE = ROOT / "mlx_llava"
 #: Imports point only downward.
 LAYERS = (
     {"version", "backend", "command", "activations", "image", "json_files", "cache", "sampling"},
-    {"config", "tokenizer", "checkpoint.safetensors", "checkpoint.layout"},
-    {"prompt", "streaming"},
-    {"anyres", "templates", "clip", "projector", "llama"},
-    {"preprocess", "llava"},
-    {"processor"},
+    {"vocabulary", "hub", "quantized"},
+    {"config", "tokenizer", "checkpoint.tensors"},
+    {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
+    {"anyres", "templates", "clip", "projector", "llama", "checkpoint.folder", "checkpoint.gptq"},
+    {"preprocess", "llava", "checkpoint.gguf", "checkpoint.original", "checkpoint.adapters"},
+    {"processor", "checkpoint.open"},
     {"load"},
-    {"generate"},
+    {"generate", "plan"},
+    {"convert"},
     {"", "cli"},
     {"__main__"},
 )
@@ -66,12 +68,13 @@ def test_public_names():
         "LlavaConfig",
         "Processor",
         "__version__",
+        "convert",
         "generate",
         "load",
         "load_image",
         "stream_generate",
     ]
-    for name in ("generate", "load", "load_image", "stream_generate"):
+    for name in ("convert", "generate", "load", "load_image", "stream_generate"):
         assert callable(getattr(mlx_llava, name))
 
 

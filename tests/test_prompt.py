@@ -236,8 +236,7 @@ SHAPES = {
     "llava_llama_3": {"text_config": {"vocab_size": 128320}},
     "chatml_direct": {"text_config": {"hidden_size": 7168, "num_attention_heads": 56}},
     "mistral_instruct": {"text_config": {"model_type": "mistral", "rope_theta": 1e6}},
-    "llava_v1": {"mm_use_im_start_end": True, "text_config": {"vocab_size": 32003}},
-    "llava_v0": {"mm_use_im_start_end": True, "text_config": {"vocab_size": 32004}},
+    "llava_v0": {"conv_mode": "llava_v0"},
 }
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llava.streaming import StopMatcher, StreamingDecoder
-from mlx_llava.tokenizer import Tokenizer, spec_from_sentencepiece
+from mlx_llava.tokenizer import Tokenizer
+from mlx_llava.vocabulary import spec_from_sentencepiece
 from tests.conftest import GOLDENS, SHARED
 
 IMAGE = 32000

@@ -1,15 +1,21 @@
-"""Key names: every llava-hf spelling -> the canonical one, which is the model's own.
+"""Key names: every spelling in the wild -> the canonical one, which is the model's own.
 
-The spellings are those of transformers 4.36-4.51, 4.52+, 5 and of mlx-vlm, and the doubled
-prefixes of broken round trips between them.
+The spellings are those of transformers 4.36-4.51, 4.52+, 5 and of mlx-vlm, the doubled
+prefixes of broken round trips between them, the original LLaVA's, and bare CLIP's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import mlx.core as mx
+from mlx_llava.checkpoint.tensors import LazyTensor
+
+
+def _linear(n: int) -> str:
+    return f"multi_modal_projector.linear_{n}."
+
 
 #: Applied in order, each as often as it matches.
 _RENAMES: tuple[tuple[str, str], ...] = (
@@ -20,12 +26,18 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^(language_model\.model)\.(language_model\.)?model\.", r"\1."),
     (r"^language_model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    (r"^vision_model\.", "vision_tower.vision_model."),
+    (r"^(model\.)?mm_projector\.(?=weight$|bias$)", _linear(1)),
+    *((rf"^(model\.)?mm_projector\.{2 * n}\.", _linear(n + 1)) for n in range(8)),
+    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
 )
-#: Buffers that old versions saved; they follow from the config.
-_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
+#: What is no weight of a LLaVA, and why.
+_DROPPED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$"), "follows from the config"),
+    (re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)"), "CLIP's text"),
+)
 
-_PATCH_EMBEDDING = "vision_tower.vision_model.embeddings.patch_embedding.weight"
-_LM_HEAD = "language_model.lm_head."
+PATCH_EMBEDDING = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 
 
 def canonical_name(key: str) -> str:
@@ -36,43 +48,53 @@ def canonical_name(key: str) -> str:
     return key
 
 
-def canonical_weights(
-    weights: Iterable[tuple[str, mx.array]], is_mlx: bool, tied_head: bool
-) -> dict[str, mx.array]:
-    """Renames tensors, drops buffers, and lays the patch convolution out as MLX wants it.
+@dataclass
+class Canonical:
+    """Tensors under their canonical names.
+
+    Attributes:
+        tensors: by canonical name, MLX's layout.
+        dropped: what was left out: source -> reason.
+    """
+
+    tensors: dict[str, LazyTensor]
+    dropped: dict[str, str]
+
+
+def canonical_tensors(tensors: Mapping[str, LazyTensor], is_mlx: bool) -> Canonical:
+    """Renames tensors, drops what is no weight, and lays out the patch convolution for MLX.
 
     Args:
-        weights (iterable of (str, mx.array)): Keys and tensors as found.
+        tensors (dict): As found, by key.
         is_mlx (bool): The files are MLX's own; decides between (O, 3, 3, 3) and itself.
-        tied_head (bool): The output layer is the embedding, so its copy is dropped.
 
     Raises:
         ValueError: Two tensors have the same canonical name.
     """
-    sources: dict[str, str] = {}
-    canonical: dict[str, mx.array] = {}
-    for key, tensor in weights:
-        if _BUFFERS.search(key):
+    result = Canonical({}, {})
+    for key, tensor in tensors.items():
+        reason = next((why for pattern, why in _DROPPED if pattern.search(key)), None)
+        if reason:
+            result.dropped[tensor.source] = reason
             continue
         name = canonical_name(key)
-        if tied_head and name.startswith(_LM_HEAD):
-            continue
-        if name in canonical:
-            raise ValueError(f"{sources[name]} and {key} are both {name}; remove one of them.")
-        sources[name], canonical[name] = key, tensor
-    patches = canonical.get(_PATCH_EMBEDDING)
+        if name in result.tensors:
+            other = result.tensors[name].source
+            raise ValueError(f"{other} and {tensor.source} are both {name}; remove one of them.")
+        result.tensors[name] = tensor
+    patches = result.tensors.get(PATCH_EMBEDDING)
     if patches is not None and _is_channels_first(patches, is_mlx):
-        canonical[_PATCH_EMBEDDING] = patches.transpose(0, 2, 3, 1)
-    return canonical
+        result.tensors[PATCH_EMBEDDING] = patches.then(lambda w: w.transpose(0, 2, 3, 1))
+    return result
 
 
-def to_torch_layout(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def to_torch_layout(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Lays the patch convolution out as PyTorch does, (O, 3, p, p)."""
-    patches = mx.contiguous(weights[_PATCH_EMBEDDING].transpose(0, 3, 1, 2))
-    return {**weights, _PATCH_EMBEDDING: patches}
+    patches = tensors[PATCH_EMBEDDING].then(lambda w: w.transpose(0, 3, 1, 2))
+    return {**tensors, PATCH_EMBEDDING: patches}
 
 
-def _is_channels_first(patches: mx.array, is_mlx: bool) -> bool:
+def _is_channels_first(patches: LazyTensor, is_mlx: bool) -> bool:
     """Whether a patch convolution is PyTorch's (O, 3, p, p), not MLX's (O, p, p, 3)."""
     first, last = patches.shape[1] == 3, patches.shape[-1] == 3
     return first and not (last and is_mlx)

@@ -1,58 +1,28 @@
-"""safetensors files of a folder: one, or shards with an index, read lazily by MLX."""
+"""safetensors files, read lazily by MLX."""
 
 from __future__ import annotations
 
+import functools
 import json
-import re
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_llava.json_files import read_json, write_json
+from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, Output
+from mlx_llava.json_files import write_json
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
+_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F64"}
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, checked to be all there.
-
-    Raises:
-        FileNotFoundError: There are none, or a shard is missing.
-    """
-    index = read_json(folder / INDEX)
-    if index:
-        expected = set(index.get("weight_map", {}).values())
-        if any(Path(name).name != name for name in expected):
-            raise ValueError(f"{folder / INDEX} names files outside its folder.")
-    else:
-        found = {path.name for path in folder.glob("*.safetensors")}
-        expected = {sibling for name in found for sibling in _siblings(name)}
-    if not expected:
-        raise FileNotFoundError(f"{folder} has no *.safetensors files.")
-    missing = sorted(name for name in expected if not (folder / name).exists())
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {len(missing)} of {len(expected)} weight files: "
-            f"{', '.join(missing)}. Download them again."
-        )
-    return [folder / name for name in sorted(expected)]
-
-
-def _siblings(name: str) -> Iterable[str]:
-    """All shards of model-00001-of-00003.safetensors; a plain name is its own only sibling."""
-    match = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name)
-    if not match:
-        return [name]
-    stem, number, of, total, end = match.groups()
-    return [f"{stem}{i:0{len(number)}}{of}{total}{end}" for i in range(1, int(total) + 1)]
-
-
-def _check_complete(path: Path) -> None:
-    """Raises ValueError unless the file is as long as its header says."""
+def _read_header(path: Path) -> dict[str, Any]:
+    """What a file says of its tensors; ValueError unless it is as long as that."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -64,51 +34,92 @@ def _check_complete(path: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}.")
+    return header
 
 
-def read_weights(folder: Path) -> tuple[list[tuple[str, mx.array]], bool]:
-    """Reads the tensors of a folder; nothing is loaded before it is used.
-
-    Returns:
-        Every (key, tensor), and whether the files are in MLX's own layout.
+def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
+    """The tensors of a safetensors file by name, and whether it is in MLX's own layout.
 
     Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is broken.
+        ValueError: The file is broken.
     """
-    weights: list[tuple[str, mx.array]] = []
-    is_mlx = False
-    for path in find_files(folder):
-        _check_complete(path)
-        try:
-            loaded = mx.load(str(path), return_metadata=True)
-        except RuntimeError as error:
-            raise ValueError(f"MLX cannot read {path}: {error}") from error
-        tensors, metadata = cast("tuple[dict[str, mx.array], dict[str, Any]]", loaded)
-        weights += tensors.items()
-        is_mlx |= metadata.get("format") == "mlx"
-    return weights, is_mlx
+    header = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path} holds {key} as {entry['dtype']}, which MLX has no type for.")
+        dtype, _ = DTYPES[entry["dtype"]]
+        read = functools.partial(_read_tensor, path, key)
+        tensors[key] = LazyTensor(f"{path.name}:{key}", tuple(entry["shape"]), dtype, read)
+    return tensors, metadata.get("format") == "mlx"
 
 
-def write_weights(folder: Path, weights: Mapping[str, mx.array], *, is_mlx: bool) -> None:
-    """Writes tensors as one file, or as shards of at most 5 GiB with their index."""
-    shards: list[dict[str, mx.array]] = [{}]
+def _read_tensor(path: Path, key: str) -> mx.array:
+    """One tensor, which MLX itself reads when it is first used."""
+    tensors = cast("dict[str, mx.array]", mx.load(str(path)))
+    return tensors[key]
+
+
+def write_weights(
+    folder: Path,
+    outputs: Sequence[Output],
+    *,
+    is_mlx: bool,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Writes tensors one after the other, as one file or as shards with their index.
+
+    Args:
+        folder (Path): Where to.
+        outputs (list of Output): What; only one of them is in memory at a time.
+        is_mlx (bool): The tensors are in MLX's layout, not PyTorch's.
+        progress (callable): Is told the bytes of everything that is written.
+    """
+    shards: list[list[Output]] = [[]]
     room = MAX_SHARD_BYTES
-    for name, tensor in weights.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
+    for item in outputs:
+        if item.nbytes > room and shards[-1]:
+            shards.append([])
             room = MAX_SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
+        shards[-1].append(item)
+        room -= item.nbytes
     metadata = {"format": "mlx" if is_mlx else "pt"}
     if len(shards) == 1:
-        mx.save_safetensors(str(folder / "model.safetensors"), shards[0], metadata)
+        _write_file(folder / "model.safetensors", shards[0], metadata, progress)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        mx.save_safetensors(str(folder / name), shard, metadata)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / INDEX, index)
+        _write_file(folder / name, shard, metadata, progress)
+        weight_map |= {tensor: name for item in shard for tensor, _, _ in item.tensors}
+    total = sum(item.nbytes for item in outputs)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_file(
+    path: Path,
+    outputs: Sequence[Output],
+    metadata: dict[str, str],
+    progress: Callable[[int], object],
+) -> None:
+    """One file: its header, which is known beforehand, then each tensor's bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for item in outputs:
+        for name, shape, dtype in item.tensors:
+            start, end = end, end + math.prod(shape) * dtype.size
+            entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for item in outputs:
+            for array, (name, shape, dtype) in zip(item.compute(), item.tensors, strict=True):
+                if (array.shape, array.dtype) != (shape, dtype):
+                    raise AssertionError(f"{name} is {array.dtype} {array.shape}, not as planned")
+                flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
+                file.write(np.array(flat).data)
+            progress(item.nbytes)
+            mx.clear_cache()

@@ -1,0 +1,296 @@
+"""Any checkpoint -> config, canonical tensors, tokenizer: the one way in for `load` and `convert`.
+
+What a folder is, its keys and its config.json tell, never its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_llava.checkpoint import adapters, gptq, original
+from mlx_llava.checkpoint.folder import find_files, read_folder
+from mlx_llava.checkpoint.gguf import read_pair
+from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
+from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.config import LlavaConfig
+from mlx_llava.json_files import read_json
+from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
+
+_EMBEDDING = "language_model.model.embed_tokens.weight"
+_LM_HEAD = "language_model.lm_head."
+
+
+@dataclass
+class Checkpoint:
+    """A whole LLaVA, still on disk.
+
+    Attributes:
+        layout: what it was found to be, in words.
+        config: its config.
+        tensors: by canonical name.
+        tokenizer: its tokenizer.
+        image_processor: its preprocessor_config.json, if it has one.
+        eos_ids: ends of answer from generation_config.json.
+        dropped: tensors that were left out: source -> reason.
+        warnings: what its user should know.
+    """
+
+    layout: str
+    config: LlavaConfig
+    tensors: dict[str, LazyTensor]
+    tokenizer: Tokenizer
+    image_processor: dict[str, Any] | None
+    eos_ids: tuple[int, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The other files that a checkpoint needs to be whole.
+
+    Attributes:
+        find: a path or a repository's name -> a local path.
+        base: what a delta, a LoRA or a projector is put on.
+        vision_tower: CLIP, where the checkpoint has no tower inside.
+        mmproj: the second file of a GGUF pair.
+    """
+
+    find: Callable[[str | Path], Path]
+    base: str | Path | None = None
+    vision_tower: str | Path | None = None
+    mmproj: str | Path | None = None
+
+
+def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
+    """Opens a checkpoint of any layout.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: It is broken, not supported, or a part of it is not given.
+    """
+    if path.is_file() or parts.mmproj:
+        return _open_gguf(path, parts)
+    data = read_json(path / "config.json")
+    if (path / "adapter_config.json").exists() or _is_projector(path):
+        return _open_adapter(path, data, parts)
+    if not data:
+        raise FileNotFoundError(f"{path} has no config.json.")
+    tensors, is_mlx = read_folder(path)
+    if any(key.startswith("transformer.blocks.") for key in tensors):
+        raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
+    if original.is_original(data):
+        return _open_original(path, data, tensors, parts)
+    if "llava" not in str(data.get("model_type")) and not parts.base:
+        kind = "a bare CLIP; give it as --vision-tower" if "clip" in str(data) else "no LLaVA"
+        raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
+    return _open_hf(path, data, tensors, is_mlx)
+
+
+def _open_hf(
+    path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor], is_mlx: bool
+) -> Checkpoint:
+    """llava-hf's layout in all its spellings, plain or quantised."""
+    packed = _repack(path, data, tensors)
+    found = canonical_tensors(packed.tensors, is_mlx)
+    config = LlavaConfig.from_dict(data)
+    if packed.settings:
+        config = replace(config, quantization=_quantization(packed.settings))
+    nested = read_json(path / "processor_config.json").get("image_processor")
+    checkpoint = Checkpoint(
+        layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if packed.settings else ""),
+        config=config,
+        tensors=found.tensors,
+        tokenizer=Tokenizer.from_folder(path, config.image_token_index),
+        image_processor=read_json(path / "preprocessor_config.json") or nested,
+        eos_ids=_eos_ids(path),
+        dropped=packed.dropped | found.dropped,
+    )
+    return _drop_tied_head(checkpoint)
+
+
+def _repack(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> gptq.Repacked:
+    """MLX's layout for the layers of GPTQ and AWQ, if there are any."""
+    if not gptq.is_packed(tensors):
+        return gptq.Repacked(dict(tensors), {}, {})
+    settings = data.pop("quantization_config", None) or read_json(path / "quantize_config.json")
+    return gptq.repack(tensors, settings)
+
+
+def _quantization(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """MLX's ``quantization``: the commonest setting, and each layer's own."""
+    layers = {canonical_name(path): {**own, "mode": "affine"} for path, own in settings.items()}
+    common = max(layers.values(), key=list(layers.values()).count)
+    own = {path: setting for path, setting in layers.items() if setting != common}
+    return {**common, **own}
+
+
+def _open_original(
+    path: Path,
+    data: dict[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    parts: Parts,
+    tokenizer_folder: Path | None = None,
+) -> Checkpoint:
+    """haotian-liu's layout: whole, or with a tower and a base from elsewhere."""
+    packed = _repack(path, data, tensors)
+    found = canonical_tensors(packed.tensors, is_mlx=False)
+    layout = "original LLaVA" + (", GPTQ" if packed.settings else "")
+    weights = found.tensors
+    if parts.base and tokenizer_folder is None:
+        weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
+        layout += ", delta applied"
+    weights, vision = _with_tower(weights, data, parts)
+    rows = weights[_EMBEDDING].shape[0]
+    name = f"{path.name} {data.get('_name_or_path', '')}"
+    config = original.read_config(data, vision, rows, name)
+    weights, config, tokenizer = _with_placeholder(
+        weights, config, tokenizer_folder or path, is_quantised=bool(packed.settings)
+    )
+    if not config.has_newline:
+        weights.pop("image_newline", None)
+    if packed.settings:
+        config = replace(config, quantization=_quantization(packed.settings))
+    return _drop_tied_head(
+        Checkpoint(
+            layout=layout,
+            config=config,
+            tensors=weights,
+            tokenizer=tokenizer,
+            image_processor=original.image_processor(data, config),
+            eos_ids=_eos_ids(path),
+            dropped=packed.dropped | found.dropped,
+        )
+    )
+
+
+def _with_tower(
+    weights: dict[str, LazyTensor], data: Mapping[str, Any], parts: Parts
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """The tower that is inside, which may be tuned and is never replaced, or the named one."""
+    is_inside = any(name.startswith(original.TOWER) for name in weights)
+    if is_inside:
+        inside = {name: t for name, t in weights.items() if name.startswith(original.TOWER)}
+        return weights, original.tower_config(inside)
+    where = parts.vision_tower or data.get("mm_vision_tower")
+    if not where:
+        raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
+    try:
+        folder = parts.find(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The vision tower {where} is needed; give it with --vision-tower. {error}"
+        ) from error
+    tower, vision = original.read_tower(folder)
+    return weights | tower, vision
+
+
+def _with_placeholder(
+    weights: dict[str, LazyTensor], config: LlavaConfig, folder: Path, is_quantised: bool
+) -> tuple[dict[str, LazyTensor], LlavaConfig, Tokenizer]:
+    """The vocabulary with a placeholder for pictures: the tokenizer's own, or one more."""
+    added = read_json(folder / "added_tokens.json")
+    if IMAGE_TOKEN in added:
+        config = replace(config, image_token_index=added[IMAGE_TOKEN])
+    elif not is_quantised:
+        weights, config = original.add_placeholder(weights, config)
+    tokenizer = Tokenizer.from_folder(folder, config.image_token_index, prefer_sentencepiece=True)
+    return weights, config, tokenizer
+
+
+def _read_base(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of the model that a part is put on."""
+    tensors, is_mlx = read_folder(folder)
+    return canonical_tensors(tensors, is_mlx).tensors
+
+
+def _is_projector(path: Path) -> bool:
+    """Whether a folder holds a stand-alone projector and no model."""
+    if not (path / "mm_projector.bin").exists():
+        return False
+    try:
+        find_files(path)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _open_adapter(path: Path, data: dict[str, Any], parts: Parts) -> Checkpoint:
+    """A LoRA or a projector on a base: a LLaMA, or a whole LLaVA."""
+    is_lora = (path / "adapter_config.json").exists()
+    kind = "LoRA" if is_lora else "projector"
+    if not parts.base:
+        raise ValueError(f"{path} is a {kind}; give the model that it belongs to with --base.")
+    folder = parts.find(parts.base)
+    base_data = read_json(folder / "config.json")
+    base = _read_base(folder)
+    warnings = []
+    if is_lora:
+        weights = adapters.apply_lora(base, path)
+    else:
+        weights = base | adapters.read_projector(path / "mm_projector.bin")
+        if data.get("tune_mm_mlp_adapter") and original.is_original(base_data):
+            warnings.append(
+                "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "
+                "a projector of its own; together they cannot see."
+            )
+    data = {**base_data, **data}
+    if not original.is_original(data):
+        raise ValueError(f"{path} needs a config.json with LLaVA's mm_ keys, in it or in its base.")
+    data.setdefault("mm_projector_type", "linear")
+    checkpoint = _open_original(path, data, weights, parts, tokenizer_folder=folder)
+    checkpoint.layout = f"{kind} on {folder.name}"
+    checkpoint.warnings += warnings
+    return checkpoint
+
+
+def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
+    """llama.cpp's pair of files."""
+    if not parts.mmproj:
+        raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
+    model = read_pair(path, parts.find(parts.mmproj))
+    config = LlavaConfig.from_dict(model.config)
+    if model.settings:
+        config = replace(config, quantization=_quantization(model.settings))
+    tensors = model.tensors
+    if not any(name.endswith("post_layernorm.weight") for name in tensors):
+        tensors |= _identity_norm(tensors)
+    template = model.tokenizer_config.get("chat_template")
+    tokenizer = Tokenizer(
+        model.tokenizer, model.tokenizer_config, config.image_token_index, template
+    )
+    return Checkpoint(
+        layout="GGUF pair",
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        image_processor=model.image_processor,
+        dropped=model.dropped,
+    )
+
+
+def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tower's last norm, which LLaVA never applies and GGUF files leave out."""
+    prefix = "vision_tower.vision_model."
+    like = tensors[f"{prefix}pre_layrnorm.weight"]
+    return {
+        f"{prefix}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
+        f"{prefix}post_layernorm.bias": like.then(lambda w: w * 0),
+    }
+
+
+def _drop_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Leaves out an output layer that is the embedding anyway."""
+    if checkpoint.config.tie_word_embeddings:
+        for name in [name for name in checkpoint.tensors if name.startswith(_LM_HEAD)]:
+            source = checkpoint.tensors.pop(name).source
+            checkpoint.dropped[source] = "is the embedding (tie_word_embeddings)"
+    return checkpoint
+
+
+def _eos_ids(path: Path) -> tuple[int, ...]:
+    ends = read_json(path / "generation_config.json").get("eos_token_id")
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())

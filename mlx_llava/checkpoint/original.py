@@ -1,0 +1,186 @@
+"""The original LLaVA's checkpoints (haotian-liu/LLaVA v0 to v1.6): config, tower, vocabulary.
+
+Their config.json is a LLaMA's with keys that begin with ``mm_``; the vision tower is inside
+(v1.6, tuned) or must be fetched from CLIP's own repository (v1.5 and before); the vocabulary
+has no placeholder for pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_llava.checkpoint.folder import read_folder
+from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
+from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.config import LlavaConfig, template_by_shape
+from mlx_llava.json_files import read_json
+
+TOWER = "vision_tower."
+_EMBEDDINGS = "vision_tower.vision_model.embeddings."
+_VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+#: Keys of LLaVA that are read here, and those that say nothing about inference.
+_READ = frozenset(
+    """
+    image_aspect_ratio image_grid_pinpoints mm_patch_merge_type mm_projector_type
+    mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower
+    """.split()
+)
+_HARMLESS = frozenset(
+    """
+    freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution
+    image_split_resolution image_token_index max_sequence_length mm_hidden_size
+    mm_projector_lr mm_resampler_type mm_use_im_patch_token mm_vision_tower_lr
+    projector_hidden_act sep_image_conv_front text_config tokenizer_model_max_length
+    tokenizer_padding_side tune_mm_mlp_adapter tune_mm_vision_resampler tune_mm_vision_tower
+    unfreeze_mm_vision_tower use_mm_proj vision_config vision_feature_layer
+    vision_feature_select_strategy vision_tower with_vision_tower mm_tunable_parts
+    """.split()
+)
+_MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
+
+
+def is_original(data: Mapping[str, Any]) -> bool:
+    """Whether config.json is the original LLaVA's; ``model_type`` alone does not tell."""
+    return bool(data.get("mm_vision_tower")) or any(
+        name.startswith(("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt"))
+        for name in data.get("architectures") or ()
+    )
+
+
+def read_config(
+    data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int, name: str
+) -> LlavaConfig:
+    """Says with llava-hf's keys what the original's config.json says.
+
+    Args:
+        data (dict): The original config.json.
+        vision (dict): The tower's ``vision_config``.
+        vocabulary (int): How many rows the embedding has, whatever config.json says.
+        name (str): The checkpoint's name; only ``llama-2`` in it matters, which no config tells.
+
+    Raises:
+        ValueError: The config names something that is not supported.
+    """
+    kind = f"{data.get('model_type')} {data.get('architectures')}".lower()
+    if "mpt" in kind:
+        raise ValueError("LLaVA on MPT is not supported; its decoder is no LLaMA.")
+    mode = data.get("image_aspect_ratio")
+    if mode not in _MODES:
+        raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")
+    if data.get("mm_resampler_type"):
+        raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
+    text = {key: value for key, value in data.items() if key not in _READ | _HARMLESS}
+    text["model_type"] = "mistral" if "mistral" in kind else "llama"
+    text["vocab_size"] = vocabulary
+    is_anyres = mode == "anyres"
+    selected = data.get("mm_vision_select_feature", "patch")
+    config = LlavaConfig.from_dict(
+        {
+            "model_type": "llava_next" if is_anyres else "llava",
+            "vision_config": dict(vision),
+            "text_config": text,
+            "image_token_index": vocabulary,
+            "tie_word_embeddings": data.get("tie_word_embeddings", False),
+            "vision_feature_layer": data.get("mm_vision_select_layer", -2),
+            "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}.get(
+                selected, selected
+            ),
+            "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
+            "mm_projector_type": data.get("mm_projector_type", "linear"),
+            "mm_patch_merge_type": data.get("mm_patch_merge_type", "flat")
+            if is_anyres
+            else "spatial_unpad",
+            "anyres_convention": "original",
+            "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
+        }
+    )
+    ends = config.eos_token_id
+    if (data.get("bos_token_id"), ends) == (0, (1,)):  # Lightning's ids are wrong; 1 is <s>
+        ends = ()
+    return replace(config, conv_mode=_template(config, vocabulary, name), eos_token_id=ends)
+
+
+def _template(config: LlavaConfig, vocabulary: int, name: str) -> str:
+    """The template's name, by the rules of cli.py as far as a config can tell."""
+    if "llama-2" in name.lower():
+        return "llava_llama_2"
+    if config.mm_use_im_start_end:
+        # 13b-delta-v0 and 7b-delta-v0 have a [PAD] beside the three image tokens.
+        return "llava_v0" if vocabulary == 32004 else "llava_v1"
+    return template_by_shape(config.text_config)
+
+
+def image_processor(data: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of an original checkpoint."""
+    side = config.vision_config.image_size
+    mode = _MODES[data.get("image_aspect_ratio")]
+    names = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}
+    return {
+        "image_processor_type": names.get(mode, "LlavaNextImageProcessor"),
+        "do_pad": mode != "crop",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+
+
+def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """The vision half of a CLIP repository: canonical tensors and ``vision_config``.
+
+    Raises:
+        ValueError: It is no CLIP.
+    """
+    tensors, is_mlx = read_folder(folder)
+    found = canonical_tensors(tensors, is_mlx).tensors
+    tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
+    if not tower:
+        raise ValueError(f"{folder} has no CLIP vision tower.")
+    data = read_json(folder / "config.json")
+    vision = data.get("vision_config") or data.get("vision_config_dict") or data
+    return tower, {**vision, "model_type": "clip_vision_model"} if vision else tower_config(tower)
+
+
+def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
+    width = tensors[_EMBEDDINGS + "class_embedding"].shape[0]
+    patch = tensors[PATCH_EMBEDDING].shape[1]
+    positions = tensors[_EMBEDDINGS + "position_embedding.weight"].shape[0]
+    layers = {name.split(".")[4] for name in tensors if ".encoder.layers." in name}
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": tensors[f"{TOWER}vision_model.encoder.layers.0.mlp.fc1.bias"].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // 64,  # every OpenAI CLIP has heads of 64
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(positions - 1),
+    }
+
+
+def add_placeholder(
+    tensors: dict[str, LazyTensor], config: LlavaConfig
+) -> tuple[dict[str, LazyTensor], LlavaConfig]:
+    """Gives the vocabulary a row for the placeholder, and more up to a multiple of 64.
+
+    llava-hf's own conversions do the same. transformers needs the row, although no one reads
+    it; the new rows are the mean of the old ones, whose logit is never the largest.
+    """
+    rows = config.text_config.vocab_size
+    padded = -(-(rows + 2) // 64) * 64
+
+    def pad(weight: mx.array) -> mx.array:
+        mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
+        new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
+        return mx.concatenate([weight, new])
+
+    tensors = {
+        name: tensor.then(pad) if name in _VOCABULARY else tensor
+        for name, tensor in tensors.items()
+    }
+    return tensors, replace(config, text_config=replace(config.text_config, vocab_size=padded))

@@ -1,0 +1,276 @@
+"""PyTorch's .bin and .pt files, read without PyTorch and without running anything in them.
+
+Both containers are read: the ZIP of torch >= 1.6 and the row of pickles before it
+(torch/serialization.py). A pickle is a program. This reader executes only the few operations
+and the few names that saved tensors need, all of them its own; whatever else a file holds
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, map_values, to_mlx
+
+#: torch's storage classes -> the names of DTYPES.
+_STORAGES = {
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+#: The operations of a pickled state dict (protocol 2); none of them makes an object of a class
+#: except REDUCE and BUILD, whose names go through `_Unpickler.find_class`.
+_OPCODES = frozenset(
+    """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE UNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1
+    TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GLOBAL
+    BINPERSID REDUCE BUILD BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE POP POP_MARK
+    """.split()
+)
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+#: No state dict's pickle is larger; one of 100,000 tensors has about 20 MB.
+_MAX_PICKLE_BYTES = 256 << 20
+#: Nor does it hold longer strings than names of tensors.
+_MAX_STRING_BYTES = 1 << 20
+#: A view may repeat values (stride 0), but not without end.
+_MAX_REPEATED = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A run of values in a file that tensors are views of."""
+
+    key: str
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor: where it begins in its storage, and its steps, in values."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
+    """torch._utils._rebuild_tensor_v2."""
+    numbers = [offset, *shape, *strides]
+    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("it describes a tensor that cannot be")
+    if len(shape) != len(strides):
+        raise ValueError("it describes a tensor that cannot be")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= storage.count:
+        raise ValueError(f"a tensor reaches to value {last} of the {storage.count} it has")
+    if math.prod(shape) > max(storage.count, _MAX_REPEATED):
+        raise ValueError(f"it blows {storage.count} values up to a tensor of {tuple(shape)}")
+    return _View(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    """torch._utils._rebuild_parameter."""
+    return data
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{("torch", name): kind for name, kind in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names of `_GLOBALS` and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise ValueError(f"it wants {module}.{name}, which no weights need")
+        return _GLOBALS[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise ValueError(f"it refers to {pid!r:.80}, which is no storage")
+        _, kind, key, _, count, *view = pid
+        if kind not in DTYPES or type(count) is not int or count < 0 or any(view):
+            raise ValueError(f"it refers to {pid!r:.80}, which is no storage")
+        return _Storage(str(key), kind, count)
+
+
+class _Careful:
+    """A file for pickles, which does not let a number in them ask for any amount of memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_STRING_BYTES:
+            raise ValueError(f"its pickle holds a string of {size:,} bytes")
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        return self._file.readline(_MAX_STRING_BYTES)
+
+
+def _unpickle(binary: BinaryIO) -> Any:
+    """Executes one pickle of a file, after a look at all of its operations."""
+    file = _Careful(binary)
+    start = file.tell()
+    for opcode, _, _ in pickletools.genops(cast("BinaryIO", file)):
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle has the operation {opcode.name}, which no weights need")
+        if file.tell() - start > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its pickle is longer than {_MAX_PICKLE_BYTES:,} bytes")
+    file.seek(start)
+    return _Unpickler(cast("BinaryIO", file), encoding="utf-8").load()
+
+
+def read_torch_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a .bin or .pt file by name; their values stay on disk until read.
+
+    Args:
+        path (Path): A file that torch.save wrote of a state dict, or of a dict that holds one
+            under ``state_dict`` or ``model``.
+
+    Raises:
+        ValueError: The file is broken, or holds more than tensors.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        state, offsets = _read_zip(path) if is_zip else _read_legacy(path)
+        return {key: _lazy(path, key, view, offsets) for key, view in _tensors(state).items()}
+    except RecursionError as error:
+        raise ValueError(f"{path} is refused: its pickle is nested too deep.") from error
+    except (
+        *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError),
+        *(OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
+        *(NotImplementedError, AssertionError),
+    ) as error:
+        raise ValueError(f"{path} is refused: {error}.") from error
+
+
+def _tensors(state: Any) -> dict[str, _View]:
+    """The named tensors of what a file holds."""
+    for name in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}, not a dict of tensors")
+    strangers = [key for key, value in state.items() if not isinstance(value, _View)]
+    if strangers:
+        raise ValueError(f"{strangers[0]!r:.80} in it is not a tensor")
+    return {str(key): view for key, view in state.items()}
+
+
+def _lazy(path: Path, key: str, view: _View, offset_of: Callable[[_Storage], int]) -> LazyTensor:
+    """A view of a storage as a tensor; only the part of the file that it spans is mapped."""
+    kind = view.storage.kind
+    item = np.dtype(DTYPES[kind][1]).itemsize
+    steps = zip(view.shape, view.strides, strict=True)
+    span = 0 if 0 in view.shape else 1 + sum((n - 1) * step for n, step in steps)
+    start = offset_of(view.storage) + view.offset * item
+    if span and start + span * item > path.stat().st_size:
+        raise ValueError(f"it ends before the values of {key}")
+
+    def read() -> mx.array:
+        values = map_values(path, start, span, kind)
+        strides = [step * item for step in view.strides]
+        return to_mlx(np.lib.stride_tricks.as_strided(values, view.shape, strides), kind)
+
+    return LazyTensor(f"{path.name}:{key}", view.shape, DTYPES[kind][0], read)
+
+
+def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
+    """torch >= 1.6: FOLDER/data.pkl, and each storage stored plainly as FOLDER/data/KEY."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise ValueError(f"it has {len(pickles)} data.pkl, so torch did not write it")
+        root = pickles[0].removesuffix("data.pkl")
+        stored = {n: i for n, i in members.items() if i.compress_type == zipfile.ZIP_STORED}
+        if pickles[0] not in stored or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise ValueError("its pickle is compressed or too long")
+        byteorder = stored.get(f"{root}byteorder")
+        if byteorder and byteorder.file_size < 10 and archive.read(byteorder) != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        state = _unpickle(io.BytesIO(archive.read(pickles[0])))
+
+    def offset_of(storage: _Storage) -> int:
+        name = f"{root}data/{storage.key}"
+        info = stored.get(name)
+        size = storage.count * np.dtype(DTYPES[storage.kind][1]).itemsize
+        if info is None or info.file_size != size or info.compress_size != size:
+            raise ValueError(f"{name} in it is missing, compressed, or not {size:,} bytes long")
+        return _data_offset(path, info)
+
+    return state, offset_of
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored ZIP member begin: behind its own local header."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    # Local file header: signature, 22 bytes, length of the name, length of the extra field.
+    signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
+    if signature != b"PK\x03\x04":
+        raise ValueError(f"the ZIP entry {info.filename} has no header")
+    return int(info.header_offset + 30 + name_length + extra_length)
+
+
+def _read_legacy(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
+    """torch < 1.6: magic, protocol, system, state and storage keys, then each storage."""
+    with path.open("rb") as file:
+        if _unpickle(file) != _LEGACY_MAGIC or _unpickle(file) != _LEGACY_PROTOCOL:
+            raise ValueError("it is no file of torch.save")
+        system = _unpickle(file)
+        if not system.get("little_endian", True):
+            raise ValueError("it was written on a big-endian machine")
+        state = _unpickle(file)
+        keys = _unpickle(file)
+        items = {
+            view.storage.key: np.dtype(DTYPES[view.storage.kind][1]).itemsize
+            for view in _tensors(state).values()
+        }
+        offsets: dict[str, tuple[int, int]] = {}
+        for key in keys:
+            (count,) = struct.unpack("<q", file.read(8))
+            if key not in items or count < 0:
+                raise ValueError(f"its storage {key!r:.80} belongs to no tensor")
+            offsets[key] = (file.tell(), count)
+            file.seek(count * items[key], io.SEEK_CUR)
+
+    def offset_of(storage: _Storage) -> int:
+        offset, count = offsets[storage.key]
+        if count != storage.count:
+            raise ValueError(f"storage {storage.key} has {count} values, not {storage.count}")
+        return offset
+
+    return state, offset_of

@@ -1,0 +1,236 @@
+"""Any LLaVA checkpoint -> one MLX folder, a tensor at a time.
+
+python -m mlx_llava.convert --model liuhaotian/llava-v1.5-7b --mlx-path llava-1.5-7b -q
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llava.checkpoint.open import Parts, open_checkpoint
+from mlx_llava.checkpoint.safetensors import write_weights
+from mlx_llava.command import command
+from mlx_llava.hub import find_checkpoint
+from mlx_llava.load import load, make_processor, new_folder, write_settings
+from mlx_llava.plan import DTYPES, MODES, RECIPES, Plan, Quantization, make_plan
+from mlx_llava.processor import Processor
+from mlx_llava.version import __version__
+
+
+def convert(
+    path_or_repo: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    quantization: Quantization | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    mmproj: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int], object] = lambda _done, _total: None,
+) -> Plan:
+    """Converts a checkpoint of any layout to one MLX folder, which appears whole or not at all.
+
+    Args:
+        path_or_repo (str or Path): See `load`.
+        mlx_path (str or Path): The folder to make.
+        quantization (Quantization, optional): Quantises what is plain.
+        dtype (str, optional): ``float16``, ``bfloat16`` or ``float32`` for all weights.
+        dequantize (bool): Makes plain weights of quantised ones.
+        base, vision_tower, mmproj, revision, offline: See `load`.
+        force (bool): Replaces a folder that is there.
+        progress (callable): Is told the bytes that are written, and how many there will be.
+
+    Returns:
+        Plan: What was written.
+
+    Raises:
+        FileExistsError: `mlx_path` exists.
+        ValueError: The checkpoint cannot be converted, or the disk is too full.
+    """
+    target = Path(mlx_path)
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists already; --force replaces it.")
+    parts = Parts(
+        partial(find_checkpoint, revision=None, offline=offline), base, vision_tower, mmproj
+    )
+    checkpoint = open_checkpoint(find_checkpoint(path_or_repo, revision, offline), parts)
+    plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
+    _check_disk(target, plan.nbytes)
+    processor = make_processor(plan.checkpoint)
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, plan.nbytes)
+
+    with new_folder(target, force) as beside:
+        write_weights(beside, plan.outputs, is_mlx=plan.is_mlx, progress=advance)
+        card = _model_card(str(path_or_repo), plan)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        write_settings(beside, plan.checkpoint.config, processor)
+    return plan
+
+
+def _check_disk(target: Path, nbytes: int) -> None:
+    """Raises ValueError unless the weights fit, with a little room for the rest."""
+    parent = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes * 1.01 + 50_000_000:
+        raise ValueError(
+            f"{parent} has {free / 1e9:.1f} GB free; the result takes {nbytes / 1e9:.1f} GB."
+        )
+
+
+def _model_card(source: str, plan: Plan) -> str:
+    """The README.md of the result."""
+    config = plan.checkpoint.config
+    settings = config.quantization or {}
+    common = ", ".join(
+        f"{key} {settings[key]}" for key in ("bits", "group_size", "mode") if key in settings
+    )
+    return (
+        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- llava\n---\n\n"
+        f"# {Path(source).name}\n\n"
+        f"Converted from `{source}` ({plan.checkpoint.layout}) by mlx_llava {__version__}.\n\n"
+        f"- size: {plan.nbytes / 1e9:.2f} GB\n"
+        f"- quantisation: {common or 'none'}\n"
+        f"- template: {config.conv_mode or 'in chat_template.jinja, or chosen by shape'}\n\n"
+        "```sh\npython -m mlx_llava.generate --model . --image photo.jpg "
+        '--prompt "What is in this picture?"\n```\n'
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.convert",
+        description="Convert any LLaVA checkpoint to MLX. Original LLaVA, llava-hf, GPTQ, AWQ, "
+        "GGUF, deltas and LoRA are recognised by what is in them.",
+    )
+    add = parser.add_argument
+    add("--model", "--hf-path", required=True, help="a folder, a GGUF file, or a hub repository")
+    add("--mlx-path", default="mlx_model", help="the folder to make (default: %(default)s)")
+    add("--base", help="the model that a delta, a LoRA or a projector belongs to")
+    add("--vision-tower", help="CLIP, for checkpoints without a vision tower inside")
+    add("--mmproj", help="the second file of a GGUF pair")
+    add("--quantize", "-q", action="store_true", help="quantise the language model")
+    add("--q-bits", type=int, help="bits of a weight (default: the mode's, 4 for affine)")
+    add("--q-group-size", type=int, help="weights of a group (default: the mode's, 64)")
+    add("--q-mode", choices=MODES, default="affine", help="(default: %(default)s)")
+    add("--q-recipe", choices=RECIPES, help="more bits for some layers, as in mlx-lm")
+    add("--q-vision", action="store_true", help="quantise vision tower and projector too")
+    add("--dequantize", "-d", action="store_true", help="make plain weights of quantised ones")
+    add("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--offline", action="store_true", help="use only what was downloaded before")
+    add("--force", action="store_true", help="replace the folder if it exists")
+    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    add("--verify", action="store_true", help="compare the result with the source on a picture")
+    add("--upload-repo", help="then upload the result to this hub repository")
+    return parser
+
+
+def compare(
+    source: tuple[nn.Module, Processor], result: tuple[nn.Module, Processor]
+) -> dict[str, float]:
+    """Runs two models on one drawn picture and question.
+
+    Returns:
+        dict: ``max_difference`` of the logits, ``top_1`` the fraction of positions with the same
+        likeliest token, ``kl`` the mean divergence of the result from the source in nats.
+    """
+    from PIL import Image
+
+    picture = Image.linear_gradient("L").resize((480, 360)).convert("RGB")
+    (model, processor), (other, other_processor) = source, result
+    question = "What is in this picture?"
+    logits = model(**processor(question, picture)).astype(mx.float32)
+    others = other(**other_processor(question, picture)).astype(mx.float32)
+    rows = min(logits.shape[-1], others.shape[-1])
+    logits, others = logits[..., :rows], others[..., :rows]
+    log_p, log_q = nn.log_softmax(logits), nn.log_softmax(others)
+    return {
+        "max_difference": float(mx.abs(logits - others).max()),
+        "top_1": float((logits.argmax(-1) == others.argmax(-1)).mean()),
+        "kl": float((mx.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+    }
+
+
+def _upload(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=folder)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    wants = Quantization(args.q_bits, args.q_group_size, args.q_mode, args.q_recipe, args.q_vision)
+    quantization = wants if args.quantize else None
+    if quantization is None and wants != Quantization():
+        raise ValueError("--q-bits, --q-group-size, --q-mode, --q-recipe and --q-vision need -q.")
+    parts = {"base": args.base, "vision_tower": args.vision_tower, "mmproj": args.mmproj}
+    if args.dry_run:
+        find = partial(find_checkpoint, revision=None, offline=args.offline)
+        path = find_checkpoint(args.model, args.revision, args.offline)
+        checkpoint = open_checkpoint(path, Parts(find, **parts))
+        print(
+            make_plan(
+                checkpoint,
+                quantization=quantization,
+                dtype=args.dtype,
+                dequantize=args.dequantize,
+            )
+        )
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="converting", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        plan = convert(
+            args.model,
+            args.mlx_path,
+            quantization=quantization,
+            dtype=args.dtype,
+            dequantize=args.dequantize,
+            revision=args.revision,
+            offline=args.offline,
+            force=args.force,
+            progress=show,
+            **parts,
+        )
+    for warning in plan.checkpoint.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(
+        f"{plan.checkpoint.layout} -> {args.mlx_path}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr
+    )
+    if args.verify:
+        source = load(args.model, revision=args.revision, offline=args.offline, **parts)
+        measured = compare(source, load(args.mlx_path))
+        print("  ".join(f"{key} {value:.6g}" for key, value in measured.items()), file=sys.stderr)
+    if args.upload_repo:
+        _upload(Path(args.mlx_path), args.upload_repo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

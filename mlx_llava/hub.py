@@ -1,0 +1,48 @@
+"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_trainables.bin"]
+#: For repositories without safetensors.
+_TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
+
+
+def find_checkpoint(path_or_repo: str | Path, revision: str | None, offline: bool) -> Path:
+    """The local folder (or file) of a checkpoint; a repository is downloaded, a folder never is.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_repo)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {name}.")
+    folder = _download(name, _FILES, revision, offline)
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, _TORCH_FILES, revision, offline)
+    return folder
+
+
+def _download(name: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, local_files_only=offline
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        where = "among the downloaded repositories" if offline else "on the Hugging Face hub"
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"There is no folder {name}, and it is not {where}: {reason}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,296 @@
+"""Conversion: the same model in MLX's layout, whole or not at all, in little memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_llava import convert, load
+from mlx_llava.convert import compare
+from mlx_llava.plan import Quantization
+from tests.conftest import GOLDENS, PICTURE, ROOT
+
+torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
+layouts = pytest.importorskip("tests.layouts")
+tiny = pytest.importorskip("tests.tiny")
+
+main = importlib.import_module("mlx_llava.convert").main
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """An original LLaVA v1.5, in .bin shards, and CLIP beside it."""
+    folder = tmp_path_factory.mktemp("original")
+    reference = tiny.make_model(layouts.case(), torch.float16)
+    state = layouts.state_dict(reference)
+    clip = layouts.write_clip(folder / "clip", state, reference)
+    bare = {k: t for k, t in layouts.to_original(state).items() if "vision_tower" not in k}
+    config = layouts.original_config(reference, mm_vision_tower=str(clip))
+    return layouts.write_folder(folder / "llava-v1.5", bare, config, "zip", 3)
+
+
+def arrays(model) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def equal(ours, theirs) -> bool:
+    ours, theirs = arrays(ours), arrays(theirs)
+    return ours.keys() == theirs.keys() and all(mx.array_equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_the_result_is_the_source(original, tmp_path):
+    plan = convert(original, tmp_path / "out")
+    source, processor = load(original)
+    result, other = load(tmp_path / "out")
+    assert equal(result, source)
+    assert result.config == source.config
+    assert other.image_processor.mode == "pad"
+    assert other.template.name == processor.template.name == "vicuna_v1"
+    assert other("Q", PICTURE).prompts == processor("Q", PICTURE).prompts
+    assert mx.array_equal(other("Q", PICTURE).input_ids, processor("Q", PICTURE).input_ids)
+    assert plan.checkpoint.layout == "original LLaVA"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_transformers_reads_a_converted_original(original, tmp_path):
+    hf = pytest.importorskip("transformers")
+    convert(original, tmp_path / "out", dtype="float32")
+    reference, report = hf.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    model, processor = load(tmp_path / "out")
+    inputs = layouts.inputs_of(processor)
+    ours = model(**inputs)[..., : layouts.VOCABULARY]
+    theirs = mx.array(layouts.reference_logits(reference.float(), inputs).astype("float32"))
+    assert mx.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_llava_hf_converts_to_itself(name, tmp_path):
+    convert(GOLDENS / name, tmp_path / "out")
+    assert equal(load(tmp_path / "out")[0], load(GOLDENS / name)[0])
+    assert (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+MODES = [
+    Quantization(),
+    Quantization(bits=8, group_size=32),
+    Quantization(bits=3),
+    Quantization(mode="mxfp4"),
+    Quantization(mode="nvfp4"),
+    Quantization(mode="mxfp8"),
+    Quantization(bits=4, recipe="mixed_4_6"),
+    Quantization(bits=6, group_size=32, vision=True),
+]
+
+
+@pytest.mark.parametrize("quantization", MODES, ids=lambda q: f"{q.mode}-{q.bits}-{q.recipe}")
+def test_quantising(original, quantization, tmp_path):
+    plan = convert(original, tmp_path / "out", quantization=quantization)
+    model, processor = load(tmp_path / "out")
+    source, _ = load(original)
+    layer = model.language_model.model.layers[1].self_attn.q_proj
+    settings = quantization.settings()
+    assert {k: getattr(layer, k) for k in ("bits", "group_size", "mode")} == settings
+    weight = source.language_model.model.layers[1].self_attn.q_proj.weight
+    expected = mx.quantize(weight, **settings)
+    parts = [layer[part] for part in ("weight", "scales", "biases") if part in layer]
+    assert len(parts) == len(expected)
+    assert all(mx.array_equal(a, b) for a, b in zip(parts, expected, strict=True))
+    has_scales = "scales" in model.vision_tower.vision_model.encoder.layers[0].mlp.fc1
+    assert has_scales == quantization.vision
+    head = model.language_model.lm_head
+    assert head.bits == (6 if quantization.recipe else settings["bits"])
+    assert mx.isfinite(model(**processor("Q", PICTURE))).all()
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0 <= size - plan.nbytes < 100_000
+
+
+def test_dequantising_gives_the_logits_of_the_codes(original, tmp_path):
+    convert(original, tmp_path / "q", quantization=Quantization(bits=4, group_size=32))
+    convert(tmp_path / "q", tmp_path / "plain", dequantize=True)
+    quantised, processor = load(tmp_path / "q", dtype="float32")
+    plain, _ = load(tmp_path / "plain", dtype="float32")
+    assert plain.config.quantization is None
+    inputs = processor("Q", PICTURE)
+    difference = mx.abs(plain(**inputs) - quantised(**inputs)).max()
+    assert difference < 2e-2 * mx.abs(plain(**inputs)).max()
+
+
+def test_act_order_survives_conversion_and_dequantising(tmp_path):
+    from tests.test_quantised_layouts import quantised_model
+
+    reference, tensors = quantised_model("act-order", 4, original=True)
+    config = layouts.original_config(reference)
+    folder = layouts.write_folder(tmp_path / "gptq", tensors, config, "safetensors")
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+    convert(folder, tmp_path / "out")
+    convert(folder, tmp_path / "plain", dequantize=True)
+    model, processor = load(folder)
+    same, _ = load(tmp_path / "out")
+    plain, _ = load(tmp_path / "plain")
+    assert equal(model, same)
+    inputs = processor("Q", PICTURE)
+    logits = model(**inputs)
+    assert mx.array_equal(same(**inputs), logits)
+    assert mx.abs(plain(**inputs) - logits).max() < 1e-4 * mx.abs(logits).max()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(original, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(original), "-q", "--dry-run"]) == 0
+    plan = capsys.readouterr().out.splitlines()
+    assert plan[0] == "layout: original LLaVA"
+    target = "embed_tokens.weight -> language_model.model.embed_tokens.scales float16 [384, 1]"
+    assert sum(line.endswith(target) for line in plan) == 1
+    assert plan[-1].endswith("GB")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_compares_with_the_source(original, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    arguments = ["--model", str(original), "--mlx-path", out, "--verify"]
+    assert main(arguments) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "max_difference 0  top_1 1  kl 0"
+    assert main([*arguments, "-q", "--q-bits", "8", "--force"]) == 0
+    words = capsys.readouterr().err.splitlines()[-1].split()
+    assert float(words[1]) > 0
+    assert 0 <= float(words[3]) <= 1
+    assert 0 < float(words[5]) < 1
+
+
+def test_compare_notices_a_difference(original):
+    source = load(original)
+    other = load(original)
+    assert compare(source, other) == {"max_difference": 0, "top_1": 1, "kl": 0}
+    head = other[0].language_model.lm_head
+    head.weight = head.weight[::-1]
+    measured = compare(source, other)
+    assert measured["top_1"] < 0.5
+    assert measured["kl"] > 0.1
+
+
+def test_existing_output_is_kept_unless_forced(original, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    arguments = ["--model", str(original), "--mlx-path", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "exists already; --force replaces it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").exists()
+    assert main([*arguments, "--force"]) == 0
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert load(tmp_path / "out")
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(original, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert main(["--model", str(original), "--mlx-path", str(tmp_path / "out")]) == 2
+    assert "GB free; the result takes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--q-bits", "4"], "need -q"),
+        (["-q", "--q-group-size", "1024"], "No layer can be quantised in groups of 1024"),
+        (["--model", "nowhere/at/all"], "There is no folder"),
+    ],
+)
+def test_mistakes_are_one_line(original, tmp_path, capsys, arguments, message):
+    target = ["--mlx-path", str(tmp_path / "out")]
+    assert main(["--model", str(original), *target, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_leaves_nothing_or_a_whole_folder(original, tmp_path):
+    """Killed at 20 random moments; the slow disk makes sure that some hit the writing."""
+    slow = (
+        "import sys, time; import mlx_llava; from mlx_llava.checkpoint import safetensors as s\n"
+        "write = s._write_file\n"
+        "def slowly(path, outputs, metadata, progress):\n"
+        "    write(path, outputs, metadata, lambda n: (progress(n), time.sleep(0.005)))\n"
+        "s._write_file = slowly\n"
+        "from mlx_llava.convert import convert; print('go', flush=True)\n"
+        f"convert({str(original)!r}, {str(tmp_path / 'out')!r}, force=True)"
+    )
+    rng = random.Random(0)
+    outcomes = []
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", slow],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.8))
+            os.kill(process.pid, signal.SIGKILL)
+        whole = (tmp_path / "out").exists()
+        outcomes.append(whole)
+        if whole:
+            assert equal(load(tmp_path / "out")[0], load(original)[0])
+            shutil.rmtree(tmp_path / "out")
+        for path in tmp_path.iterdir():
+            assert path.name == ".out.partial"
+            with pytest.raises((FileNotFoundError, ValueError)):
+                load(path)
+    assert False in outcomes
+    convert(original, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_memory_does_not_grow_with_the_checkpoint(original, tmp_path):
+    """Tensors are read, written and let go of one at a time."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    plan = convert(original, tmp_path / "out")
+    largest = max(item.nbytes for item in plan.outputs)
+    assert mx.get_peak_memory() - before < 6 * largest
+    assert plan.nbytes > 10 * largest
+
+
+def test_the_script_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "scripts/convert_weights.py", "--help"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "usage: mlx_llava.convert" in done.stdout
+
+
+def test_the_result_answers(original, tmp_path, capsys):
+    convert(original, tmp_path / "out", quantization=Quantization())
+    ask = importlib.import_module("mlx_llava.generate").main
+    arguments = ["--image", str(PICTURE), "--prompt", "What?", "--max-tokens", "3", "--json"]
+    assert ask(["--model", str(tmp_path / "out"), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["image_tokens"] == 16
