@@ -11,29 +11,17 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar
 
 from mlx_llava.activations import ACTIVATIONS
-
-#: Keys that say nothing about the forward pass: provenance, training, generation defaults.
-_HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    attention_dropout auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label ignore_index image_seq_length initializer_factor
-    initializer_range is_composition is_decoder label2id length_penalty logit_scale_init_value
-    max_length max_sequence_length min_length model_type no_repeat_ngram_size
-    num_additional_image_tokens num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type processor_class projection_dim quantization_config remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p unsloth_version use_bfloat16
-    use_cache use_return_dict vocab_size
-    """.split()
+from mlx_llava.config_checks import (
+    HARMLESS,
+    build,
+    refuse_empty,
+    refuse_unknown,
+    refuse_value,
 )
+
 _ROPE_KEYS = frozenset(
     """
     rope_theta rope_type type factor low_freq_factor high_freq_factor
@@ -64,48 +52,6 @@ _EXTENSIONS = frozenset(
 )
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
-Config = TypeVar("Config")
-
-
-def _refuse_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    """Raises ValueError for keys outside `known` that are set to anything."""
-    unknown = [
-        key
-        for key, value in data.items()
-        if key not in known and value is not None and value is not False and value not in ([], {})
-    ]
-    if unknown:
-        raise ValueError(
-            f"{where} has keys that mlx_llava does not know and that could change the result: "
-            f"{', '.join(f'{key}={data[key]!r}' for key in sorted(unknown))}. "
-            "Remove those that do not matter for this model."
-        )
-
-
-def _refuse_value(where: str, key: str, found: object, expected: object) -> NoReturn:
-    raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
-
-
-def _build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
-    """Makes a config of the keys that it has; null stands for a default that is not null."""
-    values = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        value, default = data.get(field.name), field.default
-        if field.name not in data or (value is None and default is not None):
-            continue
-        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
-        if kinds and not isinstance(value, (*kinds, tuple)):
-            _refuse_value(where, field.name, value, f"a {type(default).__name__}")
-        values[field.name] = value
-    return cls(**values)
-
-
-def _refuse_empty(config: VisionConfig | TextConfig, where: str) -> None:
-    """Raises ValueError for a size that is not positive."""
-    for key, value in vars(config).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            _refuse_value(where, key, value, "positive numbers")
-
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -126,21 +72,21 @@ class VisionConfig:
         where = "vision_config"
         data = dict(_CLIP_L_336 if data is None else data)
         if data.get("model_type", "clip_vision_model") != "clip_vision_model":
-            _refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
+            refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
         known = frozenset(field.name for field in fields(cls))
-        _refuse_unknown(data, known | _HARMLESS | {"num_channels"}, where)
+        refuse_unknown(data, known | HARMLESS | {"num_channels"}, where)
         if data.get("num_channels", 3) != 3:
-            _refuse_value(where, "num_channels", data["num_channels"], "3")
-        config = _build(cls, data, where)
-        _refuse_empty(config, where)
+            refuse_value(where, "num_channels", data["num_channels"], "3")
+        config = build(cls, data, where)
+        refuse_empty(config, where)
         if config.hidden_act not in ACTIVATIONS:
-            _refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
+            refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
         if config.hidden_size % config.num_attention_heads:
             heads = config.num_attention_heads
-            _refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
+            refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
         if not 0 < config.patch_size <= config.image_size:
             size = f"1 to image_size={config.image_size}"
-            _refuse_value(where, "patch_size", config.patch_size, size)
+            refuse_value(where, "patch_size", config.patch_size, size)
         return config
 
     @property
@@ -177,34 +123,34 @@ class TextConfig:
         data = dict(data or {})
         model_type = data.get("model_type", "llama")
         if model_type not in ("llama", "mistral"):
-            _refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
+            refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
         known = frozenset(field.name for field in fields(cls))
-        _refuse_unknown(data, known | _HARMLESS | {"hidden_act", "rope_parameters"}, where)
+        refuse_unknown(data, known | HARMLESS | {"hidden_act", "rope_parameters"}, where)
         if data.get("hidden_act", "silu") != "silu":
-            _refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
+            refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
         defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
         data = {**defaults, **data, **cls._rope(data)}
         if model_type == "llama":
             data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
-        config = _build(cls, data, where)
-        _refuse_empty(config, where)
+        config = build(cls, data, where)
+        refuse_empty(config, where)
         config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
         if config.num_attention_heads % config.kv_heads:
             heads = f"divisors of num_attention_heads={config.num_attention_heads}"
-            _refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
+            refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
         return config
 
     @classmethod
     def _rope(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """Reads RoPE from transformers 5's ``rope_parameters`` or the older two keys."""
         rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
-        _refuse_unknown(rope, _ROPE_KEYS, "text_config.rope_parameters")
+        refuse_unknown(rope, _ROPE_KEYS, "text_config.rope_parameters")
         theta = rope.pop("rope_theta", None) or data.get("rope_theta") or cls.rope_theta
         rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
         rope.pop("type", None)
         if rope_type not in ("default", "linear", "llama3"):
             expected = "'default', 'linear' and 'llama3'"
-            _refuse_value("text_config", "rope_type", rope_type, expected)
+            refuse_value("text_config", "rope_type", rope_type, expected)
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("text_config rotates a part of each head (partial_rotary_factor).")
         if rope_type == "default":
@@ -285,10 +231,10 @@ class LlavaConfig:
         where = "config.json"
         data = dict(data)
         if data.get("model_type") not in cls.MODEL_TYPES:
-            _refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
+            refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
         known = frozenset(field.name for field in fields(cls))
         extra = {"image_token_id", "use_image_newline_parameter"}
-        _refuse_unknown(data, known | _HARMLESS | extra, where)
+        refuse_unknown(data, known | HARMLESS | extra, where)
         data["eos_token_id"] = _eos_ids(data)
         data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
         data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
@@ -301,7 +247,7 @@ class LlavaConfig:
         data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
         if data["model_type"] == "llava" and text.tie_word_embeddings:
             data["tie_word_embeddings"] = True  # as LlavaConfig, unlike LlavaNextConfig
-        config = _build(cls, data, where)
+        config = build(cls, data, where)
         config._check(data)
         return config
 
@@ -309,21 +255,21 @@ class LlavaConfig:
         where = "config.json"
         if self.projector_hidden_act not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
-            _refuse_value(where, "projector_hidden_act", self.projector_hidden_act, supported)
+            refuse_value(where, "projector_hidden_act", self.projector_hidden_act, supported)
         strategies = ("default",) if self.is_anyres else ("default", "full")
         if self.vision_feature_select_strategy not in strategies:
             found = self.vision_feature_select_strategy
             key = "vision_feature_select_strategy"
-            _refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
+            refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
         if self.is_anyres and data.get("use_image_newline_parameter", True) is not True:
-            _refuse_value(where, "use_image_newline_parameter", False, "True")
+            refuse_value(where, "use_image_newline_parameter", False, "True")
         if self.mm_patch_merge_type not in ("spatial_unpad", "spatial", "flat"):
             expected = "'spatial_unpad', 'spatial' and 'flat'"
-            _refuse_value(where, "mm_patch_merge_type", self.mm_patch_merge_type, expected)
+            refuse_value(where, "mm_patch_merge_type", self.mm_patch_merge_type, expected)
         _ = self.projector_layers
         if self.anyres_convention not in ("hf", "original"):
             expected = "'hf' and 'original'"
-            _refuse_value(where, "anyres_convention", self.anyres_convention, expected)
+            refuse_value(where, "anyres_convention", self.anyres_convention, expected)
         _ = self.feature_layers
 
     @property
@@ -339,7 +285,7 @@ class LlavaConfig:
         wanted = (layers,) if isinstance(layers, int) else layers
         if not wanted or any(layer not in range(-states, states) for layer in wanted):
             expected = f"indices from {-states} to {states - 1}"
-            _refuse_value("config.json", "vision_feature_layer", layers, expected)
+            refuse_value("config.json", "vision_feature_layer", layers, expected)
         return tuple(layer % states for layer in wanted)
 
     @property
@@ -350,7 +296,7 @@ class LlavaConfig:
         match = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
         if not match or not 0 < int(match[1]) <= 8:
             expected = "'linear', 'identity' and 'mlpNx_gelu'"
-            _refuse_value("config.json", "mm_projector_type", self.mm_projector_type, expected)
+            refuse_value("config.json", "mm_projector_type", self.mm_projector_type, expected)
         return int(match[1])
 
     @property

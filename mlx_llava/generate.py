@@ -287,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )
     add = parser.add_argument
-    add("--model", required=True, help="a folder, or a repository on the Hugging Face hub")
+    add("--model", required=True, help="a folder, a GGUF file, or a hub repository")
     add(
         "--image",
         action="append",
@@ -319,6 +319,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vision-dtype", choices=dtypes, help="of the vision tower alone")
     add("--projector-dtype", choices=dtypes, help="of the projector alone")
     add("--vision-device", choices=("cpu", "gpu"), help="where pictures are encoded")
+    add("--base", help="the model that a delta, a LoRA or a projector belongs to")
+    add("--vision-tower", help="CLIP, for checkpoints without a vision tower inside")
+    add("--mmproj", help="the second file of a GGUF pair")
     add("--revision", help="branch, tag or commit of a hub repository")
     add("--offline", action="store_true", help="use only what was downloaded before")
     add("--show-prompt", action="store_true", help="print what the model reads, to stderr")
@@ -396,6 +399,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         vision_device=args.vision_device,
         image_mode=args.image_mode,
         template=args.template,
+        base=args.base,
+        vision_tower=args.vision_tower,
+        mmproj=args.mmproj,
     )
     load_seconds = time.perf_counter() - started
     inputs = processor(

@@ -97,7 +97,8 @@ def test_v16_keeps_its_own_tower(reference_next, kind, tmp_path):
     other = {key: tensor + 1 for key, tensor in state.items()}
     clip = layouts.write_clip(tmp_path / "clip", other, reference_next)
     folder = layouts.write_folder(tmp_path / "v16", layouts.to_original(state), config, kind)
-    model, processor = load(folder, vision_tower=clip)
+    with pytest.warns(UserWarning, match="has a vision tower inside; .*clip is not used"):
+        model, processor = load(folder, vision_tower=clip)
     same_tensors(model, state)
     assert processor.image_processor.mode == "anyres"
     assert model.config.anyres_convention == "original"
@@ -310,6 +311,40 @@ def test_a_stand_alone_projector_on_its_base(reference, tmp_path):
         load(folder, base=tuned)
     with pytest.raises(ValueError, match="is a projector; give"):
         load(folder)
+    same_tensors(load(folder / "mm_projector.bin", base=base)[0], state)
+
+
+def test_a_quantised_v0_is_a_decoder_a_projector_and_clip(reference, tmp_path):
+    """wojtab/llava-13b-v0-4bit-128g: GPTQ-for-LLaMa's file has the language model alone."""
+    from tests.test_quantised_layouts import quantised_model
+
+    quantised, tensors = quantised_model("gptq", 4, original=True)
+    state = layouts.state_dict(quantised)
+    clip = layouts.write_clip(tmp_path / "clip", state, quantised)
+    decoder = {k: t for k, t in tensors.items() if "vision_tower" not in k and "mm_" not in k}
+    for path in [key.removesuffix(".qweight") for key in decoder if key.endswith(".qweight")]:
+        decoder[f"{path}.bias"] = torch.zeros(decoder[f"{path}.scales"].shape[1])
+    config = layouts.original_config(quantised, mm_vision_tower=str(clip))
+    llama = {k: v for k, v in config.items() if not k.startswith(("mm_", "image_"))}
+    llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    base = layouts.write_folder(tmp_path / "gptq", decoder, llama, "safetensors")
+    folder = tmp_path / "delta"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    projector = {k: t for k, t in layouts.to_original(state).items() if "mm_projector" in k}
+    torch.save(projector, folder / "mm_projector.bin")
+    model, processor = load(folder / "mm_projector.bin", base=base)
+    assert model.language_model.model.layers[0].mlp.up_proj.bits == 4
+    inputs = layouts.inputs_of(processor)
+    ours = np.array(model(**inputs))[..., : layouts.VOCABULARY]
+    theirs = layouts.reference_logits(quantised, inputs)
+    assert np.abs(ours - theirs).max() < 2e-4 * np.abs(theirs).max()
+
+
+def test_parts_that_have_no_place_are_refused(tmp_path):
+    tiny.save(layouts.case(), tmp_path / "hf")
+    with pytest.raises(ValueError, match="is whole; the base x/y has no place in it"):
+        load(tmp_path / "hf", base="x/y")
 
 
 def test_what_is_no_llava_is_named(reference, tmp_path):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mlx_llava"
 #: Imports point only downward.
 LAYERS = (
     {"version", "backend", "command", "activations", "image", "json_files", "cache", "sampling"},
-    {"vocabulary", "hub", "quantized"},
+    {"vocabulary", "hub", "quantized", "config_checks"},
     {"config", "tokenizer", "checkpoint.tensors"},
     {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
     {"anyres", "templates", "clip", "projector", "llama", "checkpoint.folder", "checkpoint.gptq"},

@@ -23,7 +23,8 @@ EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 
 def test_no_block_is_overlooked():
-    assert [language for language, _ in BLOCKS] == ["sh", "text", "sh", "sh", "python", "python"]
+    languages = [language for language, _ in BLOCKS]
+    assert languages == ["sh", "text", "sh", "sh", "sh", "python", "python"]
 
 
 def test_install_and_first_answer(tmp_path):
@@ -70,15 +71,25 @@ def hub(hub_cache, tmp_path, monkeypatch) -> Path:
     return hub_cache
 
 
-def test_asking_about_a_photograph(hub):
-    command = SHELL[2].replace("python ", f"{sys.executable} ", 1)
+def run_with_hub(code: str, hub: Path) -> str:
+    """Runs commands of the README on the stand-in; returns what they print."""
     environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
+    command = code.replace("python -m", f"{sys.executable} -m")
     done = subprocess.run(
         ["sh", "-e", "-c", command], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(EXPECTED.rstrip("\n"))
+    return done.stdout
+
+
+def test_asking_about_a_photograph(hub):
+    assert run_with_hub(SHELL[2], hub).startswith(EXPECTED.rstrip("\n"))
+
+
+def test_converting(hub):
+    assert run_with_hub(SHELL[3], hub).strip()
+    assert load("llava-4bit")[0].language_model.lm_head.bits == 4
 
 
 def test_python_blocks(hub, monkeypatch, capsys):
@@ -106,6 +117,8 @@ def test_python_blocks(hub, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == EXPECTED.split()
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/checkpoints.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target

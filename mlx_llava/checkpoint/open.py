@@ -21,6 +21,7 @@ from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 _LM_HEAD = "language_model.lm_head."
+_PROJECTOR_FILE = "mm_projector.bin"
 
 
 @dataclass
@@ -72,21 +73,25 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
         FileNotFoundError: A file is missing.
         ValueError: It is broken, not supported, or a part of it is not given.
     """
-    if path.is_file() or parts.mmproj:
+    if path.suffix == ".gguf" or parts.mmproj:
         return _open_gguf(path, parts)
-    data = read_json(path / "config.json")
-    if (path / "adapter_config.json").exists() or _is_projector(path):
+    folder = path if path.is_dir() else path.parent
+    data = read_json(folder / "config.json")
+    if path.is_file() or (path / "adapter_config.json").exists() or _is_projector(path):
         return _open_adapter(path, data, parts)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json.")
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
-    if original.is_original(data):
+    if original.is_original(data) or any("mm_projector." in key for key in tensors):
         return _open_original(path, data, tensors, parts)
-    if "llava" not in str(data.get("model_type")) and not parts.base:
+    if "llava" not in str(data.get("model_type")):
         kind = "a bare CLIP; give it as --vision-tower" if "clip" in str(data) else "no LLaVA"
         raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
+    for option, value in (("base", parts.base), ("vision tower", parts.vision_tower)):
+        if value:
+            raise ValueError(f"{path} is whole; the {option} {value} has no place in it.")
     return _open_hf(path, data, tensors, is_mlx)
 
 
@@ -116,7 +121,8 @@ def _repack(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor])
     """MLX's layout for the layers of GPTQ and AWQ, if there are any."""
     if not gptq.is_packed(tensors):
         return gptq.Repacked(dict(tensors), {}, {})
-    settings = data.pop("quantization_config", None) or read_json(path / "quantize_config.json")
+    own = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
+    settings = data.pop("quantization_config", None) or own
     return gptq.repack(tensors, settings)
 
 
@@ -143,7 +149,7 @@ def _open_original(
     if parts.base and tokenizer_folder is None:
         weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
         layout += ", delta applied"
-    weights, vision = _with_tower(weights, data, parts)
+    weights, vision, warnings = _with_tower(weights, data, parts)
     rows = weights[_EMBEDDING].shape[0]
     name = f"{path.name} {data.get('_name_or_path', '')}"
     config = original.read_config(data, vision, rows, name)
@@ -163,18 +169,23 @@ def _open_original(
             image_processor=original.image_processor(data, config),
             eos_ids=_eos_ids(path),
             dropped=packed.dropped | found.dropped,
+            warnings=warnings,
         )
     )
 
 
 def _with_tower(
     weights: dict[str, LazyTensor], data: Mapping[str, Any], parts: Parts
-) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """The tower that is inside, which may be tuned and is never replaced, or the named one."""
-    is_inside = any(name.startswith(original.TOWER) for name in weights)
-    if is_inside:
-        inside = {name: t for name, t in weights.items() if name.startswith(original.TOWER)}
-        return weights, original.tower_config(inside)
+) -> tuple[dict[str, LazyTensor], dict[str, Any], list[str]]:
+    """The tower that is inside, which may be tuned and is never replaced, or the named one.
+
+    Returns:
+        The weights with a tower, its ``vision_config``, and warnings.
+    """
+    inside = {name: t for name, t in weights.items() if name.startswith(original.TOWER)}
+    if inside:
+        unused = f"The checkpoint has a vision tower inside; {parts.vision_tower} is not used."
+        return weights, original.tower_config(inside), [unused] if parts.vision_tower else []
     where = parts.vision_tower or data.get("mm_vision_tower")
     if not where:
         raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
@@ -185,7 +196,7 @@ def _with_tower(
             f"The vision tower {where} is needed; give it with --vision-tower. {error}"
         ) from error
     tower, vision = original.read_tower(folder)
-    return weights | tower, vision
+    return weights | tower, vision, []
 
 
 def _with_placeholder(
@@ -209,7 +220,7 @@ def _read_base(folder: Path) -> dict[str, LazyTensor]:
 
 def _is_projector(path: Path) -> bool:
     """Whether a folder holds a stand-alone projector and no model."""
-    if not (path / "mm_projector.bin").exists():
+    if not (path / _PROJECTOR_FILE).exists():
         return False
     try:
         find_files(path)
@@ -231,8 +242,10 @@ def _open_adapter(path: Path, data: dict[str, Any], parts: Parts) -> Checkpoint:
     if is_lora:
         weights = adapters.apply_lora(base, path)
     else:
-        weights = base | adapters.read_projector(path / "mm_projector.bin")
-        if data.get("tune_mm_mlp_adapter") and original.is_original(base_data):
+        projector = adapters.read_projector(path if path.is_file() else path / _PROJECTOR_FILE)
+        kept = {name: t for name, t in base.items() if not name.startswith(adapters.PROJECTOR)}
+        weights = kept | projector
+        if data.get("tune_mm_mlp_adapter") and len(kept) < len(base):
             warnings.append(
                 "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "
                 "a projector of its own; together they cannot see."
@@ -240,7 +253,6 @@ def _open_adapter(path: Path, data: dict[str, Any], parts: Parts) -> Checkpoint:
     data = {**base_data, **data}
     if not original.is_original(data):
         raise ValueError(f"{path} needs a config.json with LLaVA's mm_ keys, in it or in its base.")
-    data.setdefault("mm_projector_type", "linear")
     checkpoint = _open_original(path, data, weights, parts, tokenizer_folder=folder)
     checkpoint.layout = f"{kind} on {folder.name}"
     checkpoint.warnings += warnings

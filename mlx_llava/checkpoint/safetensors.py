@@ -7,14 +7,17 @@ import json
 import math
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, Output
 from mlx_llava.json_files import write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
@@ -113,13 +116,17 @@ def _write_file(
             header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    # One thread writes while this one, which owns all MLX work, makes the next tensors.
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
+        writing = writer.submit(file.write, struct.pack("<Q", len(text)) + text)
         for item in outputs:
             for array, (name, shape, dtype) in zip(item.compute(), item.tensors, strict=True):
                 if (array.shape, array.dtype) != (shape, dtype):
                     raise AssertionError(f"{name} is {array.dtype} {array.shape}, not as planned")
                 flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-                file.write(np.array(flat).data)
+                mx.eval(flat)
+                writing.result()
+                writing = writer.submit(file.write, memoryview(cast("Buffer", flat)))
             progress(item.nbytes)
             mx.clear_cache()
+        writing.result()
