@@ -319,6 +319,8 @@ class LlavaConfig:
         for field in fields(self):
             if field.name in _EXTENSIONS and getattr(self, field.name) == field.default:
                 del data[field.name]
+        if not self.is_anyres:
+            del data["image_grid_pinpoints"]
         return data
 
 

@@ -9,20 +9,20 @@ from typing import Any, NoReturn, TypeVar
 #: Keys that say nothing about the forward pass: provenance, training, generation defaults.
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    attention_dropout auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label ignore_index image_seq_length initializer_factor
-    initializer_range is_composition is_decoder label2id length_penalty logit_scale_init_value
-    max_length max_sequence_length min_length model_type no_repeat_ngram_size
-    num_additional_image_tokens num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type processor_class projection_dim quantization_config remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p unsloth_version use_bfloat16
-    use_cache use_return_dict vocab_size
+    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label ignore_index
+    image_seq_length initializer_factor initializer_range is_composition is_decoder
+    label2id length_penalty logit_scale_init_value max_length max_sequence_length
+    min_length model_type no_repeat_ngram_size num_additional_image_tokens num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type processor_class projection_dim
+    quantization_config remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_version use_bfloat16 use_cache use_return_dict
+    vocab_size
     """.split()
 )
 
@@ -30,11 +30,13 @@ Config = TypeVar("Config")
 
 
 def refuse_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    """Raises ValueError for keys outside `known` that are set to anything."""
+    """Raises ValueError for keys outside `known`, unless they are off or begin with ``_``."""
     unknown = [
         key
         for key, value in data.items()
-        if key not in known and value is not None and value is not False and value not in ([], {})
+        if key not in known
+        and not key.startswith("_")
+        and not (value is None or value is False or value in ([], {}))
     ]
     if unknown:
         raise ValueError(

@@ -29,9 +29,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize_shortest(
-    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
+def resize_shortest(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
     """Resizes so that the shorter edge is `side`; the longer one is truncated, not rounded."""
     width, height = image.size
     longer = int(side * max(width, height) / min(width, height))
@@ -58,11 +56,7 @@ def expand_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.I
     return square
 
 
-def anyres_canvas(
-    image: Image.Image,
-    canvas: Size,
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Image.Image:
+def anyres_canvas(image: Image.Image, canvas: Size, resample: Image.Resampling) -> Image.Image:
     """Fits the picture into (height, width) and centres it on black."""
     (rows, columns), (width, height) = canvas, image.size
     by_width, by_height = columns / width, rows / height

@@ -39,7 +39,7 @@ MUTATIONS = (
     ("original unpad rounding for hf", "anyres", 'int(round(kept, 7) if convention == "hf" else kept)', "int(kept)"),
     ("pinpoints as (width, height)", "anyres", 'pinpoint if convention == "hf" else pinpoint[::-1]', "pinpoint[::-1]"),
     ("longer edge rounded", "preprocess", "longer = int(side *", "longer = round(side *"),
-    ("bilinear resize", "preprocess", "Image.Resampling.BICUBIC\n) -> Image.Image:\n    \"\"\"Resizes so", "Image.Resampling.BILINEAR\n) -> Image.Image:\n    \"\"\"Resizes so"),
+    ("bilinear resize", "preprocess", 'data.get("resample", Image.Resampling.BICUBIC)', 'data.get("resample", Image.Resampling.BILINEAR)'),
     ("padded on black", "preprocess", "tuple(int(mean * 255) for mean in self.mean)", "(0, 0, 0)"),
     ("pad colour rounded", "preprocess", "int(mean * 255)", "round(mean * 255)"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),

@@ -238,6 +238,10 @@ REFUSED = {
     "no_size": ({"text_config": {"num_attention_heads": 0}}, "positive numbers"),
     "negative_size": ({"vision_config": {"image_size": -336}}, "image_size=-336"),
     "layer_name": ({"vision_feature_layer": ["last"]}, "vision_feature_layer"),
+    "projector": ({"mm_projector_type": "mlp0x_gelu"}, "mm_projector_type='mlp0x_gelu'"),
+    "merge": ({"mm_patch_merge_type": "unpad"}, "mm_patch_merge_type='unpad'"),
+    "pinpoints": ({"image_grid_pinpoints": "(1x1)"}, "no range of grids"),
+    "pinpoint_text": ({"image_grid_pinpoints": "[[1, 2"}, "no list of pairs"),
     "convention": ({"anyres_convention": "mine"}, "anyres_convention='mine'"),
 }
 
@@ -250,7 +254,7 @@ def test_what_is_not_supported_is_refused_by_name(name):
 
 
 def test_unknown_keys_that_are_off_are_harmless():
-    off = {"use_thing": False, "other": None, "list": [], "map": {}}
+    off = {"use_thing": False, "other": None, "list": [], "map": {}, "_private": "note"}
     assert LlavaConfig.from_dict({**LLAVA_15, **off}) == LlavaConfig.from_dict(LLAVA_15)
 
 

@@ -192,6 +192,35 @@ def test_v0_and_v1_with_one_linear_layer(version, tmp_path):
     assert np.abs(ours - theirs).max() < 2 * TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["mlp1x_gelu", "mlp3x_gelu", "identity"])
+def test_projectors_of_other_depths(kind, tmp_path):
+    """The features are the reference tower's, multiplied by hand."""
+    vision = {**layouts.VISION, "hidden_size": 64, "num_attention_heads": 1}
+    reference = tiny.make_model(
+        tiny.Case("p", text=layouts.TEXT, vision=vision, top={"image_token_index": 360})
+    )
+    original = layouts.to_original(layouts.state_dict(reference))
+    original = {k: t for k, t in original.items() if "mm_projector" not in k}
+    depth = 0 if kind == "identity" else int(kind[3])
+    layers = [(torch.randn(64, 64) * 0.2, torch.randn(64)) for _ in range(depth)]
+    for i, (weight, bias) in enumerate(layers):
+        path = f"model.mm_projector.{2 * i}"
+        original |= {f"{path}.weight": weight, f"{path}.bias": bias}
+    config = layouts.original_config(reference, mm_projector_type=kind)
+    folder = layouts.write_folder(tmp_path / "x", original, config)
+    model, processor = load(folder)
+    pixels = layouts.inputs_of(processor).pixel_values
+    states = tiny.torch_hidden_states(
+        reference, torch.tensor(np.array(pixels).transpose(0, 3, 1, 2))
+    )
+    features = torch.tensor(states[-2][:, 1:])
+    for i, (weight, bias) in enumerate(layers):
+        features = torch.nn.functional.gelu(features) if i else features
+        features = features @ weight.T + bias
+    ours = np.array(model.encode_images(pixels)[0])
+    assert np.abs(ours - features[0].numpy()).max() < TOLERANCE
+
+
 def test_a_delta_is_added_to_its_llama(reference, tmp_path):
     state = {key: tensor.half() for key, tensor in layouts.state_dict(reference).items()}
     target = layouts.to_original(state)
@@ -368,3 +397,82 @@ def test_what_is_no_llava_is_named(reference, tmp_path):
         with pytest.raises(ValueError, match=key):
             load(folder)
         shutil.rmtree(folder)
+
+
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+CLIP_L |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+
+# config.json of liuhaotian/llava-v1.5-7b and llava-v1.6-mistral-7b, key for key.
+V15 = {
+    "_name_or_path": "llava-v1.5-7b",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "pad",
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_length": 4096,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "model_type": "llava",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+    "vocab_size": 32000,
+}
+V16_MISTRAL = {
+    **V15,
+    "architectures": ["LlavaMistralForCausalLM"],
+    "model_type": "llava_mistral",
+    "image_aspect_ratio": "anyres",
+    "image_crop_resolution": 224,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_split_resolution": 224,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_lr": None,
+    "mm_vision_tower_lr": 2e-06,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tokenizer_model_max_length": 4096,
+    "tokenizer_padding_side": "left",
+    "unfreeze_mm_vision_tower": True,
+}
+
+
+def test_published_configs_are_read():
+    from mlx_llava.checkpoint.original import read_config
+
+    config = read_config(V15, CLIP_L, 32000, "anything")
+    assert (config.model_type, config.conv_mode) == ("llava", "vicuna_v1")
+    assert (config.text_config.kv_heads, config.text_config.rms_norm_eps) == (32, 1e-5)
+    assert (config.feature_layers, config.projector_layers) == ((23,), 2)
+    config = read_config(V16_MISTRAL, CLIP_L, 32000, "anything")
+    assert (config.model_type, config.conv_mode) == ("llava_next", "mistral_instruct")
+    assert (config.text_config.model_type, config.text_config.sliding_window) == ("mistral", None)
+    assert (config.has_newline, config.anyres_convention) == (True, "original")

@@ -398,6 +398,34 @@ def test_gguf_is_the_dequantisers_to_the_bit(kind, tmp_path):
     assert np.abs(ours_logits - theirs).max() < tolerance * np.abs(theirs).max()
 
 
+OTHER_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "MXFP4"]
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_every_other_type_goes_through_the_dequantiser(kind, tmp_path):
+    """On random blocks: gguf-py cannot quantise to most of these."""
+    from mlx_llava.checkpoint import gguf as reader
+
+    qtype = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    data = np.random.default_rng(0).integers(0, 256, (3, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("output.weight", data, raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = reader.open_reader(tmp_path / "x.gguf", "llama").tensors
+    model = reader.GGUFModel({}, {}, {}, {}, {}, {}, {})
+    reader._add(model, tmp_path / "x.gguf", tensor, "language_model.lm_head.weight", None)
+    lazy = model.tensors["language_model.lm_head.weight"]
+    with np.errstate(all="ignore"):  # random scales are infinite now and then
+        ours = np.array(lazy.read())
+        theirs = gguf.quants.dequantize(data, qtype).astype(np.float16)
+    assert ours.shape == lazy.shape == (3, 512)
+    assert np.array_equal(ours, theirs, equal_nan=True)
+
+
 def test_gguf_of_llava_16_with_the_new_names(tmp_path):
     reference = tiny.make_model(layouts.case(next=True))
     tensors = layouts.state_dict(reference)

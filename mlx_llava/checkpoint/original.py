@@ -69,8 +69,8 @@ def read_config(
         ValueError: The config names something that is not supported.
     """
     kind = f"{data.get('model_type')} {data.get('architectures')}".lower()
-    if "mpt" in kind:
-        raise ValueError("LLaVA on MPT is not supported; its decoder is no LLaMA.")
+    if not any(name in kind for name in ("llama", "mistral", "llava none")):
+        raise ValueError(f"The decoder of {kind} is not supported, only LLaMA and Mistral.")
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
         raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")

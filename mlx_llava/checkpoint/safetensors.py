@@ -48,20 +48,32 @@ def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
     """
     header = _read_header(path)
     metadata = header.pop("__metadata__", {})
+    reader = _Reader(path)
     tensors = {}
     for key, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path} holds {key} as {entry['dtype']}, which MLX has no type for.")
         dtype, _ = DTYPES[entry["dtype"]]
-        read = functools.partial(_read_tensor, path, key)
+        read = functools.partial(reader.read, key)
         tensors[key] = LazyTensor(f"{path.name}:{key}", tuple(entry["shape"]), dtype, read)
     return tensors, metadata.get("format") == "mlx"
 
 
-def _read_tensor(path: Path, key: str) -> mx.array:
-    """One tensor, which MLX itself reads when it is first used."""
-    tensors = cast("dict[str, mx.array]", mx.load(str(path)))
-    return tensors[key]
+class _Reader:
+    """A file that MLX reads, tensor by tensor, when they are used.
+
+    What is read is handed over: nothing here keeps a tensor in memory that its user lets go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, mx.array] = {}
+
+    def read(self, key: str) -> mx.array:
+        """One tensor; the first call, and reading one again, look at the whole header."""
+        if key not in self.tensors:
+            self.tensors = cast("dict[str, mx.array]", mx.load(str(self.path)))
+        return self.tensors.pop(key)
 
 
 def write_weights(
