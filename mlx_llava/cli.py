@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        print(f"{usage()}\n\nerror: there is no command {name!r}", file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        print(f"\nerror: there is no command {name!r}" if name else "", file=sys.stderr)
         return 2
     code: int = importlib.import_module(f"mlx_llava.{name}").main(rest)
     return code

@@ -16,8 +16,10 @@ def make_sampler(temp: float, top_p: float, min_p: float, top_k: int) -> Sampler
 
     Greedy and plain temperature are done here; all else is mlx-lm's, whose import is slow.
     """
-    if temp < 0:
-        raise ValueError(f"temp is {temp}; it must be 0 or more.")
+    if temp < 0 or top_k < 0:
+        raise ValueError(f"temp is {temp} and top_k is {top_k}; they must be 0 or more.")
+    if not (0 <= top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(f"top_p is {top_p} and min_p is {min_p}; they must lie in 0..1.")
     if temp == 0:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
     if not (0 < top_p < 1 or min_p or top_k):

@@ -159,6 +159,7 @@ MISTAKES = {
     "no vision": (["--model", "text_only", "--image", "whole.jpg"], "model_type='llama'"),
     "template": (["--template", "nope"], "There is no template 'nope'; known: "),
     "no config": (["--model", "empty"], "empty has no config.json."),
+    "a file": (["--model", "whole.jpg"], "whole.jpg is no checkpoint"),
     "no folder": (["--model", "no/such/folder"], "There is no folder no/such/folder."),
     "lying config": (["--model", "liar"], "where config.json says (48"),
     "mode": (["--image-mode", "anyres"], "anyres needs a LLaVA 1.6"),
@@ -236,6 +237,8 @@ def test_the_table_of_commands(capsys):
     assert cli.main(["--help"]) == 0
     assert "generate" in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
+    assert cli.main([]) == 2
+    assert "error" not in capsys.readouterr().err
     assert cli.main(["nonsense"]) == 2
     assert "no command 'nonsense'" in capsys.readouterr().err
     for name in cli.COMMANDS:

@@ -278,8 +278,9 @@ def test_the_context_is_checked_before_any_compute(loaded, monkeypatch):
         generate(model, processor, "x " * 400)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         generate(model, processor, "hi", max_tokens=0)
-    with pytest.raises(ValueError, match="temp is -1"):
-        generate(model, processor, "hi", temp=-1)
+    for option in ({"temp": -1}, {"top_k": -1}, {"top_p": 7}, {"min_p": -0.5}):
+        with pytest.raises(ValueError, match="they must"):
+            generate(model, processor, "hi", **option)
 
 
 def test_the_answer_fills_the_context_and_no_more(loaded):

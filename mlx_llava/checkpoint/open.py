@@ -75,6 +75,8 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
     """
     if path.suffix == ".gguf" or parts.mmproj:
         return _open_gguf(path, parts)
+    if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
+        raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
     folder = path if path.is_dir() else path.parent
     data = read_json(folder / "config.json")
     if path.is_file() or (path / "adapter_config.json").exists() or _is_projector(path):
