@@ -19,6 +19,7 @@ from mlx_llava.checkpoint.open import Parts, open_checkpoint
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.command import command
 from mlx_llava.hub import find_checkpoint
+from mlx_llava.json_files import sensible_values
 from mlx_llava.load import load, make_processor, new_folder, write_settings
 from mlx_llava.plan import DTYPES, MODES, RECIPES, Plan, Quantization, make_plan
 from mlx_llava.processor import Processor
@@ -65,10 +66,12 @@ def convert(
     parts = Parts(
         partial(find_checkpoint, revision=None, offline=offline), base, vision_tower, mmproj
     )
-    checkpoint = open_checkpoint(find_checkpoint(path_or_repo, revision, offline), parts)
-    plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
+    path = find_checkpoint(path_or_repo, revision, offline)
+    with sensible_values(path):
+        checkpoint = open_checkpoint(path, parts)
+        plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
+        processor = make_processor(plan.checkpoint)
     _check_disk(target, plan.nbytes)
-    processor = make_processor(plan.checkpoint)
     done = 0
 
     def advance(nbytes: int) -> None:

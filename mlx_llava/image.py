@@ -22,6 +22,8 @@ ImageSource: TypeAlias = (
 MAX_PIXELS = 100_000_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 DOWNLOAD_SECONDS = 30
+#: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,10 +56,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
             check_pixels(image.size, max_pixels, name)
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image in a format that Pillow reads.") from error
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{name} is not an image ({known} or HEIC).") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{name} is a broken image: {error}") from error
     finally:
         if file is not source:
@@ -122,7 +125,7 @@ def _download(url: str) -> bytes:
 def _identify(file: BinaryIO, name: str) -> Image.Image:
     """Opens the picture; HEIC (iPhone photos) through the optional pillow-heif."""
     try:
-        return Image.open(file)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         file.seek(0)
         # ISO base media file: size, "ftyp", then the brand of the format.
@@ -135,7 +138,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"{name} is HEIC: pip install 'mlx_llava[heic]' to read it.") from error
     pillow_heif.register_heif_opener()
     file.seek(0)
-    return Image.open(file)
+    return Image.open(file, formats=["HEIF"])
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:

@@ -20,13 +20,14 @@ from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
 from mlx_llava.config import LlavaConfig
 from mlx_llava.hub import find_checkpoint
-from mlx_llava.json_files import write_json
+from mlx_llava.json_files import sensible_values, write_json
 from mlx_llava.llava import Llava
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
 from mlx_llava.quantized import PermutedQuantizedLinear
 from mlx_llava.templates import get_template
 
+_ENCODER = "vision_tower.vision_model.encoder.layers."
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -74,11 +75,13 @@ def load(
     """
     find = partial(find_checkpoint, revision=None, offline=offline)
     parts = Parts(find, base=base, vision_tower=vision_tower, mmproj=mmproj)
-    checkpoint = open_checkpoint(find_checkpoint(path_or_repo, revision, offline), parts)
+    path = find_checkpoint(path_or_repo, revision, offline)
+    with sensible_values(path):
+        checkpoint = open_checkpoint(path, parts)
+        processor = make_processor(checkpoint, image_mode, template)
+        model = make_model(checkpoint)
     for warning in checkpoint.warnings:
         warnings.warn(warning, stacklevel=2)
-    processor = make_processor(checkpoint, image_mode, template)
-    model = make_model(checkpoint)
     cast(model.vision_tower, vision_dtype or dtype)
     cast(model.multi_modal_projector, projector_dtype or dtype)
     cast(model.language_model, dtype)
@@ -108,7 +111,7 @@ def make_model(checkpoint: Checkpoint) -> Llava:
     Raises:
         ValueError: A tensor is missing, unknown, or of another size than the config says.
     """
-    model = empty_model(checkpoint.config, checkpoint.tensors.keys())
+    model = empty_model(checkpoint.config, checkpoint.tensors)
     check_tensors(model, checkpoint.tensors)
     model.load_weights([(name, tensor.read()) for name, tensor in checkpoint.tensors.items()])
     model.eval()
@@ -116,11 +119,33 @@ def make_model(checkpoint: Checkpoint) -> Llava:
 
 
 def empty_model(config: LlavaConfig, names: Iterable[str]) -> Llava:
-    """A model without weights, quantised where the names of its tensors say so."""
+    """A model without weights, quantised where the names of its tensors say so.
+
+    Raises:
+        ValueError: The config's depth is not that of the tensors.
+    """
+    names = set(names)
+    _check_depth(config, names)
     model = Llava(config)
     if config.quantization is not None:
-        quantize_like(model, set(names), config.quantization)
+        quantize_like(model, names, config.quantization)
     return model
+
+
+def _check_depth(config: LlavaConfig, names: set[str]) -> None:
+    """Raises ValueError where a file has more or fewer layers than its config says.
+
+    Before a model of that many layers is built, which could take forever.
+    """
+    for part, prefix, expected in (
+        ("text_config", "language_model.model.layers.", config.text_config.num_hidden_layers),
+        ("vision_config", _ENCODER, config.vision_config.num_hidden_layers),
+    ):
+        indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
+        if len(indices) != expected:
+            raise ValueError(
+                f"{part} has num_hidden_layers={expected}, but the checkpoint has {len(indices)}."
+            )
 
 
 def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]) -> None:

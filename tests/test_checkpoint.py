@@ -305,6 +305,44 @@ def test_a_config_that_lies_about_a_size_is_refused(golden, tmp_path):
         load(tmp_path / "liar")
 
 
+def test_a_config_that_lies_about_its_depth_is_refused_at_once(golden, tmp_path):
+    for part in ("text_config", "vision_config"):
+        folder = tmp_path / part
+        shutil.copytree(golden, folder)
+        config = json.loads((golden / "config.json").read_text())
+        config[part]["num_hidden_layers"] = 10**9
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"{part} has num_hidden_layers=1000000000, but"):
+            load(folder)
+
+
+SETTINGS = ("config", "processor_config", "tokenizer_config", "generation_config", "tokenizer")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_values_of_the_wrong_kind_are_no_traceback(golden, name, tmp_path):
+    """Every value of every settings file in turn becomes one of another kind."""
+    folder = tmp_path / "copy"
+    shutil.copytree(golden, folder)
+    original = json.loads((folder / f"{name}.json").read_text())
+    paths = [(key,) for key in original]
+    paths += [(k, j) for k, v in original.items() if isinstance(v, dict) for j in list(v)[:30]]
+    refused = 0
+    for path in paths:
+        for wrong in (3.5, "x", [[]], {"a": 1}):
+            data = json.loads(json.dumps(original))
+            target = data
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = wrong
+            (folder / f"{name}.json").write_text(json.dumps(data))
+            try:
+                load(folder, lazy=True)
+            except (ValueError, OSError) as error:
+                refused += "\n" not in str(error)
+    assert refused >= 2
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_a_missing_shard_is_named(golden, index, tmp_path):
     folder = write(golden, tmp_path / "shards", canonical(golden), shards=3, index=index)
@@ -338,6 +376,29 @@ def test_files_that_lead_astray_are_refused(golden, tmp_path):
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="holds x as F99, which MLX has no type for"):
         load(folder)
+
+
+HEADERS = [
+    {"x": 3},
+    {"x": {}},
+    {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+    {"x": {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 4]}},
+    {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4]}},
+    {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+    {"__metadata__": 7},
+    [1, 2],
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_make_no_sense_are_refused(header, tmp_path):
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(4)
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"x.safetensors (is not a safetensors file|has \d+ bytes)"
+    ):
+        files.read_file(tmp_path / "x.safetensors")
 
 
 def test_folders_without_parts_are_named(golden, tmp_path):

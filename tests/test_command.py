@@ -149,7 +149,7 @@ def files(tmp_path) -> Path:
 
 MISTAKES = {
     "missing image": (["--image", "none.png"], "There is no image none.png."),
-    "text": (["--image", "text.jpg"], "text.jpg is not an image in a format that Pillow reads."),
+    "text": (["--image", "text.jpg"], "text.jpg is not an image (JPEG, "),
     "truncated": (["--image", "cut.jpg"], "cut.jpg is a broken image"),
     "bomb": (["--image", "bomb.png"], "400000000 pixels"),
     "two marks": (

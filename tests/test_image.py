@@ -175,6 +175,10 @@ def png_header(width: int, height: int) -> bytes:
 BROKEN = {
     "text": (b"Dear diary, this is no picture.", "not an image"),
     "nothing": (b"", "not an image"),
+    "a program": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "not an image",
+    ),
     "bomb": (png_header(20_000, 20_000), "400000000 pixels"),
     "large": (png_header(12_000, 12_000), "144,000,000 pixels; the limit is 100,000,000"),
     "no_pixels": (png_header(50, 50), "broken"),

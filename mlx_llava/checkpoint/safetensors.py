@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, Output
 from mlx_llava.json_files import write_json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
+_SIZES = {name: np.dtype(kind).itemsize for name, (_, kind) in DTYPES.items()}
 _NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F64"}
 
 
@@ -31,13 +33,19 @@ def _read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(min(length, size)))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        metadata = dict(header.pop("__metadata__", None) or {})
+        ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
+        for entry in header.values():
+            start, end = entry["data_offsets"]
+            item = _SIZES.get(entry["dtype"])
+            if item and end - start != math.prod(entry["shape"]) * item:
+                raise ValueError("a tensor is not as long as its shape")
+    except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off.") from error
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + max(ends)
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}.")
-    return header
+    return {**header, "__metadata__": metadata}
 
 
 def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
@@ -47,7 +55,7 @@ def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
         ValueError: The file is broken.
     """
     header = _read_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__")
     reader = _Reader(path)
     tensors = {}
     for key, entry in header.items():

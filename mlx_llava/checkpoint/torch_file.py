@@ -170,7 +170,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     except (
         *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError),
         *(OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
-        *(NotImplementedError, AssertionError),
+        *(RuntimeError, AssertionError, OSError),
     ) as error:
         raise ValueError(f"{path} is refused: {error}.") from error
 
