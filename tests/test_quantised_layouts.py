@@ -160,10 +160,14 @@ def test_incomplete_layers_are_named():
     del tensors["scales"]
     with pytest.raises(ValueError, match="x lacks scales"):
         repacked(tensors)
+
+
+def test_scattered_groups_of_unequal_size_become_plain_weights():
     tensors, _ = quantised_layer(32, 64, 4, 32, "act-order")
     tensors["g_idx"][:] = 0
-    with pytest.raises(ValueError, match="does not divide 64 inputs into 2 groups"):
-        repacked(tensors)
+    arrays, result = repacked(tensors)
+    assert set(arrays) == {"weight"}
+    assert not result.settings
 
 
 def quantised_model(kind: str, bits: int, original: bool):

@@ -70,97 +70,145 @@ def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repa
     return result
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One packed layer.
+
+    Attributes:
+        parts: its tensors as found.
+        is_awq: packed by AutoAWQ along the outputs, not by GPTQ along the inputs.
+        bits: of each code.
+        inputs: how many it has.
+        plus: what is added to a stored zero.
+        group_of: which group each input belongs to.
+    """
+
+    parts: Mapping[str, LazyTensor]
+    is_awq: bool
+    bits: int
+    inputs: int
+    plus: int
+    group_of: npt.NDArray[np.int64]
+
+    @classmethod
+    def read(cls, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> _Layer:
+        """Finds out how a layer is packed, from its shapes and its config."""
+        qweight, (groups, out) = parts["qweight"], parts["scales"].shape
+        is_awq = qweight.shape[1] * 8 == out
+        if is_awq and config.get("version", "gemm").lower() != "gemm":
+            raise ValueError(f"AWQ version {config['version']!r} is not supported, only gemm.")
+        bits = 4 if is_awq else parts["qzeros"].shape[1] * 32 // out
+        inputs = qweight.shape[0] if is_awq else qweight.shape[0] * 32 // bits
+        size = config.get("group_size") or -1  # -1 is one group for each column
+        group_of = np.arange(inputs) // (size if size > 0 else -(-inputs // groups))
+        if "g_idx" in parts:
+            group_of = np.array(parts["g_idx"].read(), dtype=np.int64)
+        # GPTQ stores zero - 1, except in files that say gptq_v2.
+        plus = int(not is_awq and config.get("checkpoint_format") != "gptq_v2")
+        return cls(parts, is_awq, bits, inputs, plus, group_of)
+
+    @property
+    def scales(self) -> LazyTensor:
+        """(groups, outputs)."""
+        return self.parts["scales"]
+
+    @property
+    def order(self) -> npt.NDArray[np.int64]:
+        """Which input comes at each place when they are sorted by group."""
+        return np.argsort(self.group_of, kind="stable")
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether groups are contiguous already."""
+        return bool((np.diff(self.group_of) >= 0).all())
+
+    @property
+    def group_size(self) -> int | None:
+        """MLX's group size for these groups, or for parts of them; None if none fits."""
+        groups = self.scales.shape[0]
+        counts = np.bincount(self.group_of, minlength=groups)
+        if len(counts) > groups or counts.min() != counts.max():
+            return None
+        return next((size for size in _GROUP_SIZES if counts[0] % size == 0), None)
+
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """(inputs, outputs)."""
+        words = np.array(self.parts["qweight"].read())
+        return _unpack_awq(words) if self.is_awq else _unpack(words, self.bits, axis=0)
+
+    def zeros(self) -> npt.NDArray[np.int64]:
+        """(groups, outputs)."""
+        words = np.array(self.parts["qzeros"].read())
+        codes = _unpack_awq(words) if self.is_awq else _unpack(words, self.bits, axis=1)
+        return codes.astype(np.int64) + self.plus
+
+    def packed(self) -> LazyTensor:
+        """The codes as MLX lays them out, (outputs, inputs x bits / 32)."""
+        qweight = self.parts["qweight"]
+        if self.is_in_order and not self.is_awq:
+            # GPTQ's words run along the inputs, as MLX's do: only the matrix is turned.
+            return qweight.then(lambda words: mx.contiguous(words.transpose()).view(mx.uint32))
+        shape = (self.scales.shape[1], self.inputs * self.bits // 32)
+        read = lambda: mx.array(pack(self.codes()[self.order].T, self.bits))  # noqa: E731
+        return LazyTensor(qweight.source, shape, mx.uint32, read)
+
+    def biases(self) -> mx.array:
+        """What MLX adds to scale x code, (outputs, groups)."""
+        scales = self.scales.read()
+        zeros = mx.array(self.zeros().astype(np.float32))
+        return (-scales.astype(mx.float32) * zeros).transpose().astype(scales.dtype)
+
+    def plain(self) -> LazyTensor:
+        """The weights themselves, (outputs, inputs)."""
+
+        def read() -> mx.array:
+            scales = np.array(self.scales.read().astype(mx.float32))
+            shifted = self.codes().astype(np.float32) - self.zeros()[self.group_of]
+            return mx.array((scales[self.group_of] * shifted).T).astype(self.scales.dtype)
+
+        shape = (self.scales.shape[1], self.inputs)
+        return LazyTensor(self.parts["qweight"].source, shape, self.scales.dtype, read)
+
+
 def _repack_layer(
-    path: str,
-    parts: dict[str, LazyTensor],
-    config: Mapping[str, Any],
-    result: Repacked,
+    path: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any], result: Repacked
 ) -> None:
     """Adds MLX's tensors for one layer."""
-    qweight, scales = parts["qweight"], parts["scales"]
-    groups, out = scales.shape
-    is_awq = qweight.shape[1] * 8 == out
-    if is_awq and config.get("version", "gemm").lower() != "gemm":
-        raise ValueError(f"AWQ version {config['version']!r} is not supported, only gemm.")
-    bits = 4 if is_awq else parts["qzeros"].shape[1] * 32 // out
-    inputs = qweight.shape[0] if is_awq else qweight.shape[0] * 32 // bits
-    given = config.get("group_size") or 0  # -1 is one group for each column
-    is_ragged = inputs % groups or (given > 0 and inputs % given)
-    group_size = None if is_ragged else _group_size(inputs // groups)
-    order = None
-    if not is_awq and group_size:
-        order = _input_order(parts.get("g_idx"), inputs, groups)
-    unpack = _unpack_awq if is_awq else _unpack_gptq
-    # GPTQ stores zero - 1, except in files that say gptq_v2.
-    plus = int(not is_awq and config.get("checkpoint_format") != "gptq_v2")
-    bias = parts.get("bias")
-    if bias is not None and not mx.any(bias.read() != 0).item():
-        result.dropped[bias.source] = "is zero"
-    elif bias is not None:
-        result.tensors[f"{path}.bias"] = bias
-
-    def zeros() -> npt.NDArray[np.int64]:
-        return unpack(np.array(parts["qzeros"].read()), bits, 1).astype(np.int64) + plus
-
+    layer = _Layer.read(parts, config)
+    _add_bias(path, parts.get("bias"), result)
+    group_size = layer.group_size
     if group_size is None:
-        result.tensors[f"{path}.weight"] = LazyTensor(
-            qweight.source,
-            (out, inputs),
-            scales.dtype,
-            lambda: _dequantize(parts, zeros(), bits, unpack, given),
-        )
+        result.tensors[f"{path}.weight"] = layer.plain()
         return
-
-    def codes() -> mx.array:
-        values = unpack(np.array(qweight.read()), bits, 1 if is_awq else 0).T
-        return mx.array(pack(values if order is None else values[:, order], bits))
-
-    repeat = inputs // group_size // groups
-    shape = (out, inputs * bits // 32)
-    if is_awq or order is not None:
-        result.tensors[f"{path}.weight"] = LazyTensor(qweight.source, shape, mx.uint32, codes)
-    else:  # GPTQ's words run along the inputs, as MLX's do: only the matrix is turned
-        result.tensors[f"{path}.weight"] = qweight.then(
-            lambda words: mx.contiguous(words.transpose()).view(mx.uint32)
-        )
-
-    def biases() -> mx.array:
-        scale = scales.read().astype(mx.float32)
-        bias = -scale * mx.array(zeros().astype(np.float32))
-        return mx.repeat(bias.transpose(), repeat, axis=1).astype(scales.dtype)
-
-    turned = scales.then(lambda scale: mx.repeat(scale.transpose(), repeat, axis=1))
-    result.tensors[f"{path}.scales"] = turned
-    source = parts["qzeros"].source
-    result.tensors[f"{path}.biases"] = LazyTensor(source, turned.shape, scales.dtype, biases)
-    if order is not None:
-        permutation = mx.array(order.astype(np.int32))
-        key = f"{path}.input_permutation"
-        result.tensors[key] = from_array(parts["g_idx"].source, permutation)
+    repeat = layer.inputs // group_size // layer.scales.shape[0]
+    scales = layer.scales.then(lambda array: mx.repeat(array.transpose(), repeat, axis=1))
+    result.tensors[f"{path}.weight"] = layer.packed()
+    result.tensors[f"{path}.scales"] = scales
+    result.tensors[f"{path}.biases"] = LazyTensor(
+        parts["qzeros"].source,
+        scales.shape,
+        scales.dtype,
+        lambda: mx.repeat(layer.biases(), repeat, axis=1),
+    )
+    if not layer.is_in_order:
+        order = mx.array(layer.order.astype(np.int32))
+        result.tensors[f"{path}.input_permutation"] = from_array(parts["g_idx"].source, order)
     elif "g_idx" in parts:
         result.dropped[parts["g_idx"].source] = "inputs are in order"
-    result.settings[path] = {"bits": bits, "group_size": group_size}
+    result.settings[path] = {"bits": layer.bits, "group_size": group_size}
 
 
-def _group_size(size: int) -> int | None:
-    """MLX's group size for groups of a size, which may be parts of them; None if none fits."""
-    return next((part for part in _GROUP_SIZES if size % part == 0), None)
+def _add_bias(path: str, bias: LazyTensor | None, result: Repacked) -> None:
+    """Keeps a bias, unless it is the zero that GPTQ-for-LLaMa always saves."""
+    if bias is None:
+        return
+    if mx.any(bias.read() != 0).item():
+        result.tensors[f"{path}.bias"] = bias
+    else:
+        result.dropped[bias.source] = "is zero"
 
 
-def _input_order(
-    g_idx: LazyTensor | None, inputs: int, groups: int
-) -> npt.NDArray[np.int64] | None:
-    """Which input comes at each place when they are sorted by group; None if they are."""
-    if g_idx is None:
-        return None
-    index = np.array(g_idx.read())
-    order: npt.NDArray[np.int64] = np.argsort(index, kind="stable")
-    if not np.array_equal(index[order], np.arange(inputs) // (inputs // groups)):
-        raise ValueError(f"{g_idx.source} does not divide {inputs} inputs into {groups} groups.")
-    return None if np.array_equal(order, np.arange(inputs)) else order
-
-
-def _unpack_gptq(words: npt.NDArray[Any], bits: int, axis: int) -> npt.NDArray[np.uint8]:
+def _unpack(words: npt.NDArray[Any], bits: int, axis: int) -> npt.NDArray[np.uint8]:
     """The codes in a stream of bits along an axis, the lowest bit first."""
     rows = np.ascontiguousarray(np.moveaxis(words, axis, -1)).view(np.uint8)
     stream = np.unpackbits(rows, axis=-1, bitorder="little").reshape(rows.shape[0], -1, bits)
@@ -168,9 +216,9 @@ def _unpack_gptq(words: npt.NDArray[Any], bits: int, axis: int) -> npt.NDArray[n
     return np.moveaxis(codes, -1, axis)
 
 
-def _unpack_awq(words: npt.NDArray[Any], bits: int, axis: int) -> npt.NDArray[np.uint8]:
-    """The 4-bit codes of AWQ, whose columns are shuffled in each word."""
-    codes = _unpack_gptq(words, bits, axis)
+def _unpack_awq(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The 4-bit codes of AWQ, packed along the columns, which are shuffled in each word."""
+    codes = _unpack(words, bits=4, axis=1)
     rows, columns = codes.shape
     return codes.reshape(rows, columns // 8, 8)[..., _AWQ_ORDER].reshape(rows, columns)
 
@@ -181,22 +229,3 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:
     stream = np.unpackbits(codes[..., None], axis=-1, bitorder="little", count=bits)
     packed = np.packbits(stream.reshape(rows, columns * bits), axis=-1, bitorder="little")
     return packed.view(np.uint32)
-
-
-def _dequantize(
-    parts: Mapping[str, LazyTensor],
-    zeros: npt.NDArray[np.int64],
-    bits: int,
-    unpack: Any,
-    group_size: int,
-) -> mx.array:
-    """The weights themselves, (outputs, inputs)."""
-    awq = unpack is _unpack_awq
-    codes = unpack(np.array(parts["qweight"].read()), bits, 1 if awq else 0).astype(np.float32)
-    scales = np.array(parts["scales"].read().astype(mx.float32))
-    inputs, groups = codes.shape[0], scales.shape[0]
-    index = np.arange(inputs) // (group_size if group_size > 0 else -(-inputs // groups))
-    if "g_idx" in parts:
-        index = np.array(parts["g_idx"].read())
-    weights = scales[index] * (codes - zeros[index])
-    return mx.array(weights.T).astype(parts["scales"].dtype)
