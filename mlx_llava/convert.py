@@ -173,11 +173,16 @@ def compare(
 
 
 def _upload(folder: Path, repo: str) -> None:
+    """Uploads a folder; whatever goes wrong on the way is the network's or the account's."""
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repo, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder)
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except Exception as error:  # the hub's own errors, and those of its HTTP library
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{folder} is complete, but its upload failed: {reason}") from error
 
 
 @command

@@ -29,17 +29,12 @@ def find_checkpoint(path_or_repo: str | Path, revision: str | None, offline: boo
 
 def _download(name: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
 
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=patterns, local_files_only=offline
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # the hub's own errors, and those of its HTTP library
         where = "among the downloaded repositories" if offline else "on the Hugging Face hub"
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import importlib
 import json
 import os
@@ -10,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 import pytest
@@ -294,3 +298,71 @@ def test_the_result_answers(original, tmp_path, capsys):
     arguments = ["--image", str(PICTURE), "--prompt", "What?", "--max-tokens", "3", "--json"]
     assert ask(["--model", str(tmp_path / "out"), *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["image_tokens"] == 16
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The calls of the hub's API with which a folder of small files is uploaded."""
+
+    commits: ClassVar[list[dict]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            answer = {"url": "https://huggingface.co/someone/tiny", "name": "someone/tiny"}
+        elif self.path.startswith("/api/models/someone/tiny/preupload/"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **modes} for path in paths]}
+        elif self.path == "/api/validate-yaml":
+            answer = {"warnings": [], "errors": []}
+        else:
+            assert self.path.startswith("/api/models/someone/tiny/commit/")
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.commits.extend(line["value"] for line in lines if line["key"] == "file")
+            answer = {
+                "commitUrl": "https://huggingface.co/someone/tiny/commit/1",
+                "commitOid": "1" * 40,
+                "pullRequestUrl": None,
+            }
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def upload(tmp_path: Path, endpoint: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test"}
+    environment["HF_HOME"] = str(tmp_path / "home")
+    arguments = ["--model", str(GOLDENS / "llava"), "--mlx-path", str(tmp_path / "out")]
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_llava.convert", *arguments, "--upload-repo", "someone/tiny"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_result_is_uploaded_whole(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = upload(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    uploaded = {file["path"]: base64.b64decode(file["content"]) for file in Hub.commits}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert uploaded == written
+
+
+def test_a_failed_upload_is_one_line_and_keeps_the_result(tmp_path):
+    done = upload(tmp_path, "http://127.0.0.1:9")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert last.startswith(f"error: {tmp_path / 'out'} is complete, but its upload failed: ")
+    assert load(tmp_path / "out")
