@@ -85,7 +85,7 @@ def test_without_a_tower_the_error_says_what_to_give(reference, tmp_path):
         load(folder, offline=True)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 def test_v16_keeps_its_own_tower(reference_next, kind, tmp_path):
     state = layouts.state_dict(reference_next)
     config = layouts.original_config(

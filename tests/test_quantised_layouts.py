@@ -180,22 +180,17 @@ def quantised_model(kind: str, bits: int, original: bool):
                 module = layer.get_submodule(name)
                 out, inputs = module.weight.shape
                 parts, weights = quantised_layer(out, inputs, bits, 32, kind, seed=10 * i + j)
-                module.weight.copy_(torch.tensor(weights * 0.1))
-                parts["scales"] = parts["scales"] * np.float32(0.1)
+                smaller = np.float32(1.6 / 2**bits)  # weights of usual size at any bits
+                module.weight.copy_(torch.tensor(weights * smaller))
+                parts["scales"] = parts["scales"] * smaller
                 path = f"language_model.model.layers.{i}.{name}"
                 del tensors[f"{path}.weight"]
                 tensors |= {f"{path}.{k}": torch.tensor(v) for k, v in parts.items()}
     return reference, layouts.to_original(tensors) if original else tensors
 
 
-CHECKPOINTS = [
-    ("gptq", 4),
-    ("gptq", 3),
-    ("trivial", 8),
-    ("act-order", 4),
-    ("act-order", 2),
-    ("awq", 4),
-]
+CHECKPOINTS = [(kind, bits) for kind in ("gptq", "act-order") for bits in (2, 3, 4, 8)]
+CHECKPOINTS += [("trivial", 8), ("awq", 4)]
 
 
 @pytest.mark.parametrize(("kind", "bits"), CHECKPOINTS)
