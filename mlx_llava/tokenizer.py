@@ -130,12 +130,14 @@ class Tokenizer:
         kept = set(keep)
         text = text.replace(_MARK, "")
 
-        def break_up(match: re.Match[str]) -> str:
+        def mark(match: re.Match[str]) -> str:
             token = match.group()
-            return token if token.strip() in kept else token[:-1] + _MARK + token[-1]
+            if token.strip() in kept:
+                return token
+            return token[:-1] + _MARK + token[-1]  # before the one, or between two characters
 
-        while (broken := self._special.sub(break_up, text)) != text:
-            text = broken
+        while (marked := self._special.sub(mark, text)) != text:
+            text = marked
         return text
 
     def unprotect(self, text: str) -> str:
@@ -191,13 +193,17 @@ def _backend(spec: Mapping[str, Any]) -> Backend:
 
 
 def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
-    """Matches every special token, the longest first, with the spaces that it swallows."""
+    """Matches every special token, the longest first, with the spaces that it swallows.
+
+    One of a single character cannot be broken up; after a mark it is not matched.
+    """
     patterns = {IMAGE_TOKEN: re.escape(IMAGE_TOKEN)}
     for token in added:
         left = r"\s*" if token.get("lstrip") else ""
         right = r"\s*" if token.get("rstrip") else ""
         patterns[token["content"]] = left + re.escape(token["content"]) + right
-    return re.compile("|".join(patterns[text] for text in sorted(patterns, key=len, reverse=True)))
+    longest_first = sorted(patterns, key=len, reverse=True)
+    return re.compile(f"(?<!{_MARK})(?:{'|'.join(patterns[text] for text in longest_first)})")
 
 
 def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:

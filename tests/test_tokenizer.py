@@ -122,6 +122,23 @@ def test_protected_text_has_no_special_tokens(llama, text):
     assert llama.decode(ids) == text
 
 
+def test_special_tokens_of_one_character_and_within_each_other(llama):
+    added = [*llama.spec["added_tokens"]]
+    flags = {"special": True, "single_word": False, "normalized": False}
+    for i, (text, strips) in enumerate({"⌬": False, "<⌬>": False, "⌬⌬": True}.items()):
+        token = {"id": 32001 + i, "content": text, "lstrip": strips, "rstrip": strips, **flags}
+        added.append(token)
+    tokenizer = Tokenizer({**llama.spec, "added_tokens": added}, llama.config, IMAGE)
+    assert tokenizer.encode("a <⌬> b ⌬  ⌬⌬  c⌬") == [
+        *[1, 263, 29871, 32002, 29871, 289, 29871, 32001, 32003, 274, 32001]
+    ]
+    special = {32001, 32002, 32003}
+    for text in ("⌬", "a <⌬> ⌬⌬ ⌬", "<⌬⌬>", "  ⌬⌬  "):
+        ids = tokenizer.encode(tokenizer.protect(text))
+        assert not special & set(ids)
+        assert tokenizer.decode(ids) == text
+
+
 def test_protection_keeps_what_it_is_told_to(llama):
     text = llama.protect("</s><image>", keep={"<image>"})
     assert llama.encode(text)[-1] == IMAGE
