@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from mlx_llava.streaming import StopMatcher, StreamingDecoder
 from mlx_llava.tokenizer import Tokenizer
-from mlx_llava.vocabulary import spec_from_sentencepiece
+from mlx_llava.vocabulary import (
+    CONTROL,
+    NORMAL,
+    Piece,
+    spec_from_byte_bpe,
+    spec_from_sentencepiece,
+)
 from tests.conftest import GOLDENS, SHARED
 
 IMAGE = 32000
@@ -212,3 +219,40 @@ def test_shared_data_is_where_the_tests_look_for_it():
     """Says in the report whether the real tokenizer took part."""
     if not SHARED.exists():
         pytest.skip(f"{SHARED} is missing: the real LLaMA tokenizer was not tested")
+
+
+LLAMA_3_TEXTS = [
+    "Hello world, it's 12345 o'clock!\n\n  What?  ",
+    "naïve café 🦙 日本語\r\n\tdef f(x):\n    return x\n",
+    "USER'LL DON'T 3.14159 ...   \n \n x",
+]
+
+
+def test_llama_3s_vocabulary_in_a_gguf_is_its_tokenizer_json():
+    """Against transformers' own pattern for Llama 3's tokenizer."""
+    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    pattern = inspect.signature(convert.TikTokenConverter).parameters["pattern"].default
+    theirs = Backend(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator(LLAMA_3_TEXTS * 3, trainer)
+    model = json.loads(theirs.to_str())["model"]
+    texts = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    pieces = [Piece(text, 0.0, NORMAL) for text in texts]
+    end = len(pieces)
+    pieces.append(Piece("<|eot_id|>", 0.0, CONTROL))
+    merges = [" ".join(merge) for merge in model["merges"]]
+    spec = spec_from_byte_bpe(pieces, merges, "llama-bpe")
+    ours = Tokenizer(spec, {"add_bos_token": False}, end + 1)
+    for text in LLAMA_3_TEXTS:
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+        assert ours.encode(f"{text}<|eot_id|>")[-1] == end
+    with pytest.raises(ValueError, match=r"tokenizer.ggml.pre='qwen2' is not supported"):
+        spec_from_byte_bpe(pieces, merges, "qwen2")
