@@ -52,9 +52,14 @@ def unpadded_grid(size: Size, grid: Size, convention: str) -> tuple[slice, slice
     return slice(0, rows), slice(skip, columns - skip)
 
 
+def canvas_size(size: Size, config: LlavaConfig) -> Size:
+    """The canvas, in pixels, on which a model wants a picture of (height, width)."""
+    return select_best_resolution(size, config.image_grid_pinpoints, config.anyres_convention)
+
+
 def grid_size(size: Size, config: LlavaConfig) -> Size:
     """Rows and columns of the anyres feature grid of a picture of (height, width)."""
-    canvas = select_best_resolution(size, config.image_grid_pinpoints, config.anyres_convention)
+    canvas = canvas_size(size, config)
     side, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     return canvas[0] // side * patches, canvas[1] // side * patches
 

@@ -1,17 +1,37 @@
-"""How every command ends: well, with one line on a user's mistake, or by Control-C."""
+"""What all commands share: where a checkpoint is, and how they end.
+
+They end well, with one line on a user's mistake, or by Control-C.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where the other parts of a checkpoint are."""
+    add = parser.add_argument
+    add("--base", help="the model that a delta, a LoRA or a projector belongs to")
+    add("--vision-tower", help="CLIP, for checkpoints without a vision tower inside")
+    add("--mmproj", help="the second file of a GGUF pair")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--offline", action="store_true", help="use only what was downloaded before")
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for `add_source_arguments`, as options of `load` and `convert`."""
+    names = ("base", "vision_tower", "mmproj", "revision", "offline")
+    return {name: getattr(args, name) for name in names}
 
 
 class ExitCode(Protocol):

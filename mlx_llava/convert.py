@@ -9,19 +9,25 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.checkpoint.open import Parts, open_checkpoint
 from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.command import command
-from mlx_llava.hub import find_checkpoint
+from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.json_files import sensible_values
-from mlx_llava.load import load, make_processor, new_folder, write_settings
-from mlx_llava.plan import DTYPES, MODES, RECIPES, Plan, Quantization, make_plan
+from mlx_llava.load import (
+    DTYPES,
+    find_and_open,
+    layer_settings,
+    load,
+    make_processor,
+    new_folder,
+    write_settings,
+)
+from mlx_llava.plan import MODES, RECIPES, Plan, Quantization, make_plan
 from mlx_llava.processor import Processor
 from mlx_llava.version import __version__
 
@@ -33,13 +39,9 @@ def convert(
     quantization: Quantization | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    mmproj: str | Path | None = None,
-    revision: str | None = None,
-    offline: bool = False,
     force: bool = False,
     progress: Callable[[int, int], object] = lambda _done, _total: None,
+    **source: Any,
 ) -> Plan:
     """Converts a checkpoint of any layout to one MLX folder, which appears whole or not at all.
 
@@ -49,9 +51,9 @@ def convert(
         quantization (Quantization, optional): Quantises what is plain.
         dtype (str, optional): ``float16``, ``bfloat16`` or ``float32`` for all weights.
         dequantize (bool): Makes plain weights of quantised ones.
-        base, vision_tower, mmproj, revision, offline: See `load`.
         force (bool): Replaces a folder that is there.
         progress (callable): Is told the bytes that are written, and how many there will be.
+        **source: ``base``, ``vision_tower``, ``mmproj``, ``revision``, ``offline`` of `load`.
 
     Returns:
         Plan: What was written.
@@ -63,12 +65,8 @@ def convert(
     target = Path(mlx_path)
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists already; --force replaces it.")
-    parts = Parts(
-        partial(find_checkpoint, revision=None, offline=offline), base, vision_tower, mmproj
-    )
-    path = find_checkpoint(path_or_repo, revision, offline)
-    with sensible_values(path):
-        checkpoint = open_checkpoint(path, parts)
+    with sensible_values(path_or_repo):
+        checkpoint = find_and_open(path_or_repo, **source)
         plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
         processor = make_processor(plan.checkpoint)
     _check_disk(target, plan.nbytes)
@@ -100,10 +98,8 @@ def _check_disk(target: Path, nbytes: int) -> None:
 def _model_card(source: str, plan: Plan) -> str:
     """The README.md of the result."""
     config = plan.checkpoint.config
-    settings = config.quantization or {}
-    common = ", ".join(
-        f"{key} {settings[key]}" for key in ("bits", "group_size", "mode") if key in settings
-    )
+    settings = layer_settings(config.quantization or {})
+    common = ", ".join(f"{key} {value}" for key, value in settings.items())
     return (
         f"---\nlibrary_name: mlx\ntags:\n- mlx\n- llava\n---\n\n"
         f"# {Path(source).name}\n\n"
@@ -126,9 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", "--hf-path", required=True, help="a folder, a GGUF file, or a hub repository")
     add("--mlx-path", default="mlx_model", help="the folder to make (default: %(default)s)")
-    add("--base", help="the model that a delta, a LoRA or a projector belongs to")
-    add("--vision-tower", help="CLIP, for checkpoints without a vision tower inside")
-    add("--mmproj", help="the second file of a GGUF pair")
+    add_source_arguments(parser)
     add("--quantize", "-q", action="store_true", help="quantise the language model")
     add("--q-bits", type=int, help="bits of a weight (default: the mode's, 4 for affine)")
     add("--q-group-size", type=int, help="weights of a group (default: the mode's, 64)")
@@ -137,8 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--q-vision", action="store_true", help="quantise vision tower and projector too")
     add("--dequantize", "-d", action="store_true", help="make plain weights of quantised ones")
     add("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
-    add("--revision", help="branch, tag or commit of a hub repository")
-    add("--offline", action="store_true", help="use only what was downloaded before")
     add("--force", action="store_true", help="replace the folder if it exists")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
     add("--verify", action="store_true", help="compare the result with the source on a picture")
@@ -193,19 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     quantization = wants if args.quantize else None
     if quantization is None and wants != Quantization():
         raise ValueError("--q-bits, --q-group-size, --q-mode, --q-recipe and --q-vision need -q.")
-    parts = {"base": args.base, "vision_tower": args.vision_tower, "mmproj": args.mmproj}
+    source = source_options(args)
+    wanted = {"quantization": quantization, "dtype": args.dtype, "dequantize": args.dequantize}
     if args.dry_run:
-        find = partial(find_checkpoint, revision=None, offline=args.offline)
-        path = find_checkpoint(args.model, args.revision, args.offline)
-        checkpoint = open_checkpoint(path, Parts(find, **parts))
-        print(
-            make_plan(
-                checkpoint,
-                quantization=quantization,
-                dtype=args.dtype,
-                dequantize=args.dequantize,
-            )
-        )
+        with sensible_values(args.model):
+            print(make_plan(find_and_open(args.model, **source), **wanted))
         return
     from tqdm import tqdm
 
@@ -218,14 +202,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = convert(
             args.model,
             args.mlx_path,
-            quantization=quantization,
-            dtype=args.dtype,
-            dequantize=args.dequantize,
-            revision=args.revision,
-            offline=args.offline,
             force=args.force,
             progress=show,
-            **parts,
+            **wanted,
+            **source,
         )
     for warning in plan.checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -233,8 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{plan.checkpoint.layout} -> {args.mlx_path}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr
     )
     if args.verify:
-        source = load(args.model, revision=args.revision, offline=args.offline, **parts)
-        measured = compare(source, load(args.mlx_path))
+        measured = compare(load(args.model, **source), load(args.mlx_path))
         print("  ".join(f"{key} {value:.6g}" for key, value in measured.items()), file=sys.stderr)
     if args.upload_repo:
         _upload(Path(args.mlx_path), args.upload_repo)

@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.command import command
+from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.llama import Cache, LanguageModel
 from mlx_llava.llava import Llava
-from mlx_llava.load import load
+from mlx_llava.load import DTYPES, load
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.sampling import (
@@ -314,16 +314,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
-    dtypes = ("float32", "float16", "bfloat16")
-    add("--dtype", choices=dtypes, help="of all weights (default: as in the checkpoint)")
-    add("--vision-dtype", choices=dtypes, help="of the vision tower alone")
-    add("--projector-dtype", choices=dtypes, help="of the projector alone")
+    add("--dtype", choices=DTYPES, help="of all weights (default: as in the checkpoint)")
+    add("--vision-dtype", choices=DTYPES, help="of the vision tower alone")
+    add("--projector-dtype", choices=DTYPES, help="of the projector alone")
     add("--vision-device", choices=("cpu", "gpu"), help="where pictures are encoded")
-    add("--base", help="the model that a delta, a LoRA or a projector belongs to")
-    add("--vision-tower", help="CLIP, for checkpoints without a vision tower inside")
-    add("--mmproj", help="the second file of a GGUF pair")
-    add("--revision", help="branch, tag or commit of a hub repository")
-    add("--offline", action="store_true", help="use only what was downloaded before")
+    add_source_arguments(parser)
     add("--show-prompt", action="store_true", help="print what the model reads, to stderr")
     add("--json", action="store_true", help="print one JSON object instead of the answer")
     add("--quiet", "-q", action="store_true", help="no timings on stderr")
@@ -391,17 +386,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model, processor = load(
         args.model,
-        revision=args.revision,
-        offline=args.offline,
         dtype=args.dtype,
         vision_dtype=args.vision_dtype,
         projector_dtype=args.projector_dtype,
         vision_device=args.vision_device,
         image_mode=args.image_mode,
         template=args.template,
-        base=args.base,
-        vision_tower=args.vision_tower,
-        mmproj=args.mmproj,
+        **source_options(args),
     )
     load_seconds = time.perf_counter() - started
     inputs = processor(

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_llava.checkpoint.layout import canonical_name, to_torch_layout
+from mlx_llava.checkpoint.layout import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
@@ -28,7 +28,7 @@ from mlx_llava.quantized import PermutedQuantizedLinear
 from mlx_llava.templates import get_template
 
 _ENCODER = "vision_tower.vision_model.encoder.layers."
-_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
@@ -73,11 +73,15 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         ValueError: The checkpoint is broken or not supported.
     """
-    find = partial(find_checkpoint, revision=None, offline=offline)
-    parts = Parts(find, base=base, vision_tower=vision_tower, mmproj=mmproj)
-    path = find_checkpoint(path_or_repo, revision, offline)
-    with sensible_values(path):
-        checkpoint = open_checkpoint(path, parts)
+    with sensible_values(path_or_repo):
+        checkpoint = find_and_open(
+            path_or_repo,
+            revision=revision,
+            offline=offline,
+            base=base,
+            vision_tower=vision_tower,
+            mmproj=mmproj,
+        )
         processor = make_processor(checkpoint, image_mode, template)
         model = make_model(checkpoint)
     for warning in checkpoint.warnings:
@@ -89,6 +93,15 @@ def load(
     if not lazy:
         mx.eval(model.used_parameters())
     return model, processor
+
+
+def find_and_open(
+    path_or_repo: str | Path, *, revision: str | None = None, offline: bool = False, **parts: Any
+) -> Checkpoint:
+    """Opens a checkpoint wherever it is; arguments as in `load`."""
+    find = partial(find_checkpoint, revision=None, offline=offline)
+    path = find_checkpoint(path_or_repo, revision, offline)
+    return open_checkpoint(path, Parts(find, **parts))
 
 
 def make_processor(
@@ -158,15 +171,11 @@ def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]
         quantization (dict): ``bits``, ``group_size``, ``mode``, and settings of single layers
             by path, as mlx-lm and mlx-vlm write them.
     """
-    keys = ("group_size", "bits", "mode")
-    default = {key: quantization[key] for key in keys if key in quantization}
-    single = {canonical_name(key): value for key, value in quantization.items()}
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in names or not hasattr(module, "to_quantized"):
             return False
-        own = single.get(path)
-        return {**default, **own} if isinstance(own, dict) else default
+        return layer_settings(quantization, path)
 
     nn.quantize(model, class_predicate=settings)
     permuted = {
@@ -175,6 +184,14 @@ def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]
         if f"{path}.input_permutation" in names
     }
     model.update_modules(tree_unflatten(list(permuted.items())))
+
+
+def layer_settings(quantization: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The bits, group_size and mode of a layer: its own, or those of all."""
+    keys = ("bits", "group_size", "mode")
+    common = {key: quantization[key] for key in keys if key in quantization}
+    own = quantization.get(path)
+    return {**common, **own} if isinstance(own, dict) else common
 
 
 def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:
@@ -205,11 +222,20 @@ def _some(items: list[str], limit: int = 4) -> str:
 
 def cast(module: nn.Module, dtype: str | None) -> None:
     """Casts the floating-point weights of a module; None leaves them as they are."""
-    if dtype is None:
-        return
-    if dtype not in _DTYPES:
-        raise ValueError(f"There is no dtype {dtype!r}; known: {', '.join(_DTYPES)}.")
-    module.set_dtype(getattr(mx, dtype))
+    if dtype is not None:
+        module.set_dtype(read_dtype(dtype))
+
+
+def read_dtype(name: str) -> mx.Dtype:
+    """MLX's dtype of a name.
+
+    Raises:
+        ValueError: Weights do not come in it.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"There is no dtype {name!r}; known: {', '.join(DTYPES)}.")
+    dtype: mx.Dtype = getattr(mx, name)
+    return dtype
 
 
 def _device(name: str | None) -> mx.DeviceType | None:

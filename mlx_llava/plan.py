@@ -13,12 +13,11 @@ import mlx.nn as nn
 from mlx_llava.checkpoint.layout import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint
 from mlx_llava.checkpoint.tensors import LazyTensor, Output, combine, output
-from mlx_llava.load import check_tensors, empty_model
+from mlx_llava.load import check_tensors, empty_model, layer_settings, read_dtype
 
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,8 @@ def make_plan(
         tensors = _dequantize(tensors, config.quantization)
         config = replace(config, quantization=None)
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise ValueError(f"There is no dtype {dtype!r}; known: {', '.join(DTYPES)}.")
-        tensors = {name: _cast(tensor, getattr(mx, dtype)) for name, tensor in tensors.items()}
+        wanted = read_dtype(dtype)
+        tensors = {name: _cast(tensor, wanted) for name, tensor in tensors.items()}
     layers: dict[str, dict[str, Any]] = {}
     if quantization is not None:
         checkpoint = replace(checkpoint, tensors=tensors, config=config)
@@ -192,14 +190,12 @@ def _dequantize(
     tensors: Mapping[str, LazyTensor], quantization: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """Plain weights in place of codes, in the precision of their scales."""
-    common = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
     result = dict(tensors)
     for name in tensors:
         if not name.endswith(".scales"):
             continue
         path = name.removesuffix(".scales")
-        own = quantization.get(path)
-        settings = {**common, **own} if isinstance(own, dict) else common
+        settings = layer_settings(quantization, path)
         parts = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
         present = [result.pop(part) for part in parts if part in result]
         order = result.pop(f"{path}.input_permutation", None)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mlx_llava.anyres import Size, num_tokens, select_best_resolution
+from mlx_llava.anyres import Size, canvas_size, num_tokens
 from mlx_llava.config import LlavaConfig, read_pinpoints
 from mlx_llava.image import MAX_PIXELS, check_pixels
 
@@ -196,8 +196,7 @@ class ImageProcessor:
         """One S x S tile, or for anyres the squashed whole picture and then its tiles."""
         side = self.config.vision_config.image_size
         if self.mode == "anyres":
-            size, pinpoints = (image.height, image.width), self.config.image_grid_pinpoints
-            canvas = select_best_resolution(size, pinpoints, self.config.anyres_convention)
+            canvas = canvas_size((image.height, image.width), self.config)
             tiles = split_tiles(anyres_canvas(image, canvas, self.resample), side)
             return [image.resize((side, side), self.resample), *tiles]
         if self.mode == "pad":

@@ -144,6 +144,37 @@ def test_dequantising_gives_the_logits_of_the_codes(original, tmp_path):
     assert difference < 2e-2 * mx.abs(plain(**inputs)).max()
 
 
+def test_settings_of_single_layers_count_under_any_spelling(original, tmp_path):
+    """Other programs may name a layer as another version of transformers does."""
+    mixed = Quantization(bits=4, group_size=32, recipe="mixed_4_6")
+    convert(original, tmp_path / "q", quantization=mixed)
+    path = tmp_path / "q" / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config["quantization"]
+    config["quantization"] = {
+        key.replace("language_model.model.", "model.language_model."): value
+        for key, value in quantization.items()
+    }
+    assert config["quantization"] != quantization
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "q", tmp_path / "plain", dequantize=True)
+    quantised, processor = load(tmp_path / "q", dtype="float32")
+    plain, _ = load(tmp_path / "plain", dtype="float32")
+    assert quantised.config.quantization == quantization
+    inputs = processor("Q", PICTURE)
+    difference = mx.abs(plain(**inputs) - quantised(**inputs)).max()
+    assert difference < 2e-2 * mx.abs(plain(**inputs)).max()
+
+
+def test_a_dry_run_ends_in_one_line_too(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "llava", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    config["text_config"] = 7
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    assert main(["--model", str(tmp_path / "odd"), "--dry-run"]) == 2
+    assert "a value of the wrong kind" in capsys.readouterr().err
+
+
 def test_act_order_survives_conversion_and_dequantising(tmp_path):
     from tests.test_quantised_layouts import quantised_model
 

@@ -90,10 +90,10 @@ def apply_lora(base: Mapping[str, LazyTensor], folder: Path) -> dict[str, LazyTe
     result = dict(base)
     trained = folder / "non_lora_trainables.bin"
     if trained.exists():
-        for key, tensor in read_file(trained).items():
+        for key, tensor in read_file(trained)[0].items():
             result[_name_below_peft(key)] = tensor
     pairs: dict[str, dict[str, LazyTensor]] = {}
-    for key, tensor in read_file(find_lora_file(folder)).items():
+    for key, tensor in read_file(find_lora_file(folder))[0].items():
         match = _LORA_KEY.match(key)
         if not match:
             raise ValueError(f"{tensor.source} is no part of a LoRA that can be merged.")
@@ -127,8 +127,9 @@ def read_projector(path: Path) -> dict[str, LazyTensor]:
     Raises:
         ValueError: There is no projector in it.
     """
-    tensors = {_name_below_peft(key): tensor for key, tensor in read_file(path).items()}
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR)}
+    tensors, _ = read_file(path)
+    named = {_name_below_peft(key): tensor for key, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in named.items() if name.startswith(PROJECTOR)}
     if not found:
         raise ValueError(f"{path} holds no projector.")
     return found

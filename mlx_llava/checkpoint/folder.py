@@ -52,11 +52,11 @@ def _siblings(name: str) -> Iterable[str]:
     return [f"{stem}{i:0{len(number)}}{of}{total}{end}" for i in range(1, int(total) + 1)]
 
 
-def read_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, whichever way it is stored."""
+def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
+    """The tensors of one file, however they are stored, and whether MLX laid them out."""
     if path.suffix == ".safetensors":
-        return safetensors.read_file(path)[0]
-    return read_torch_file(path)
+        return safetensors.read_file(path)
+    return read_torch_file(path), False
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyTensor], bool]:
@@ -69,11 +69,8 @@ def read_folder(folder: Path) -> tuple[dict[str, LazyTensor], bool]:
     tensors: dict[str, LazyTensor] = {}
     is_mlx = False
     for path in find_files(folder):
-        if path.suffix == ".safetensors":
-            new, new_is_mlx = safetensors.read_file(path)
-            is_mlx |= new_is_mlx
-        else:
-            new = read_torch_file(path)
+        new, new_is_mlx = read_file(path)
+        is_mlx |= new_is_mlx
         for key in new.keys() & tensors.keys():
             raise ValueError(f"{tensors[key].source} and {new[key].source} are the same tensor.")
         tensors |= new

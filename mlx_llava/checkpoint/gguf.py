@@ -57,7 +57,7 @@ class GGUFModel:
     """What a GGUF pair says.
 
     Attributes:
-        tensors: by canonical name.
+        tensors: by canonical name, the patch convolution as PyTorch lays it out.
         settings: bits and group_size of each quantised layer.
         config: a llava-hf config.json.
         image_processor: a preprocessor_config.json.
@@ -123,10 +123,6 @@ def read_pair(text_path: Path, vision_path: Path) -> GGUFModel:
     for tensor in vision.tensors:
         name = _vision_name(tensor, model.config["vision_config"]["hidden_size"])
         _add(model, vision_path, tensor, name, None, keep_quantised=False)
-    patches = model.tensors[_TOWER + "embeddings.patch_embedding.weight"]
-    model.tensors[_TOWER + "embeddings.patch_embedding.weight"] = patches.then(
-        lambda w: w.transpose(0, 2, 3, 1)
-    )
     return model
 
 

@@ -106,6 +106,9 @@ def _open_hf(
     config = LlavaConfig.from_dict(data)
     if packed.settings:
         config = replace(config, quantization=_quantization(packed.settings))
+    elif config.quantization is not None:
+        own = {canonical_name(path): value for path, value in config.quantization.items()}
+        config = replace(config, quantization=own)
     nested = read_json(path / "processor_config.json").get("image_processor")
     checkpoint = Checkpoint(
         layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if packed.settings else ""),
@@ -269,7 +272,7 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
     config = LlavaConfig.from_dict(model.config)
     if model.settings:
         config = replace(config, quantization=_quantization(model.settings))
-    tensors = model.tensors
+    tensors = canonical_tensors(model.tensors, is_mlx=False).tensors
     if not any(name.endswith("post_layernorm.weight") for name in tensors):
         tensors |= _identity_norm(tensors)
     template = model.tokenizer_config.get("chat_template")

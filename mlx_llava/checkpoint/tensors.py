@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,6 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: mx.Dtype
     read: Callable[[], mx.array]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
 
     def then(self, change: Callable[[mx.array], mx.array]) -> LazyTensor:
         """This tensor after a change; shape and dtype follow from the change itself."""
@@ -114,9 +110,7 @@ class Output:
     @property
     def nbytes(self) -> int:
         """Their size in bytes."""
-        return sum(
-            int(np.prod(shape, dtype=np.int64)) * dtype.size for _, shape, dtype in self.tensors
-        )
+        return sum(math.prod(shape) * dtype.size for _, shape, dtype in self.tensors)
 
 
 def output(name: str, tensor: LazyTensor) -> Output:
