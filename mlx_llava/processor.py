@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx_llava.prompt import (
     ChatTemplate,
     JinjaTemplate,
     Message,
+    Piece,
     read_messages,
     wrap_images,
 )
@@ -177,11 +179,40 @@ class Processor:
                 f"The prompt has {marks} {IMAGE_TOKEN} marks but {len(images)} images were given."
             )
 
+    def learnable(
+        self, pieces: Sequence[Piece], image_tokens: Sequence[int]
+    ) -> tuple[list[int], list[bool]]:
+        """Tokenises a conversation to be learned.
+
+        A token belongs to an answer if it is not yet there when the text before that answer is
+        tokenised, as it is not when that text is the prompt.
+
+        Args:
+            pieces (list of Piece): What the template wrote.
+            image_tokens (list of int): How many placeholders each picture takes.
+
+        Returns:
+            The ids, and which of them belong to an answer.
+        """
+        text = ""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for piece in pieces:
+            text += wrap_images(piece.text) if self.config.mm_use_im_start_end else piece.text
+            longer = self.tokenizer.encode(text)
+            pairs = zip(ids, longer, strict=False)
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            learned = learned[:same] + [piece.answer] * (len(longer) - same)
+            ids = longer
+        places = self._expand(ids, iter(image_tokens))
+        return [ids[i] for i in places], [learned[i] for i in places]
+
     def _inputs(self, texts: list[str], images: list[Any], started: float) -> Inputs:
         sizes = tuple((image.height, image.width) for image in images)
         counts = tuple(self.image_processor.num_tokens(size) for size in sizes)
         remaining, folded = iter(counts), iter(counts)
-        rows = [self._expand(self.tokenizer.encode(text), remaining) for text in texts]
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        rows = [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
         length = max(len(row) for row in rows)
         padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
@@ -198,9 +229,10 @@ class Processor:
         )
 
     def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
-        """Repeats each placeholder as often as its picture has features."""
+        """The index of each token, a picture's as often as the picture has features."""
         image = self.config.image_token_index
-        return [i for token in ids for i in ([token] * next(counts) if token == image else [token])]
+        times = (next(counts) if token == image else 1 for token in ids)
+        return [i for i, n in enumerate(times) for _ in range(n)]
 
     def _fold(self, text: str, counts: Iterator[int]) -> str:
         """A prompt as the model reads it, each picture's placeholders folded with their count."""

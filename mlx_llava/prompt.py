@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mlx_llava.tokenizer import IM_END, IM_START, IMAGE_TOKEN
 
@@ -35,27 +35,54 @@ class Message:
     images: int = 0
 
 
-class ChatTemplate(Protocol):
-    """Anything that writes a conversation as one prompt."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation's text.
 
-    @property
-    def name(self) -> str:
-        """What the template is called."""
-        ...
+    Attributes:
+        text: the text.
+        answer: the assistant wrote it, its end mark included: training learns it.
+    """
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-        ...
+    text: str
+    answer: bool = False
 
-    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
-        """The prompt, ending where the assistant's answer begins.
+
+class ChatTemplate:
+    """Anything that writes a conversation as the text that a model reads.
+
+    Attributes:
+        name: what the template is called.
+        stops: texts that end an answer.
+    """
+
+    name: str
+    stops: tuple[str, ...]
+
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
+        """The conversation's text, cut where the assistant begins and ends.
 
         Args:
-            messages: An optional system turn, then user and assistant in turn, user last.
+            messages: An optional system turn, then user and assistant in turn. After a last
+                turn of the user's, the text ends where the answer begins.
             image_position: Where unmarked pictures go in their turn, ``start`` or ``end``.
+
+        Raises:
+            ValueError: The turns have another order, or the template cannot write them.
         """
-        ...
+        raise NotImplementedError
+
+    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+        """The prompt: the text of `pieces`, ending where the assistant's answer begins.
+
+        Raises:
+            ValueError: As `pieces`, or the user does not have the last word.
+        """
+        if messages and messages[-1].role == "assistant":
+            raise ValueError("A prompt must be user, assistant, ..., user; the last is assistant.")
+        return "".join(piece.text for piece in self.pieces(messages, image_position))
 
 
 def place_images(message: Message, joint: str, position: str) -> str:
@@ -71,22 +98,22 @@ def wrap_images(text: str) -> str:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raises ValueError unless user and assistant alternate and the user has the last word."""
+    """Raises ValueError unless user and assistant take turns and the user begins."""
     for message in messages:
         if message.role not in ROLES:
             raise ValueError(f"There is no role {message.role!r}; known: {', '.join(ROLES)}.")
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = [ROLES[1 + i % 2] for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
+    if turns != expected or not turns:
         raise ValueError(
-            "A conversation must be user, assistant, ..., user after an optional system turn; "
+            "A conversation must be user, assistant, user, ... after an optional system turn; "
             f"found {', '.join(roles) or 'nothing'}."
         )
 
 
 @dataclass(frozen=True)
-class Template:
+class Template(ChatTemplate):
     """A built-in template, as the pieces that it puts around what is said.
 
     Attributes:
@@ -117,22 +144,31 @@ class Template:
     examples: tuple[Message, ...] = ()
     image_turn: bool = False
 
-    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
         """Writes the conversation; see `ChatTemplate`."""
         check_turns(messages)
         system = self.system
         if messages[0].role == "system":
             system, messages = messages[0].text, messages[1:]
-        messages = [*self.examples, *self._images_first(messages)]
-        text = self.header.replace("{system}", system) if system else self.bare_header
-        for i, message in enumerate(messages):
+        pieces = [Piece(self.header.replace("{system}", system) if system else self.bare_header)]
+        turns = [*self.examples, *self._images_first(messages)]
+        inserted = len(turns) - len(messages)
+        for i, message in enumerate(turns):
             if message.role == "assistant":
-                text += self.answer.replace("{text}", message.text)
+                pieces += self._answer(message.text, learned=i >= inserted)
                 continue
             said = place_images(message, self.image_joint, image_position)
-            text += self.between if i else ""
-            text += self.user.replace("{text}", said) + self.assistant
-        return text
+            between = self.between if i else ""
+            pieces.append(Piece(between + self.user.replace("{text}", said) + self.assistant))
+        return tuple(pieces)
+
+    def _answer(self, text: str, learned: bool) -> list[Piece]:
+        """An answer up to its end mark, and what the template puts after that."""
+        mark = next(stop for stop in self.stops if stop in self.answer)
+        written, after = self.answer.rsplit(mark, 1)
+        return [Piece(written.replace("{text}", text) + mark, learned), Piece(after)]
 
     def _images_first(self, messages: Sequence[Message]) -> list[Message]:
         """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
@@ -153,7 +189,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class JinjaTemplate:
+class JinjaTemplate(ChatTemplate):
     """A checkpoint's own chat_template, rendered in Jinja's sandbox."""
 
     source: str
@@ -189,19 +225,55 @@ class JinjaTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"The checkpoint's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
         """Writes the conversation; see `ChatTemplate`.
+
+        In a conversation that ends with an answer, to be learned, what the template adds to a
+        prompt when its answer is given is that answer. Where it writes no end mark behind it
+        (llava-hf's do not), the tokenizer's is put there.
 
         Raises:
             ValueError: The template rejects the conversation or drops a part of it.
         """
+        check_turns(messages)
+        if messages[-1].role == "user":
+            return (Piece(self._write(messages, image_position, prompting=True)),)
+        pieces: list[Piece] = []
+        written = ""
+        for i, message in enumerate(messages, 1):
+            if message.role != "assistant":
+                continue
+            prompt = self._write(messages[: i - 1], image_position, prompting=True)
+            whole = self._write(messages[:i], image_position)
+            if not (prompt.startswith(written) and whole.startswith(prompt)):
+                raise ValueError(
+                    "The checkpoint's chat template rewrites earlier turns, so its answers "
+                    "cannot be told from the rest; choose another with --template."
+                )
+            pieces.append(Piece(prompt[len(written) :]))
+            pieces += self._answer(whole[len(prompt) :], message.text.strip())
+            written = whole
+        return tuple(pieces)
+
+    def _answer(self, written: str, text: str) -> list[Piece]:
+        """An answer up to its end mark, and what the template puts after that."""
+        end = written.rindex(text) + len(text)
+        mark = written[end:].rstrip()
+        learned = written[:end] + (mark or self.eos)
+        return [Piece(learned, answer=True), Piece(written[end + len(mark) :])]
+
+    def _write(
+        self, messages: Sequence[Message], image_position: str, prompting: bool = False
+    ) -> str:
+        """The template's own text, up to where an answer begins if `prompting`."""
         import jinja2
 
-        check_turns(messages)
         try:
             text = self._template.render(
                 messages=[self._as_dict(message, image_position) for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=prompting,
                 bos_token=self.bos,
                 eos_token=self.eos,
             )

@@ -317,3 +317,44 @@ def test_users_text_cannot_end_the_turn_or_add_a_picture(loaded):
 
 def test_every_template_has_a_stop():
     assert all(template.stops and all(template.stops) for template in TEMPLATES.values())
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+UNMARKED = (
+    "{% for m in messages %}{{ m['role'].upper() }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+ANSWERED = [*TWO_TURNS, Message("assistant", "B")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, ["A<|im_end|>", "B<|im_end|>"]),  # its own end mark
+        (UNMARKED, [" A</s>", " B</s>"]),  # none: the tokenizer's
+    ],
+)
+def test_the_answers_of_a_checkpoints_own_template(source, expected):
+    template = JinjaTemplate(source, eos="</s>")
+    pieces = template.pieces(ANSWERED)
+    assert [piece.text for piece in pieces if piece.answer] == expected
+    # What precedes an answer is what generation sees, but for the ends of earlier answers.
+    before = "".join(piece.text for piece in pieces[: [p.answer for p in pieces].index(True)])
+    assert before == template.render(ANSWERED[:1])
+    assert template.render(TWO_TURNS).count("</s>") == 0
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_be_learned():
+    source = UNMARKED.replace("{{ m['content'] }} ", "{{ m['content'] }}{{ messages|length }} ")
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        JinjaTemplate(source, eos="</s>").pieces(ANSWERED)
+
+
+def test_what_the_template_puts_in_itself_is_not_learned():
+    for name in ("v0", "v0_mmtag"):
+        messages = [Message("user", "Q", images=1), Message("assistant", "A")]
+        learned = [piece.text for piece in get_template(name).pieces(messages) if piece.answer]
+        assert learned == [" A###"]
