@@ -10,7 +10,10 @@ from mlx_llava.version import __version__
 
 COMMANDS = {
     "convert": "make an MLX folder of any checkpoint",
+    "evaluate": "answer question files, and score the answers",
+    "fuse": "merge what was trained into its model",
     "generate": "ask about pictures",
+    "train": "align a projector, tune all, or train LoRA layers",
 }
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from mlx_llava.cache import KVCache
 from mlx_llava.config import TextConfig
@@ -150,11 +151,17 @@ def attention_mask_of(
 
 
 class LanguageModel(nn.Module):
-    """Token ids or embeddings -> logits."""
+    """Token ids or embeddings -> logits.
+
+    Attributes:
+        gradient_checkpointing: training computes each block again on the way back instead of
+            keeping what is inside it.
+    """
 
     def __init__(self, config: TextConfig, tie_word_embeddings: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.model = Decoder(config)
         if not tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -197,7 +204,8 @@ class LanguageModel(nn.Module):
             start = offset - mx.argmax(attention_mask > 0, axis=1).astype(mx.int32)
         mask = attention_mask_of(x.shape[1], offset, self.config.sliding_window, attention_mask)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, start, cache[i] if cache else None)
+            block = checkpoint(layer) if self.gradient_checkpointing else layer
+            x = block(x, mask, start, cache[i] if cache else None)
         x = self.model.norm(x[:, -1:] if last_only else x)
         if "lm_head" in self:
             return self.lm_head(x)

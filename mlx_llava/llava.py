@@ -27,19 +27,19 @@ def merge(embeddings: mx.array, features: mx.array, is_image: mx.array) -> mx.ar
         features (mx.array): (F, D), of all pictures of all rows.
         is_image (mx.array): bool (B, L), true in F places.
 
-    Raises:
-        ValueError: There are more or fewer places than features.
     """
+    index = mx.maximum(mx.cumsum(is_image.flatten().astype(mx.int32)) - 1, 0)
+    replaced = features.astype(embeddings.dtype)[index].reshape(embeddings.shape)
+    return mx.where(is_image[..., None], replaced, embeddings)
+
+
+def check_places(is_image: mx.array, features: mx.array) -> None:
+    """Raises ValueError unless there is one place for each feature."""
     places = int(is_image.sum())
     if places != len(features):
         raise ValueError(
             f"The prompt has {places} image tokens but the images give {len(features)} features."
         )
-    if not places:
-        return embeddings
-    index = mx.maximum(mx.cumsum(is_image.flatten().astype(mx.int32)) - 1, 0)
-    replaced = features.astype(embeddings.dtype)[index].reshape(embeddings.shape)
-    return mx.where(is_image[..., None], replaced, embeddings)
 
 
 class Llava(nn.Module):
@@ -147,15 +147,19 @@ class Llava(nn.Module):
 
         Returns:
             mx.array: Embeddings (B, L, D).
+
+        Raises:
+            ValueError: There are more or fewer placeholders than features.
         """
         is_image = input_ids == self.config.image_token_index
         # The placeholder's id may lie outside the embedding table.
         embeddings = self.language_model.model.embed_tokens(mx.where(is_image, 0, input_ids))
-        if pixel_values is None:
-            features = mx.zeros((0, embeddings.shape[-1]))
-        else:
+        features = mx.zeros((0, embeddings.shape[-1]))
+        if pixel_values is not None:
             features = mx.concatenate(self.encode_images(pixel_values, image_sizes))
-        return merge(embeddings, features, is_image)
+        if not self.training:  # where nothing may wait for the device, and `Examples` has counted
+            check_places(is_image, features)
+        return merge(embeddings, features, is_image) if len(features) else embeddings
 
     def __call__(
         self,

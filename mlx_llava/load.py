@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_llava.adapter import load_adapter
 from mlx_llava.checkpoint.layout import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
 from mlx_llava.checkpoint.safetensors import write_weights
@@ -32,8 +33,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path | None = None,
     *,
+    adapter_path: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     dtype: str | None = None,
@@ -50,8 +52,9 @@ def load(
     """Loads a LLaVA checkpoint of any layout.
 
     Args:
-        path_or_repo (str or Path): A folder, a GGUF file, or a repository on the Hugging Face
-            hub.
+        path_or_repo (str or Path, optional): A folder, a GGUF file, or a repository on the
+            Hugging Face hub. Default: the embedded model, which knows coloured shapes.
+        adapter_path (str or Path, optional): What `mlx_llava.train` made of it.
         revision (str, optional): A branch, tag or commit of the repository.
         offline (bool): Uses only what was downloaded before.
         dtype (str, optional): ``float32``, ``float16`` or ``bfloat16`` for all weights.
@@ -73,7 +76,7 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         ValueError: The checkpoint is broken or not supported.
     """
-    with sensible_values(path_or_repo):
+    with sensible_values(path_or_repo or "the embedded model"):
         checkpoint = find_and_open(
             path_or_repo,
             revision=revision,
@@ -86,6 +89,8 @@ def load(
         model = make_model(checkpoint)
     for warning in checkpoint.warnings:
         warnings.warn(warning, stacklevel=2)
+    if adapter_path is not None:
+        load_adapter(model, adapter_path)
     cast(model.vision_tower, vision_dtype or dtype)
     cast(model.multi_modal_projector, projector_dtype or dtype)
     cast(model.language_model, dtype)
@@ -96,7 +101,11 @@ def load(
 
 
 def find_and_open(
-    path_or_repo: str | Path, *, revision: str | None = None, offline: bool = False, **parts: Any
+    path_or_repo: str | Path | None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    **parts: Any,
 ) -> Checkpoint:
     """Opens a checkpoint wherever it is; arguments as in `load`."""
     find = partial(find_checkpoint, revision=None, offline=offline)
@@ -248,17 +257,23 @@ def _device(name: str | None) -> mx.DeviceType | None:
     return mx.cpu if name == "cpu" else mx.gpu
 
 
-def save(model: Llava, processor: Processor, folder: str | Path) -> None:
+def save(model: Llava, processor: Processor, folder: str | Path, *, force: bool = False) -> None:
     """Writes a checkpoint that `load` and, unless it is quantised, transformers read.
 
     The folder appears complete or not at all.
+
+    Args:
+        model (Llava): Its weights are written as they are.
+        processor (Processor): Its processor.
+        folder (str or Path): Where to write.
+        force (bool): Replaces a folder that is there.
 
     Raises:
         FileExistsError: There is something at `folder` already.
     """
     arrays = dict(tree_flatten(model.parameters()))
     tensors = {name: from_array("the model", array) for name, array in arrays.items()}
-    with new_folder(Path(folder)) as beside:
+    with new_folder(Path(folder), force) as beside:
         is_mlx = model.config.quantization is not None
         layout = tensors if is_mlx else to_torch_layout(tensors)
         outputs = [output(name, tensor) for name, tensor in layout.items()]

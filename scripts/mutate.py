@@ -12,7 +12,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py")
+TESTS = (
+    *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
+    *("tests/test_gradients.py", "tests/test_tuner.py"),
+)
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
 MUTATIONS = (
@@ -42,6 +45,24 @@ MUTATIONS = (
     ("bilinear resize", "preprocess", 'data.get("resample", Image.Resampling.BICUBIC)', 'data.get("resample", Image.Resampling.BILINEAR)'),
     ("padded on black", "preprocess", "tuple(int(mean * 255) for mean in self.mean)", "(0, 0, 0)"),
     ("pad colour rounded", "preprocess", "int(mean * 255)", "round(mean * 255)"),
+    ("loss not shifted", "tuner/losses", "labels = batch.labels[:, 1:]", "labels = batch.labels[:, :-1]"),
+    ("padding learned", "tuner/data", "length, IGNORED)", "length, 0)"),
+    ("questions learned", "tuner/data", "i if is_answer else IGNORED", "i"),
+    ("end of answer not learned", "prompt", "+ mark, learned), Piece(after)]", ", learned), Piece(mark + after)]"),
+    ("no end where the template has none", "prompt", "(mark or self.eos)", "mark"),
+    ("pictures left where they are", "tuner/data", 'text.replace(IMAGE_TOKEN, "").strip()', "text"),
+    ("decoder frozen in stage 2", "tuner/stages", "        model.language_model.unfreeze()\n", "        pass\n"),
+    ("projector frozen with LoRA", "tuner/stages", 'if options.rates["multi_modal_projector"]:', 'if options.stage != "lora":'),
+    ("whole tower trained", "tuner/stages", "[: max(model.config.feature_layers)]", "[:]"),
+    ("AdamW without bias correction", "tuner/optimizer", "bias_correction=True", "bias_correction=False"),
+    ("decay of norms too", "tuner/optimizer", "if is_matrix else 0.0", ""),
+    ("no warm-up", "tuner/optimizer", "warmup = math.ceil(steps * warmup_ratio)", "warmup = 0"),
+    ("mean of the parts' means", "tuner/trainer", "tree_map(mx.add, gradients, more)", "tree_map(lambda a, b: (a + b) / 2, gradients, more)"),
+    ("data from the start again", "tuner/trainer", "epoch, first = divmod(self.step, self.batches_per_epoch)", "epoch, first = 0, 0"),
+    ("optimiser's state forgotten", "tuner/trainer", '_ordered(arrays["trained"]), arrays["optimizer"]', '_ordered(arrays["trained"]), self.optimizer_state'),
+    ("weights kept in 16 bits", "tuner/trainer", "lambda array: array.astype(mx.float32), parameters", "lambda array: array, parameters"),
+    ("processes do not share", "tuner/trainer", "indices[self.group.rank() :: self.group.size()]", "indices"),
+    ("scale of LoRA forgotten in the sum", "adapter", "delta = layer.scale * (", "delta = ("),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
 )  # fmt: skip
 

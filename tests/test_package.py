@@ -16,15 +16,17 @@ PACKAGE = ROOT / "mlx_llava"
 #: Imports point only downward.
 LAYERS = (
     {"version", "backend", "command", "activations", "image", "json_files", "cache", "sampling"},
+    {"scores", "tuner.plot"},
     {"vocabulary", "hub", "quantized", "config_checks"},
     {"config", "tokenizer", "checkpoint.tensors"},
     {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
     {"anyres", "templates", "clip", "projector", "llama", "checkpoint.folder", "checkpoint.gptq"},
     {"preprocess", "llava", "checkpoint.gguf", "checkpoint.original", "checkpoint.adapters"},
-    {"processor", "checkpoint.open"},
-    {"load"},
-    {"generate", "plan"},
-    {"convert"},
+    {"processor", "checkpoint.open", "adapter"},
+    {"load", "tuner.data", "tuner.options"},
+    {"generate", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
+    {"batch", "tuner.trainer"},
+    {"convert", "evaluate", "fuse", "train"},
     {"", "cli"},
     {"__main__"},
 )
@@ -68,13 +70,14 @@ def test_public_names():
         "LlavaConfig",
         "Processor",
         "__version__",
+        "batch_generate",
         "convert",
         "generate",
         "load",
         "load_image",
         "stream_generate",
     ]
-    for name in ("convert", "generate", "load", "load_image", "stream_generate"):
+    for name in ("batch_generate", "convert", "generate", "load", "load_image", "stream_generate"):
         assert callable(getattr(mlx_llava, name))
 
 

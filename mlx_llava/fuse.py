@@ -1,0 +1,69 @@
+"""Merges a trained adapter into its model: one folder that needs no adapter.
+
+python -m mlx_llava.fuse --model BASE --adapter-path trained/adapter --output fused
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llava.adapter import load_adapter, merge_adapter
+from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.load import layer_settings, load, save
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.fuse",
+        description="Add what mlx_llava.train learned to the weights of its model. Quantised "
+        "layers that it changed become plain, so that the result answers as before.",
+    )
+    add = parser.add_argument
+    add("--model", help="what was trained (default: the embedded model)")
+    add("--adapter-path", required=True, metavar="DIR", help="what mlx_llava.train wrote")
+    add("--output", default="fused", help="the folder to make (default: %(default)s)")
+    add("--requantize", action="store_true", help="quantise again what was quantised")
+    add("--force", action="store_true", help="replace the folder if it exists")
+    add_source_arguments(parser)
+    return parser
+
+
+def requantize(model: nn.Module, paths: Sequence[str], quantization: Mapping[str, Any]) -> None:
+    """Quantises layers as they were."""
+    nn.quantize(
+        model,
+        class_predicate=lambda path, _: path in paths and layer_settings(quantization, path),
+    )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    model, processor = load(args.model, **source_options(args))
+    load_adapter(model, args.adapter_path)
+    changed = merge_adapter(model)
+    if args.requantize and not changed:
+        raise ValueError("--requantize: the adapter changed no quantised layer.")
+    if args.requantize:
+        requantize(model, changed, model.config.quantization or {})
+        print(f"{len(changed)} layers were rounded to their bits again", file=sys.stderr)
+    elif changed:
+        print(f"{len(changed)} quantised layers became plain", file=sys.stderr)
+    if not any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for m in model.modules()):
+        model.config = replace(model.config, quantization=None)
+    mx.eval(model.parameters())
+    save(model, processor, args.output, force=args.force)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

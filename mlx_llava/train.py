@@ -1,0 +1,192 @@
+"""Trains a LLaVA: LLaVA's stage 1 (the projector), stage 2 (all of it), or LoRA.
+
+python -m mlx_llava.train --stage lora --data train.json --image-folder images --output tuned
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_llava.adapter import TARGETS, Adapter, save_adapter
+from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.hub import EMBEDDED
+from mlx_llava.load import DTYPES, load, new_folder, save
+from mlx_llava.preprocess import MODES
+from mlx_llava.processor import Processor
+from mlx_llava.tuner.data import Examples, read_samples
+from mlx_llava.tuner.options import STAGES, TrainingOptions
+from mlx_llava.tuner.plot import plot_losses
+from mlx_llava.tuner.stages import prepare
+from mlx_llava.tuner.trainer import Report, Trainer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.train",
+        description="Train a LLaVA on conversations about pictures, in LLaVA's own JSON. With "
+        "mlx.launch, several processes share the batches.",
+    )
+    add = parser.add_argument
+    add("--model", help="what to start from (default: the embedded model)")
+    add("--data", required=True, metavar="FILE", help="LLaVA's training JSON, or JSON lines")
+    add("--valid", metavar="FILE", help="the same, to measure and not to learn")
+    add("--image-folder", default=".", help="what image paths are relative to (default: .)")
+    add("--output", default="trained", help="the folder to write (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--stage", choices=STAGES, required=True, help="the projector, all, or LoRA layers")
+    add("--steps", type=int, help="(default: --epochs over the data)")
+    add("--epochs", type=int, default=1, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="of all processes (default: %(default)s)")
+    add("--accumulation", type=int, default=1, help="parts of a batch (default: %(default)s)")
+    add("--learning-rate", type=float, help="(default: 1e-3, 2e-5 or 2e-4 by stage)")
+    add("--projector-learning-rate", type=float, help="(default: as above; 2e-5 with LoRA)")
+    add("--vision-learning-rate", type=float, help="trains the vision tower too (LLaVA 1.6: 2e-6)")
+    add("--warmup-ratio", type=float, default=0.03, help="(default: %(default)s)")
+    add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
+    add("--max-grad-norm", type=float, default=1.0, help="(default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
+    add("--max-length", type=int, default=2048, help="tokens of a row (default: %(default)s)")
+    add("--lora-rank", type=int, default=128, help="(default: %(default)s)")
+    add("--lora-alpha", type=float, default=256.0, help="(default: %(default)s)")
+    add("--lora-dropout", type=float, default=0.05, help="(default: %(default)s)")
+    add("--lora-targets", nargs="+", default=TARGETS, metavar="LAYER", help="(default: all)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: bfloat16, float32 on a CPU)")
+    add("--template", help="a built-in template instead of the checkpoint's own")
+    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
+    add_source_arguments(parser)
+    add("--report-every", type=int, default=10, help="steps (default: %(default)s)")
+    add("--validate-every", type=int, default=200, help="steps (default: %(default)s)")
+    add("--save-every", type=int, default=200, help="steps (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+def write_result(folder: Path, trainer: Trainer, processor: Processor, adapter: Adapter) -> Path:
+    """Writes what was trained: a whole model, or what is to be put on its base."""
+    if trainer.options.stage == "full":
+        target = folder / "model"
+        save(trainer.model, processor, target, force=True)
+        return target
+    target = folder / "adapter"
+    with new_folder(target, force=True) as beside:
+        save_adapter(beside, adapter, dict(tree_flatten(trainer.trained)))
+    return target
+
+
+class Metrics:
+    """metrics.jsonl and a progress bar."""
+
+    def __init__(self, path: Path, step: int, steps: int) -> None:
+        """Goes on after `step`; what an interrupted run wrote beyond it is dropped."""
+        from tqdm import tqdm
+
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.reports: list[Report] = [json.loads(line) for line in lines]
+        self.reports = [report for report in self.reports if report["step"] <= step]
+        path.write_text("".join(json.dumps(report) + "\n" for report in self.reports), "utf-8")
+        self.path = path
+        self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None)
+
+    def __call__(self, report: Report) -> None:
+        """Keeps and shows what was measured."""
+        self.reports.append(report)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+        self.bar.update(int(report["step"]) - self.bar.n)
+        if "valid_loss" in report:
+            self.bar.write(
+                f"step {report['step']}: validation loss {report['valid_loss']:.4f}", sys.stderr
+            )
+        else:
+            self.bar.set_postfix_str(
+                f"loss {report['loss']:.4f}, {report['tokens_per_second']:.0f} tokens/s, "
+                f"{report['peak_memory']:.1f} GB"
+            )
+
+    def close(self) -> None:
+        """Ends the bar and draws the losses, where matplotlib is installed."""
+        self.bar.close()
+        try:
+            plot_losses(self.reports, self.path.with_name("loss.png"))
+        except ImportError:
+            print("no loss.png: pip install 'mlx_llava[plot]'", file=sys.stderr)
+
+
+def _warn(path: str, problems: Counter[str]) -> None:
+    if problems:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in problems.items())
+        print(f"{path}: {problems.total()} samples were left out: {reasons}", file=sys.stderr)
+
+
+def _prepare_folder(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise FileExistsError(f"{folder} holds a run already; --resume goes on with it.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    given = vars(args)
+    options = TrainingOptions(
+        **{field.name: given[field.name] for field in fields(TrainingOptions)}
+    )
+    folder = Path(args.output)
+    is_main = mx.distributed.init().rank() == 0
+    if is_main:
+        _prepare_folder(folder, args.resume)
+    dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    model, processor = load(
+        args.model,
+        dtype=dtype,
+        image_mode=args.image_mode,
+        template=args.template or ("plain" if options.stage == "projector" else None),
+        **source_options(args),
+    )
+    adapter = Adapter(
+        args.model or EMBEDDED,
+        options.stage,
+        args.lora_rank,
+        args.lora_alpha,
+        args.lora_dropout,
+        tuple(args.lora_targets),
+    )
+    mx.random.seed(options.seed)
+    prepare(model, options, adapter)
+    data: dict[str, Examples] = {}
+    for name in ("data", "valid"):
+        if given[name]:
+            samples, problems = read_samples(
+                given[name], args.image_folder, processor.tokenizer.protect
+            )
+            data[name] = Examples(samples, processor, options.max_length)
+            _warn(given[name], problems if is_main else Counter())
+    trainer = Trainer(model, data["data"], data.get("valid"), options, folder)
+    if args.resume:
+        trainer.resume()
+    if not is_main:
+        trainer.run(lambda _report: None)
+        return
+    metrics = Metrics(folder / "metrics.jsonl", trainer.step, trainer.steps)
+    try:
+        trainer.run(metrics)
+    finally:
+        metrics.close()
+    for name, examples in data.items():
+        _warn(given[name], examples.problems)
+    print(write_result(folder, trainer, processor, adapter))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

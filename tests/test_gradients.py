@@ -1,0 +1,202 @@
+"""The loss and every gradient of training are PyTorch's, on transformers' own tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
+tiny = pytest.importorskip("tests.tiny")
+
+from mlx_llava import load  # noqa: E402
+from mlx_llava.adapter import Adapter, plain_weight  # noqa: E402
+from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_name  # noqa: E402
+from mlx_llava.tuner.data import IGNORED, Examples, read_samples  # noqa: E402
+from mlx_llava.tuner.losses import answer_loss  # noqa: E402
+from mlx_llava.tuner.options import TrainingOptions  # noqa: E402
+from mlx_llava.tuner.stages import prepare  # noqa: E402
+
+TOLERANCE = 1e-4
+LORA = Adapter("base", "lora", rank=3, alpha=5.0, dropout=0.0)
+CASES = {case.name: case for case in tiny.CASES}
+
+
+def write_samples(folder: Path) -> Path:
+    """Conversations of unequal length with two, one and no pictures."""
+    for i, size in enumerate(tiny.SIZES[:3]):
+        tiny.picture(*size, seed=i).save(folder / f"{i}.png")
+    turns = [
+        ("<image>\n<image>\nWhat differs?", "The second dog is small."),
+        ("And the first?", "It sleeps."),
+    ]
+    conversations = [
+        (["0.png", "1.png"], turns),
+        ("2.png", [("How many?\n<image>", "five")]),
+        (None, [("Say yes.", "Yes, the sign says STOP."), ("Say no.", "No.")]),
+    ]
+    data = [
+        {
+            "id": i,
+            **({"image": images} if images else {}),
+            "conversations": [
+                {"from": speaker, "value": value}
+                for turn in own
+                for speaker, value in zip(("human", "gpt"), turn, strict=True)
+            ],
+        }
+        for i, (images, own) in enumerate(conversations)
+    ]
+    path = folder / "train.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def make_batch(folder: Path, processor):
+    samples, problems = read_samples(write_samples(folder), folder, processor.tokenizer.protect)
+    assert not problems
+    batch = Examples(samples, processor, 4096).batch(range(3))
+    assert batch.input_ids.shape[0] == 3
+    assert (np.array(batch.labels) != IGNORED).sum(axis=1).min() > 1
+    return batch
+
+
+def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss and gradients of transformers, in float64, by canonical name."""
+    model = model.double()
+    pixels = torch.tensor(np.array(batch.pixel_values).transpose(0, 3, 1, 2)).double()
+    inputs = {"pixel_values": pixels}
+    if batch.image_sizes is not None:
+        from mlx_llava.anyres import num_tiles
+
+        counts = [1 + num_tiles(size, config) for size in batch.image_sizes]
+        padded = torch.zeros(len(counts), max(counts), *pixels.shape[1:]).double()
+        for row, tiles in zip(padded, torch.split(pixels, counts), strict=True):
+            row[: len(tiles)] = tiles
+        inputs = {"pixel_values": padded, "image_sizes": torch.tensor(batch.image_sizes)}
+    ids = torch.tensor(np.array(batch.input_ids)).long()
+    mask = torch.zeros_like(ids)
+    for row, labels in zip(mask, np.array(batch.labels), strict=True):
+        row[: int(np.flatnonzero(labels != IGNORED)[-1]) + 1] = 1
+    if config.text_config.sliding_window:
+        mask[:] = 1  # a padded row beyond the window is NaN in transformers
+    labels = torch.tensor(np.array(batch.labels)).long()
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels, **inputs).loss
+    loss.backward()
+    gradients = {
+        canonical_name(name): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    if PATCH_EMBEDDING in gradients:
+        gradients[PATCH_EMBEDDING] = gradients[PATCH_EMBEDDING].transpose(0, 2, 3, 1)
+    return loss.item(), gradients
+
+
+def ours(model, batch) -> tuple[float, dict[str, np.ndarray]]:
+    model.train()
+    (loss, count), gradients = nn.value_and_grad(model, answer_loss)(model, batch)
+    gradients = tree_map(lambda g: g / count, gradients)
+    return (loss / count).item(), {k: np.array(g) for k, g in tree_flatten(gradients)}
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    for name, gradient in found.items():
+        scale = np.abs(expected[name]).max()
+        # The keys' biases move nothing - softmax ignores them - and have rounding for gradients.
+        assert np.abs(gradient - expected[name]).max() <= TOLERANCE * scale + 1e-7, name
+
+
+@pytest.mark.parametrize("stage", ["projector", "full", "full and vision"])
+@pytest.mark.parametrize(
+    "name", ["vicuna", "gqa", "tied_head", "mistral_window", "layer_list", "pad", "next"]
+)
+def test_loss_and_gradients_of_a_stage(name, stage, tmp_path):
+    theirs = tiny.save(CASES[name], tmp_path)
+    model, processor = load(tmp_path, template="vicuna_v1")
+    batch = make_batch(tmp_path, processor)
+    rate = 1e-3 if "vision" in stage else None
+    options = TrainingOptions(stage.split()[0], vision_learning_rate=rate)
+    prepare(model, options, LORA)
+    loss, gradients = ours(model, batch)
+    their_loss, their_gradients = reference(theirs, batch, model.config)
+    assert abs(loss - their_loss) <= TOLERANCE * their_loss
+    assert_equal(gradients, their_gradients)
+    trained = {
+        name
+        for name in their_gradients
+        if "projector" in name
+        or (stage != "projector" and name.startswith(("language_model", "image_newline")))
+        or ("vision" in stage and name.startswith("vision_tower"))
+    }
+    unread = {name for name in trained if not np.any(their_gradients[name])}
+    assert gradients.keys() == trained - unread
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_gradients_of_lora(bits, tmp_path):
+    """By the chain rule from the gradient of the merged weight W + scale A B."""
+    theirs = tiny.save(
+        tiny.Case("wide", text={"hidden_size": 32, "intermediate_size": 64}), tmp_path
+    )
+    model, processor = load(tmp_path, template="vicuna_v1")
+    batch = make_batch(tmp_path, processor)
+    if bits:
+        nn.quantize(
+            model.language_model,
+            group_size=32,
+            bits=bits,
+            class_predicate=lambda path, m: isinstance(m, nn.Linear) and "layers" in path,
+        )
+    prepare(model, TrainingOptions("lora"), LORA)
+    weights = dict(theirs.named_parameters())
+    layers = {}
+    for path, layer in model.named_modules():
+        if "lora_b" in layer:
+            layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.1
+            layers[path] = layer
+            delta = LORA.scale * (layer.lora_a @ layer.lora_b).T
+            name = next(n for n in weights if canonical_name(n) == f"{path}.weight")
+            merged = np.array(plain_weight(layer.linear) + delta)
+            weights[name].data = torch.tensor(merged)
+    assert len(layers) == 7 * 3
+    loss, gradients = ours(model, batch)
+    their_loss, their_gradients = reference(theirs, batch, model.config)
+    assert abs(loss - their_loss) <= TOLERANCE * their_loss
+    expected = {n: g for n, g in their_gradients.items() if "projector" in n}
+    for path, layer in layers.items():
+        merged = their_gradients[f"{path}.weight"].T
+        expected[f"{path}.lora_a"] = LORA.scale * merged @ np.array(layer.lora_b).T
+        expected[f"{path}.lora_b"] = LORA.scale * np.array(layer.lora_a).T @ merged
+    assert gradients.keys() == expected.keys()
+    assert_equal(gradients, expected)
+
+
+def test_a_later_token_never_changes_an_earlier_logit(loaded):
+    model, processor = loaded
+    ids = mx.array([processor.tokenizer.encode("USER: Describe the second image. ASSISTANT: no")])
+    logits = model(ids)
+    for place in range(1, ids.shape[1]):
+        changed = mx.array(ids)
+        changed[0, place] = (ids[0, place] + 7) % 300 + 5
+        others = model(changed)
+        assert mx.array_equal(others[:, :place], logits[:, :place])
+        assert not mx.array_equal(others[:, place:], logits[:, place:])
+
+
+@pytest.mark.parametrize("name", ["gqa", "mistral_window", "next"])
+def test_a_padded_batch_has_the_losses_of_its_rows_alone(name, tmp_path):
+    tiny.save(CASES[name], tmp_path)
+    model, processor = load(tmp_path, template="vicuna_v1")
+    samples, _ = read_samples(write_samples(tmp_path), tmp_path, processor.tokenizer.protect)
+    examples = Examples(samples, processor, 4096)
+    model.train()
+    together, count = answer_loss(model, examples.batch(range(3)))
+    alone = [answer_loss(model, examples.batch([i])) for i in range(3)]
+    assert count.item() == sum(n.item() for _, n in alone)
+    assert together.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
