@@ -8,6 +8,7 @@ print(generate(model, processor, "What is in this picture?", image="photo.jpg"))
 import warnings
 
 from mlx_llava import backend  # noqa: F401 - the first of all, before mlx.core
+from mlx_llava.batch import batch_generate
 from mlx_llava.config import LlavaConfig
 from mlx_llava.convert import convert
 from mlx_llava.generate import GenerationResponse, generate, stream_generate
@@ -26,6 +27,7 @@ __all__ = [
     "LlavaConfig",
     "Processor",
     "__version__",
+    "batch_generate",
     "convert",
     "generate",
     "load",

@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llama import Cache, LanguageModel
 from mlx_llava.llava import Llava
 from mlx_llava.load import DTYPES, load
@@ -142,7 +143,7 @@ def generate_step(
             token, logprobs = following
 
 
-def _limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
     """How many tokens can be made; raises ValueError where there is room for none."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
@@ -203,7 +204,7 @@ def stream_generate(
     rows, prompt_tokens = inputs.input_ids.shape
     if rows != 1:
         raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
-    max_tokens = _limit_tokens(prompt_tokens, max_tokens, processor.context_length)
+    max_tokens = limit_tokens(prompt_tokens, max_tokens, processor.context_length)
     sampler = make_sampler(temp, top_p, min_p, top_k)
     penalties = make_logits_processors(repetition_penalty)
     if seed is not None:
@@ -287,7 +288,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )
     add = parser.add_argument
-    add("--model", required=True, help="a folder, a GGUF file, or a hub repository")
+    add("--model", help="a folder, a GGUF file, or a hub repository (default: embedded)")
+    add("--adapter-path", metavar="DIR", help="what mlx_llava.train made of the model")
     add(
         "--image",
         action="append",
@@ -383,9 +385,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     prompt, images = _from_stdin(args)
+    if args.model is None and not args.quiet:
+        print(EMBEDDED_NOTE, file=sys.stderr)
     started = time.perf_counter()
     model, processor = load(
         args.model,
+        adapter_path=args.adapter_path,
         dtype=args.dtype,
         vision_dtype=args.vision_dtype,
         projector_dtype=args.projector_dtype,

@@ -1,0 +1,195 @@
+"""LLaVA's question files -> answer files -> scores (LLaVA, docs/Evaluation.md).
+
+python -m mlx_llava.evaluate --questions question.jsonl --image-folder images \\
+    --answers answers.jsonl --score exact
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_llava.batch import batch_generate
+from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.hub import EMBEDDED
+from mlx_llava.load import DTYPES, load
+from mlx_llava.preprocess import MODES
+from mlx_llava.scores import SCORERS, read_lines
+from mlx_llava.tokenizer import IMAGE_TOKEN
+
+SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.evaluate",
+        description="Answer a question file of LLaVA's, and score the answers. What the answer "
+        "file holds already is not asked again. Published results of LLaVA 1.5 need "
+        "--template vicuna_v1 --image-mode pad.",
+    )
+    add = parser.add_argument
+    add("--model", help="a folder, a GGUF file, or a hub repository (default: embedded)")
+    add("--adapter-path", metavar="DIR", help="what mlx_llava.train made of the model")
+    add("--questions", type=Path, required=True, metavar="FILE", help="JSON lines, or ScienceQA's")
+    add("--image-folder", type=Path, default=Path(), help="what image paths are relative to")
+    add("--answers", type=Path, required=True, metavar="FILE", help="the answer file")
+    add("--score", choices=SCORERS, help="score the answers when all are there")
+    add("--annotations", type=Path, metavar="PATH", help="the benchmark's own labels")
+    add("--batch-size", type=int, default=8, help="questions at once (default: %(default)s)")
+    add("--num-chunks", type=int, default=1, help="parts of the questions (default: 1)")
+    add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
+    add("--max-tokens", "-m", type=int, default=128, help="of an answer (default: %(default)s)")
+    add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
+    add("--template", help="a built-in template instead of the checkpoint's own")
+    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
+    add("--dtype", choices=DTYPES, help="of all weights (default: as in the checkpoint)")
+    add_source_arguments(parser)
+    return parser
+
+
+def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
+    """Reads a question file: ``question_id``, ``text``, and an ``image`` or none.
+
+    ScienceQA's file, a list of ``id``, ``conversations`` and perhaps ``image``, is read as the
+    original's model_vqa_science.py does.
+
+    Args:
+        path (Path): The file.
+        suffix (str): What to end every text with.
+
+    Returns:
+        list of dict: As in the file, with the ``prompt`` that answer files repeat.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if path.suffix == ".jsonl":
+        questions = read_lines(path)
+    else:
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            questions = [_read_conversation(entry) for entry in entries]
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is not ScienceQA's question file: {error!r}.") from error
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question, dict) or not {"question_id", "text"} <= question.keys():
+            raise ValueError(f"Question {number} of {path} has no question_id and text.")
+        question["text"] += suffix
+        question["prompt"] = question.get("prompt", "") + question["text"]
+    return questions
+
+
+def _read_conversation(entry: dict[str, Any]) -> dict[str, Any]:
+    text = entry["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
+    has_image = "image" in entry
+    image = {"image": entry["image"]} if has_image else {}
+    mark = f"{IMAGE_TOKEN}\n" if has_image else ""
+    return {"question_id": entry["id"], "text": text, "prompt": mark, **image}
+
+
+def choose_chunk(items: Sequence[Any], num_chunks: int, index: int) -> Sequence[Any]:
+    """One of ``num_chunks`` contiguous parts, each of ``ceil(n / num_chunks)`` or the rest.
+
+    Raises:
+        ValueError: There is no such part.
+    """
+    if not 0 <= index < num_chunks:
+        raise ValueError(f"There is no chunk {index} of {num_chunks}.")
+    size = math.ceil(len(items) / num_chunks)
+    return items[index * size : (index + 1) * size]
+
+
+def identity(record: dict[str, Any]) -> tuple[Any, str]:
+    """What tells questions apart, and answers: ids alone do not (TextVQA's are its pictures')."""
+    return record["question_id"], record["prompt"]
+
+
+def answer_all(
+    questions: Sequence[dict[str, Any]], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Answers questions in batches; yields lines of an answer file."""
+    model, processor = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        dtype=args.dtype,
+        template=args.template,
+        image_mode=args.image_mode,
+        **source_options(args),
+    )
+    name = Path(args.model or EMBEDDED).name
+    for start in range(0, len(questions), args.batch_size):
+        batch = questions[start : start + args.batch_size]
+        texts = batch_generate(
+            model,
+            processor,
+            [[{"role": "user", "content": question["text"]}] for question in batch],
+            [args.image_folder / q["image"] if q.get("image") else None for q in batch],
+            max_tokens=args.max_tokens,
+        )
+        for question, text in zip(batch, texts, strict=True):
+            yield {
+                "question_id": question["question_id"],
+                "prompt": question["prompt"],
+                "text": text.strip(),
+                "answer_id": uuid.uuid4().hex,
+                "model_id": name,
+                "metadata": {},
+            }
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """The answers that are there; a last line that was cut off is taken out of the file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    return read_lines(path)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
+    questions = read_questions(args.questions, suffix)
+    chunk = choose_chunk(questions, args.num_chunks, args.chunk_idx)
+    answers = read_answers(args.answers)
+    answered = {identity(answer) for answer in answers}
+    open_questions = [question for question in chunk if identity(question) not in answered]
+    if open_questions:
+        from tqdm import tqdm
+
+        args.answers.parent.mkdir(parents=True, exist_ok=True)
+        with args.answers.open("a", encoding="utf-8") as file:
+            new = answer_all(open_questions, args)
+            for answer in tqdm(new, total=len(open_questions), desc="answering", disable=None):
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                file.flush()
+                answers.append(answer)
+    if args.score:
+        place = {identity(question): i for i, question in enumerate(questions)}
+        missing = place.keys() - {identity(answer) for answer in answers}
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(questions)} questions have no answer in {args.answers}; "
+                "answer all chunks into it, or concatenate their files, before --score."
+            )
+        answers = [answer for answer in answers if identity(answer) in place]
+        answers.sort(key=lambda answer: place[identity(answer)])
+        figures = SCORERS[args.score](questions, answers, args.annotations)
+        print(json.dumps({"questions": len(questions), **figures}, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

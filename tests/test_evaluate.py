@@ -1,0 +1,168 @@
+"""Question files are answered as generate answers, and go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_llava import batch_generate, generate, load
+from mlx_llava.evaluate import SINGLE_PREDICTION, choose_chunk, main
+from tests.conftest import GOLDENS, PICTURE
+
+LLAVA = GOLDENS / "llava"
+QUESTIONS = ("What is it?", "How many dogs are there near the old pier?", "Why?", "Who sleeps?")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Four questions, the third without a picture, the first and last with the same id."""
+    shutil.copy(PICTURE, tmp_path / "a.png")
+    lines = [
+        {
+            "question_id": i % 3,
+            "text": text,
+            "answer": "x",
+            **({} if i == 2 else {"image": "a.png"}),
+        }
+        for i, text in enumerate(QUESTIONS)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def run(folder: Path, *more: str) -> int:
+    return main(
+        [
+            *("--model", str(LLAVA), "--questions", str(folder / "q.jsonl")),
+            *(
+                "--image-folder",
+                str(folder),
+                "--answers",
+                str(folder / "a.jsonl"),
+                "-m",
+                "9",
+                *more,
+            ),
+        ]
+    )
+
+
+def answers(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+
+
+def expected() -> list[str]:
+    model, processor = load(LLAVA)
+    return [
+        generate(model, processor, text, PICTURE if i != 2 else None, max_tokens=9).strip()
+        for i, text in enumerate(QUESTIONS)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_batch_answers_what_each_question_gets_alone(size, folder):
+    assert run(folder, "--batch-size", str(size)) == 0
+    found = answers(folder)
+    assert [answer["text"] for answer in found] == expected()
+    assert [answer["question_id"] for answer in found] == [0, 1, 2, 0]
+    assert [answer["prompt"] for answer in found] == list(QUESTIONS)
+    assert found[0].keys() == {
+        *("question_id", "prompt", "text", "answer_id", "model_id", "metadata"),
+    }
+    assert {answer["model_id"] for answer in found} == {"llava"}
+
+
+def test_what_is_answered_is_not_asked_again(folder, capsys):
+    assert run(folder) == 0
+    whole = answers(folder)
+    lines = (folder / "a.jsonl").read_text().splitlines(keepends=True)
+    (folder / "a.jsonl").write_text(lines[0] + lines[3] + lines[1][:30])  # killed while writing
+    assert run(folder) == 0
+    assert {a["answer_id"] for a in answers(folder)} >= {
+        whole[0]["answer_id"],
+        whole[3]["answer_id"],
+    }
+    texts = {a["prompt"]: a["text"] for a in answers(folder)}
+    assert texts == {a["prompt"]: a["text"] for a in whole}
+    assert len(answers(folder)) == 4
+
+
+def test_chunks_make_up_the_whole(folder, capsys):
+    assert run(folder, "--num-chunks", "3", "--chunk-idx", "1", "--score", "exact") == 2
+    assert "2 of 4 questions have no answer" in capsys.readouterr().err
+    assert [answer["prompt"] for answer in answers(folder)] == list(QUESTIONS[2:])
+    assert run(folder, "--num-chunks", "3") == 0
+    assert run(folder, "--num-chunks", "3", "--chunk-idx", "2", "--score", "exact") == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 4
+    assert run(folder, "--num-chunks", "3", "--chunk-idx", "3") == 2
+    assert "no chunk 3 of 3" in capsys.readouterr().err
+
+
+def test_chunks_are_the_originals():
+    items = list(range(10))
+    assert [list(choose_chunk(items, 4, i)) for i in range(4)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9],
+    ]
+
+
+def test_scienceqa_is_asked_as_the_original_does(folder):
+    entries = [
+        {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "Q?\n<image>"}]},
+        {"id": "8", "conversations": [{"from": "human", "value": "R?"}]},
+    ]
+    (folder / "q.json").write_text(json.dumps(entries))
+    assert run(folder, "--questions", str(folder / "q.json"), "--single-pred-prompt") == 0
+    assert [answer["prompt"] for answer in answers(folder)] == [
+        f"<image>\nQ?\n{SINGLE_PREDICTION}",
+        f"R?\n{SINGLE_PREDICTION}",
+    ]
+    model, processor = load(LLAVA)
+    alone = generate(model, processor, f"Q?\n{SINGLE_PREDICTION}", PICTURE, max_tokens=9)
+    assert answers(folder)[0]["text"] == alone.strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question_id": 1}', "Question 1 of"),
+        ("[3", "no JSON in line 1"),
+        ('{"question_id": 1, "text": "Q", "image": "gone.png"}', "gone.png"),
+    ],
+)
+def test_mistakes_are_one_line(content, message, folder, capsys):
+    (folder / "q.jsonl").write_text(content)
+    assert run(folder) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_batch_generate_stops_each_row_at_its_own_end(loaded):
+    model, processor = loaded
+    prompts = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    whole = batch_generate(model, processor, prompts, [PICTURE, None, PICTURE, None], max_tokens=12)
+    first = processor.tokenizer.encode(whole[0])[-1]
+    from dataclasses import replace
+
+    from mlx_llava.processor import Processor
+
+    stopping = Processor(
+        processor.config,
+        processor.tokenizer,
+        processor.image_processor,
+        template=replace(processor.template, stops=(whole[0][3:5],)),
+        eos_ids=[first],
+    )
+    for prompt, image, text in zip(
+        prompts,
+        [PICTURE, None, PICTURE, None],
+        batch_generate(model, stopping, prompts, [PICTURE, None, PICTURE, None], max_tokens=12),
+        strict=True,
+    ):
+        assert text == generate(model, stopping, prompt, image, max_tokens=12)
