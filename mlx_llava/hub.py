@@ -9,12 +9,38 @@ _FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_tra
 _TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
 
 
-def find_checkpoint(path_or_repo: str | Path, revision: str | None, offline: bool) -> Path:
-    """The local folder (or file) of a checkpoint; a repository is downloaded, a folder never is.
+#: The model that comes with the package: beside it in a checkout, inside it when installed.
+EMBEDDED = "tiny-llava"
+EMBEDDED_NOTE = (
+    "note: this is the embedded model, which only knows drawings of coloured shapes; for "
+    "photographs: --model llava-hf/llava-1.5-7b-hf"
+)
+
+
+def embedded_model() -> Path:
+    """The folder of the model that comes with the package.
 
     Raises:
-        FileNotFoundError: It is neither.
+        FileNotFoundError: The package was installed without it.
     """
+    package = Path(__file__).parent
+    for place in (package, package.parent):
+        folder = place / "weights" / EMBEDDED
+        if (folder / "config.json").exists():
+            return folder
+    raise FileNotFoundError(f"{package} came without its embedded model; name a model.")
+
+
+def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offline: bool) -> Path:
+    """The local folder (or file) of a checkpoint; a repository is downloaded, a folder never is.
+
+    Without a name it is the embedded model.
+
+    Raises:
+        FileNotFoundError: It is none of these.
+    """
+    if path_or_repo is None:
+        return embedded_model()
     path = Path(path_or_repo).expanduser()
     if path.exists():
         return path

@@ -187,7 +187,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, files, capsys, monkeypatch)
 def test_wrong_arguments_are_argparses(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--no-such-option"])
-    assert "the following arguments are required: --model, --prompt" in capsys.readouterr().err
+    assert "the following arguments are required: --prompt" in capsys.readouterr().err
 
 
 def process(*arguments: str, **options) -> subprocess.Popen:

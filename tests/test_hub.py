@@ -116,3 +116,18 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: There is no folder someone/tiny, and it is not on the")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_package_without_its_embedded_model_asks_for_one(tmp_path, monkeypatch):
+    from mlx_llava import hub
+
+    package = tmp_path / "mlx_llava"
+    package.mkdir()
+    monkeypatch.setattr(hub, "__file__", str(package / "hub.py"))
+    with pytest.raises(FileNotFoundError, match="came without its embedded model; name a model"):
+        hub.find_checkpoint(None, None, False)
+    for place in (tmp_path, package):  # beside the package in a checkout, inside it in a wheel
+        folder = place / "weights" / "tiny-llava"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        assert hub.find_checkpoint(None, None, False) == folder

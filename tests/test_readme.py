@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,10 @@ import pytest
 
 from mlx_llava import load
 from mlx_llava.generate import generate_step
-from tests.conftest import GOLDENS, PICTURE, ROOT
+from tests.conftest import ROOT
+
+EMBEDDED = ROOT / "weights" / "tiny-llava"
+SHAPES = EMBEDDED / "examples" / "shapes.png"
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -24,7 +28,7 @@ EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 def test_no_block_is_overlooked():
     languages = [language for language, _ in BLOCKS]
-    assert languages == ["sh", "text", "sh", "sh", "sh", "python", "python"]
+    assert languages == ["sh", "text", "sh", "sh", "sh", "sh", "python", "python"]
 
 
 def test_install_and_first_answer(tmp_path):
@@ -51,6 +55,17 @@ def test_install_and_first_answer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == EXPECTED
+    # Away from the checkout, it is the installed package that has the embedded model.
+    question = ["--image", str(SHAPES), "--prompt", "What is in this picture?"]
+    done = subprocess.run(
+        [tmp_path / ".venv" / "bin" / "python", "-m", "mlx_llava.generate", *question],
+        cwd=tmp_path.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == EXPECTED, done.stderr
 
 
 def test_the_test_command_is_what_ci_runs():
@@ -60,13 +75,15 @@ def test_the_test_command_is_what_ci_runs():
 
 @pytest.fixture
 def hub(hub_cache, tmp_path, monkeypatch) -> Path:
-    """A hub cache in which a tiny model stands for LLaVA 1.5, and a folder with photo.jpg."""
+    """A hub cache in which the embedded model stands for LLaVA 1.5, and a folder of data."""
     snapshot = hub_cache / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "abc"
-    shutil.copytree(GOLDENS / "llava", snapshot)
+    shutil.copytree(EMBEDDED, snapshot)
     reference = snapshot.parent.parent / "refs" / "main"
     reference.parent.mkdir()
     reference.write_text("abc")
-    shutil.copy(PICTURE, tmp_path / "photo.jpg")
+    shutil.copy(SHAPES, tmp_path / "photo.jpg")
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A star."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}] * 4))
     monkeypatch.chdir(tmp_path)
     return hub_cache
 
@@ -87,9 +104,10 @@ def test_asking_about_a_photograph(hub):
     assert run_with_hub(SHELL[2], hub).startswith(EXPECTED.rstrip("\n"))
 
 
-def test_converting(hub):
+def test_converting_and_training(hub):
     assert run_with_hub(SHELL[3], hub).strip()
     assert load("llava-4bit")[0].language_model.lm_head.bits == 4
+    assert run_with_hub(SHELL[4], hub).startswith("trained/adapter\n")
 
 
 def test_python_blocks(hub, monkeypatch, capsys):
@@ -103,7 +121,7 @@ def test_python_blocks(hub, monkeypatch, capsys):
     assert names["logits"].shape[0] == 1
     assert names["logits"].shape[2] == names["model"].config.text_config.vocab_size
 
-    model, processor = load(GOLDENS / "llava")
+    model, processor = load()
     exec(
         PYTHON[1],
         {
@@ -111,13 +129,22 @@ def test_python_blocks(hub, monkeypatch, capsys):
             "processor": processor,
             "generate_step": generate_step,
             "prompt": "What is in this picture?",
-            "images": [PICTURE],
+            "images": [SHAPES],
         },
     )
-    assert capsys.readouterr().out.split() == EXPECTED.split()
+    assert capsys.readouterr().out == EXPECTED
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/checkpoints.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/checkpoints.md",
+        "docs/training.md",
+        "weights/tiny-llava/README.md",
+    ],
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

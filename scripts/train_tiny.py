@@ -1,0 +1,367 @@
+"""Makes weights/tiny-llava: a LLaVA that knows coloured shapes, from nothing, by LLaVA's stages.
+
+python scripts/train_tiny.py        # about an hour on 2 cores; started again, it goes on
+
+1. vision: the encoder learns to name what each patch belongs to (as CLIP's comes trained).
+2. language: the decoder learns to talk, and to look things up (as Vicuna's comes trained).
+3. align: the projector alone learns captions (LLaVA's stage 1).
+4. instruct, refine: projector and decoder learn conversations, first short ones (LLaVA's stage 2).
+
+At last it is measured, in 16, 8 and 4 bits, and gets its card.
+
+Everything after the encoder is `mlx_llava.train`; pictures and texts are scripts/shapes.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
+import measure_tiny
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import shapes
+from fast_cpu import installed
+from mlx.utils import tree_flatten, tree_unflatten
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
+
+from mlx_llava import generate, train
+from mlx_llava.config import LlavaConfig
+from mlx_llava.convert import convert
+from mlx_llava.image import load_image
+from mlx_llava.llava import Llava
+from mlx_llava.load import new_folder, save
+from mlx_llava.plan import Quantization
+from mlx_llava.preprocess import ImageProcessor
+from mlx_llava.processor import Processor
+from mlx_llava.tokenizer import Tokenizer as LlavaTokenizer
+from mlx_llava.tuner.optimizer import make_schedule
+from mlx_llava.tuner.stages import unfreeze_tower
+
+ROOT = Path(__file__).parent.parent
+PICTURES = 24_000
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+VOCABULARY = 512
+#: One token each, as the other places are.
+PLACES_OF_TWO_WORDS = [f" {place}" for place in shapes.PLACES if " " in place]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHAT_TEXT = "USER: \n ASSISTANT: \n"
+CONFIG: dict[str, Any] = {
+    "model_type": "llava",
+    "image_token_index": SPECIAL_TOKENS.index("<image>"),
+    "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+    "vision_config": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "image_size": shapes.SIDE,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+    },
+}
+#: What the encoder names of each patch, and how many names there are (0: nothing is there).
+NAMES = {
+    "shape": 1 + len(shapes.SHAPES),
+    "colour": 1 + len(shapes.COLOURS),
+    "size": 1 + len(shapes.SIZES),
+    "cell": 9,
+}
+#: Name, split, seed and questions of the card's pictures.
+EXAMPLES = (
+    ("shapes", "seen", 172, ["What is in this picture?", "How many objects are there?"]),
+    ("pair", "pairs", 8, ["Describe the picture.", "What is at the top right?"]),
+)
+VISION_STEPS, VISION_BATCH, VISION_RATE = 1500, 64, 2e-3
+#: The part of the batches in which the encoder sees no colours.
+GREY = 1 / 3
+#: The stages of mlx_llava.train: --stage, training file, --template, --steps, --learning-rate.
+STAGES = {
+    "language": ("full", "facts", "plain", 2500, 2e-3),
+    "align": ("projector", "captions", "plain", 200, 1e-3),
+    "instruct": ("full", "short", None, 3600, 1.5e-3),
+    "refine": ("full", "long", None, 1800, 1e-3),
+}
+
+
+def make_data(folder: Path) -> None:
+    """Pictures, and what `STAGES` learns about them."""
+    scenes = shapes.make_scenes("train", PICTURES, seed=0)
+    shapes.write_pictures(folder, scenes)
+    chance = random.Random(0)
+    more_chance = random.Random(1)
+    files: dict[str, list[Any]] = {"facts": [], "captions": [], "short": [], "long": []}
+    for number, scene in enumerate(scenes):
+        for file, text in (
+            ("facts", shapes.facts(chance, scene)),
+            ("captions", shapes.describe(scene, places=True)),
+        ):
+            caption = shapes.Question("caption", "", text)
+            files[file].append(shapes.training_sample(number, [caption]))
+        short = shapes.conversation(chance, scene, descriptions=0.25)
+        files["short"].append(shapes.training_sample(number, short))
+        long = shapes.conversation(more_chance, scene)
+        files["long"].append(shapes.training_sample(number, long))
+    for file, samples in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(samples), encoding="utf-8")
+
+
+def make_tokenizer(folder: Path) -> dict[str, Any]:
+    """A byte-level BPE that has a token for every word of the training conversations."""
+    texts = []
+    for file in ("facts", "captions", "short"):
+        samples = json.loads((folder / "train" / f"{file}.json").read_text(encoding="utf-8"))
+        # As they stand in a prompt: after a space.
+        texts += [f" {t['value']}" for sample in samples[:4000] for t in sample["conversations"]]
+    texts += [CHAT_TEXT] * 4000
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # An answer follows a space, which is not part of it.
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(PLACES_OF_TWO_WORDS),
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([AddedToken(place, normalized=False) for place in PLACES_OF_TWO_WORDS])
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    return spec
+
+
+def new_model(folder: Path) -> tuple[Llava, Processor]:
+    """The model before it learns anything."""
+    config = LlavaConfig.from_dict(CONFIG)
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {**ends, "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer = LlavaTokenizer(
+        make_tokenizer(folder), settings, config.image_token_index, CHAT_TEMPLATE
+    )
+    side = config.vision_config.image_size
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = Processor(config, tokenizer, ImageProcessor.from_config(size, config))
+    mx.random.seed(0)
+    model = Llava(config)
+    parameters = dict(tree_flatten(model.parameters()))
+    model.update(tree_unflatten([(k, _first(k, array)) for k, array in parameters.items()]))
+    return model, processor
+
+
+def _first(name: str, array: mx.array) -> mx.array:
+    """What a weight begins with: small where it adds to a sum, else keeping its input's size."""
+    if "embed" in name:
+        scale = 0.3 if "embed_tokens" in name else 0.02
+    elif array.ndim == 1:
+        return array
+    elif "lm_head" in name:
+        scale = 0.02
+    else:
+        scale = math.prod(array.shape[1:]) ** -0.5
+        scale *= 0.35 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+    return mx.random.normal(array.shape) * scale
+
+
+class PatchNames(nn.Module):
+    """What the encoder is trained with: names for the thing that each patch belongs to."""
+
+    def __init__(self, model: Llava) -> None:
+        super().__init__()
+        self.vision_tower = model.vision_tower
+        dims = model.config.vision_config.hidden_size
+        self.layer = model.config.feature_layers[0]
+        self.heads = [nn.Linear(dims, count) for count in NAMES.values()]
+
+    def __call__(self, pixel_values: mx.array) -> list[mx.array]:
+        features = self.vision_tower(pixel_values, num_layers=self.layer)[-1][:, 1:]
+        return [head(features) for head in self.heads]
+
+
+def patch_names(scenes: list[shapes.Scene]) -> np.ndarray:
+    """The right name of every patch in every head, (scenes, patches, heads)."""
+    cells = np.zeros((len(scenes), 9, len(NAMES)), np.int32)
+    cells[:, :, -1] = np.arange(9)
+    for row, scene in zip(cells, scenes, strict=True):
+        for thing in scene.things:
+            row[thing.cell, :3] = (
+                1 + shapes.SHAPES.index(thing.shape),
+                1 + list(shapes.COLOURS).index(thing.colour),
+                1 + list(shapes.SIZES).index(thing.size),
+            )
+    patches = shapes.SIDE // CONFIG["vision_config"]["patch_size"]
+    row, column = np.divmod(np.arange(patches**2), patches)
+    return cells[:, row * 3 // patches * 3 + column * 3 // patches]
+
+
+def train_vision(work: Path, target: Path) -> None:
+    """Stage 1: the encoder; written as a whole model whose other parts know nothing yet."""
+    model, processor = new_model(work)
+    learner = PatchNames(model)
+    learner.freeze()
+    for head in learner.heads:
+        head.unfreeze()
+    unfreeze_tower(model)
+    names = patch_names(shapes.make_scenes("train", PICTURES, seed=0))
+    pixels = np.stack(
+        [np.asarray(load_image(p)) for p in sorted((work / "train/images").iterdir())]
+    )
+    rate = make_schedule(VISION_RATE, VISION_STEPS, warmup_ratio=0.03)
+    optimizer = optim.AdamW(rate, weight_decay=0.01)
+    state = [learner.state, optimizer.state]
+
+    def loss(pixel_values: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
+        logits = learner(pixel_values)
+        losses = [
+            nn.losses.cross_entropy(head, labels[..., i], reduction="mean")
+            for i, head in enumerate(logits)
+        ]
+        return (mx.stack(losses) * weights).sum()
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(pixel_values: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
+        value, gradients = nn.value_and_grad(learner, loss)(pixel_values, labels, weights)
+        optimizer.update(learner, optim.clip_grad_norm(gradients, 1.0)[0])
+        return value
+
+    chance = np.random.default_rng(0)
+    with trange(VISION_STEPS, desc="vision", disable=None) as bar:
+        for _ in bar:
+            chosen = chance.integers(0, PICTURES, VISION_BATCH)
+            batch, weights = pixels[chosen], np.ones(len(NAMES))
+            if chance.random() < GREY:  # so that shapes are known in any colour
+                batch = np.repeat(batch.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
+                weights[list(NAMES).index("colour")] = 0
+            pixel_values = mx.array(processor.image_processor.normalize(batch))
+            value = step(pixel_values, mx.array(names[chosen]), mx.array(weights, mx.float32))
+            mx.eval(state, value)
+            bar.set_postfix_str(f"loss {value.item():.4f}")
+    save(model, processor, target, force=True)
+
+
+def run_stage(work: Path, name: str, start: Path) -> Path:
+    """One of `STAGES`; returns the model that comes out of it."""
+    stage, data, template, steps, rate = STAGES[name]
+    output = work / name
+    result = output / "model"
+    if result.exists():
+        return result
+    options = {
+        "model": start,
+        "stage": stage,
+        "data": work / "train" / f"{data}.json",
+        "image-folder": work / "train",
+        "output": output,
+        "steps": steps,
+        "learning-rate": rate,
+        "weight-decay": 0.1,
+        "max-length": 512,
+        "report-every": 50,
+        "seed": len(name),
+        **({"template": template} if template else {}),
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    if train.main([*arguments, "--resume"]):
+        raise SystemExit(f"{name} failed")
+    if stage == "projector":
+        save(*load(start, adapter_path=output / "adapter"), result)
+    return result
+
+
+def quantised(model: Path, work: Path, bits: int) -> Path:
+    """The model with its decoder in fewer bits."""
+    target = work / f"{bits}-bit"
+    convert(model, target, quantization=Quantization(bits, group_size=32), force=True)
+    return target
+
+
+def finish(trained: Path, work: Path, out: Path) -> None:
+    """Writes the model in 16 bits, with its card, its losses and its examples."""
+    half = work / "tiny-llava"
+    convert(trained, half, dtype="float16", force=True)
+    folder = work / "questions"
+    shutil.rmtree(folder, ignore_errors=True)  # what another model answered
+    variants = {"16 bits": half, **{f"{b} bits": quantised(half, work, b) for b in (8, 4)}}
+    measured = {
+        name: measure_tiny.measure_all(model, folder, measure_tiny.QUESTIONS, measure_tiny.SEED)
+        for name, model in variants.items()
+    }
+    with new_folder(out, force=True) as beside:
+        shutil.copytree(half, beside, dirs_exist_ok=True)
+        shutil.copy(work / "refine" / "loss.png", beside / "loss.png")
+        (beside / "examples").mkdir()
+        examples = [draw_example(beside, half, *example) for example in EXAMPLES]
+        by_split, held_out = measured["16 bits"], {k: m["held out"] for k, m in measured.items()}
+        card = (ROOT / "scripts" / "tiny_card.md").read_text(encoding="utf-8")
+        card = card.format(
+            by_split=measure_tiny.table(by_split),
+            by_bits=measure_tiny.table(held_out),
+            examples="\n\n".join(examples),
+            pairs=", ".join(sorted(" ".join(pair) for pair in shapes.HELD_OUT_PAIRS)),
+            pictures=PICTURES,
+            vision_steps=VISION_STEPS,
+            steps=", ".join(f"{name} {stage[3]}" for name, stage in STAGES.items()),
+        )
+        (beside / "README.md").write_text(card, encoding="utf-8")
+
+
+def draw_example(
+    folder: Path, model: Path, name: str, split: str, seed: int, questions: list[str]
+) -> str:
+    """Draws a picture that training never showed; returns what the model says about it."""
+    picture = folder / "examples" / f"{name}.png"
+    shapes.make_scene(random.Random(f"example {seed}"), split).draw(4 * shapes.SIDE).save(picture)
+    both = load(model, dtype="float32")
+    lines = [f"![A drawing of coloured shapes](examples/{name}.png)", ""]
+    lines += [f"- {text} - *{generate(*both, text, picture)}*" for text in questions]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs every stage that is not done yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-llava")
+    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "tiny-llava")
+    args = parser.parse_args()
+    data = args.work / "train"
+    if not (data / "long.json").exists():
+        make_data(data)
+    model = args.work / "vision"
+    with installed() if mx.default_device() == mx.cpu else nullcontext():
+        if not model.exists():
+            train_vision(args.work, model)
+        for name in STAGES:
+            model = run_stage(args.work, name, model)
+    finish(model, args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()
