@@ -33,7 +33,7 @@ import numpy as np
 import shapes
 from fast_cpu import installed
 from mlx.utils import tree_flatten, tree_unflatten
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import trange
 
 from mlx_llava import generate, train
@@ -145,6 +145,10 @@ def make_tokenizer(folder: Path) -> dict[str, Any]:
     texts += [CHAT_TEXT] * 4000
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    begin = SPECIAL_TOKENS.index("<s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)]
+    )
     # An answer follows a space, which is not part of it.
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(

@@ -157,6 +157,8 @@ def test_transformers_gives_the_same_answers(embedded, tmp_path):
         picture = Image.open(tmp_path / question["image"])
         batch = processor(text=prompt, images=picture, return_tensors="pt")
         batch.pop("token_type_ids", None)
+        inputs = embedded[1]([{"role": "user", "content": question["text"]}], picture)
+        assert inputs.input_ids.tolist() == batch["input_ids"].tolist()
         with torch.no_grad():
             tokens = model.generate(**batch, max_new_tokens=64, do_sample=False)
         theirs = processor.decode(
