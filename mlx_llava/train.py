@@ -128,10 +128,9 @@ def _warn(path: str, problems: Counter[str]) -> None:
         print(f"{path}: {problems.total()} samples were left out: {reasons}", file=sys.stderr)
 
 
-def _prepare_folder(folder: Path, resume: bool) -> None:
+def _check_folder(folder: Path, resume: bool) -> None:
     if not resume and (folder / "metrics.jsonl").exists():
         raise FileExistsError(f"{folder} holds a run already; --resume goes on with it.")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 @command
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.output)
     is_main = mx.distributed.init().rank() == 0
     if is_main:
-        _prepare_folder(folder, args.resume)
+        _check_folder(folder, args.resume)
     dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
     model, processor = load(
         args.model,
@@ -178,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_main:
         trainer.run(lambda _report: None)
         return
+    folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(folder / "metrics.jsonl", trainer.step, trainer.steps)
     try:
         trainer.run(metrics)

@@ -528,7 +528,7 @@ def test_mistakes_are_one_line(more, message, folder, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
-    assert not (folder / "out" / "adapter").exists()
+    assert not (folder / "out").exists()
 
 
 def test_a_quantised_model_is_trained_with_lora_only(folder):
