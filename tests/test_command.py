@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -211,15 +212,31 @@ def test_python_m_runs_it_without_warnings():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+def open_when_read(fifo, seconds=60):
+    """Opens a FIFO for writing as soon as another process reads it."""
+    for _ in range(seconds * 20):
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:  # ENXIO: nobody reads it yet
+            assert error.errno == errno.ENXIO
+            time.sleep(0.05)
+    raise TimeoutError(f"nobody has opened {fifo}")
+
+
 def test_control_c_ends_cleanly_with_130(tmp_path):
-    os.mkfifo(tmp_path / "never.png")  # opening it waits for a writer that never comes
+    os.mkfifo(tmp_path / "never.png")  # its reader waits for data that never comes
     command = process(
         *["mlx_llava.generate", "--model", MODEL, "--prompt", "hi"],
         *["--image", str(tmp_path / "never.png")],
     )
-    time.sleep(2)
-    command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=60)
+    try:
+        writer = open_when_read(tmp_path / "never.png")
+        time.sleep(0.1)  # from opening to reading
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=60)
+        os.close(writer)
+    finally:
+        command.kill()
     assert (command.returncode, out, err) == (130, "", "\n")
 
 
