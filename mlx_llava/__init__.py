@@ -11,7 +11,8 @@ from mlx_llava import backend  # noqa: F401 - the first of all, before mlx.core
 from mlx_llava.batch import batch_generate
 from mlx_llava.config import LlavaConfig
 from mlx_llava.convert import convert
-from mlx_llava.generate import GenerationResponse, generate, stream_generate
+from mlx_llava.decoding import GenerationResponse
+from mlx_llava.generate import generate, stream_generate
 from mlx_llava.image import load_image
 from mlx_llava.llava import Llava
 from mlx_llava.load import load

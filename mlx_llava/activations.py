@@ -7,11 +7,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.kernels import quick_gelu
+
 #: ``gelu`` is exact (erf), ``quick_gelu`` is OpenAI CLIP's x * sigmoid(1.702 x), the other
 #: two names mean the tanh approximation. They are not interchangeable.
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
-    "quick_gelu": nn.gelu_fast_approx,
+    "quick_gelu": quick_gelu,
     "gelu_new": nn.gelu_approx,
     "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_llava.checkpoint.safetensors import read_file
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.llava import Llava
-from mlx_llava.quantized import PermutedQuantizedLinear
+from mlx_llava.quantized import plain_weight
 
 WEIGHTS = "adapters.safetensors"
 
@@ -168,20 +168,3 @@ def _merged(layer: Any) -> nn.Linear:
     if "bias" in base:
         merged.bias = base.bias
     return merged
-
-
-def plain_weight(layer: nn.Module) -> mx.array:
-    """The weight (outputs, inputs) of a linear layer, dequantised if need be."""
-    if not isinstance(layer, nn.QuantizedLinear):
-        return layer.weight
-    weight = mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
-    if isinstance(layer, PermutedQuantizedLinear):
-        return weight[:, mx.argsort(layer.input_permutation)]
-    return weight

@@ -4,7 +4,8 @@ The CPU wheel of MLX for Linux links a reference BLAS that reaches 2-3 GFLOP/s. 
 that exports the same ``cblas_*`` names and is loaded globally *before* ``mlx.core`` takes
 its place. macOS (Accelerate, Metal) and CUDA need nothing of this.
 
-Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone, or to the path of a library to load that one.
+Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone (also by mlx_llava/kernels.py), or to the path of a
+library to load that one.
 """
 
 from __future__ import annotations
@@ -40,9 +41,32 @@ def preload_blas() -> str | None:
             blas = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        if hasattr(blas, "cblas_sgemm"):
+        if hasattr(blas, "cblas_sgemm") and _address(ctypes.CDLL(None)) == _address(blas):
             return library
     return None
 
 
+def _address(library: ctypes.CDLL) -> int | None:
+    """Where a library, or for None the whole process, finds the matmul that MLX calls."""
+    return ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep up to 256 MB of freed memory, in one arena, for the next operation.
+
+    MLX's CPU backend frees what each operation made; given back to the system, the same pages
+    would be asked for, and zeroed, again and again (mallopt(3)).
+    """
+    if sys.platform != "linux" or os.environ.get("MLX_LLAVA_BLAS") == "off":
+        return
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(arena_max, 1)
+        mallopt(trim_threshold, 256 << 20)
+        mallopt(mmap_threshold, 32 << 20)
+
+
+#: The library below MLX, or None.
 BLAS = preload_blas()
+keep_freed_memory()

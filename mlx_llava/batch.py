@@ -1,19 +1,228 @@
-"""Several prompts at once, each with its own pictures.
+"""Many prompts at once, each with its own pictures: continuous batching.
 
-B prompts, L tokens of the longest; shorter ones are padded on the left.
+The rows that run share every matmul; each attends to keys and values of its own length, so that
+nothing is padded, and a row's answer is the one it would have alone. A row leaves when its answer
+ends, and a waiting one takes its place. B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.generate import MAX_TOKENS, limit_tokens
+from mlx_llava.cache import Cache, Rows
+from mlx_llava.decoding import (
+    PREFILL_STEP,
+    GenerationResponse,
+    Meter,
+    Options,
+    choose_token,
+    limit_tokens,
+    make_cache,
+    prefill,
+)
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Conversation, Inputs, Processor
-from mlx_llava.streaming import StopMatcher, StreamingDecoder
+from mlx_llava.reuse import Prompt, PromptCache
+from mlx_llava.sampling import LogitsProcessor, Sampler, greedy
+from mlx_llava.streaming import Answer
+
+BATCH_SIZE = 8
+
+
+@dataclass
+class _Row:
+    """One prompt that is being answered."""
+
+    uid: int
+    prompt: Prompt
+    answer: Answer
+    sampler: Sampler
+    processors: list[LogitsProcessor]
+    cache: Cache
+    known: int
+    max_tokens: int
+    seen: mx.array
+    tokens: list[int] = field(default_factory=list)
+    token: mx.array = field(default_factory=lambda: mx.zeros((1,), mx.int32))
+    logprobs: mx.array = field(default_factory=lambda: mx.zeros((1, 1)))
+    queued: int = 0
+    meter: Meter = field(init=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken as it is."""
+        return self.sampler is greedy and not self.processors
+
+    def choose(self, logits: mx.array) -> None:
+        """Takes the next token from logits (1, V)."""
+        self.token, self.logprobs = choose_token(logits, self.seen, self.sampler, self.processors)
+        self.queued += 1
+        if self.processors:
+            self.seen = mx.concatenate([self.seen, self.token])
+
+
+class BatchGenerator:
+    """Answers prompts as they come, several at a time.
+
+    `insert` prompts at any time, call `next` for what was made of them, until `is_idle`.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        processor: Processor,
+        *,
+        batch_size: int = BATCH_SIZE,
+        prompt_cache: PromptCache | None = None,
+        kv_bits: int | None = None,
+        prefill_step: int = PREFILL_STEP,
+    ) -> None:
+        """Sets up an empty batch.
+
+        Args:
+            model (Llava): The model.
+            processor (Processor): Its processor.
+            batch_size (int): How many prompts are answered at a time.
+            prompt_cache (PromptCache, optional): What to reuse, and to keep for later. Without
+                one, pictures are still encoded together and once.
+            kv_bits (int, optional): See `decoding.make_cache`.
+            prefill_step (int): The length of the chunks in which prompts are read.
+
+        Raises:
+            ValueError: The batch size is not positive.
+        """
+        if batch_size < 1:
+            raise ValueError(f"The batch size is {batch_size}; it must be at least 1.")
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.kv_bits = kv_bits
+        self.prefill_step = prefill_step
+        self._keeps_prompts = prompt_cache is not None
+        self._reuse = prompt_cache or PromptCache(model)
+        self._waiting: deque[tuple[int, Inputs, Options]] = deque()
+        self._rows: list[_Row] = []
+        self._next_uid = 0
+
+    @property
+    def free(self) -> int:
+        """How many more prompts would be answered at once."""
+        return self.batch_size - len(self._rows) - len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every prompt has been answered."""
+        return not self._rows and not self._waiting
+
+    def insert(self, inputs: Inputs, options: Options | None = None) -> int:
+        """Adds a prompt.
+
+        Args:
+            inputs (Inputs): One row, of the processor.
+            options (Options, optional): How to answer it.
+
+        Returns:
+            int: The number by which `next` and `remove` know it.
+
+        Raises:
+            ValueError: It is longer than the context, or its options make no sense.
+        """
+        options = options or Options()
+        rows, prompt_tokens = inputs.input_ids.shape
+        if rows != 1:
+            raise ValueError(f"Prompts are inserted one at a time; the inputs hold {rows}.")
+        limit_tokens(prompt_tokens, options.max_tokens, self.processor.context_length)
+        options.sampler()
+        uid, self._next_uid = self._next_uid, self._next_uid + 1
+        self._waiting.append((uid, inputs, options))
+        return uid
+
+    def remove(self, uid: int) -> None:
+        """Takes a prompt back, wherever it is; nothing more comes of it."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != uid)
+        self._rows = [row for row in self._rows if row.uid != uid]
+
+    def next(self) -> list[tuple[int, GenerationResponse]]:
+        """The next token of every row that runs, after which waiting prompts take free places."""
+        running = list(self._rows)
+        ready = [(row.token, row.logprobs) for row in running]
+        self._queue([row for row in running if row.queued < row.max_tokens])
+        responses = [
+            (row.uid, self._respond(row, cast("int", token.item()), logprobs[0]))
+            for row, (token, logprobs) in zip(running, ready, strict=True)
+        ]
+        ended = {uid for uid, response in responses if response.finish_reason}
+        for row in running:
+            if row.uid in ended and self._keeps_prompts:
+                self._reuse.store(row.prompt, row.tokens, row.cache)
+        self._rows = [row for row in self._rows if row.uid not in ended]
+        self._admit()
+        return responses
+
+    def _admit(self) -> None:
+        """Reads as many waiting prompts as there are places, their pictures together."""
+        free = self.batch_size - len(self._rows)
+        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        if not admitted:
+            return
+        started = time.perf_counter()
+        rows = [self._row(*waiting) for waiting in admitted]
+        embeddings = self._reuse.embed([row.prompt for row in rows], [row.known for row in rows])
+        mx.eval(embeddings)
+        encoded = time.perf_counter()
+        for row, embedded in zip(rows, embeddings, strict=True):
+            row.meter = Meter(row.prompt.inputs, (encoded - started) / len(rows), row.known)
+            language_model = self.model.language_model
+            row.choose(prefill(embedded, language_model, row.cache, self.prefill_step))
+            mx.async_eval(row.token, row.logprobs)
+        self._rows += rows
+
+    def _row(self, uid: int, inputs: Inputs, options: Options) -> _Row:
+        prompt = self._reuse.prompt(inputs)
+        length = len(prompt.keys)
+        max_tokens = limit_tokens(length, options.max_tokens, self.processor.context_length)
+        language_model = self.model.language_model
+        cache, known = self._reuse.begin(prompt, make_cache(language_model, length, self.kv_bits))
+        stops = [*self.processor.template.stops, *options.stop]
+        tokenizer, eos_ids = self.processor.tokenizer, self.processor.eos_ids
+        return _Row(
+            uid=uid,
+            prompt=prompt,
+            answer=Answer(tokenizer, eos_ids, stops, max_tokens),
+            sampler=options.sampler(),
+            processors=options.logits_processors(),
+            cache=cache,
+            known=known,
+            max_tokens=max_tokens,
+            seen=mx.array([key for key in prompt.keys if isinstance(key, int)], mx.int32),
+        )
+
+    def _queue(self, rows: list[_Row]) -> None:
+        """Queues the next token of some rows, before the last one is waited for."""
+        if not rows:
+            return
+        ids = mx.concatenate([row.token for row in rows])[:, None]
+        cache = [Rows(layers) for layers in zip(*(row.cache for row in rows), strict=True)]
+        logits = self.model.language_model(ids, cache=cache)[:, -1]
+        if all(row.is_plain for row in rows):
+            tokens, logprobs = choose_token(logits, ids, greedy, ())
+            for i, row in enumerate(rows):
+                row.token, row.logprobs = tokens[i : i + 1], logprobs[i : i + 1]
+                row.queued += 1
+        else:
+            for i, row in enumerate(rows):
+                row.choose(logits[i : i + 1])
+        mx.async_eval([(row.token, row.logprobs) for row in rows])
+
+    def _respond(self, row: _Row, token: int, logprobs: mx.array) -> GenerationResponse:
+        row.tokens.append(token)
+        return row.meter.response(token, logprobs, *row.answer.add(token))
 
 
 def batch_generate(
@@ -22,16 +231,22 @@ def batch_generate(
     prompts: Sequence[Conversation],
     images: Sequence[Any] | None = None,
     *,
-    max_tokens: int = MAX_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    prompt_cache: PromptCache | None = None,
+    prompt_options: dict[str, Any] | None = None,
+    **options: Any,
 ) -> list[str]:
-    """Answers several prompts with the likeliest tokens; each as if it were alone.
+    """Answers several prompts; each as if it were alone.
 
     Args:
         model (Llava): The model.
         processor (Processor): Its processor.
         prompts (list): What `Processor` takes for a batch.
         images (list, optional): For each prompt, its pictures or None.
-        max_tokens (int): The longest answer; less if the context is full before.
+        batch_size (int): How many are answered at a time.
+        prompt_cache (PromptCache, optional): What to reuse.
+        prompt_options (dict, optional): ``raw``, ``system``, ``image_position`` of `Processor`.
+        **options: Of `decoding.Options`: for all rows one value, or a list with one for each.
 
     Returns:
         list[str]: The answers.
@@ -39,57 +254,35 @@ def batch_generate(
     Raises:
         ValueError: A prompt is longer than the context, or `Processor` refuses it.
     """
-    inputs = processor(list(prompts), images)
-    rows = [_Row(processor) for _ in prompts]
-    for tokens in _steps(model, inputs, processor.context_length, max_tokens):
-        for row, token in zip(rows, tokens, strict=True):
-            row.add(token)
-        if all(row.ended for row in rows):
-            break
-    return [row.finish() for row in rows]
+    rows = split_options(options, len(prompts))
+    given = [None] * len(prompts) if images is None else list(images)
+    if len(given) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts but images for {len(given)}.")
+    generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
+    texts = [""] * len(prompts)
+    for prompt, pictures, own in zip(prompts, given, rows, strict=True):
+        generator.insert(processor(prompt, pictures, **(prompt_options or {})), own)
+    for uid, response in run(generator):
+        texts[uid] += response.text
+    return texts
 
 
-def _steps(
-    model: Llava, inputs: Inputs, context_length: int, max_tokens: int
-) -> Iterator[list[int]]:
-    """The next token of every row, one step after the other."""
-    B, L = inputs.input_ids.shape
-    count = limit_tokens(L, max_tokens, context_length)
-    mask = mx.ones((B, L), mx.int32) if inputs.attention_mask is None else inputs.attention_mask
-    cache = model.language_model.make_cache()
-    logits = model.language_model(
-        input_embeddings=model.embed(**inputs), attention_mask=mask, cache=cache, last_only=True
-    )
-    for n in range(count):
-        tokens = mx.argmax(logits[:, -1], axis=-1)
-        if n + 1 < count:  # queue the next step before this one is waited for
-            mask = mx.concatenate([mask, mx.ones((B, 1), mx.int32)], axis=1)
-            logits = model.language_model(tokens[:, None], attention_mask=mask, cache=cache)
-        mx.async_eval(logits)
-        yield cast("list[int]", tokens.tolist())
+def split_options(options: dict[str, Any], rows: int) -> list[Options]:
+    """The options of each row; ``stop`` is a list of texts, or one such list for each."""
+    split: list[dict[str, Any]] = [{} for _ in range(rows)]
+    for name, value in options.items():
+        shared = not isinstance(value, (list, tuple)) or (
+            name == "stop" and all(isinstance(text, str) for text in value)
+        )
+        values = [value] * rows if shared else value
+        if len(values) != rows:
+            raise ValueError(f"There are {rows} prompts but {len(values)} values of {name}.")
+        for row, own in zip(split, values, strict=True):
+            row[name] = own
+    return [Options(**row) for row in split]
 
 
-class _Row:
-    """One answer as it grows."""
-
-    def __init__(self, processor: Processor) -> None:
-        self.eos_ids = processor.eos_ids
-        self.decoder = StreamingDecoder(processor.tokenizer)
-        self.matcher = StopMatcher(processor.template.stops)
-        self.text, self.ended = "", False
-
-    def add(self, token: int) -> None:
-        if self.ended:
-            return
-        if token in self.eos_ids:
-            self.finish()
-            return
-        text, self.ended = self.matcher.add(self.decoder.add(token))
-        self.text += text
-
-    def finish(self) -> str:
-        if not self.ended:
-            text, stopped = self.matcher.add(self.decoder.flush())
-            self.text += text if stopped else text + self.matcher.flush()
-            self.ended = True
-        return self.text
+def run(generator: BatchGenerator) -> Iterator[tuple[int, GenerationResponse]]:
+    """Everything that comes of what was inserted."""
+    while not generator.is_idle:
+        yield from generator.next()

@@ -11,20 +11,38 @@ import mlx.nn as nn
 
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.config import VisionConfig
+from mlx_llava.kernels import Linear, attention, matmul
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, which is one matmul of all patches."""
+
+    def __init__(self, side: int, dims: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((dims, side, side, 3))
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        D, side = self.weight.shape[:2]
+        B, H, W, _ = pixel_values.shape
+        rows, columns = H // side, W // side
+        whole = pixel_values[:, : rows * side, : columns * side]
+        patches = whole.reshape(B, rows, side, columns, side, 3).swapaxes(2, 3)
+        patches = patches.reshape(B, rows * columns, -1)
+        return matmul(patches, self.weight.reshape(D, -1))  # (B, P, D), row by row
 
 
 class Embeddings(nn.Module):
-    """Patches by a convolution without bias, the class token in front, learned positions."""
+    """The patches, the class token in front, learned positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         side, dims = config.patch_size, config.hidden_size
         self.class_embedding = mx.zeros((dims,))
-        self.patch_embedding = nn.Conv2d(3, dims, side, stride=side, bias=False)
+        self.patch_embedding = PatchEmbedding(side, dims)
         self.position_embedding = nn.Embedding(config.patches_per_side**2 + 1, dims)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        patches = self.patch_embedding(pixel_values).flatten(1, 2)  # (B, P, D), row by row
+        patches = self.patch_embedding(pixel_values)
         B, P, D = patches.shape
         class_token = mx.broadcast_to(self.class_embedding, (B, 1, D))
         tokens = mx.concatenate([class_token, patches], axis=1)
@@ -39,10 +57,10 @@ class Attention(nn.Module):
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.scale = (D // self.num_heads) ** -0.5
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D)
-        self.v_proj = nn.Linear(D, D)
-        self.out_proj = nn.Linear(D, D)
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, D)
+        self.v_proj = Linear(D, D)
+        self.out_proj = Linear(D, D)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, L, D = x.shape
@@ -50,7 +68,7 @@ class Attention(nn.Module):
             projection(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
+        x = attention(queries, keys, values, scale=self.scale)
         return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, L, D))
 
 
@@ -60,8 +78,8 @@ class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -121,7 +139,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The tower's own precision; its patch convolution is never quantised."""
+        """The tower's own precision; its patches are never quantised."""
         return self.vision_model.embeddings.patch_embedding.weight.dtype
 
     def __call__(self, pixel_values: mx.array, num_layers: int) -> list[mx.array]:

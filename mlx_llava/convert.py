@@ -19,7 +19,6 @@ from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.json_files import sensible_values
 from mlx_llava.load import (
-    DTYPES,
     find_and_open,
     layer_settings,
     load,
@@ -28,6 +27,7 @@ from mlx_llava.load import (
     write_settings,
 )
 from mlx_llava.plan import MODES, RECIPES, Plan, Quantization, make_plan
+from mlx_llava.precision import DTYPES
 from mlx_llava.processor import Processor
 from mlx_llava.version import __version__
 

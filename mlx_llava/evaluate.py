@@ -18,7 +18,8 @@ from typing import Any
 from mlx_llava.batch import batch_generate
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.hub import EMBEDDED
-from mlx_llava.load import DTYPES, load
+from mlx_llava.load import load
+from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.scores import SCORERS, read_lines
 from mlx_llava.tokenizer import IMAGE_TOKEN
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, help="of all weights (default: as in the checkpoint)")
+    add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")
     add_source_arguments(parser)
     return parser
 

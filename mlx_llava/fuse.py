@@ -48,7 +48,7 @@ def requantize(model: nn.Module, paths: Sequence[str], quantization: Mapping[str
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    model, processor = load(args.model, **source_options(args))
+    model, processor = load(args.model, as_stored=True, **source_options(args))
     load_adapter(model, args.adapter_path)
     changed = merge_adapter(model)
     if args.requantize and not changed:

@@ -10,149 +10,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_llava.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.decoding import (
+    MAX_TOKENS,
+    PREFILL_STEP,
+    GenerationResponse,
+    Meter,
+    Options,
+    generate_step,
+    limit_tokens,
+    make_cache,
+)
 from mlx_llava.hub import EMBEDDED_NOTE
-from mlx_llava.llama import Cache, LanguageModel
 from mlx_llava.llava import Llava
-from mlx_llava.load import DTYPES, load
+from mlx_llava.load import load
+from mlx_llava.memory import check_prompt
+from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Conversation, Inputs, Processor
-from mlx_llava.sampling import (
-    LogitsProcessor,
-    Sampler,
-    make_logits_processors,
-    make_sampler,
-)
-from mlx_llava.streaming import StopMatcher, StreamingDecoder
-
-MAX_TOKENS = 512
-PREFILL_STEP = 2048
-
-
-@dataclass(frozen=True)
-class GenerationResponse:
-    """What one step of `stream_generate` yields.
-
-    Attributes:
-        text: the text that became readable with this token.
-        token: its id.
-        logprobs: the log-probabilities it was chosen from, (V,).
-        prompt_tokens: the length of the prompt, placeholders of pictures included.
-        prompt_tps: tokens per second of prefill.
-        generation_tokens: how many tokens were generated so far.
-        generation_tps: tokens per second of decoding.
-        peak_memory: the most memory that MLX held so far, in GB.
-        finish_reason: None, or ``stop`` or ``length`` in the last response.
-        image_tokens: how many of the prompt's tokens are pictures.
-        preprocess_seconds: reading pictures, cutting them, tokenising.
-        encode_seconds: vision tower and projector.
-        prefill_seconds: reading the prompt, up to the first token.
-        decode_seconds: everything after the first token.
-    """
-
-    text: str
-    token: int
-    logprobs: mx.array
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None
-    image_tokens: int
-    preprocess_seconds: float
-    encode_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-
-
-def prefill(
-    embeddings: mx.array, language_model: LanguageModel, cache: Cache, step: int
-) -> mx.array:
-    """Reads a prompt in chunks, so that memory does not grow with its square.
-
-    Returns:
-        mx.array: The logits after its last token, (1, V).
-    """
-    length = embeddings.shape[1]
-    for start in range(0, length - step, step):
-        language_model(input_embeddings=embeddings[:, start : start + step], cache=cache)
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-    rest = (length - 1) // step * step
-    logits = language_model(input_embeddings=embeddings[:, rest:], cache=cache, last_only=True)
-    return logits[:, -1]
-
-
-def generate_step(
-    embeddings: mx.array,
-    language_model: LanguageModel,
-    *,
-    cache: Cache | None = None,
-    max_tokens: int = MAX_TOKENS,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    prompt_ids: mx.array | None = None,
-    prefill_step: int = PREFILL_STEP,
-) -> Generator[tuple[int, mx.array], None, None]:
-    """Continues a prompt, one id at a time.
-
-    Args:
-        embeddings (mx.array): The prompt, (1, L, D); `Llava.embed` makes them.
-        language_model (LanguageModel): The decoder.
-        cache (list[KVCache], optional): What came before; is extended.
-        max_tokens (int): How many tokens to make.
-        sampler (callable, optional): Log-probabilities -> ids. Default: the likeliest.
-        logits_processors (list of callables): (ids so far, logits) -> logits, as in mlx-lm.
-        prompt_ids (mx.array, optional): The prompt's text for the logits processors, (L,).
-        prefill_step (int): The length of the chunks in which the prompt is read.
-
-    Yields:
-        tuple[int, mx.array]: A token and the log-probabilities that it was chosen from, (V,).
-    """
-    cache = language_model.make_cache() if cache is None else cache
-    sampler = sampler or make_sampler(0, 0, 0, 0)
-    seen = mx.zeros((0,), mx.int32) if prompt_ids is None else prompt_ids
-
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        logits = logits.astype(mx.float32)  # in 16 bits, subtracting would make ties
-        for process in logits_processors:
-            logits = process(seen, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = sampler(logprobs)
-        mx.async_eval(token, logprobs)
-        return token, logprobs
-
-    token, logprobs = choose(prefill(embeddings, language_model, cache, prefill_step))
-    for n in range(1, max_tokens + 1):
-        following = None
-        if n < max_tokens:  # queue the next step before this token is waited for
-            if logits_processors:
-                seen = mx.concatenate([seen, token])
-            following = choose(language_model(token[:, None], cache=cache)[:, -1])
-        yield cast("int", token.item()), logprobs[0]
-        if following is not None:
-            token, logprobs = following
-
-
-def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
-    """How many tokens can be made; raises ValueError where there is room for none."""
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
-    if prompt_tokens >= context_length:
-        raise ValueError(
-            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
-            "use fewer or smaller images, or a shorter text."
-        )
-    return min(max_tokens, context_length - prompt_tokens)
+from mlx_llava.prompts_file import answer_lines
+from mlx_llava.reuse import PromptCache
+from mlx_llava.streaming import Answer
 
 
 def stream_generate(
@@ -170,6 +60,9 @@ def stream_generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     prefill_step: int = PREFILL_STEP,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: PromptCache | None = None,
     **prompt_options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answers a prompt, piece by piece.
@@ -188,13 +81,18 @@ def stream_generate(
         seed (int, optional): Makes sampling repeatable.
         stop (list of str): Texts that end the answer, beside the template's own.
         prefill_step (int): The length of the chunks in which the prompt is read.
+        kv_bits (int, optional): Stores keys and values in 2, 4 or 8 bits.
+        max_kv_size (int, optional): Stores that many positions at most: the prompt, and the last
+            ones of the answer.
+        prompt_cache (PromptCache, optional): What was read before, of which nothing is read
+            again; keeps this prompt and its answer.
         **prompt_options: ``raw``, ``system``, ``image_position`` of `Processor`.
 
     Yields:
         GenerationResponse: The last one has a ``finish_reason``.
 
     Raises:
-        ValueError: The prompt is longer than the context, or `Processor` refuses it.
+        ValueError: The prompt is longer than the context or memory, or `Processor` refuses it.
     """
     inputs = prompt
     if not isinstance(inputs, Inputs):
@@ -205,63 +103,53 @@ def stream_generate(
     if rows != 1:
         raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
     max_tokens = limit_tokens(prompt_tokens, max_tokens, processor.context_length)
-    sampler = make_sampler(temp, top_p, min_p, top_k)
-    penalties = make_logits_processors(repetition_penalty)
-    if seed is not None:
-        mx.random.seed(seed)
+    options = Options(max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,))
+    sampler, processors = options.sampler(), options.logits_processors()
+    check_prompt(
+        model.config,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        tiles=sum(inputs.image_tiles),
+        itemsize=model.language_model.dtype.size,
+        prefill_step=prefill_step,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+    )
     started = time.perf_counter()
-    embeddings = model.embed(**inputs)
+    cache, known = make_cache(model.language_model, prompt_tokens, kv_bits, max_kv_size), 0
+    if prompt_cache is None:
+        embeddings = model.embed(**inputs)
+    else:
+        content = prompt_cache.prompt(inputs)
+        cache, known = prompt_cache.begin(content, cache)
+        (embeddings,) = prompt_cache.embed([content], [known])
     mx.eval(embeddings)
-    encoded = time.perf_counter()
-
+    meter = Meter(inputs, time.perf_counter() - started, known)
     ids = cast("list[int]", inputs.input_ids[0].tolist())
     text_ids = [i for i in ids if i != model.config.image_token_index]
-    tokens = generate_step(
+    steps = generate_step(
         embeddings,
         model.language_model,
+        cache=cache,
         max_tokens=max_tokens,
         sampler=sampler,
-        logits_processors=penalties,
+        logits_processors=processors,
         prompt_ids=mx.array(text_ids, mx.int32),
         prefill_step=prefill_step,
     )
-    decoder = StreamingDecoder(processor.tokenizer)
-    matcher = StopMatcher([*processor.template.stops, *stop])
-    prefilled = encoded
-    for n, (token, logprobs) in enumerate(tokens, 1):
-        if n == 1:
-            prefilled = time.perf_counter()
-        finish_reason = None
-        if token in processor.eos_ids:
-            text, finish_reason = decoder.flush(), "stop"
-        else:
-            text = decoder.add(token)
-            if n == max_tokens:
-                text, finish_reason = text + decoder.flush(), "length"
-        text, stopped = matcher.add(text)
-        if stopped:
-            finish_reason = "stop"
-        elif finish_reason:
-            text += matcher.flush()
-        decode_seconds = time.perf_counter() - prefilled
-        yield GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=logprobs,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tokens / max(prefilled - encoded, 1e-9),
-            generation_tokens=n,
-            generation_tps=(n - 1) / max(decode_seconds, 1e-9),
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish_reason,
-            image_tokens=sum(inputs.image_tokens),
-            preprocess_seconds=inputs.seconds,
-            encode_seconds=encoded - started,
-            prefill_seconds=prefilled - encoded,
-            decode_seconds=decode_seconds,
-        )
-        if finish_reason:
-            return
+    stops = [*processor.template.stops, *stop]
+    answer = Answer(processor.tokenizer, processor.eos_ids, stops, max_tokens)
+    tokens: list[int] = []
+    try:
+        for token, logprobs in steps:
+            tokens.append(token)
+            response = meter.response(token, logprobs, *answer.add(token))
+            yield response
+            if response.finish_reason:
+                return
+    finally:
+        if prompt_cache is not None:
+            prompt_cache.store(content, tokens, cache)
 
 
 def generate(
@@ -297,7 +185,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a path, an http(s) or data: URL, or - for stdin; may be given several times",
     )
-    add("--prompt", "-p", required=True, help="what to ask, or - to read it from stdin")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", "-p", help="what to ask, or - to read it from stdin")
+    what.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help='lines of {"prompt": ..., "images": [...]}, or -; prints a line of JSON for each',
+    )
     add("--system", help="replaces the template's system text")
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--raw", action="store_true", help="the prompt is the whole text, with <image> marks")
@@ -316,7 +210,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
-    add("--dtype", choices=DTYPES, help="of all weights (default: as in the checkpoint)")
+    add("--batch-size", type=int, help=f"of --prompts-file (default: {BATCH_SIZE})")
+    add("--kv-bits", type=int, help="store keys and values in 2, 4 or 8 bits")
+    add("--max-kv-size", type=int, help="store the prompt, and so much of the answer that fits")
+    add(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what was read before, and is not read again; written anew after the answer",
+    )
+    add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")
     add("--vision-dtype", choices=DTYPES, help="of the vision tower alone")
     add("--projector-dtype", choices=DTYPES, help="of the projector alone")
     add("--vision-device", choices=("cpu", "gpu"), help="where pictures are encoded")
@@ -358,34 +260,97 @@ def _as_json(
     prompt: str, text: str, tokens: list[int], last: GenerationResponse, load_seconds: float
 ) -> str:
     """The object that ``--json`` prints."""
-    return json.dumps(
-        {
-            "text": text,
-            "prompt": prompt,
-            "tokens": tokens,
-            "prompt_tokens": last.prompt_tokens,
-            "image_tokens": last.image_tokens,
-            "generation_tokens": last.generation_tokens,
-            "finish_reason": last.finish_reason,
-            "timings": {
-                "load": load_seconds,
-                "preprocess": last.preprocess_seconds,
-                "encode": last.encode_seconds,
-                "prefill": last.prefill_seconds,
-                "decode": last.decode_seconds,
-            },
-            "peak_memory": last.peak_memory,
-        },
-        ensure_ascii=False,
-    )
+    figures = last.figures()
+    figures["timings"] = {"load": load_seconds, **figures["timings"]}
+    answer = {"text": text, "prompt": prompt, "tokens": tokens, **figures}
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Options` that were given."""
+    return {field.name: getattr(args, field.name) for field in fields(Options)}
+
+
+def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("raw", "system", "image_position")}
+
+
+def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -> None:
+    """Prints a line for each prompt of a file."""
+    options = Options(**_options(args))
+    options.sampler()
+    path = args.prompts_file
+    failed = total = 0
+    with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as file:
+        size = BATCH_SIZE if args.batch_size is None else args.batch_size
+        generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
+        for line in answer_lines(file, generator, processor, options, **_prompt_options(args)):
+            total, failed = total + 1, failed + ("error" in line)
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    if failed:
+        raise ValueError(f"{failed} of {total} prompts have no answer; their lines say why.")
+
+
+def _answer(
+    args: argparse.Namespace, model: Llava, processor: Processor, load_seconds: float
+) -> None:
+    """Prints the answer to the one prompt."""
+    prompt, images = _from_stdin(args)
+    inputs = processor(prompt, images, **_prompt_options(args))
+    if args.show_prompt:
+        print(*inputs.prompts, sep="\n", file=sys.stderr)
+    cache, path = None, args.prompt_cache_file
+    if path is not None:
+        cache = PromptCache(model)
+        if Path(path).exists():
+            cache.load(path, make_cache(model.language_model, 0, args.kv_bits))
+    text, tokens = "", []
+    for part in stream_generate(
+        model,
+        processor,
+        inputs,
+        kv_bits=args.kv_bits,
+        max_kv_size=args.max_kv_size,
+        prompt_cache=cache,
+        **_options(args),
+    ):
+        text += part.text
+        tokens.append(part.token)
+        if not args.json:
+            print(part.text, end="", flush=True)
+    print(_as_json(prompt, text, tokens, part, load_seconds) if args.json else "")
+    if cache is not None:
+        cache.save(path)
+    if not args.quiet:
+        print(_report(part, load_seconds, len(images)), file=sys.stderr)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that would not be read."""
+    single = {
+        "--image": args.image,
+        "--json": args.json,
+        "--show-prompt": args.show_prompt,
+        "--prompt-cache-file": args.prompt_cache_file,
+        "--max-kv-size": args.max_kv_size,
+    }
+    given = [name for name, value in single.items() if value]
+    if args.prompts_file and given:
+        raise ValueError(f"--prompts-file does not go with {', '.join(given)}.")
+    if args.prompt is not None and args.batch_size is not None:
+        raise ValueError("--batch-size is for --prompts-file.")
+    if args.prompt_cache_file and args.max_kv_size:
+        raise ValueError("--prompt-cache-file does not go with --max-kv-size.")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    prompt, images = _from_stdin(args)
-    if args.model is None and not args.quiet:
+    _check(args)
+    if args.quiet:
+        logging.getLogger("mlx_llava").setLevel(logging.ERROR)
+    elif args.model is None:
         print(EMBEDDED_NOTE, file=sys.stderr)
     started = time.perf_counter()
     model, processor = load(
@@ -399,33 +364,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         template=args.template,
         **source_options(args),
     )
-    load_seconds = time.perf_counter() - started
-    inputs = processor(
-        prompt, images, raw=args.raw, system=args.system, image_position=args.image_position
-    )
-    if args.show_prompt:
-        print(*inputs.prompts, sep="\n", file=sys.stderr)
-    text, tokens = "", []
-    for part in stream_generate(
-        model,
-        processor,
-        inputs,
-        max_tokens=args.max_tokens,
-        temp=args.temp,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        top_k=args.top_k,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=args.stop,
-    ):
-        text += part.text
-        tokens.append(part.token)
-        if not args.json:
-            print(part.text, end="", flush=True)
-    print(_as_json(prompt, text, tokens, part, load_seconds) if args.json else "")
-    if not args.quiet:
-        print(_report(part, load_seconds, len(images)), file=sys.stderr)
+    if args.prompts_file is None:
+        _answer(args, model, processor, time.perf_counter() - started)
+    else:
+        _answer_file(args, model, processor)
 
 
 if __name__ == "__main__":

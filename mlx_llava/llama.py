@@ -7,17 +7,15 @@ B rows, L new tokens, T = cached + new tokens, D width, V vocabulary. Touvron et
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlx_llava.cache import KVCache
+from mlx_llava.cache import Cache, KVCache, attend
 from mlx_llava.config import TextConfig
-
-Mask: TypeAlias = "mx.array | str | None"
-Cache: TypeAlias = "list[KVCache]"
+from mlx_llava.kernels import Embedding, Linear, Mask, swiglu
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -50,10 +48,10 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self._periods = rope_frequencies(config)
         bias = config.attention_bias
-        self.q_proj = nn.Linear(D, self.n_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=bias)
+        self.q_proj = Linear(D, self.n_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.n_heads * self.head_dim, D, bias=bias)
 
     def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
         """Rotates (B, heads, L, head width); `start` is each row's first position."""
@@ -68,16 +66,14 @@ class Attention(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, mask: Mask, start: mx.array | int, cache: KVCache | None
+        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
     ) -> mx.array:
         B, L, _ = x.shape
         queries = self.q_proj(x).reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
         keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
         values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
         queries, keys = self.rope(queries, start), self.rope(keys, start)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        x = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+        x = attend(cache, queries, keys, values, scale=self.scale, mask=mask)
         return self.o_proj(x.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
@@ -87,12 +83,12 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
+        self.gate_proj = Linear(D, hidden, bias=bias)
+        self.up_proj = Linear(D, hidden, bias=bias)
+        self.down_proj = Linear(hidden, D, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -107,7 +103,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(
-        self, x: mx.array, mask: Mask, start: mx.array | int, cache: KVCache | None
+        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
     ) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -118,7 +114,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -164,16 +160,34 @@ class LanguageModel(nn.Module):
         self.gradient_checkpointing = False
         self.model = Decoder(config)
         if not tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def layers(self) -> list[DecoderLayer]:
         """The blocks; mlx-lm makes one cache for each."""
         return self.model.layers
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What it computes in; norms are never quantised."""
+        return self.model.norm.weight.dtype
+
     def make_cache(self) -> Cache:
         """An empty cache for every layer."""
         return [KVCache() for _ in self.layers]
+
+    def _places(
+        self, L: int, offset: int | list[int], attention_mask: mx.array | None
+    ) -> tuple[mx.array | int, Mask | list[Mask]]:
+        """The first position of the new tokens, and what they may see."""
+        window = self.config.sliding_window
+        if isinstance(offset, list):
+            return mx.array(offset), [attention_mask_of(L, o, window, None) for o in offset]
+        mask = attention_mask_of(L, offset, window, attention_mask)
+        if attention_mask is None:
+            return offset, mask
+        # Each row counts its positions from its first real token.
+        return offset - mx.argmax(attention_mask > 0, axis=1).astype(mx.int32), mask
 
     def __call__(
         self,
@@ -187,7 +201,8 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids (mx.array, optional): (B, L); read where there are no embeddings.
-            cache (list[KVCache], optional): What came before; is extended.
+            cache (list, optional): What came before, for each layer; is extended. With `Rows`,
+                every row has come as far as it has.
             input_embeddings (mx.array, optional): (B, L, D).
             attention_mask (mx.array, optional): (B, T), 0 for padding, which must be on the
                 left or on the right of each row.
@@ -198,11 +213,7 @@ class LanguageModel(nn.Module):
         """
         x = self.model.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
         offset = cache[0].offset if cache else 0
-        start: mx.array | int = offset
-        if attention_mask is not None:
-            # Each row counts its positions from its first real token.
-            start = offset - mx.argmax(attention_mask > 0, axis=1).astype(mx.int32)
-        mask = attention_mask_of(x.shape[1], offset, self.config.sliding_window, attention_mask)
+        start, mask = self._places(x.shape[1], offset, attention_mask)
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
             x = block(x, mask, start, cache[i] if cache else None)

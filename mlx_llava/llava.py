@@ -13,10 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.anyres import Size, grid_size, num_tiles, unpadded_grid
+from mlx_llava.cache import Cache
 from mlx_llava.clip import CLIPVisionTower
 from mlx_llava.config import LlavaConfig
-from mlx_llava.llama import Cache, LanguageModel
+from mlx_llava.llama import LanguageModel
 from mlx_llava.projector import Projector
+
+#: How many tiles go through the vision tower together.
+TILES_AT_ONCE = 8
 
 
 def merge(embeddings: mx.array, features: mx.array, is_image: mx.array) -> mx.array:
@@ -90,6 +94,16 @@ class Llava(nn.Module):
             return list(features)
 
     def _vision_features(self, pixel_values: mx.array) -> mx.array:
+        """The chosen hidden states of all tiles, some tiles at a time to bound memory."""
+        if self.training or len(pixel_values) <= TILES_AT_ONCE:
+            return self._tower_features(pixel_values)
+        chunks = []
+        for start in range(0, len(pixel_values), TILES_AT_ONCE):
+            chunks.append(self._tower_features(pixel_values[start : start + TILES_AT_ONCE]))
+            mx.eval(chunks[-1])
+        return mx.concatenate(chunks)
+
+    def _tower_features(self, pixel_values: mx.array) -> mx.array:
         layers = self.config.feature_layers
         hidden_states = self.vision_tower(pixel_values, num_layers=max(layers))
         features = mx.concatenate([hidden_states[layer] for layer in layers], axis=-1)
@@ -136,6 +150,7 @@ class Llava(nn.Module):
         pixel_values: mx.array | None = None,
         image_sizes: Sequence[Size] | None = None,
         attention_mask: mx.array | None = None,  # noqa: ARG002 - so that **inputs fits
+        image_features: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """Embeds a prompt and its pictures.
 
@@ -144,6 +159,8 @@ class Llava(nn.Module):
             pixel_values (mx.array, optional): See `encode_images`.
             image_sizes (sequence of (height, width), optional): See `encode_images`.
             attention_mask (mx.array, optional): Not needed here.
+            image_features (list of mx.array, optional): What `encode_images` gave for the
+                pictures, instead of their pixels.
 
         Returns:
             mx.array: Embeddings (B, L, D).
@@ -154,9 +171,10 @@ class Llava(nn.Module):
         is_image = input_ids == self.config.image_token_index
         # The placeholder's id may lie outside the embedding table.
         embeddings = self.language_model.model.embed_tokens(mx.where(is_image, 0, input_ids))
-        features = mx.zeros((0, embeddings.shape[-1]))
         if pixel_values is not None:
-            features = mx.concatenate(self.encode_images(pixel_values, image_sizes))
+            image_features = self.encode_images(pixel_values, image_sizes)
+        none = mx.zeros((0, embeddings.shape[-1]))
+        features = mx.concatenate(list(image_features)) if image_features else none
         if not self.training:  # where nothing may wait for the device, and `Examples` has counted
             check_places(is_image, features)
         return merge(embeddings, features, is_image) if len(features) else embeddings

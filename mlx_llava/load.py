@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,13 +24,15 @@ from mlx_llava.config import LlavaConfig
 from mlx_llava.hub import find_checkpoint
 from mlx_llava.json_files import sensible_values, write_json
 from mlx_llava.llava import Llava
+from mlx_llava.machine import configure_device
+from mlx_llava.memory import check_weights
+from mlx_llava.precision import cast, suit_device
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
 from mlx_llava.quantized import PermutedQuantizedLinear
 from mlx_llava.templates import get_template
 
 _ENCODER = "vision_tower.vision_model.encoder.layers."
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
@@ -47,6 +50,7 @@ def load(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     mmproj: str | Path | None = None,
+    as_stored: bool = False,
     lazy: bool = False,
 ) -> tuple[Llava, Processor]:
     """Loads a LLaVA checkpoint of any layout.
@@ -58,7 +62,7 @@ def load(
         revision (str, optional): A branch, tag or commit of the repository.
         offline (bool): Uses only what was downloaded before.
         dtype (str, optional): ``float32``, ``float16`` or ``bfloat16`` for all weights.
-            Default: as they are.
+            Default: what the device is fast at, `precision.suit_device`.
         vision_dtype (str, optional): The same for the vision tower alone.
         projector_dtype (str, optional): The same for the projector alone.
         vision_device (str, optional): ``cpu`` or ``gpu``: where pictures are encoded.
@@ -67,6 +71,7 @@ def load(
         base (str or Path, optional): The model that a delta, a LoRA or a projector belongs to.
         vision_tower (str or Path, optional): CLIP, for original checkpoints without a tower.
         mmproj (str or Path, optional): The second file of a GGUF pair.
+        as_stored (bool): Keeps the checkpoint's numbers, also where others are faster.
         lazy (bool): Reads each weight when it is first used instead of now.
 
     Returns:
@@ -74,7 +79,7 @@ def load(
 
     Raises:
         FileNotFoundError: The folder or a file in it is missing.
-        ValueError: The checkpoint is broken or not supported.
+        ValueError: The checkpoint is broken, not supported, or larger than memory.
     """
     with sensible_values(path_or_repo or "the embedded model"):
         checkpoint = find_and_open(
@@ -86,11 +91,16 @@ def load(
             mmproj=mmproj,
         )
         processor = make_processor(checkpoint, image_mode, template)
+        sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.tensors.values()]
+        check_weights(sum(sizes))
         model = make_model(checkpoint)
     for warning in checkpoint.warnings:
         warnings.warn(warning, stacklevel=2)
     if adapter_path is not None:
         load_adapter(model, adapter_path)
+    configure_device()
+    if dtype is None and not as_stored:
+        suit_device(model)
     cast(model.vision_tower, vision_dtype or dtype)
     cast(model.multi_modal_projector, projector_dtype or dtype)
     cast(model.language_model, dtype)
@@ -227,24 +237,6 @@ def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:
 def _some(items: list[str], limit: int = 4) -> str:
     more = f", ... ({len(items) - limit} more)" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
-
-
-def cast(module: nn.Module, dtype: str | None) -> None:
-    """Casts the floating-point weights of a module; None leaves them as they are."""
-    if dtype is not None:
-        module.set_dtype(read_dtype(dtype))
-
-
-def read_dtype(name: str) -> mx.Dtype:
-    """MLX's dtype of a name.
-
-    Raises:
-        ValueError: Weights do not come in it.
-    """
-    if name not in DTYPES:
-        raise ValueError(f"There is no dtype {name!r}; known: {', '.join(DTYPES)}.")
-    dtype: mx.Dtype = getattr(mx, name)
-    return dtype
 
 
 def _device(name: str | None) -> mx.DeviceType | None:

@@ -13,7 +13,8 @@ import mlx.nn as nn
 from mlx_llava.checkpoint.layout import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint
 from mlx_llava.checkpoint.tensors import LazyTensor, Output, combine, output
-from mlx_llava.load import check_tensors, empty_model, layer_settings, read_dtype
+from mlx_llava.load import check_tensors, empty_model, layer_settings
+from mlx_llava.precision import read_dtype
 
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from mlx_llava.anyres import Size
+from mlx_llava.anyres import Size, num_tiles
 from mlx_llava.config import LlavaConfig, template_by_shape
 from mlx_llava.image import ImageSource, load_image
 from mlx_llava.preprocess import ImageProcessor
@@ -45,6 +45,7 @@ class Inputs:
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
         prompts: the texts as the model reads them, each picture as ``<image x COUNT>``.
         image_tokens: how many placeholders each picture takes.
+        image_tiles: how many of the tiles are each picture's.
         seconds: how long all of this took to prepare.
     """
 
@@ -54,6 +55,7 @@ class Inputs:
     attention_mask: mx.array | None
     prompts: tuple[str, ...]
     image_tokens: tuple[int, ...]
+    image_tiles: tuple[int, ...]
     seconds: float
 
     def keys(self) -> Iterator[str]:
@@ -218,13 +220,16 @@ class Processor:
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
         pixel_values = mx.array(self.image_processor(images)) if images else None
         is_padded = any(len(row) < length for row in rows)
+        is_anyres = self.image_processor.mode == "anyres"
+        tiles = tuple(1 + num_tiles(size, self.config) if is_anyres else 1 for size in sizes)
         return Inputs(
             input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
             pixel_values=pixel_values,
-            image_sizes=sizes if images and self.image_processor.mode == "anyres" else None,
+            image_sizes=sizes if images and is_anyres else None,
             attention_mask=mx.array(mask, mx.int32) if is_padded else None,
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
+            image_tiles=tiles,
             seconds=time.perf_counter() - started,
         )
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.config import LlavaConfig
+from mlx_llava.kernels import Linear
 
 
 class Projector(nn.Module):
@@ -26,7 +27,7 @@ class Projector(nn.Module):
         self.num_layers = config.projector_layers
         self.activation = ACTIVATIONS[config.projector_hidden_act]
         for n in range(1, self.num_layers + 1):
-            self[f"linear_{n}"] = nn.Linear(dims, text_dims, bias=bias)
+            self[f"linear_{n}"] = Linear(dims, text_dims, bias=bias)
             dims = text_dims
 
     def __call__(self, features: mx.array) -> mx.array:

@@ -1,9 +1,12 @@
-"""A quantised layer whose groups are scattered over its inputs (GPTQ's act-order)."""
+"""Quantised layers: those whose inputs are permuted (GPTQ's act-order), and back to plain ones."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_llava.kernels import Embedding, Linear
 
 
 class PermutedQuantizedLinear(nn.QuantizedLinear):
@@ -25,3 +28,40 @@ class PermutedQuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x[..., self.input_permutation])
+
+
+def plain_weight(layer: nn.Module) -> mx.array:
+    """The weight (outputs, inputs) of a layer, dequantised if need be."""
+    if not is_quantized(layer):
+        return layer.weight
+    weight = mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+    if isinstance(layer, PermutedQuantizedLinear):
+        return weight[:, mx.argsort(layer.input_permutation)]
+    return weight
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer's weight is made of codes."""
+    return isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+
+
+def dequantize(model: nn.Module) -> None:
+    """Puts a plain layer in the place of every quantised one."""
+    plain = []
+    for path, layer in model.named_modules():
+        if is_quantized(layer):
+            new = (Linear if isinstance(layer, nn.QuantizedLinear) else Embedding)(1, 1)
+            new.update({"weight": plain_weight(layer)})
+            if isinstance(new, Linear):
+                new.pop("bias")
+                if "bias" in layer:
+                    new.bias = layer.bias
+            plain.append((path, new))
+    model.update_modules(tree_unflatten(plain))

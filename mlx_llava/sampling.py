@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 
@@ -11,8 +11,15 @@ Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
 
-def make_sampler(temp: float, top_p: float, min_p: float, top_k: int) -> Sampler:
-    """A function from log-probabilities (1, V) to ids (1,).
+def greedy(logprobs: mx.array) -> mx.array:
+    """The likeliest ids (B,) of log-probabilities (B, V)."""
+    return mx.argmax(logprobs, axis=-1)
+
+
+def make_sampler(
+    temp: float, top_p: float, min_p: float, top_k: int, seed: int | None = None
+) -> Sampler:
+    """A function from log-probabilities (1, V) to ids (1,), with its own chance if it has a seed.
 
     Greedy and plain temperature are done here; all else is mlx-lm's, whose import is slow.
     """
@@ -21,13 +28,35 @@ def make_sampler(temp: float, top_p: float, min_p: float, top_k: int) -> Sampler
     if not (0 <= top_p <= 1 and 0 <= min_p <= 1):
         raise ValueError(f"top_p is {top_p} and min_p is {min_p}; they must lie in 0..1.")
     if temp == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
-    if not (0 < top_p < 1 or min_p or top_k):
-        return lambda logprobs: mx.random.categorical(logprobs / temp)
-    from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
+        return greedy
+    if 0 < top_p < 1 or min_p or top_k:
+        from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-    sampler: Sampler = mlx_lm_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k)
-    return sampler
+        sampler: Sampler = mlx_lm_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k)
+    else:
+
+        def sampler(logprobs: mx.array) -> mx.array:
+            return mx.random.categorical(logprobs / temp)
+
+    return sampler if seed is None else _seeded(sampler, seed)
+
+
+def _seeded(sampler: Sampler, seed: int) -> Sampler:
+    """A sampler that draws as if nothing else did."""
+    key = mx.random.key(seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        state = cast("list[mx.array]", mx.random.state)
+        others = mx.array(state[0])
+        state[0][:] = key
+        try:
+            return sampler(logprobs)
+        finally:
+            key = mx.array(state[0])
+            state[0][:] = others
+
+    return sample
 
 
 def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProcessor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mlx_llava.tokenizer import Tokenizer
 
@@ -65,3 +65,31 @@ class StopMatcher:
         """What was withheld, once nothing more comes."""
         shown, self._held = self._held, ""
         return shown
+
+
+class Answer:
+    """One answer as it grows: ids -> text, up to an end-of-answer id, a stop text or a length."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_ids: Collection[int], stops: Sequence[str], max_tokens: int
+    ) -> None:
+        self._decoder = StreamingDecoder(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._eos_ids = eos_ids
+        self._max_tokens = max_tokens
+        self.length = 0
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """The text that became readable, and ``stop`` or ``length`` if this is the end."""
+        self.length += 1
+        finish_reason = None
+        if token in self._eos_ids:
+            text, finish_reason = self._decoder.flush(), "stop"
+        else:
+            text = self._decoder.add(token)
+            if self.length == self._max_tokens:
+                text, finish_reason = text + self._decoder.flush(), "length"
+        text, stopped = self._matcher.add(text)
+        if stopped:
+            return text, "stop"
+        return (text + self._matcher.flush() if finish_reason else text), finish_reason

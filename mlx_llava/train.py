@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from mlx_llava.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.hub import EMBEDDED
-from mlx_llava.load import DTYPES, load, new_folder, save
+from mlx_llava.load import load, new_folder, save
+from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Processor
 from mlx_llava.tuner.data import Examples, read_samples

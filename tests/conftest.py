@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
@@ -13,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 PICTURE = GOLDENS / "picture.png"
+#: `load` where a test is about the numbers of a checkpoint, not about those of the device.
+load_as_stored = partial(load, as_stored=True)
 SHARED = Path(os.environ.get("MLX_LLAVA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -61,6 +64,12 @@ def loaded():
 def loaded_next():
     """A tiny LLaVA 1.6 and its processor."""
     return load(GOLDENS / "llava_next")
+
+
+@pytest.fixture(params=["loaded", "loaded_next"])
+def both(request):
+    """Either of the two."""
+    return request.getfixturevalue(request.param)
 
 
 def shared_data(name: str) -> Path:

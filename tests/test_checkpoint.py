@@ -13,12 +13,12 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_llava import load
 from mlx_llava.checkpoint import safetensors as files
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import from_array
 from mlx_llava.load import save
 from tests.conftest import GOLDENS, PICTURE
+from tests.conftest import load_as_stored as load
 
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 

@@ -21,10 +21,11 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava import convert, load
+from mlx_llava import convert
 from mlx_llava.convert import compare
 from mlx_llava.plan import Quantization
 from tests.conftest import GOLDENS, PICTURE, ROOT
+from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 layouts = pytest.importorskip("tests.layouts")

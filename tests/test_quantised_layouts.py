@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava import load
 from mlx_llava.checkpoint import gptq
 from mlx_llava.checkpoint.tensors import from_array
+from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 layouts = pytest.importorskip("tests.layouts")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava import load
-from mlx_llava.generate import generate_step
+from mlx_llava.decoding import generate_step
 from tests.conftest import ROOT
 
 EMBEDDED = ROOT / "weights" / "tiny-llava"
@@ -106,7 +106,7 @@ def test_asking_about_a_photograph(hub):
 
 def test_converting_and_training(hub):
     assert run_with_hub(SHELL[3], hub).strip()
-    assert load("llava-4bit")[0].language_model.lm_head.bits == 4
+    assert load("llava-4bit", as_stored=True)[0].language_model.lm_head.bits == 4
     assert run_with_hub(SHELL[4], hub).startswith("trained/adapter\n")
 
 

@@ -1,0 +1,222 @@
+"""Many prompts at once: every row's answer is the one it would have alone."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_llava import batch_generate, generate, stream_generate
+from mlx_llava.batch import BatchGenerator, run
+from mlx_llava.decoding import Options
+from mlx_llava.generate import main
+from mlx_llava.reuse import PromptCache
+from tests.conftest import GOLDENS, PICTURE
+
+MODEL = str(GOLDENS / "llava")
+
+
+def picture(seed: int, size=(40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+PROMPTS = [
+    ("What is this?", [picture(0)]),
+    ("A much longer question, of many words, about nothing at all.", []),
+    ("<image> or <image>?", [picture(1, (20, 90)), picture(2)]),
+    ("x", [picture(0)]),
+    ("And this?", [picture(3), picture(0), picture(4)]),
+]
+LENGTHS = [5, 12, 9, 1, 7]
+
+
+def alone(model, processor, **options):
+    return [
+        generate(model, processor, prompt, images, max_tokens=n, **options)
+        for (prompt, images), n in zip(PROMPTS, LENGTHS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_rows_are_their_single_runs(both, batch_size):
+    prompts, images = zip(*PROMPTS, strict=True)
+    texts = batch_generate(*both, prompts, images, max_tokens=LENGTHS, batch_size=batch_size)
+    assert texts == alone(*both)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temp": 1.0, "seed": 7},
+        {"temp": 0.8, "top_p": 0.9, "seed": 1},
+        {"repetition_penalty": 1.5},
+        {"stop": ["a", "e"]},
+    ],
+    ids=str,
+)
+def test_each_row_has_its_own_sampling_and_stop(loaded, options):
+    prompts, images = zip(*PROMPTS, strict=True)
+    own = {
+        name: [value] + [Options.__dataclass_fields__[name].default] * 4
+        for name, value in options.items()
+    }
+    texts = batch_generate(*loaded, prompts, images, max_tokens=LENGTHS, **own)
+    assert texts == alone(*loaded, **options)[:1] + alone(*loaded)[1:]
+
+
+def test_rows_leave_and_join(loaded):
+    model, processor = loaded
+    generator = BatchGenerator(model, processor, batch_size=2)
+    inputs = [processor(prompt, images) for prompt, images in PROMPTS]
+    for row, n in zip(inputs[:3], LENGTHS, strict=False):
+        generator.insert(row, Options(max_tokens=n))
+    texts = dict.fromkeys(range(5), "")
+    running = []
+    for step in range(100):
+        if step == 3:
+            for row, n in zip(inputs[3:], LENGTHS[3:], strict=True):
+                generator.insert(row, Options(max_tokens=n))
+        responses = generator.next()
+        running.append({uid for uid, _ in responses})
+        for uid, response in responses:
+            texts[uid] += response.text
+        if step > 3 and generator.is_idle:
+            break
+    assert list(texts.values()) == alone(model, processor)
+    assert max(map(len, running)) == 2
+    assert {0, 1} in running
+    assert {1, 2} in running
+
+
+def test_a_row_that_is_removed_says_nothing_more_and_disturbs_nobody(loaded):
+    model, processor = loaded
+    generator = BatchGenerator(model, processor, batch_size=2)
+    for prompt, images in PROMPTS[:3]:
+        generator.insert(processor(prompt, images), Options(max_tokens=9))
+    texts = {0: "", 1: "", 2: ""}
+    for step in range(30):
+        if step == 2:
+            generator.remove(0)
+        for uid, response in generator.next():
+            assert not (uid == 0 and step >= 2)
+            texts[uid] += response.text
+    assert generator.is_idle
+    for uid in (1, 2):
+        prompt, images = PROMPTS[uid]
+        assert texts[uid] == generate(model, processor, prompt, images, max_tokens=9)
+
+
+def test_pictures_are_encoded_together_and_once(loaded, monkeypatch):
+    model, processor = loaded
+    calls = []
+    encode = type(model).encode_images
+    monkeypatch.setattr(
+        type(model),
+        "encode_images",
+        lambda self, pixels, sizes=None: calls.append(len(pixels)) or encode(self, pixels, sizes),
+    )
+    prompts, images = zip(*PROMPTS, strict=True)
+    batch_generate(model, processor, prompts, images, max_tokens=2)
+    assert calls == [5]  # of seven pictures, two are there again
+
+
+def test_many_tiles_go_through_the_tower_some_at_a_time(loaded, monkeypatch):
+    model, processor = loaded
+    inputs = processor("<image>" * 19, [picture(seed) for seed in range(19)])
+    whole = model.encode_images(inputs.pixel_values)
+    monkeypatch.setattr("mlx_llava.llava.TILES_AT_ONCE", 4)
+    assert len(whole) == 19
+    for a, b in zip(whole, model.encode_images(inputs.pixel_values), strict=True):
+        assert mx.allclose(a, b, atol=1e-5)
+
+
+def test_a_batch_uses_and_fills_a_prompt_cache(loaded):
+    model, processor = loaded
+    cache = PromptCache(model)
+    first = list(stream_generate(*loaded, "What is this?", PICTURE, prompt_cache=cache))
+    generator = BatchGenerator(model, processor, prompt_cache=cache)
+    for _ in range(2):
+        generator.insert(processor("What is this?", PICTURE), Options(max_tokens=5))
+    responses = list(run(generator))
+    assert {response.cached_tokens for _, response in responses} == {first[0].prompt_tokens - 1}
+    tokens = [response.token for uid, response in responses if uid == 1]
+    assert tokens == [part.token for part in first[:5]]
+
+
+def test_wrong_batches_are_named(loaded):
+    model, processor = loaded
+    with pytest.raises(ValueError, match="2 prompts but images for 1"):
+        batch_generate(model, processor, ["a", "b"], [None])
+    with pytest.raises(ValueError, match="2 prompts but 3 values of temp"):
+        batch_generate(model, processor, ["a", "b"], temp=[0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="batch size is 0"):
+        BatchGenerator(model, processor, batch_size=0)
+    with pytest.raises(ValueError, match="one at a time; the inputs hold 2"):
+        BatchGenerator(model, processor).insert(processor(["a", "b"]))
+    with pytest.raises(ValueError, match="context is 777"):
+        BatchGenerator(model, processor).insert(processor("x " * 900))
+    with pytest.raises(ValueError, match="temp is -1"):
+        BatchGenerator(model, processor).insert(processor("x"), Options(temp=-1))
+
+
+def lines_of(capsys, *arguments) -> tuple[int, list[dict], str]:
+    code = main(["--model", MODEL, "--max-tokens", "6", *arguments])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def test_a_file_of_prompts(capsys, loaded, tmp_path):
+    records = [
+        {"prompt": "What is this?", "images": [str(PICTURE)], "id": "a"},
+        {"prompt": "hi", "max_tokens": 2},
+        {"prompt": [{"role": "user", "content": "hi"}], "temp": 1.0, "seed": 3},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    code, lines, err = lines_of(capsys, "--prompts-file", str(path), "--batch-size", "2")
+    assert (code, err) == (0, "")
+    answers = {line["index"]: line for line in lines}
+    assert answers[0]["id"] == "a"
+    assert answers[0]["text"] == generate(*loaded, "What is this?", PICTURE, max_tokens=6)
+    assert answers[1]["text"] == generate(*loaded, "hi", max_tokens=2)
+    assert answers[2]["text"] == generate(*loaded, "hi", max_tokens=6, temp=1.0, seed=3)
+    assert answers[0]["image_tokens"] == 16
+    assert lines[0]["index"] == 1  # the shortest ends first
+
+
+def test_broken_lines_of_a_file_are_named_and_the_rest_is_answered(capsys, monkeypatch):
+    broken = [
+        "no json",
+        '{"images": []}',
+        '{"prompt": "x", "imagse": []}',
+        '{"prompt": "x", "images": ["nowhere.png"]}',
+        '{"prompt": "x", "temp": "hot"}',
+        '{"prompt": "x", "max_tokens": -1}',
+        '{"prompt": 3}',
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*broken, '{"prompt": "hi"}'])))
+    code, lines, err = lines_of(capsys, "--prompts-file", "-")
+    assert code == 2
+    assert err == "error: 7 of 8 prompts have no answer; their lines say why.\n"
+    assert [line["index"] for line in lines if "error" in line] == list(range(7))
+    assert [line["index"] for line in lines if "text" in line] == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts-file", "x", "--image", "y"], "--prompts-file does not go with --image"),
+        (["--prompt", "x", "--batch-size", "2"], "--batch-size is for --prompts-file"),
+        (["--prompts-file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompts-file", "-", "--batch-size", "0"], "batch size is 0"),
+    ],
+)
+def test_arguments_that_do_not_go_together(capsys, arguments, message):
+    code, _, err = lines_of(capsys, *arguments)
+    assert code == 2
+    assert message in err

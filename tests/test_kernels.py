@@ -1,0 +1,114 @@
+"""What NumPy does on a CPU is what MLX does, with MLX's gradients, and gives way to mx.compile."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_llava import kernels
+from mlx_llava.clip import PatchEmbedding
+from mlx_llava.machine import on_cpu
+
+pytestmark = pytest.mark.skipif(
+    not kernels.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
+)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """NumPy does even what is small; in blocks so small that there are several."""
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(kernels, "BLOCK", 512)
+
+
+def mlx_attention(queries, keys, values, mask):
+    scale = queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def attention(queries, keys, values, mask):
+    return kernels.attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask)
+
+
+def qkv(B=2, H=6, heads=3, L=41, T=41, D=8):
+    return [mx.random.normal((B, n, length, D)) for n, length in ((H, L), (heads, T), (heads, T))]
+
+
+def rows_mask(B, L, T):
+    """Causal, with padding on the left of the second row, as for a batch."""
+    mask = mx.tri(L, T, T - L, dtype=mx.bool_)[None, None]
+    padded = mx.arange(T) >= mx.array([0, 5])[:B, None]
+    own = mx.arange(T) == mx.arange(T - L, T)[:, None]
+    return mask & padded[:, None, None] | own
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "window", "rows"])
+@pytest.mark.parametrize("shape", [{}, {"L": 1}, {"L": 9}, {"H": 3}, {"B": 1, "T": 300, "L": 70}])
+def test_attention(shape, mask):
+    inputs = qkv(**shape)
+    (B, _, L, _), T = inputs[0].shape, inputs[1].shape[2]
+    if mask == "rows":
+        mask = rows_mask(B, L, T)
+    elif mask == "window":
+        mask = (mx.arange(T) > mx.arange(T - L, T)[:, None] - 4)[None, None]
+        mask = mask & mx.tri(L, T, T - L, dtype=mx.bool_)
+    ours, theirs = attention(*inputs, mask), mlx_attention(*inputs, mask)
+    assert mx.allclose(ours, theirs, atol=2e-6)
+
+
+def test_attention_to_a_part_of_a_cache():
+    queries, keys, values = qkv(L=1, T=64)
+    part = keys[..., :37, :], values[..., :37, :]
+    assert mx.allclose(
+        attention(queries, *part, None), mlx_attention(queries, *part, None), atol=2e-6
+    )
+
+
+FUNCTIONS = {
+    "matmul": (kernels.matmul, lambda x, w: x @ w.T, [(2, 3, 17), (5, 17)]),
+    "one row": (kernels.matmul, lambda x, w: x @ w.T, [(1, 17), (5, 17)]),
+    "quick gelu": (kernels.quick_gelu, lambda x: x * mx.sigmoid(1.702 * x), [(3, 211)]),
+    "swiglu": (kernels.swiglu, lambda g, u: nn.silu(g) * u, [(3, 2, 111), (3, 2, 111)]),
+    "attention": (
+        lambda q, k, v: attention(q, k, v, "causal"),
+        lambda q, k, v: mlx_attention(q, k, v, "causal"),
+        [(1, 4, 7, 8), (1, 2, 7, 8), (1, 2, 7, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_gradients_and_compilation(name):
+    ours, theirs, shapes = FUNCTIONS[name]
+    inputs = [3 * mx.random.normal(shape) for shape in shapes]
+    expected = theirs(*inputs)
+    assert mx.allclose(ours(*inputs), expected, atol=1e-5)
+    assert mx.allclose(mx.compile(ours)(*inputs), expected, atol=1e-5)
+    cotangent = mx.random.normal(expected.shape)
+    gradients = mx.vjp(ours, inputs, [cotangent])[1]
+    for gradient, own in zip(gradients, mx.vjp(theirs, inputs, [cotangent])[1], strict=True):
+        assert mx.allclose(gradient, own, atol=1e-4)
+
+
+def test_gates_of_large_numbers_are_finite():
+    x = mx.array([-1e4, -200.0, -88.0, 0.0, 88.0, 1e4])
+    assert mx.allclose(kernels.quick_gelu(x), mx.maximum(x, 0), atol=1e-6)
+    assert mx.allclose(kernels.swiglu(x, mx.ones_like(x)), mx.maximum(x, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_by_numpy", None)
+    x = mx.ones((2, 8), dtype)
+    assert kernels.matmul(x, x).dtype == dtype
+    assert kernels.quick_gelu(x).dtype == kernels.swiglu(x, x).dtype == dtype
+
+
+@pytest.mark.parametrize("size", [28, 30])
+def test_patches_are_a_convolution(size):
+    embedding = PatchEmbedding(7, 12)
+    embedding.weight = mx.random.normal(embedding.weight.shape)
+    pixels = mx.random.normal((2, size, size, 3))
+    convolved = mx.conv2d(pixels, embedding.weight, stride=7).flatten(1, 2)
+    assert mx.allclose(embedding(pixels), convolved, atol=1e-4)

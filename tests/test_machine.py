@@ -1,0 +1,147 @@
+"""The machine: what it is, what it can hold, and in which numbers it computes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_llava import cli, convert, generate, load, machine, memory, precision, stream_generate
+from mlx_llava.cache import nbytes
+from mlx_llava.decoding import make_cache
+from mlx_llava.plan import Quantization
+from mlx_llava.quantized import is_quantized
+from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
+
+on_linux_cpu = pytest.mark.skipif(
+    sys.platform != "linux" or not machine.on_cpu(), reason="about MLX's CPU backend on Linux"
+)
+
+
+def test_doctor_describes_and_measures(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"].split(":")[0] in ("cpu", "gpu")
+    assert found["memory_gb"] >= found["available_gb"] > 0
+    assert found["matmul_gflops"]["float32"] > 0
+    assert found["read_gb_per_second"] > 0
+    assert found["versions"]["mlx"]
+
+
+def test_doctor_is_readable(capsys, monkeypatch):
+    monkeypatch.setattr("mlx_llava.doctor.matmul_rate", lambda dtype: 100.0)
+    monkeypatch.setattr("mlx_llava.doctor.read_rate", lambda: 30.0)
+    monkeypatch.setattr(machine, "BLAS", None)
+    monkeypatch.setattr(machine, "on_cpu", lambda: True)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "read gb per second   30.0\n" in out
+    if sys.platform == "linux":
+        assert out.splitlines()[-1].startswith("MLX uses its own slow BLAS for training")
+
+
+BLAS = "import mlx_llava.backend as b, ctypes; print(b.BLAS)"
+
+
+def blas_in(code: str, **environment: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+@on_linux_cpu
+def test_the_blas_is_chosen_safely():
+    assert blas_in(BLAS, MLX_LLAVA_BLAS="off") == "None"
+    assert blas_in(BLAS, MLX_LLAVA_BLAS="/nowhere/libblas.so") == "None"
+    assert blas_in(BLAS, MLX_LLAVA_BLAS="libm.so.6") == "None"  # a library, but no BLAS
+    assert blas_in("import mlx.core; " + BLAS) == "None"  # too late
+
+
+@on_linux_cpu
+def test_a_blas_that_came_before_ours_is_not_said_to_be_ours():
+    from mlx_llava import backend
+
+    libraries = backend._candidates()
+    if len(libraries) < 2:
+        pytest.skip("takes two BLAS libraries")
+    first, second = libraries[:2]
+    code = f"import ctypes; ctypes.CDLL({first!r}, mode=ctypes.RTLD_GLOBAL); " + BLAS
+    assert blas_in(code, MLX_LLAVA_BLAS=second) == "None"
+
+
+def dtypes(model) -> set[mx.Dtype]:
+    return {array.dtype for array in precision.arrays_of(model)}
+
+
+@on_linux_cpu
+@pytest.mark.parametrize("quantization", [None, Quantization(bits=4, group_size=32)], ids=str)
+def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization):
+    convert(GOLDENS / "llava", tmp_path / "m", dtype="bfloat16", quantization=quantization)
+    with caplog.at_level(logging.WARNING, "mlx_llava"):
+        model, processor = load(tmp_path / "m")
+    assert dtypes(model) == {mx.float32}
+    assert not any(is_quantized(layer) for layer in model.modules())
+    assert model.config.quantization is None
+    assert ("From 4 bits to float32 for the CPU: 0.00 GB." in caplog.text) == bool(quantization)
+    stored, _ = load_as_stored(tmp_path / "m")
+    assert mx.bfloat16 in dtypes(stored)
+    stored.set_dtype(mx.float32)
+    inputs = processor("What is this?", PICTURE)
+    assert mx.allclose(model(**inputs), stored(**inputs), atol=1e-4)
+
+
+@on_linux_cpu
+def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch):
+    convert(GOLDENS / "llava", tmp_path / "half", dtype="float16")
+    monkeypatch.setattr(precision, "available_memory", lambda: 1000)
+    model, _ = load(tmp_path / "half")
+    assert dtypes(model) == {mx.float16}
+    assert "0.0 GB are free; they stay in float16, which is slow on a CPU." in caplog.text
+
+
+def test_weights_that_cannot_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"weights take 0.0 GB and this machine has 0.0 GB; conv"):
+        load(GOLDENS / "llava")
+
+
+def test_a_prompt_that_cannot_fit_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"\d+ tokens of prompt and 5 of answer need .*pictures 0"):
+        next(stream_generate(*loaded, "hi", PICTURE, max_tokens=5))
+    monkeypatch.undo()
+    assert generate(*loaded, "hi", PICTURE, max_tokens=5)
+
+
+def test_the_estimate_of_keys_and_values_is_exact():
+    model, processor = load(dtype="float32")
+    inputs = processor("hi", PICTURE)
+    length = inputs.input_ids.shape[1]
+    for bits in (None, 8, 4):
+        cache = make_cache(model.language_model, length, bits)
+        model.language_model(input_embeddings=model.embed(**inputs), cache=cache)
+        capacity = cache[0].keys[0].shape[-2] if bits else cache[0].keys.shape[2]
+        assert memory.kv_bytes(model.config, capacity, 4, bits) == nbytes(cache)
+
+
+@on_linux_cpu
+def test_resident_memory_does_not_grow_with_requests(loaded):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def ask(times: int) -> None:
+        for _ in range(times):
+            generate(*loaded, "What is this?", PICTURE, max_tokens=3)
+
+    ask(50)
+    before = resident()
+    ask(100)
+    assert resident() < 1.02 * before
