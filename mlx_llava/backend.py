@@ -51,6 +51,20 @@ def _address(library: ctypes.CDLL) -> int | None:
     return ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
 
 
+def set_blas_threads(count: int) -> None:
+    """Sets the threads of the library below MLX.
+
+    One, unless a model is trained: in inference NumPy does what is large, and the threads of two
+    libraries would wait for each other's cores.
+    """
+    if BLAS is None:
+        return
+    library = ctypes.CDLL(BLAS)
+    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads", "bli_thread_set_num_threads"):
+        if hasattr(library, name):
+            getattr(library, name)(count)
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep up to 256 MB of freed memory, in one arena, for the next operation.
 
@@ -69,4 +83,5 @@ def keep_freed_memory() -> None:
 
 #: The library below MLX, or None.
 BLAS = preload_blas()
+set_blas_threads(1)
 keep_freed_memory()

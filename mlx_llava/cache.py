@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_llava.kernels import Mask, attention
+from mlx_llava.kernels import Mask, attention, attention_of_rows
 
 
 class KVCache:
@@ -143,11 +143,7 @@ def attend(
         mx.array: (B, H, L, D).
     """
     if isinstance(cache, Rows):
-        rows = [
-            attend(row, *(a[i : i + 1] for a in (queries, keys, values)), scale=scale, mask=one)
-            for i, (row, one) in enumerate(zip(cache.caches, mask or (), strict=True))
-        ]
-        return mx.concatenate(rows)
+        return _attend_rows(cache.caches, queries, keys, values, scale, cast("list[Mask]", mask))
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
     if hasattr(cache, "bits"):
@@ -155,6 +151,24 @@ def attend(
 
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
     return attention(queries, keys, values, scale=scale, mask=mask)  # type: ignore[arg-type]
+
+
+def _attend_rows(
+    caches: Sequence[Any],
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    masks: Sequence[Mask],
+) -> mx.array:
+    """`attend` for rows that have caches of their own."""
+    new = [(queries[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in range(len(caches))]
+    if any(hasattr(cache, "bits") for cache in caches):
+        rows = zip(caches, new, masks, strict=True)
+        return mx.concatenate([attend(c, *row, scale=scale, mask=mask) for c, row, mask in rows])
+    stored = [cache.update_and_fetch(k, v) for cache, (_, k, v) in zip(caches, new, strict=True)]
+    all_keys, all_values = zip(*stored, strict=True)
+    return attention_of_rows(queries, all_keys, all_values, scale=scale, masks=masks)
 
 
 def group_size(dims: int) -> int | None:

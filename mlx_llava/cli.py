@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mlx_llava.version import __version__
 
 COMMANDS = {
+    "benchmark": "measure speed and memory, alone or against others",
     "convert": "make an MLX folder of any checkpoint",
     "doctor": "show what MLX runs on here, and how fast it is",
     "evaluate": "answer question files, and score the answers",

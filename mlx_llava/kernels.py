@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
@@ -28,6 +29,10 @@ Mask: TypeAlias = "mx.array | str | None"
 SMALLEST = 1 << 17
 #: How many numbers are worked on at a time, so that they stay in a core's cache (1 MB).
 BLOCK = 1 << 18
+#: An exp of MLX's takes as long as so many multiplications.
+EXP = 32
+#: Up to so many rows, products of a matrix and a vector are faster than one of matrices.
+FEW = 4
 NUMPY = sys.platform == "linux" and os.environ.get("MLX_LLAVA_BLAS") != "off"
 
 
@@ -42,7 +47,7 @@ def _fits(work: int, *arrays: mx.array) -> bool:
 
 
 def _view(array: mx.array) -> Array:
-    """The values of an array, which are waited for and not copied."""
+    """The values of an array, not copied."""
     return np.array(array, copy=False)
 
 
@@ -51,6 +56,7 @@ def _by_numpy(numpy: Callable[..., Array], mlx: Function, *arrays: mx.array) -> 
 
     @mx.custom_function
     def function(*arrays: mx.array) -> mx.array:
+        mx.eval(arrays)  # all at once
         return mx.array(numpy(*map(_view, arrays)))
 
     @function.vjp
@@ -69,7 +75,23 @@ def _matmul(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def _numpy_matmul(x: Array, weight: Array) -> Array:
-    return (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = _few_rows(rows, weight) if len(rows) <= FEW else rows @ weight.T
+    return outputs.reshape(*x.shape[:-1], -1)
+
+
+def _few_rows(rows: Array, weight: Array) -> Array:
+    """Row by row, each block of the weight for all rows while a cache holds it.
+
+    A matmul of so few rows is bound by memory, and BLAS would copy the weight first.
+    """
+    outputs = np.empty((len(rows), len(weight)), np.float32)
+    step = len(weight) if len(rows) == 1 else max(1, 4 * BLOCK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        block = slice(start, start + step)
+        for row, output in zip(rows, outputs, strict=True):
+            np.dot(weight[block], row, out=output[block])
+    return outputs
 
 
 def matmul(x: mx.array, weight: mx.array) -> mx.array:
@@ -119,38 +141,75 @@ def attention(
     return mlx(queries, keys, values)
 
 
+def attention_of_rows(
+    queries: mx.array,
+    keys: Sequence[mx.array],
+    values: Sequence[mx.array],
+    *,
+    scale: float,
+    masks: Sequence[Mask],
+) -> mx.array:
+    """`attention` of rows with keys of different lengths.
+
+    Args:
+        queries (mx.array): (B, H, L, D).
+        keys (list of mx.array): Of each row, (1, heads, T, D).
+        values (list of mx.array): As the keys.
+        scale (float): What scores are multiplied with.
+        masks (list): Of each row, as in `attention`.
+
+    Returns:
+        mx.array: (B, H, L, D).
+    """
+    B = len(keys)
+
+    def by_row(attend: Callable[..., Any], arrays: Sequence[Any]) -> list[Any]:
+        queries, keys, values = arrays[0], arrays[1 : B + 1], arrays[B + 1 :]
+        return [
+            attend(queries[i : i + 1], keys[i], values[i], scale=scale, mask=masks[i])
+            for i in range(B)
+        ]
+
+    def mlx(*arrays: mx.array) -> mx.array:
+        return mx.concatenate(by_row(mx.fast.scaled_dot_product_attention, arrays))
+
+    def numpy(*arrays: Array) -> Array:
+        return np.concatenate(by_row(_numpy_attention, arrays))
+
+    if _fits(queries.size * sum(row.shape[2] for row in keys), queries, *keys, *values):
+        return _by_numpy(numpy, mlx, queries, *keys, *values)
+    return mlx(queries, *keys, *values)
+
+
 def _numpy_attention(
     queries: Array, keys: Array, values: Array, *, scale: float, mask: Mask
 ) -> Array:
-    """Attention in blocks of queries, which under the causal mask see no key that is hidden."""
+    """Attention in blocks of heads and queries; no score that the causal mask hides is taken."""
     B, H, L, D = queries.shape
     heads, T = keys.shape[1:3]
     group = H // heads
+    together = max(1, BLOCK // (L * T * group))
     step = max(16, BLOCK // (T * group))
     output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
     causal = isinstance(mask, str)
-    later = ~np.tri(step, dtype=bool)
+    later = ~np.tri(min(step, L), dtype=bool)
     allowed = np.array(mask, copy=False) if isinstance(mask, mx.array) else None
-    for row in range(B):
-        for head in range(heads):
-            mine = slice(head * group, (head + 1) * group)
-            for start in range(0, L, step):
-                block = slice(start, min(start + step, L))
-                rows, seen = block.stop - start, T - L + block.stop if causal else T
-                scores = (queries[row, mine, block] * scale).reshape(-1, D) @ keys[
-                    row, head, :seen
-                ].T
-                scores = scores.reshape(group, rows, seen)
-                if causal:
-                    np.copyto(scores[..., seen - rows :], -np.inf, where=later[:rows, :rows])
-                elif allowed is not None:
-                    hidden = ~allowed[min(row, len(allowed) - 1), 0, block]
-                    np.copyto(scores, -np.inf, where=hidden)
-                scores -= scores.max(axis=-1, keepdims=True)
-                np.exp(scores, out=scores)
-                mixed = scores.reshape(-1, seen) @ values[row, head, :seen]
-                mixed = mixed.reshape(group, -1, D) / scores.sum(axis=-1, keepdims=True)
-                output[row, block, mine] = mixed.swapaxes(0, 1)
+    for row, head, start in product(range(B), range(0, heads, together), range(0, L, step)):
+        block = slice(start, min(start + step, L))
+        rows, seen = block.stop - start, T - L + block.stop if causal else T
+        own, mine = slice(head, head + together), slice(head * group, (head + together) * group)
+        scaled = (queries[row, mine, block] * scale).reshape(-1, group * rows, D)
+        scores = scaled @ keys[row, own, :seen].swapaxes(1, 2)
+        by_query = scores.reshape(-1, rows, seen)
+        if causal:
+            np.copyto(by_query[..., seen - rows :], -np.inf, where=later[:rows, :rows])
+        elif allowed is not None:
+            hidden = ~allowed[min(row, len(allowed) - 1), 0, block]
+            np.copyto(by_query, -np.inf, where=hidden)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = (scores @ values[row, own, :seen]) / scores.sum(axis=-1, keepdims=True)
+        output[row, block, mine] = mixed.reshape(-1, rows, D).swapaxes(0, 1)
     return output.swapaxes(1, 2)
 
 
@@ -174,7 +233,7 @@ def _gate(output: Array, x: Array, slope: float) -> None:
 
 def quick_gelu(x: mx.array) -> mx.array:
     """x sigmoid(1.702 x), OpenAI CLIP's activation."""
-    if _fits(x.size, x):
+    if _fits(EXP * x.size, x):
         numpy = partial(_in_blocks, partial(_gate, slope=1.702))
         return _by_numpy(numpy, nn.gelu_fast_approx, x)
     return nn.gelu_fast_approx(x)
@@ -192,6 +251,6 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """SiLU(gate) up (Shazeer 2020, arXiv:2002.05202)."""
-    if _fits(gate.size, gate, up):
+    if _fits(EXP * gate.size, gate, up):
         return _by_numpy(partial(_in_blocks, _numpy_swiglu), _swiglu, gate, up)
     return _swiglu(gate, up)

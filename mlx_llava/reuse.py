@@ -190,8 +190,9 @@ class PromptCache:
     def store(self, prompt: Prompt, tokens: Sequence[int], cache: Cache) -> None:
         """Keeps the keys and values of a prompt and the answer that came of it."""
         length = cache[0].offset
-        if not all(layer.is_trimmable() and layer.offset == length for layer in cache):
-            return  # it has dropped positions, or was interrupted
+        whole = all(layer.is_trimmable() and layer.offset == length for layer in cache)
+        if not length or not whole:
+            return  # it was interrupted, or has dropped positions
         keys = [*prompt.keys, *tokens][:length]
         self._entries = [entry for entry in self._entries if entry[0] != keys[: len(entry[0])]]
         self._entries.append((keys, fork(cache, length)))

@@ -8,6 +8,7 @@ of a Taylor polynomial of degree 6 in f ln 2; the relative error of exp stays be
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, cast
@@ -16,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.activations import ACTIVATIONS
+from mlx_llava.backend import set_blas_threads
 
 Activation: TypeAlias = "Callable[[mx.array], mx.array]"
 _COEFFICIENTS = [math.log(2) ** k / math.factorial(k) for k in range(7)]
@@ -88,6 +90,7 @@ def attention(
 @contextmanager
 def installed() -> Iterator[None]:
     """Puts these functions in the place of MLX's; models must be made inside."""
+    set_blas_threads(os.cpu_count() or 1)
     silu, quick_gelu = nn.silu, ACTIVATIONS["quick_gelu"]
     mlx_attention = mx.fast.scaled_dot_product_attention
     setattr(nn, "silu", lambda x: gate(x, mx.array(1.0)))  # noqa: B010

@@ -14,13 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = (
     *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
+    *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
     *("tests/test_gradients.py", "tests/test_tuner.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
 MUTATIONS = (
     ("approximate GELU in the projector", "activations", '"gelu": nn.gelu,', '"gelu": nn.gelu_approx,'),
-    ("exact GELU in the tower", "activations", "nn.gelu_fast_approx", "nn.gelu"),
+    ("exact GELU in the tower", "activations", '"quick_gelu": quick_gelu', '"quick_gelu": nn.gelu'),
     ("class token dropped late", "llava", "return features[:, 1:]", "return features[:, :-1]"),
     ("feature layer -1", "config", "layer % states for layer", "(layer + 1) % states for layer"),
     ("post_layernorm applied", "clip", "return self.vision_model(pixel_values.astype(self.dtype), num_layers)", "return [self.vision_model.post_layernorm(x) for x in self.vision_model(pixel_values.astype(self.dtype), num_layers)]"),
@@ -63,6 +64,18 @@ MUTATIONS = (
     ("weights kept in 16 bits", "tuner/trainer", "lambda array: array.astype(mx.float32), parameters", "lambda array: array, parameters"),
     ("processes do not share", "tuner/trainer", "indices[self.group.rank() :: self.group.size()]", "indices"),
     ("scale of LoRA forgotten in the sum", "adapter", "delta = layer.scale * (", "delta = ("),
+    ("future seen within a block", "kernels", "where=later[:rows, :rows]", "where=False"),
+    ("scores not scaled", "kernels", "queries[row, mine, block] * scale", "queries[row, mine, block]"),
+    ("quick GELU of another slope", "kernels", "slope=1.702)", "slope=1.7)"),
+    ("pictures not told apart", "reuse", "keys[place] = picture.digest", "pass"),
+    ("size not part of a picture", "reuse", "repr((size, pixels.shape))", "repr(pixels.shape)"),
+    ("nothing left to read", "reuse", "zip(self.keys[:-1], keys", "zip(self.keys, keys"),
+    ("cut inside a picture", "reuse", "return min([length, *cut])", "return length"),
+    ("cache of another model", "reuse", 'if metadata["model"] != fingerprint(self.model):', "if False:"),
+    ("prompt rolled over", "cache", "place = self.keep + (self", "place = (self"),
+    ("rows at one position", "llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
+    ("rows share their chance", "sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),
+    ("answers go on in a batch", "batch", "self._rows = [row for row in self._rows if row.uid not in ended]", "pass"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
 )  # fmt: skip
 

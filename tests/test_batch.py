@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,11 @@ from PIL import Image
 
 from mlx_llava import batch_generate, generate, stream_generate
 from mlx_llava.batch import BatchGenerator, run
+from mlx_llava.cache import Rows, fork
 from mlx_llava.decoding import Options
 from mlx_llava.generate import main
+from mlx_llava.llama import LanguageModel
+from mlx_llava.random_model import random_config
 from mlx_llava.reuse import PromptCache
 from tests.conftest import GOLDENS, PICTURE
 
@@ -67,6 +71,22 @@ def test_each_row_has_its_own_sampling_and_stop(loaded, options):
     }
     texts = batch_generate(*loaded, prompts, images, max_tokens=LENGTHS, **own)
     assert texts == alone(*loaded, **options)[:1] + alone(*loaded)[1:]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_rows_of_any_length_share_a_step(window):
+    config = replace(random_config("tiny", 3).text_config, sliding_window=window)
+    decoder = LanguageModel(config)
+    caches, alone = [], []
+    for length in (3, 9, 300):
+        ids = mx.random.randint(0, 99, (1, length))
+        caches.append(decoder.make_cache())
+        decoder(ids, cache=caches[-1])
+        alone.append(decoder(mx.array([[7]]), cache=fork(caches[-1], length)))
+    rows = [Rows(layers) for layers in zip(*caches, strict=True)]
+    logits = decoder(mx.full((3, 1), 7), cache=rows)
+    assert mx.allclose(logits, mx.concatenate(alone), atol=1e-5)
+    assert rows[0].offset == [4, 10, 301]
 
 
 def test_rows_leave_and_join(loaded):

@@ -28,7 +28,7 @@ EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 def test_no_block_is_overlooked():
     languages = [language for language, _ in BLOCKS]
-    assert languages == ["sh", "text", "sh", "sh", "sh", "sh", "python", "python"]
+    assert languages == ["sh", "text", "sh", "sh", "sh", "sh", "sh", "python", "python"]
 
 
 def test_install_and_first_answer(tmp_path):
@@ -108,6 +108,12 @@ def test_converting_and_training(hub):
     assert run_with_hub(SHELL[3], hub).strip()
     assert load("llava-4bit", as_stored=True)[0].language_model.lm_head.bits == 4
     assert run_with_hub(SHELL[4], hub).startswith("trained/adapter\n")
+    Path("prompts.jsonl").write_text('{"prompt": "What is this?", "images": ["photo.jpg"]}\n' * 2)
+    assert "follow-up question" in run_with_hub(SHELL[5], hub)
+    lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1]
+    assert lines[0]["text"] == lines[1]["text"]
+    assert Path("photo.cache").exists()
 
 
 def test_python_blocks(hub, monkeypatch, capsys):

@@ -9,8 +9,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_llava import generate, load, stream_generate
+from mlx_llava.batch import BatchGenerator, run
 from mlx_llava.cache import KVCache, RollingKVCache, nbytes
-from mlx_llava.decoding import generate_step, make_cache
+from mlx_llava.decoding import Options, generate_step, make_cache
 from mlx_llava.generate import main
 from mlx_llava.reuse import PromptCache, fingerprint
 from tests.conftest import GOLDENS, PICTURE
@@ -223,6 +224,10 @@ def test_a_quantised_cache_is_reused_and_batched(wide, capsys, tmp_path):
     assert last.cached_tokens > 36
     assert tokens == answer(wide, "How many?", PICTURE, None, **options)[0]
     assert answer(wide, "How many?", PICTURE, cache)[1].cached_tokens == 0
+    generator = BatchGenerator(*wide, kv_bits=8)
+    for question in ("How many?", "What is it?"):
+        generator.insert(wide[1](question, PICTURE), Options(max_tokens=6))
+    assert tokens == [response.token for uid, response in run(generator) if uid == 0]
     arguments = ["--image", str(PICTURE), "--json", "--prompt-cache-file", str(tmp_path / "c")]
     for cached in (False, True):
         assert main([*arguments, "--prompt", "How many?", "--kv-bits", "8"]) == 0

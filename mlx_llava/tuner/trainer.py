@@ -7,6 +7,7 @@ Weights that are trained are kept in float32 and cast to the model's precision f
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_llava.backend import set_blas_threads
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.llava import Llava
 from mlx_llava.load import new_folder
@@ -58,6 +60,7 @@ class Trainer:
             options (TrainingOptions): How.
             folder (Path): Checkpoints are written below it.
         """
+        set_blas_threads(os.cpu_count() or 1)
         self.model, self.train, self.valid = model, train, valid
         self.options, self.folder = options, folder
         self.group = mx.distributed.init()

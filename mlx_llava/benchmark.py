@@ -1,0 +1,221 @@
+"""How fast, how large: seconds, tokens and bytes, as medians and as parts of what is possible.
+
+python -m mlx_llava.benchmark --shape 1b --out measured.json --plot measured.png
+python -m mlx_llava.benchmark --shape 1b --against transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from mlx_llava.command import command
+from mlx_llava.hub import embedded_model, find_checkpoint
+from mlx_llava.machine import describe, on_cpu
+from mlx_llava.measuring import Alone, Figures, Plan, compare, draw_pictures, tell
+from mlx_llava.peers import SYSTEMS
+from mlx_llava.precision import DTYPES
+from mlx_llava.random_model import SHAPES, write_random_model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.benchmark",
+        description="Measure a model here, alone or in turn with other systems. Times are seconds.",
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="a folder or a hub repository (default: embedded)")
+    what.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    add("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--against", metavar="SYSTEMS", help="transformers, mlx-vlm, or both with a comma")
+    add(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="SYSTEM=PYTHON",
+        help="the interpreter of the environment that has the system; repeatable",
+    )
+    add("--batch", type=_numbers, default=[1, 2, 4, 8], help="rows at once (default: 1,2,4,8)")
+    add("--images", type=_numbers, default=[1, 4], help="pictures a row (default: 1,4)")
+    add("--max-tokens", "-m", type=int, default=32, help="of an answer (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw them (a PNG); needs mlx-llava[plot]")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a number below 1")
+    return numbers
+
+
+@contextmanager
+def checkpoint(args: argparse.Namespace, dtype: str) -> Iterator[Path]:
+    """The folder to measure, made and removed again where it is a random one."""
+    if args.shape is None:
+        yield (
+            embedded_model()
+            if args.model is None
+            else find_checkpoint(args.model, None, offline=False)
+        )
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tell(f"nothing yet: writing a random {args.shape}")
+        write_random_model(args.shape, Path(folder) / "model", dtype)
+        yield Path(folder) / "model"
+
+
+def table(found: Figures) -> str:
+    """The figures for people."""
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [
+        f"{found['model']} in {found['dtype']}, {found['max_tokens']} tokens, medians of "
+        f"{found['repeats']}; {machine['device']}, {machine['cores']} cores; {versions}",
+    ]
+    if "alone" in found:
+        lines += _alone_lines(found["alone"])
+    for row in found.get("against", []):
+        lines += _against_lines(row)
+    return "\n".join(lines)
+
+
+def _alone_lines(alone: Figures) -> list[str]:
+    lines = [
+        f"machine: matmul {alone['matmul_gflops']:.0f} GFLOP/s, reads "
+        f"{alone['read_gb_per_second']:.1f} GB/s; load {alone['load']:.2f} s; peak memory of MLX "
+        f"{alone['peak_memory_gb']:.2f} GB",
+        "images  tokens  preprocess  encode  prefill  first token  s per token  "
+        "of the machine: encode prefill token",
+    ]
+    for row in alone["single"]:
+        part = row["of_the_machine"]
+        lines.append(
+            f"{row['images']:6}  {row['prompt_tokens']:6}  {row['preprocess']['median']:10.3f}  "
+            f"{row['encode']['median']:6.3f}  {row['prefill']['median']:7.3f}  "
+            f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
+            f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
+        )
+    follow = alone["follow_up"]
+    lines.append(
+        f"follow-up question: first token in {follow['follow_up']['median']:.3f} s, "
+        f"{follow['ratio']['median']:.1%} of the first question's"
+    )
+    lines.append("rows  images  seconds  tokens/s  decode tokens/s")
+    lines += [
+        f"{row['batch']:4}  {row['images']:6}  {row['seconds']['median']:7.2f}  "
+        f"{row['tokens_per_second']:8.1f}  {row['decode_tokens_per_second']['median']:15.1f}"
+        for row in alone["batches"]
+    ]
+    return lines
+
+
+def _against_lines(row: Figures) -> list[str]:
+    lines = [f"{row['batch']} rows of {row['images']} pictures"]
+    for name, system in row["systems"].items():
+        first = f"first token {system['first']['median']:.3f} s, " if "first" in system else ""
+        rate = "decode_tokens_per_second" if "first" in system else "tokens_per_second"
+        lines.append(
+            f"  {name:<13} {first}{system[rate]['median']:.2f} tokens/s, "
+            f"{system['seconds']['median']:.2f} s in all, peak {system['peak_gb']:.2f} GB"
+        )
+    for name, ratio in row["ratios"].items():
+        parts = [
+            f"{label} {ratio[key]['median']:.2f}x ({ratio[key]['min']:.2f}-{ratio[key]['max']:.2f})"
+            for key, label in (
+                ("first", "first token takes"),
+                ("decode", "decodes at"),
+                ("throughput", "throughput"),
+            )
+            if key in ratio
+        ]
+        same = "the same tokens" if ratio["same_tokens"] else "OTHER TOKENS"
+        memory = f"peak memory {ratio['peak_memory']:.2f}x"
+        lines.append(f"  against {name}: {', '.join([*parts, memory])}; {same}")
+    return lines
+
+
+def plot(found: Figures, path: Path) -> None:
+    """Draws how the cost grows with pictures and rows."""
+    from matplotlib.figure import Figure
+
+    alone = found["alone"]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    images = [str(row["images"]) for row in alone["single"]]
+    bottom = np.zeros(len(images))
+    for name in ("preprocess", "encode", "prefill"):
+        heights = np.array([row[name]["median"] for row in alone["single"]])
+        left.bar(images, heights, bottom=bottom, label=name)
+        bottom += heights
+    left.set(xlabel="pictures", ylabel="seconds to the first token")
+    for count in found["images"]:
+        rows = [row for row in alone["batches"] if row["images"] == count]
+        rates = [row["decode_tokens_per_second"]["median"] for row in rows]
+        right.plot(
+            [row["batch"] for row in rows], rates, marker="o", label=f"{count} pictures a row"
+        )
+    right.set(xlabel="rows at once", ylabel="decoded tokens per second", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{found['model']}, {found['dtype']}, {found['machine']['device']}")
+    figure.savefig(path, dpi=120)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_tokens < 2 or args.repeats < 1:
+        raise ValueError("--max-tokens must be at least 2 and --repeats at least 1.")
+    unknown = set((args.against or "mlx-vlm").split(",")) - (SYSTEMS.keys() - {"mlx_llava"})
+    if unknown:
+        raise ValueError(f"There is no system {sorted(unknown)}; known: transformers, mlx-vlm.")
+    if any("=" not in pair for pair in args.peer_python):
+        raise ValueError("--peer-python is SYSTEM=PYTHON, as mlx-vlm=venv/bin/python.")
+    if args.plot and args.against:
+        raise ValueError("--plot draws this package alone; leave --against away.")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    _check(args)
+    dtype = args.dtype or ("float32" if on_cpu() else "bfloat16")
+    plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats)
+    found: Figures = {
+        "model": args.shape or args.model or "embedded",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe(),
+        **asdict(plan),
+    }
+    with checkpoint(args, dtype) as folder, tempfile.TemporaryDirectory() as drawn:
+        pictures = draw_pictures(Path(drawn), max(args.batch) * max(args.images))
+        pictures = pictures if len(pictures) > 1 else pictures * 2
+        if args.against:
+            pythons = dict(pair.split("=", 1) for pair in args.peer_python)
+            names = args.against.split(",")
+            found["against"] = compare(folder, pictures, plan, names, pythons)
+        else:
+            found["alone"] = Alone(folder, pictures, plan).measure()
+    print(table(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The benchmark: it runs, its counts are right, and its peers answer the same rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_llava import clip, kernels, load, random_model
+from mlx_llava.benchmark import main
+from mlx_llava.cache import nbytes
+from mlx_llava.measuring import draw_pictures
+from mlx_llava.peers import Peer
+from mlx_llava.work import decode_bytes, encode_flops, prefill_flops
+from tests.conftest import ROOT
+
+SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    random_model.write_random_model("tiny", folder, "float32")
+    return folder
+
+
+def test_it_measures_every_part(tmp_path, capsys):
+    out, plot = tmp_path / "measured.json", tmp_path / "measured.png"
+    assert main([*SMALL, "--out", str(out), "--plot", str(plot)]) == 0
+    found = json.loads(out.read_text())
+    alone = found["alone"]
+    assert [row["images"] for row in alone["single"]] == [1, 2]
+    for row in alone["single"]:
+        parts = [row[name]["median"] for name in ("preprocess", "encode", "prefill")]
+        assert row["first"]["median"] == pytest.approx(sum(parts))
+        assert all(0 < share < 1 for share in row["of_the_machine"].values())
+    assert {(row["batch"], row["images"]) for row in alone["batches"]} == {
+        (batch, images) for batch in (1, 2) for images in (1, 2)
+    }
+    assert alone["follow_up"]["ratio"]["median"] > 0
+    assert found["machine"]["versions"]["mlx"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "follow-up question: first token in" in printed
+    assert "rows  images  seconds  tokens/s" in printed
+
+
+def test_it_takes_turns_with_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    out = tmp_path / "against.json"
+    assert main([*SMALL, "--against", "transformers", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["against"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["ratios"]["transformers"]["same_tokens"]
+        assert row["ratios"]["transformers"]["throughput"]["median"] > 0
+        assert row["systems"]["transformers"]["peak_gb"] > 0
+        assert ("first" in row["ratios"]["transformers"]) == (row["batch"] == 1)
+    assert "against transformers: first token takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "llama.cpp"], "no system ['llama.cpp']; known: transformers, mlx-vlm"),
+        (["--max-tokens", "1"], "--max-tokens must be at least 2"),
+        (["--repeats", "0"], "--repeats at least 1"),
+        (["--peer-python", "x"], "--peer-python is SYSTEM=PYTHON"),
+        (["--plot", "x.png", "--against", "mlx-vlm"], "--plot draws this package alone"),
+        (["--model", "no/where/at-all"], "no/where/at-all"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_system_that_cannot_load_says_so(tmp_path):
+    with pytest.raises(ValueError, match="mlx_llava cannot do this: .*no.such"):
+        Peer("mlx_llava", tmp_path / "no.such", "float32")
+
+
+def test_our_own_process_answers_rows(tiny, tmp_path):
+    peer = Peer("mlx_llava", tiny, "float32")
+    (path,) = draw_pictures(tmp_path, 1)
+    row = ["USER: <image> What? ASSISTANT:", [path]]
+    one, two = peer.answer([row], 5), peer.answer([row, row], 5)
+    with pytest.raises(ValueError, match="marks but 0 images"):
+        peer.answer([["<image>", []]], 5)
+    peer.close()
+    assert two["tokens"] == one["tokens"] * 2
+    assert len(one["tokens"][0]) == 5
+    assert 0 < one["first"] <= one["seconds"]
+
+
+def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
+    model, processor = load(tiny, dtype="float32")
+    counted = 0
+    matmul, attention = kernels.matmul, kernels.attention
+
+    def count(x, weight):
+        nonlocal counted
+        counted += 2 * x.size * len(weight)
+        return matmul(x, weight)
+
+    def count_attention(queries, keys, values, *, scale, mask=None):
+        nonlocal counted
+        share = 0.5 if mask == "causal" else 1
+        counted += 4 * share * queries.size * keys.shape[2]
+        return attention(queries, keys, values, scale=scale, mask=mask)
+
+    for module in (kernels, clip):
+        monkeypatch.setattr(module, "matmul", count)
+    for name in ("mlx_llava.clip.attention", "mlx_llava.cache.attention"):
+        monkeypatch.setattr(name, count_attention)
+    inputs = processor("<image>What? <image>", draw_pictures(tiny.parent, 2))
+    embeddings = model.embed(**inputs)
+    assert counted == pytest.approx(encode_flops(model.config, 2), rel=1e-6)
+    counted, cache = 0, model.language_model.make_cache()
+    model.language_model(input_embeddings=embeddings, cache=cache, last_only=True)
+    length = embeddings.shape[1]
+    assert counted == pytest.approx(prefill_flops(model.config, length), rel=1e-6)
+    head = model.language_model.lm_head.weight.nbytes
+    assert decode_bytes(model, cache[0].keys.shape[2]) - nbytes(cache) > head
+
+
+@pytest.mark.parametrize("shape", random_model.SHAPES)
+def test_shapes_are_configs(shape):
+    config = random_model.random_config(shape, 3)
+    assert config.vision_config.patches_per_side in (4, 24)
+    with pytest.raises(ValueError, match="no shape '13b'; known: tiny, 300m, 1b, 7b"):
+        random_model.random_config("13b", 3)
+
+
+def test_the_profile_names_the_parts(tiny):
+    command = [sys.executable, "scripts/profile.py", "--model", str(tiny), "--tokens", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for part in ("encode: ", "prefill: ", "3 tokens: ", "matmul", "attention", "norm", "gate"):
+        assert part in done.stdout
+
+
+def test_random_weights_keep_activations_of_one_size(tiny):
+    model, processor = load(tiny, dtype="float32")
+    logits = model(**processor("<image>What?", draw_pictures(tiny.parent, 1)))
+    assert 0.1 < mx.std(logits).item() < 10
