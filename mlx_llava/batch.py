@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,10 +21,11 @@ from mlx_llava.decoding import (
     GenerationResponse,
     Meter,
     Options,
+    check_request,
     choose_token,
-    limit_tokens,
     make_cache,
     prefill,
+    queues_ahead,
 )
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Conversation, Inputs, Processor
@@ -131,14 +132,19 @@ class BatchGenerator:
             int: The number by which `next` and `remove` know it.
 
         Raises:
-            ValueError: It is longer than the context, or its options make no sense.
+            ValueError: It does not fit context or memory, or its options make no sense.
         """
         options = options or Options()
-        rows, prompt_tokens = inputs.input_ids.shape
-        if rows != 1:
-            raise ValueError(f"Prompts are inserted one at a time; the inputs hold {rows}.")
-        limit_tokens(prompt_tokens, options.max_tokens, self.processor.context_length)
         options.sampler()
+        max_tokens = check_request(
+            self.model,
+            inputs,
+            options.max_tokens,
+            self.processor.context_length,
+            prefill_step=self.prefill_step,
+            kv_bits=self.kv_bits,
+        )
+        options = replace(options, max_tokens=max_tokens)
         uid, self._next_uid = self._next_uid, self._next_uid + 1
         self._waiting.append((uid, inputs, options))
         return uid
@@ -152,7 +158,9 @@ class BatchGenerator:
         """The next token of every row that runs, after which waiting prompts take free places."""
         running = list(self._rows)
         ready = [(row.token, row.logprobs) for row in running]
-        self._queue([row for row in running if row.queued < row.max_tokens])
+        ahead = queues_ahead()
+        if ahead:
+            self._queue([row for row in running if row.queued < row.max_tokens])
         responses = [
             (row.uid, self._respond(row, cast("int", token.item()), logprobs[0]))
             for row, (token, logprobs) in zip(running, ready, strict=True)
@@ -162,6 +170,8 @@ class BatchGenerator:
             if row.uid in ended and self._keeps_prompts:
                 self._reuse.store(row.prompt, row.tokens, row.cache)
         self._rows = [row for row in self._rows if row.uid not in ended]
+        if not ahead:
+            self._queue(self._rows)
         self._admit()
         return responses
 
@@ -185,26 +195,24 @@ class BatchGenerator:
 
     def _row(self, uid: int, inputs: Inputs, options: Options) -> _Row:
         prompt = self._reuse.prompt(inputs)
-        length = len(prompt.keys)
-        max_tokens = limit_tokens(length, options.max_tokens, self.processor.context_length)
-        language_model = self.model.language_model
-        cache, known = self._reuse.begin(prompt, make_cache(language_model, length, self.kv_bits))
+        empty = make_cache(self.model.language_model, len(prompt.keys), self.kv_bits)
+        cache, known = self._reuse.begin(prompt, empty)
         stops = [*self.processor.template.stops, *options.stop]
         tokenizer, eos_ids = self.processor.tokenizer, self.processor.eos_ids
         return _Row(
             uid=uid,
             prompt=prompt,
-            answer=Answer(tokenizer, eos_ids, stops, max_tokens),
+            answer=Answer(tokenizer, eos_ids, stops, options.max_tokens),
             sampler=options.sampler(),
             processors=options.logits_processors(),
             cache=cache,
             known=known,
-            max_tokens=max_tokens,
+            max_tokens=options.max_tokens,
             seen=mx.array([key for key in prompt.keys if isinstance(key, int)], mx.int32),
         )
 
     def _queue(self, rows: list[_Row]) -> None:
-        """Queues the next token of some rows, before the last one is waited for."""
+        """Computes, or on a GPU queues, the next token of some rows."""
         if not rows:
             return
         ids = mx.concatenate([row.token for row in rows])[:, None]

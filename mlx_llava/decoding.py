@@ -14,6 +14,9 @@ import mlx.core as mx
 
 from mlx_llava.cache import Cache, RollingKVCache, group_size
 from mlx_llava.llama import LanguageModel
+from mlx_llava.llava import Llava
+from mlx_llava.machine import on_cpu
+from mlx_llava.memory import check_prompt
 from mlx_llava.processor import Inputs
 from mlx_llava.sampling import (
     LogitsProcessor,
@@ -144,6 +147,50 @@ class Options:
         return make_logits_processors(self.repetition_penalty)
 
 
+def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+    """How many tokens can be made; raises ValueError where there is room for none."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
+    if prompt_tokens >= context_length:
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
+            "use fewer or smaller images, or a shorter text."
+        )
+    return min(max_tokens, context_length - prompt_tokens)
+
+
+def check_request(
+    model: Llava,
+    inputs: Inputs,
+    max_tokens: int,
+    context_length: int,
+    *,
+    prefill_step: int = PREFILL_STEP,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+) -> int:
+    """How many tokens the answer to one prompt can have.
+
+    Raises:
+        ValueError: It is not one prompt, it is longer than the context, or memory is too small.
+    """
+    rows, prompt_tokens = inputs.input_ids.shape
+    if rows != 1:
+        raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
+    max_tokens = limit_tokens(prompt_tokens, max_tokens, context_length)
+    check_prompt(
+        model.config,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        tiles=sum(inputs.image_tiles),
+        itemsize=model.language_model.dtype.size,
+        prefill_step=prefill_step,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+    )
+    return max_tokens
+
+
 def make_cache(
     language_model: LanguageModel,
     prompt_tokens: int,
@@ -213,6 +260,15 @@ def prefill(
     return logits[:, -1]
 
 
+def queues_ahead() -> bool:
+    """Whether to queue a step before the last one's token is read.
+
+    It keeps a GPU busy. On a CPU, where a step is done when the call returns, it would only delay
+    the token, and do a step too many.
+    """
+    return not on_cpu()
+
+
 def choose_token(
     logits: mx.array, seen: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor]
 ) -> tuple[mx.array, mx.array]:
@@ -258,25 +314,16 @@ def generate_step(
         mx.async_eval(token, logprobs)
         return token, logprobs
 
+    def following(token: mx.array) -> tuple[mx.array, mx.array]:
+        nonlocal seen
+        if logits_processors:
+            seen = mx.concatenate([seen, token])
+        return choose(language_model(token[:, None], cache=cache)[:, -1])
+
+    ahead = queues_ahead()
     token, logprobs = choose(prefill(embeddings, language_model, cache, prefill_step))
-    for n in range(1, max_tokens + 1):
-        following = None
-        if n < max_tokens:  # queue the next step before this token is waited for
-            if logits_processors:
-                seen = mx.concatenate([seen, token])
-            following = choose(language_model(token[:, None], cache=cache)[:, -1])
+    for _ in range(max_tokens - 1):
+        queued = following(token) if ahead else None
         yield cast("int", token.item()), logprobs[0]
-        if following is not None:
-            token, logprobs = following
-
-
-def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
-    """How many tokens can be made; raises ValueError where there is room for none."""
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
-    if prompt_tokens >= context_length:
-        raise ValueError(
-            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
-            "use fewer or smaller images, or a shorter text."
-        )
-    return min(max_tokens, context_length - prompt_tokens)
+        token, logprobs = queued or following(token)
+    yield cast("int", token.item()), logprobs[0]

@@ -29,14 +29,13 @@ from mlx_llava.decoding import (
     GenerationResponse,
     Meter,
     Options,
+    check_request,
     generate_step,
-    limit_tokens,
     make_cache,
 )
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llava import Llava
 from mlx_llava.load import load
-from mlx_llava.memory import check_prompt
 from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Conversation, Inputs, Processor
@@ -99,24 +98,20 @@ def stream_generate(
         inputs = processor(inputs, image, **prompt_options)
     elif image is not None or prompt_options:
         raise ValueError("Inputs are complete; images and options belong to the processor's call.")
-    rows, prompt_tokens = inputs.input_ids.shape
-    if rows != 1:
-        raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
-    max_tokens = limit_tokens(prompt_tokens, max_tokens, processor.context_length)
-    options = Options(max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,))
-    sampler, processors = options.sampler(), options.logits_processors()
-    check_prompt(
-        model.config,
-        prompt_tokens=prompt_tokens,
-        max_tokens=max_tokens,
-        tiles=sum(inputs.image_tiles),
-        itemsize=model.language_model.dtype.size,
+    max_tokens = check_request(
+        model,
+        inputs,
+        max_tokens,
+        processor.context_length,
         prefill_step=prefill_step,
         kv_bits=kv_bits,
         max_kv_size=max_kv_size,
     )
+    options = Options(max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,))
+    sampler, processors = options.sampler(), options.logits_processors()
     started = time.perf_counter()
-    cache, known = make_cache(model.language_model, prompt_tokens, kv_bits, max_kv_size), 0
+    known, length = 0, inputs.input_ids.shape[1]
+    cache = make_cache(model.language_model, length, kv_bits, max_kv_size)
     if prompt_cache is None:
         embeddings = model.embed(**inputs)
     else:

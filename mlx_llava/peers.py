@@ -53,7 +53,11 @@ class Peer:
             text=True,
             env=environment,
         )
-        self.versions: dict[str, str] = self._read()["versions"]
+        try:
+            self.versions: dict[str, str] = self._read()["versions"]
+        except ValueError:
+            self.close()
+            raise
 
     def answer(self, rows: Sequence[Row], max_tokens: int) -> dict[str, Any]:
         """Answers rows together, each with so many tokens.
@@ -91,7 +95,7 @@ class Ours:
     packages = ("mlx_llava", "mlx")
 
     def __init__(self, folder: str, dtype: str) -> None:
-        from mlx_llava import load
+        from mlx_llava.load import load
 
         self.model, self.processor = load(folder, dtype=dtype)
         self.processor.eos_ids = frozenset()
@@ -102,7 +106,7 @@ class Ours:
         """The time until every row has its first token, and the tokens of each row."""
         if len(rows) > 1:
             return self._batch(rows, max_tokens)
-        from mlx_llava import stream_generate
+        from mlx_llava.generate import stream_generate
 
         (prompt, images), started, first = rows[0], time.perf_counter(), 0.0
         tokens = []

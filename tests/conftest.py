@@ -66,6 +66,13 @@ def loaded_next():
     return load(GOLDENS / "llava_next")
 
 
+@pytest.fixture(params=[True, False], ids=["ahead", "in step"])
+def queueing(request, monkeypatch):
+    """As on a GPU, and as on a CPU."""
+    for module in ("decoding", "batch"):
+        monkeypatch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: request.param)
+
+
 @pytest.fixture(params=["loaded", "loaded_next"])
 def both(request):
     """Either of the two."""

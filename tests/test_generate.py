@@ -94,13 +94,21 @@ def test_a_cache_of_mlx_lm_gives_the_same_tokens(loaded):
     ]
 
 
-def test_the_next_step_is_queued_before_the_token_is_read(loaded, monkeypatch):
+@pytest.mark.parametrize(
+    ("ahead", "expected"),
+    [
+        (True, ["queued", "queued", "read", "queued", "read", "read"]),
+        (False, ["queued", "read", "queued", "read", "queued", "read"]),
+    ],
+)
+def test_the_next_step_is_queued_before_the_token_is_read(loaded, monkeypatch, ahead, expected):
     model, processor = loaded
     events = []
+    monkeypatch.setattr("mlx_llava.decoding.queues_ahead", lambda: ahead)
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: events.append("queued"))
     for _ in generate_step(embeddings(model, processor), model.language_model, max_tokens=3):
         events.append("read")
-    assert events == ["queued", "queued", "read", "queued", "read", "read"]
+    assert events == expected
 
 
 def test_responses_tell_what_happened(loaded):

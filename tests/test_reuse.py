@@ -19,6 +19,8 @@ from tests.test_batch import picture
 
 MODEL = str(GOLDENS / "llava")
 
+pytestmark = pytest.mark.usefixtures("queueing")
+
 
 @pytest.fixture
 def encoded(loaded, monkeypatch):
