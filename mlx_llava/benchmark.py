@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", type=_numbers, default=[1, 4], help="pictures a row (default: 1,4)")
     add("--max-tokens", "-m", type=int, default=32, help="of an answer (default: %(default)s)")
     add("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
+    add("--requests", type=int, default=0, help="short prompts, to see how memory grows")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw them (a PNG); needs mlx-llava[plot]")
     return parser
@@ -98,6 +99,8 @@ def _alone_lines(alone: Figures) -> list[str]:
         f"machine: matmul {alone['matmul_gflops']:.0f} GFLOP/s, reads "
         f"{alone['read_gb_per_second']:.1f} GB/s; load {alone['load']:.2f} s; peak memory of MLX "
         f"{alone['peak_memory_gb']:.2f} GB",
+        f"from the shell to the first word and the end of the process: "
+        f"{alone['start']['median']:.2f} s",
         "images  tokens  preprocess  encode  prefill  first token  s per token  "
         "of the machine: encode prefill token",
     ]
@@ -109,6 +112,11 @@ def _alone_lines(alone: Figures) -> list[str]:
             f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
             f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
         )
+    lines += [
+        f"text of {row['prompt_tokens']} tokens: prefill {row['prefill']['median']:.3f} s, "
+        f"{row['token']['median']:.4f} s per token"
+        for row in alone["contexts"]
+    ]
     follow = alone["follow_up"]
     lines.append(
         f"follow-up question: first token in {follow['follow_up']['median']:.3f} s, "
@@ -120,6 +128,11 @@ def _alone_lines(alone: Figures) -> list[str]:
         f"{row['tokens_per_second']:8.1f}  {row['decode_tokens_per_second']['median']:15.1f}"
         for row in alone["batches"]
     ]
+    if alone["growth"]:
+        lines.append(
+            f"after {alone['growth']['requests']} more short prompts, resident memory had grown by "
+            f"{alone['growth']['growth']:.2%}"
+        )
     return lines
 
 
@@ -194,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check(args)
     dtype = args.dtype or ("float32" if on_cpu() else "bfloat16")
-    plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats)
+    plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
     found: Figures = {
         "model": args.shape or args.model or "embedded",
         "date": time.strftime("%Y-%m-%d"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +19,13 @@ from PIL import Image
 
 from mlx_llava.decoding import generate_step
 from mlx_llava.machine import matmul_rate, read_rate
-from mlx_llava.peers import Ours, Peer, Row
+from mlx_llava.peers import Ours, Peer, Row, peak_gb
 from mlx_llava.reuse import PromptCache
 from mlx_llava.work import decode_bytes, encode_flops, prefill_flops
 
 Figures: TypeAlias = "dict[str, Any]"
+PARTS = ("preprocess", "encode", "prefill", "token")
+CONTEXTS = (64, 256, 1024)
 
 
 def spread(times: Sequence[float]) -> Figures:
@@ -55,6 +59,7 @@ class Plan:
         images: pictures of a row, one measurement for each.
         max_tokens: the length of every answer.
         repeats: of every measurement.
+        requests: how many short prompts to answer, to see how memory grows; 0 for none.
     """
 
     dtype: str
@@ -62,12 +67,14 @@ class Plan:
     images: Sequence[int]
     max_tokens: int
     repeats: int
+    requests: int = 0
 
 
 class Alone:
     """Measures this package by its own parts."""
 
     def __init__(self, folder: Path, pictures: list[str], plan: Plan) -> None:
+        self.folder = folder
         started = time.perf_counter()
         self.ours = Ours(str(folder), plan.dtype)
         self.load_seconds = time.perf_counter() - started
@@ -76,42 +83,51 @@ class Alone:
         self.flops = 1e9 * matmul_rate(getattr(mx, plan.dtype))
         self.bytes = 1e9 * read_rate()
 
+    def _decode(self, embeddings: mx.array) -> tuple[float, float]:
+        """Seconds to read a prompt, and for each token after the first."""
+        clock = [time.perf_counter()]
+        steps = generate_step(
+            embeddings, self.model.language_model, max_tokens=self.plan.max_tokens
+        )
+        next(steps)
+        clock.append(time.perf_counter())
+        for _ in steps:
+            pass
+        clock.append(time.perf_counter())
+        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.plan.max_tokens - 1)
+
     def one(self, images: int) -> Figures:
         """One row, part by part."""
         prompt, paths = rows_of(self.pictures, 1, images)[0]
-        language_model, repeats = self.model.language_model, self.plan.repeats
-        parts: dict[str, list[float]] = {"preprocess": [], "encode": [], "prefill": [], "token": []}
-        for run in range(repeats + 1):
-            clock = [time.perf_counter()]
+        runs = []
+        for _ in range(self.plan.repeats + 1):
+            started = time.perf_counter()
             inputs = self.processor(prompt, paths, raw=True)
-            clock.append(time.perf_counter())
+            prepared = time.perf_counter()
             embeddings = self.model.embed(**inputs)
             mx.eval(embeddings)
-            clock.append(time.perf_counter())
-            steps = generate_step(embeddings, language_model, max_tokens=self.plan.max_tokens)
-            next(steps)
-            clock.append(time.perf_counter())
-            for _ in steps:
-                pass
-            clock.append(time.perf_counter())
-            if run:  # the first one warms up
-                for name, a, b in zip(parts, clock, clock[1:], strict=False):
-                    parts[name].append(
-                        (b - a) / (self.plan.max_tokens - 1 if name == "token" else 1)
-                    )
+            encoded = time.perf_counter()
+            runs.append((prepared - started, encoded - prepared, *self._decode(embeddings)))
+        times = list(zip(*runs[1:], strict=True))  # the first run warms up
         length = inputs.input_ids.shape[1]
         found: Figures = {"images": images, "prompt_tokens": length}
-        found |= {name: spread(times) for name, times in parts.items()}
-        first = [sum(times) for times in zip(*list(parts.values())[:3], strict=True)]
+        found |= {name: spread(own) for name, own in zip(PARTS, times, strict=True)}
+        found["first"] = spread([sum(run[:3]) for run in runs[1:]])
         positions = length + self.plan.max_tokens // 2
         work = {
             "encode": encode_flops(self.model.config, sum(inputs.image_tiles)) / self.flops,
             "prefill": prefill_flops(self.model.config, length) / self.flops,
             "token": decode_bytes(self.model, positions) / self.bytes,
         }
-        found["first"] = spread(first)
         found["of_the_machine"] = {k: w / found[k]["median"] for k, w in work.items()}
         return found
+
+    def context(self, length: int) -> Figures:
+        """A prompt of text of some length."""
+        embeddings = self.model.language_model.model.embed_tokens(mx.zeros((1, length), mx.int32))
+        runs = [self._decode(embeddings) for _ in range(self.plan.repeats)]
+        prefill, token = zip(*runs, strict=True)
+        return {"prompt_tokens": length, "prefill": spread(prefill), "token": spread(token)}
 
     def follow_up(self) -> Figures:
         """A second question about the same picture, against the first."""
@@ -152,10 +168,36 @@ class Alone:
             "decode_tokens_per_second": spread(decoding),
         }
 
+    def start(self) -> Figures:
+        """A whole process, from the shell to the first word and its end."""
+        command = [sys.executable, "-m", "mlx_llava.generate", "--model", str(self.folder)]
+        command += ["--image", self.pictures[0], "--prompt", "What is this?", "--max-tokens", "1"]
+        times = []
+        for run in range(self.plan.repeats + 1):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            if run:  # the first one fills the system's caches
+                times.append(time.perf_counter() - started)
+        return spread(times)
+
+    def grow(self, requests: int) -> Figures:
+        """How the memory of this process grows with short prompts, after some to warm up."""
+        for count in (max(20, requests // 10), requests):
+            before = resident_bytes()
+            for _ in range(count):
+                self.ours.answer(rows_of(self.pictures, 1, 1), 2)
+            growth = resident_bytes() / before - 1
+        return {"requests": requests, "resident_gb": before / 1e9, "growth": growth}
+
     def measure(self) -> Figures:
         """Everything."""
+        tell("the start of a process")
+        start = self.start()
         tell("one row")
         single = [self.one(images) for images in sorted({*self.plan.images, 1, 2})]
+        tell("contexts")
+        limit = self.processor.context_length - self.plan.max_tokens
+        contexts = [self.context(length) for length in CONTEXTS if length <= limit]
         tell("a follow-up question")
         follow_up = self.follow_up()
         batches = []
@@ -167,11 +209,22 @@ class Alone:
             "matmul_gflops": self.flops / 1e9,
             "read_gb_per_second": self.bytes / 1e9,
             "load": self.load_seconds,
+            "start": start,
             "single": single,
+            "contexts": contexts,
             "follow_up": follow_up,
             "batches": batches,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "growth": self.grow(self.plan.requests) if self.plan.requests else None,
         }
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds now (Linux), or has held at most."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return int(peak_gb() * 1e9)
 
 
 def tell(what: str) -> None:

@@ -226,7 +226,7 @@ class MLXVLM:
 SYSTEMS: dict[str, Any] = {"mlx_llava": Ours, "transformers": Transformers, "mlx-vlm": MLXVLM}
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     """The most memory that this process has held; Linux counts in KB, macOS in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -253,7 +253,7 @@ def serve(name: str, folder: str, dtype: str) -> None:
             started = time.perf_counter()
             first, tokens = system.answer(job["rows"], job["max_tokens"])
             seconds = time.perf_counter() - started
-            say({"first": first, "seconds": seconds, "tokens": tokens, "peak_gb": _peak_gb()})
+            say({"first": first, "seconds": seconds, "tokens": tokens, "peak_gb": peak_gb()})
         except Exception as error:
             say({"error": f"{type(error).__name__}: {error}"})
 

@@ -29,7 +29,8 @@ def tiny(tmp_path_factory):
 
 def test_it_measures_every_part(tmp_path, capsys):
     out, plot = tmp_path / "measured.json", tmp_path / "measured.png"
-    assert main([*SMALL, "--out", str(out), "--plot", str(plot)]) == 0
+    requests = ["--requests", "30"]
+    assert main([*SMALL, *requests, "--out", str(out), "--plot", str(plot)]) == 0
     found = json.loads(out.read_text())
     alone = found["alone"]
     assert [row["images"] for row in alone["single"]] == [1, 2]
@@ -40,6 +41,9 @@ def test_it_measures_every_part(tmp_path, capsys):
     assert {(row["batch"], row["images"]) for row in alone["batches"]} == {
         (batch, images) for batch in (1, 2) for images in (1, 2)
     }
+    assert [row["prompt_tokens"] for row in alone["contexts"]] == [64, 256, 1024]
+    assert alone["start"]["median"] > alone["load"]
+    assert alone["growth"]["growth"] < 0.2
     assert alone["follow_up"]["ratio"]["median"] > 0
     assert found["machine"]["versions"]["mlx"]
     assert plot.read_bytes().startswith(b"\x89PNG")
