@@ -136,6 +136,7 @@ class BatchGenerator:
         """
         options = options or Options()
         options.sampler()
+        options.logits_processors()
         max_tokens = check_request(
             self.model,
             inputs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, cast
 
 import mlx.core as mx
@@ -137,6 +138,24 @@ class Options:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Checks kinds, since options may come from a file or over a network."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        is_list = isinstance(self.stop, (list, tuple))
+        if not is_list or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a text or a list of texts.")
+        for name in ("max_tokens", "top_k", "seed"):
+            self._check(name, Integral, "a whole number")
+        for name in ("temp", "top_p", "min_p", "repetition_penalty"):
+            self._check(name, Real, "a number")
+
+    def _check(self, name: str, kind: type, words: str) -> None:
+        value = getattr(self, name)
+        optional = value is None and name in ("seed", "repetition_penalty")
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{name} is {value!r}; it must be {words}.")
 
     def sampler(self) -> Sampler:
         """What chooses the next token."""

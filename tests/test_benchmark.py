@@ -104,12 +104,17 @@ def test_our_own_process_answers_rows(tiny, tmp_path):
 def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
     model, processor = load(tiny, dtype="float32")
     counted = 0
-    matmul, attention = kernels.matmul, kernels.attention
+    matmul, attention, linear = kernels.matmul, kernels.attention, kernels.Linear.__call__
 
     def count(x, weight):
         nonlocal counted
         counted += 2 * x.size * len(weight)
         return matmul(x, weight)
+
+    def count_linear(self, x):
+        nonlocal counted
+        counted += 2 * x.size * len(self.weight)
+        return linear(self, x)
 
     def count_attention(queries, keys, values, *, scale, mask=None):
         nonlocal counted
@@ -117,8 +122,8 @@ def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
         counted += 4 * share * queries.size * keys.shape[2]
         return attention(queries, keys, values, scale=scale, mask=mask)
 
-    for module in (kernels, clip):
-        monkeypatch.setattr(module, "matmul", count)
+    monkeypatch.setattr(clip, "matmul", count)
+    monkeypatch.setattr(kernels.Linear, "__call__", count_linear)
     for name in ("mlx_llava.clip.attention", "mlx_llava.cache.attention"):
         monkeypatch.setattr(name, count_attention)
     inputs = processor("<image>What? <image>", draw_pictures(tiny.parent, 2))
