@@ -1,6 +1,6 @@
 """Makes known mistakes in a copy of the package, one at a time; the tests must notice each.
 
-python scripts/mutate.py        # needs pip install '.[test]'; about 3 minutes
+python scripts/mutate.py        # needs pip install '.[test]'; about half an hour
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MUTATIONS = (
     ("prompt rolled over", "cache", "place = self.keep + (self", "place = (self"),
     ("rows at one position", "llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
     ("rows share their chance", "sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),
-    ("answers go on in a batch", "batch", "self._rows = [row for row in self._rows if row.uid not in ended]", "pass"),
+    ("a removed row goes on", "batch", "self._rows = [row for row in self._rows if row.uid != uid]", "pass"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
 )  # fmt: skip
 
