@@ -52,7 +52,6 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     token: mx.array = field(default_factory=lambda: mx.zeros((1,), mx.int32))
     logprobs: mx.array = field(default_factory=lambda: mx.zeros((1, 1)))
-    queued: int = 0
     meter: Meter = field(init=False)
 
     @property
@@ -63,7 +62,6 @@ class _Row:
     def choose(self, logits: mx.array) -> None:
         """Takes the next token from logits (1, V)."""
         self.token, self.logprobs = choose_token(logits, self.seen, self.sampler, self.processors)
-        self.queued += 1
         if self.processors:
             self.seen = mx.concatenate([self.seen, self.token])
 
@@ -161,7 +159,7 @@ class BatchGenerator:
         ready = [(row.token, row.logprobs) for row in running]
         ahead = queues_ahead()
         if ahead:
-            self._queue([row for row in running if row.queued < row.max_tokens])
+            self._queue([row for row in running if len(row.tokens) + 1 < row.max_tokens])
         responses = [
             (row.uid, self._respond(row, cast("int", token.item()), logprobs[0]))
             for row, (token, logprobs) in zip(running, ready, strict=True)
@@ -223,7 +221,6 @@ class BatchGenerator:
             tokens, logprobs = choose_token(logits, ids, greedy, ())
             for i, row in enumerate(rows):
                 row.token, row.logprobs = tokens[i : i + 1], logprobs[i : i + 1]
-                row.queued += 1
         else:
             for i, row in enumerate(rows):
                 row.choose(logits[i : i + 1])

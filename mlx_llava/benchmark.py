@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_llava.command import command
-from mlx_llava.hub import embedded_model, find_checkpoint
-from mlx_llava.machine import describe, on_cpu
+from mlx_llava.hub import find_checkpoint
+from mlx_llava.machine import describe, fast_dtype
 from mlx_llava.measuring import Alone, Figures, Plan, compare, draw_pictures, tell
 from mlx_llava.peers import SYSTEMS
 from mlx_llava.precision import DTYPES
@@ -67,11 +67,7 @@ def _numbers(text: str) -> list[int]:
 def checkpoint(args: argparse.Namespace, dtype: str) -> Iterator[Path]:
     """The folder to measure, made and removed again where it is a random one."""
     if args.shape is None:
-        yield (
-            embedded_model()
-            if args.model is None
-            else find_checkpoint(args.model, None, offline=False)
-        )
+        yield find_checkpoint(args.model, None, offline=False)
         return
     with tempfile.TemporaryDirectory() as folder:
         tell(f"nothing yet: writing a random {args.shape}")
@@ -206,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     _check(args)
-    dtype = args.dtype or ("float32" if on_cpu() else "bfloat16")
+    dtype = args.dtype or fast_dtype()
     plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
     found: Figures = {
         "model": args.shape or args.model or "embedded",
@@ -215,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **asdict(plan),
     }
     with checkpoint(args, dtype) as folder, tempfile.TemporaryDirectory() as drawn:
-        pictures = draw_pictures(Path(drawn), max(args.batch) * max(args.images))
-        pictures = pictures if len(pictures) > 1 else pictures * 2
+        pictures = draw_pictures(Path(drawn), max(2, max(args.batch) * max(args.images)))
         if args.against:
             pythons = dict(pair.split("=", 1) for pair in args.peer_python)
             names = args.against.split(",")

@@ -229,10 +229,10 @@ def make_cache(
         ValueError: The two exclude each other, or do not fit the model or the prompt.
     """
     config = language_model.config
-    if max_kv_size is None and kv_bits is None:
-        return language_model.make_cache()
     if max_kv_size is None:
-        return _quantized_cache(len(language_model.layers), config.dims_per_head, kv_bits or 8)
+        if kv_bits is None:
+            return language_model.make_cache()
+        return _quantized_cache(len(language_model.layers), config.dims_per_head, kv_bits)
     if kv_bits is not None:
         raise ValueError("A cache has either kv_bits or max_kv_size.")
     if config.sliding_window is not None:

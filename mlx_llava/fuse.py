@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_llava.adapter import load_adapter, merge_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.load import layer_settings, load, save
+from mlx_llava.quantized import is_quantized
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(changed)} layers were rounded to their bits again", file=sys.stderr)
     elif changed:
         print(f"{len(changed)} quantised layers became plain", file=sys.stderr)
-    if not any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for m in model.modules()):
+    if not any(is_quantized(module) for module in model.modules()):
         model.config = replace(model.config, quantization=None)
     mx.eval(model.parameters())
     save(model, processor, args.output, force=args.force)

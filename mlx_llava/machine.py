@@ -27,6 +27,11 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
+def fast_dtype() -> str:
+    """What the device computes fast in; of a CPU's matmuls only float32's has a BLAS."""
+    return "float32" if on_cpu() else "bfloat16"
+
+
 def total_memory() -> int:
     """The memory that models can use, in bytes: what Metal recommends, or the machine's."""
     if on_cpu():

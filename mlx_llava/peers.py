@@ -41,10 +41,10 @@ class Peer:
         """
         self.system = system
         environment = dict(os.environ)
-        if system != "transformers":
+        if system == "mlx-vlm":
             from mlx_llava.backend import BLAS
 
-            environment.update({"LD_PRELOAD": BLAS} if BLAS and system == "mlx-vlm" else {})
+            environment |= {"LD_PRELOAD": BLAS} if BLAS else {}
         program = ["-m", "mlx_llava.peers"] if system == "mlx_llava" else [__file__]
         self._process = subprocess.Popen(
             [python or sys.executable, *program, system, str(folder), dtype],

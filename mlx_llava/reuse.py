@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -57,7 +58,7 @@ def pictures_of(inputs: Inputs, image_token_index: int) -> list[Picture]:
         pixels = inputs.pixel_values[tile : tile + tiles]
         size = inputs.image_sizes[i] if inputs.image_sizes else None
         digest = hashlib.sha256(repr((size, pixels.shape)).encode())
-        digest.update(np.array(pixels).tobytes())
+        digest.update(np.array(pixels, copy=False).tobytes())
         position = ids.index(image_token_index, position)
         places = range(position, position + count)
         pictures.append(Picture(digest.hexdigest(), pixels, size, places))
@@ -148,6 +149,10 @@ class PromptCache:
         self._images = FeatureCache(model, max_feature_bytes)
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
 
+    @cached_property
+    def _identity(self) -> str:
+        return fingerprint(self.model)
+
     def prompt(self, inputs: Inputs) -> Prompt:
         """A prompt as it is known here."""
         return Prompt.of(inputs, self.model.config.image_token_index)
@@ -210,7 +215,7 @@ class PromptCache:
         arrays: dict[str, mx.array] = dict(tree_flatten(stored))
         metadata = {
             "format": _FORMAT,
-            "model": fingerprint(self.model),
+            "model": self._identity,
             "keys": json.dumps(keys),
             "kind": json.dumps(_kind(cache)),
         }
@@ -238,7 +243,7 @@ class PromptCache:
         advice = "remove it or give another --prompt-cache-file."
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a prompt cache of mlx_llava; {advice}")
-        if metadata["model"] != fingerprint(self.model):
+        if metadata["model"] != self._identity:
             raise ValueError(f"{path} was made with another model; {advice}")
         if json.loads(metadata["kind"]) != _kind(empty):
             raise ValueError(f"{path} was made with other --kv-bits; {advice}")

@@ -20,6 +20,7 @@ from mlx_llava.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.hub import EMBEDDED
 from mlx_llava.load import load, new_folder, save
+from mlx_llava.machine import fast_dtype
 from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Processor
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = mx.distributed.init().rank() == 0
     if is_main:
         _check_folder(folder, args.resume)
-    dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    dtype = args.dtype or fast_dtype()
     model, processor = load(
         args.model,
         dtype=dtype,

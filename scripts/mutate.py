@@ -71,7 +71,7 @@ MUTATIONS = (
     ("size not part of a picture", "reuse", "repr((size, pixels.shape))", "repr(pixels.shape)"),
     ("nothing left to read", "reuse", "zip(self.keys[:-1], keys", "zip(self.keys, keys"),
     ("cut inside a picture", "reuse", "return min([length, *cut])", "return length"),
-    ("cache of another model", "reuse", 'if metadata["model"] != fingerprint(self.model):', "if False:"),
+    ("cache of another model", "reuse", 'if metadata["model"] != self._identity:', "if False:"),
     ("prompt rolled over", "cache", "place = self.keep + (self", "place = (self"),
     ("rows at one position", "llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
     ("rows share their chance", "sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_llava import cache, clip, kernels, llama
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.decoding import generate_step
-from mlx_llava.machine import on_cpu
+from mlx_llava.machine import fast_dtype
 from mlx_llava.measuring import draw_pictures, rows_of
 from mlx_llava.random_model import SHAPES, write_random_model
 
@@ -114,7 +114,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="a folder")
     what.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--dtype", default="float32" if on_cpu() else "bfloat16")
+    parser.add_argument("--dtype", default=fast_dtype())
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

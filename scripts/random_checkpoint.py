@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from mlx_llava.random_model import SHAPES
+
 SHARD_BYTES = 5 << 30
 VICUNA = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -32,15 +34,7 @@ VICUNA = {
     "mm_vision_select_layer": -2,
     "image_aspect_ratio": "pad",
 }
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+CLIP = {"model_type": "clip_vision_model", **SHAPES["7b"][0]}
 
 
 def language_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -241,3 +241,5 @@ def test_a_quantised_cache_is_reused_and_batched(wide, capsys, tmp_path):
 def test_heads_that_have_no_groups_are_refused(loaded):
     with pytest.raises(ValueError, match="kv_bits is 8 and a head has"):
         answer(loaded, "hi", PICTURE, None, kv_bits=8)
+    with pytest.raises(ValueError, match="kv_bits is 0"):
+        answer(loaded, "hi", PICTURE, None, kv_bits=0)
