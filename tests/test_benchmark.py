@@ -146,7 +146,7 @@ def test_shapes_are_configs(shape):
 
 
 def test_the_profile_names_the_parts(tiny):
-    command = [sys.executable, "scripts/profile.py", "--model", str(tiny), "--tokens", "3"]
+    command = [sys.executable, "scripts/profile_layers.py", "--model", str(tiny), "--tokens", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for part in ("encode: ", "prefill: ", "3 tokens: ", "matmul", "attention", "norm", "gate"):
         assert part in done.stdout

@@ -1,6 +1,6 @@
 """Where the time goes, part by part: encoding a picture, reading a prompt, making a token.
 
-    python scripts/profile.py --shape 1b
+    python scripts/profile_layers.py --shape 1b
 
 Each operation is waited for before the next begins, so that the sum is more than a real run's
 time, most of all on a GPU; compare the parts with each other.
