@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
@@ -119,6 +119,27 @@ class Rows:
         """How many positions each row has stored."""
         return [cache.offset for cache in self.caches]
 
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: list[Mask],
+    ) -> mx.array:
+        """`attend`, each row with its own cache and mask."""
+        caches = self.caches
+        new = [(queries[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in range(len(caches))]
+        if any(hasattr(cache, "bits") for cache in caches):
+            rows = zip(caches, new, mask, strict=True)
+            return mx.concatenate([attend(c, *row, scale=scale, mask=own) for c, row, own in rows])
+        stored = [
+            cache.update_and_fetch(k, v) for cache, (_, k, v) in zip(caches, new, strict=True)
+        ]
+        all_keys, all_values = zip(*stored, strict=True)
+        return attention_of_rows(queries, all_keys, all_values, scale=scale, masks=mask)
+
 
 def attend(
     cache: Any,
@@ -132,7 +153,8 @@ def attend(
     """Stores new keys and values, and lets the queries see all that are stored.
 
     Args:
-        cache (KVCache, QuantizedKVCache, Rows or None): What came before.
+        cache (KVCache, QuantizedKVCache or None): What came before. One that has an ``attend`` of
+            its own, as `Rows`, is asked instead.
         queries (mx.array): (B, H, L, D).
         keys (mx.array): (B, heads, L, D).
         values (mx.array): As the keys.
@@ -142,8 +164,8 @@ def attend(
     Returns:
         mx.array: (B, H, L, D).
     """
-    if isinstance(cache, Rows):
-        return _attend_rows(cache.caches, queries, keys, values, scale, cast("list[Mask]", mask))
+    if hasattr(cache, "attend"):
+        return cache.attend(queries, keys, values, scale=scale, mask=mask)
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
     if hasattr(cache, "bits"):
@@ -151,24 +173,6 @@ def attend(
 
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
     return attention(queries, keys, values, scale=scale, mask=mask)  # type: ignore[arg-type]
-
-
-def _attend_rows(
-    caches: Sequence[Any],
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    masks: Sequence[Mask],
-) -> mx.array:
-    """`attend` for rows that have caches of their own."""
-    new = [(queries[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in range(len(caches))]
-    if any(hasattr(cache, "bits") for cache in caches):
-        rows = zip(caches, new, masks, strict=True)
-        return mx.concatenate([attend(c, *row, scale=scale, mask=mask) for c, row, mask in rows])
-    stored = [cache.update_and_fetch(k, v) for cache, (_, k, v) in zip(caches, new, strict=True)]
-    all_keys, all_values = zip(*stored, strict=True)
-    return attention_of_rows(queries, all_keys, all_values, scale=scale, masks=masks)
 
 
 def group_size(dims: int) -> int | None:

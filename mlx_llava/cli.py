@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "make an MLX folder of any checkpoint",
     "doctor": "show what MLX runs on here, and how fast it is",
     "evaluate": "answer question files, and score the answers",
+    "explain": "draw what a model looked at while it answered",
     "fuse": "merge what was trained into its model",
     "generate": "ask about pictures",
     "train": "align a projector, tune all, or train LoRA layers",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_llava import display
 from mlx_llava.cache import Cache, RollingKVCache, group_size
 from mlx_llava.llama import LanguageModel
 from mlx_llava.llava import Llava
@@ -51,6 +52,8 @@ class GenerationResponse:
         encode_seconds: vision tower and projector.
         prefill_seconds: reading the prompt, up to the first token.
         decode_seconds: everything after the first token.
+        answer: all text so far.
+        inputs: the prompt.
     """
 
     text: str
@@ -68,6 +71,16 @@ class GenerationResponse:
     encode_seconds: float
     prefill_seconds: float
     decode_seconds: float
+    answer: str
+    inputs: Inputs = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the pictures, the answer, the timings."""
+        figures = self.figures()
+        seconds = {name: f"{value:.3f} s" for name, value in figures.pop("timings").items()}
+        figures["peak_memory"] = f"{self.peak_memory:.2f} GB"
+        pictures = display.pictures(self.inputs.tiles())
+        return pictures + display.texts([self.answer]) + display.table({**figures, **seconds})
 
     def figures(self) -> dict[str, Any]:
         """What there is to say of an answer when it is complete, for JSON."""
@@ -97,6 +110,7 @@ class Meter:
         self._started = time.perf_counter()
         self._first: float | None = None
         self._count = 0
+        self._answer = ""
 
     def response(
         self, token: int, logprobs: mx.array, text: str, finish_reason: str | None
@@ -105,6 +119,7 @@ class Meter:
         now = time.perf_counter()
         self._first = self._first or now
         self._count += 1
+        self._answer += text
         prefill_seconds, decode_seconds = self._first - self._started, now - self._first
         prompt_tokens = self._inputs.input_ids.shape[1]
         return GenerationResponse(
@@ -123,6 +138,8 @@ class Meter:
             encode_seconds=self._encode_seconds,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
+            answer=self._answer,
+            inputs=self._inputs,
         )
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.batch import batch_generate
-from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.command import command
 from mlx_llava.hub import EMBEDDED
-from mlx_llava.load import load
-from mlx_llava.precision import DTYPES
-from mlx_llava.preprocess import MODES
+from mlx_llava.loading import add_model_arguments, load_model
 from mlx_llava.scores import SCORERS, read_lines
 from mlx_llava.tokenizer import IMAGE_TOKEN
 
@@ -35,9 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
         "file holds already is not asked again. Published results of LLaVA 1.5 need "
         "--template vicuna_v1 --image-mode pad.",
     )
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", help="a folder, a GGUF file, or a hub repository (default: embedded)")
-    add("--adapter-path", metavar="DIR", help="what mlx_llava.train made of the model")
     add("--questions", type=Path, required=True, metavar="FILE", help="JSON lines, or ScienceQA's")
     add("--image-folder", type=Path, default=Path(), help="what image paths are relative to")
     add("--answers", type=Path, required=True, metavar="FILE", help="the answer file")
@@ -48,10 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
     add("--max-tokens", "-m", type=int, default=128, help="of an answer (default: %(default)s)")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
-    add("--template", help="a built-in template instead of the checkpoint's own")
-    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")
-    add_source_arguments(parser)
     return parser
 
 
@@ -116,14 +109,7 @@ def answer_all(
     questions: Sequence[dict[str, Any]], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Answers questions in batches; yields lines of an answer file."""
-    model, processor = load(
-        args.model,
-        adapter_path=args.adapter_path,
-        dtype=args.dtype,
-        template=args.template,
-        image_mode=args.image_mode,
-        **source_options(args),
-    )
+    model, processor = load_model(args)
     name = Path(args.model or EMBEDDED).name
     for start in range(0, len(questions), args.batch_size):
         batch = questions[start : start + args.batch_size]

@@ -22,7 +22,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_llava.batch import BATCH_SIZE, BatchGenerator
-from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.command import command
 from mlx_llava.decoding import (
     MAX_TOKENS,
     PREFILL_STEP,
@@ -35,9 +35,8 @@ from mlx_llava.decoding import (
 )
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llava import Llava
-from mlx_llava.load import load
+from mlx_llava.loading import add_model_arguments, load_model
 from mlx_llava.precision import DTYPES
-from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.prompts_file import answer_lines
 from mlx_llava.reuse import PromptCache
@@ -170,9 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mlx_llava.generate",
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", help="a folder, a GGUF file, or a hub repository (default: embedded)")
-    add("--adapter-path", metavar="DIR", help="what mlx_llava.train made of the model")
     add(
         "--image",
         action="append",
@@ -188,9 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='lines of {"prompt": ..., "images": [...]}, or -; prints a line of JSON for each',
     )
     add("--system", help="replaces the template's system text")
-    add("--template", help="a built-in template instead of the checkpoint's own")
     add("--raw", action="store_true", help="the prompt is the whole text, with <image> marks")
-    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
     add(
         "--image-position",
         choices=("start", "end"),
@@ -213,11 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="what was read before, and is not read again; written anew after the answer",
     )
-    add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")
     add("--vision-dtype", choices=DTYPES, help="of the vision tower alone")
     add("--projector-dtype", choices=DTYPES, help="of the projector alone")
     add("--vision-device", choices=("cpu", "gpu"), help="where pictures are encoded")
-    add_source_arguments(parser)
     add("--show-prompt", action="store_true", help="print what the model reads, to stderr")
     add("--json", action="store_true", help="print one JSON object instead of the answer")
     add("--quiet", "-q", action="store_true", help="no timings on stderr")
@@ -251,13 +245,11 @@ def _report(last: GenerationResponse, load_seconds: float, images: int) -> str:
     return "\n".join(lines)
 
 
-def _as_json(
-    prompt: str, text: str, tokens: list[int], last: GenerationResponse, load_seconds: float
-) -> str:
+def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load_seconds: float) -> str:
     """The object that ``--json`` prints."""
     figures = last.figures()
     figures["timings"] = {"load": load_seconds, **figures["timings"]}
-    answer = {"text": text, "prompt": prompt, "tokens": tokens, **figures}
+    answer = {"text": last.answer, "prompt": prompt, "tokens": tokens, **figures}
     return json.dumps(answer, ensure_ascii=False)
 
 
@@ -299,7 +291,7 @@ def _answer(
         cache = PromptCache(model)
         if Path(path).exists():
             cache.load(path, make_cache(model.language_model, 0, args.kv_bits))
-    text, tokens = "", []
+    tokens = []
     for part in stream_generate(
         model,
         processor,
@@ -309,11 +301,10 @@ def _answer(
         prompt_cache=cache,
         **_options(args),
     ):
-        text += part.text
         tokens.append(part.token)
         if not args.json:
             print(part.text, end="", flush=True)
-    print(_as_json(prompt, text, tokens, part, load_seconds) if args.json else "")
+    print(_as_json(prompt, tokens, part, load_seconds) if args.json else "")
     if cache is not None:
         cache.save(path)
     if not args.quiet:
@@ -348,16 +339,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.model is None:
         print(EMBEDDED_NOTE, file=sys.stderr)
     started = time.perf_counter()
-    model, processor = load(
-        args.model,
-        adapter_path=args.adapter_path,
-        dtype=args.dtype,
+    model, processor = load_model(
+        args,
         vision_dtype=args.vision_dtype,
         projector_dtype=args.projector_dtype,
         vision_device=args.vision_device,
-        image_mode=args.image_mode,
-        template=args.template,
-        **source_options(args),
     )
     if args.prompts_file is None:
         _answer(args, model, processor, time.perf_counter() - started)

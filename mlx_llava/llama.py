@@ -7,6 +7,8 @@ B rows, L new tokens, T = cached + new tokens, D width, V vocabulary. Touvron et
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -212,12 +214,27 @@ class LanguageModel(nn.Module):
             mx.array: Logits (B, L, V), or (B, 1, V).
         """
         x = self.model.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
+        (x,) = deque(self.hidden_states(x, cache, attention_mask), maxlen=1)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def hidden_states(
+        self, x: mx.array, cache: Cache | None = None, attention_mask: mx.array | None = None
+    ) -> Iterator[mx.array]:
+        """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
         offset = cache[0].offset if cache else 0
         start, mask = self._places(x.shape[1], offset, attention_mask)
+        yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
             x = block(x, mask, start, cache[i] if cache else None)
-        x = self.model.norm(x[:, -1:] if last_only else x)
+            yield x
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What a hidden state (..., D) would say if it were the last one: logits (..., V)."""
+        return self.unembed(self.model.norm(x))
+
+    def unembed(self, x: mx.array) -> mx.array:
+        """Normed hidden states (..., D) -> logits (..., V)."""
         if "lm_head" in self:
             return self.lm_head(x)
         return self.model.embed_tokens.as_linear(x)

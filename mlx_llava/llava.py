@@ -46,6 +46,66 @@ def check_places(is_image: mx.array, features: mx.array) -> None:
         )
 
 
+def lay_out(
+    features: mx.array,
+    newline: mx.array | None,
+    image_sizes: Sequence[Size] | None,
+    config: LlavaConfig,
+) -> list[mx.array]:
+    """Puts the features of tiles in the order that pictures have in the prompt.
+
+    Args:
+        features (mx.array): Of all tiles of all pictures, (N, P, D).
+        newline (mx.array, optional): What ends a line, (D,), in models that have it.
+        image_sizes (sequence of (height, width), optional): The pictures' own sizes, for anyres;
+            without them every tile is a picture.
+        config (LlavaConfig): How it is done.
+
+    Returns:
+        list[mx.array]: Those of each picture, (tokens, D).
+
+    Raises:
+        ValueError: Tiles and sizes do not match.
+    """
+    if image_sizes is None:
+        return (
+            list(features)
+            if newline is None
+            else [_lines(tile[None], newline) for tile in features]
+        )
+    counts = [1 + num_tiles(size, config) for size in image_sizes]
+    if sum(counts) != len(features):
+        raise ValueError(
+            f"pixel_values have {len(features)} tiles but image_sizes need {sum(counts)}."
+        )
+    ends = [sum(counts[: i + 1]) for i in range(len(counts) - 1)]
+    pictures = zip(mx.split(features, ends), image_sizes, strict=True)
+    return [_lay_out_tiles(tiles, newline, size, config) for tiles, size in pictures]
+
+
+def _lay_out_tiles(
+    tiles: mx.array, newline: mx.array | None, size: Size, config: LlavaConfig
+) -> mx.array:
+    """One picture's tiles (1 + n, P, D) -> the whole, then its grid row by row."""
+    if config.mm_patch_merge_type == "flat":
+        return tiles.flatten(0, 1)
+    patches = config.vision_config.patches_per_side
+    rows, columns = grid = grid_size(size, config)
+    shape = (rows // patches, columns // patches, patches, patches, -1)
+    whole = tiles[1:].reshape(shape).transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
+    if newline is None:
+        return mx.concatenate([tiles[0], whole.flatten(0, 1)])
+    shown = whole[unpadded_grid(size, grid, config.anyres_convention)]
+    return mx.concatenate([tiles[0], _lines(shown, newline)])
+
+
+def _lines(grid: mx.array, newline: mx.array) -> mx.array:
+    """Ends each row of (rows, columns, D) with the newline feature and flattens it."""
+    rows, _, D = grid.shape
+    newlines = mx.broadcast_to(newline.astype(grid.dtype), (rows, 1, D))
+    return mx.concatenate([grid, newlines], axis=1).flatten(0, 1)
+
+
 class Llava(nn.Module):
     """A LLaVA 1.5 or 1.6 model.
 
@@ -87,11 +147,8 @@ class Llava(nn.Module):
         """
         with mx.stream(self.vision_device or mx.default_device()):
             features = self.multi_modal_projector(self._vision_features(pixel_values))
-            if image_sizes is not None:
-                return self._assemble_tiles(features, image_sizes)
-            if self.config.has_newline:
-                return [self._end_lines(tile[None]) for tile in features]
-            return list(features)
+            newline = self.image_newline if self.config.has_newline else None
+            return lay_out(features, newline, image_sizes, self.config)
 
     def _vision_features(self, pixel_values: mx.array) -> mx.array:
         """The chosen hidden states of all tiles, some tiles at a time to bound memory."""
@@ -110,39 +167,6 @@ class Llava(nn.Module):
         if self.config.vision_feature_select_strategy == "default":
             return features[:, 1:]
         return features
-
-    def _assemble_tiles(self, features: mx.array, image_sizes: Sequence[Size]) -> list[mx.array]:
-        """Splits (N, P, D) into pictures, each the whole and its tiles, and lays them out."""
-        counts = [1 + num_tiles(size, self.config) for size in image_sizes]
-        if sum(counts) != len(features):
-            raise ValueError(
-                f"pixel_values have {len(features)} tiles but image_sizes need {sum(counts)}."
-            )
-        ends = [sum(counts[: i + 1]) for i in range(len(counts) - 1)]
-        pictures = mx.split(features, ends)
-        return [
-            self._layout(tiles, size) for tiles, size in zip(pictures, image_sizes, strict=True)
-        ]
-
-    def _layout(self, tiles: mx.array, size: Size) -> mx.array:
-        """One picture's tiles (1 + n, P, D) -> the whole, then its grid row by row."""
-        merge_type = self.config.mm_patch_merge_type
-        if merge_type == "flat":
-            return tiles.flatten(0, 1)
-        patches = self.config.vision_config.patches_per_side
-        rows, columns = grid = grid_size(size, self.config)
-        shape = (rows // patches, columns // patches, patches, patches, -1)
-        whole = tiles[1:].reshape(shape).transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
-        if merge_type == "spatial":
-            return mx.concatenate([tiles[0], whole.flatten(0, 1)])
-        shown = whole[unpadded_grid(size, grid, self.config.anyres_convention)]
-        return mx.concatenate([tiles[0], self._end_lines(shown)])
-
-    def _end_lines(self, grid: mx.array) -> mx.array:
-        """Ends each row of (rows, columns, D) with the newline feature and flattens it."""
-        rows, _, D = grid.shape
-        newlines = mx.broadcast_to(self.image_newline.astype(grid.dtype), (rows, 1, D))
-        return mx.concatenate([grid, newlines], axis=1).flatten(0, 1)
 
     def embed(
         self,

@@ -29,43 +29,53 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize_shortest(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
-    """Resizes so that the shorter edge is `side`; the longer one is truncated, not rounded."""
-    width, height = image.size
-    longer = int(side * max(width, height) / min(width, height))
-    check_pixels((longer, side), MAX_PIXELS, "The resized image")
-    size = (side, longer) if width <= height else (longer, side)
-    return image.resize(size, resample)
+#: (left, top, right, bottom).
+Box: TypeAlias = tuple[float, float, float, float]
+
+
+def shortest_edge_size(size: Size, side: int) -> Size:
+    """The size with a shorter edge of `side`; the longer one is truncated, not rounded."""
+    longer = int(side * max(size) / min(size))
+    return (longer, side) if size[1] <= size[0] else (side, longer)
+
+
+def center_corner(size: Size, window: Size) -> tuple[int, int]:
+    """Where a window in the middle begins, (top, left)."""
+    # Floor division as in transformers.image_transforms.center_crop, also where negative.
+    return (size[0] - window[0]) // 2, (size[1] - window[1]) // 2
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
     """Cuts (height, width) out of the middle; what lies outside the picture is black."""
-    width, height = image.size
-    # Floor division as in transformers.image_transforms.center_crop, also where negative.
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    top, left = center_corner((image.height, image.width), size)
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     """Centres the picture on a square of its longer side (LLaVA's expand2square)."""
-    width, height = image.size
-    side = max(width, height)
+    side = max(image.size)
     check_pixels((side, side), MAX_PIXELS, "The padded image")
     square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    top, left = center_corner((side, side), (image.height, image.width))
+    square.paste(image, (left, top))
     return square
+
+
+def fitted_size(size: Size, canvas: Size) -> Size:
+    """The largest size of the same proportions that fits a canvas."""
+    (height, width), (rows, columns) = size, canvas
+    by_width, by_height = columns / width, rows / height
+    if by_width < by_height:
+        return min(math.ceil(height * by_width), rows), columns
+    return rows, min(math.ceil(width * by_height), columns)
 
 
 def anyres_canvas(image: Image.Image, canvas: Size, resample: Image.Resampling) -> Image.Image:
     """Fits the picture into (height, width) and centres it on black."""
-    (rows, columns), (width, height) = canvas, image.size
-    by_width, by_height = columns / width, rows / height
-    if by_width < by_height:
-        new = (columns, min(math.ceil(height * by_width), rows))
-    else:
-        new = (min(math.ceil(width * by_height), columns), rows)
-    black = Image.new("RGB", (columns, rows))
-    black.paste(image.resize(new, resample), ((columns - new[0]) // 2, (rows - new[1]) // 2))
+    height, width = fitted_size((image.height, image.width), canvas)
+    black = Image.new("RGB", canvas[::-1])
+    top, left = center_corner(canvas, (height, width))
+    black.paste(image.resize((width, height), resample), (left, top))
     return black
 
 
@@ -88,6 +98,12 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
     if set(size) == {"height", "width"}:
         return size["height"], size["width"]
     raise ValueError(f"The image processor's {key}={size!r} is not supported.")
+
+
+def _shown(size: Size, resized: Size, corner: tuple[int, int], side: int) -> Box:
+    """What a square of a resized picture, its (top, left) given, shows of the picture."""
+    (top, left), (down, across) = corner, (size[0] / resized[0], size[1] / resized[1])
+    return left * across, top * down, (left + side) * across, (top + side) * down
 
 
 @dataclass(frozen=True)
@@ -202,13 +218,34 @@ class ImageProcessor:
         if self.mode == "pad":
             # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
             image = expand_to_square(image, tuple(int(mean * 255) for mean in self.mean))
-        return [center_crop(self._resize(image), (side, side))]
+        height, width = self._resized_size((image.height, image.width))
+        check_pixels((width, height), MAX_PIXELS, "The resized image")
+        return [center_crop(image.resize((width, height), self.resample), (side, side))]
 
-    def _resize(self, image: Image.Image) -> Image.Image:
-        if isinstance(self.size, int):
-            return resize_shortest(image, self.size, self.resample)
-        height, width = self.size
-        return image.resize((width, height), self.resample)
+    def _resized_size(self, size: Size) -> Size:
+        return shortest_edge_size(size, self.size) if isinstance(self.size, int) else self.size
+
+    def tile_boxes(self, size: Size) -> list[Box]:
+        """Which part of a picture of (height, width) each of its `tiles` shows.
+
+        Returns:
+            list[Box]: In the picture's own pixels; what lies beyond its edges is padding.
+        """
+        side = self.config.vision_config.image_size
+        height, width = size
+        if self.mode == "anyres":
+            rows, columns = canvas = canvas_size(size, self.config)
+            fitted = fitted_size(size, canvas)
+            above, beside = center_corner(canvas, fitted)
+            places = [(y, x) for y in range(0, rows, side) for x in range(0, columns, side)]
+            corners = [(y - above, x - beside) for y, x in places]
+            return [(0, 0, width, height), *(_shown(size, fitted, c, side) for c in corners)]
+        framed = (max(size),) * 2 if self.mode == "pad" else size
+        above, beside = center_corner(framed, size)
+        resized = self._resized_size(framed)
+        corner = center_corner(resized, (side, side))
+        left, top, right, bottom = _shown(framed, resized, corner, side)
+        return [(left - beside, top - above, right - beside, bottom - above)]
 
     def normalize(self, pixels: npt.NDArray[np.uint8]) -> Pixels:
         """Maps uint8 (..., 3) to normalised float32, through a table of the 256 levels.
@@ -220,6 +257,12 @@ class ImageProcessor:
         mean, std = np.array([self.mean, self.std], dtype=np.float32)
         table: Pixels = (levels[:, None] - mean) / std
         return table[pixels, np.arange(3)]
+
+    def denormalize(self, pixels: Pixels) -> npt.NDArray[np.uint8]:
+        """What `normalize` was given."""
+        mean, std = np.array([self.mean, self.std], dtype=np.float32)
+        levels = (pixels * std + mean) / self.rescale_factor
+        return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
     def num_tokens(self, size: Size) -> int:
         """How many positions a picture of (height, width) takes in the prompt."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
+from PIL import Image
 
+from mlx_llava import display
 from mlx_llava.anyres import Size, num_tiles
 from mlx_llava.config import LlavaConfig, template_by_shape
 from mlx_llava.image import ImageSource, load_image
@@ -47,6 +50,7 @@ class Inputs:
         image_tokens: how many placeholders each picture takes.
         image_tiles: how many of the tiles are each picture's.
         seconds: how long all of this took to prepare.
+        image_processor: what cut the pictures.
     """
 
     input_ids: mx.array
@@ -57,6 +61,7 @@ class Inputs:
     image_tokens: tuple[int, ...]
     image_tiles: tuple[int, ...]
     seconds: float
+    image_processor: ImageProcessor = field(repr=False)
 
     def keys(self) -> Iterator[str]:
         """The model's arguments, for ``**inputs``."""
@@ -64,6 +69,29 @@ class Inputs:
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, key)
+
+    def tiles(self) -> list[Image.Image]:
+        """The tiles as pictures: all that the model sees of what was given."""
+        if self.pixel_values is None:
+            return []
+        pixels = self.image_processor.denormalize(np.array(self.pixel_values))
+        return [Image.fromarray(tile) for tile in pixels]
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the tiles, the prompts, the shapes."""
+        shapes = {
+            key: "x".join(map(str, self[key].shape))
+            for key in ("input_ids", "pixel_values", "attention_mask")
+            if self[key] is not None
+        }
+        tiles = (
+            {"image_tokens": ", ".join(map(str, self.image_tokens))} if self.image_tokens else {}
+        )
+        return (
+            display.pictures(self.tiles())
+            + display.texts(self.prompts)
+            + display.table({**shapes, **tiles})
+        )
 
 
 def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
@@ -231,6 +259,7 @@ class Processor:
             image_tokens=counts,
             image_tiles=tiles,
             seconds=time.perf_counter() - started,
+            image_processor=self.image_processor,
         )
 
     def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:

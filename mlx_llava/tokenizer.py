@@ -163,6 +163,13 @@ class Tokenizer:
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return ids if has_bos else self.bos_ids + ids
 
+    def text_of(self, token: int) -> str:
+        """The text of one id as it stands within a text, or the name of a special token."""
+        inside = self.encode("a")[-1:]
+        text = self.decode([*inside, token])[len(self.decode(inside)) :]
+        is_text = text and "\ufffd" not in text  # which is what a single byte decodes to
+        return text if is_text else str(self._backend.id_to_token(token) or "")
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)

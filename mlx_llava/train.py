@@ -26,7 +26,6 @@ from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Processor
 from mlx_llava.tuner.data import Examples, read_samples
 from mlx_llava.tuner.options import STAGES, TrainingOptions
-from mlx_llava.tuner.plot import plot_losses
 from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Report, Trainer
 
@@ -119,9 +118,11 @@ class Metrics:
         """Ends the bar and draws the losses, where matplotlib is installed."""
         self.bar.close()
         try:
-            plot_losses(self.reports, self.path.with_name("loss.png"))
+            from mlx_llava.plots import plot_losses
         except ImportError:
             print("no loss.png: pip install 'mlx_llava[plot]'", file=sys.stderr)
+        else:
+            plot_losses(self.reports).savefig(self.path.with_name("loss.png"), dpi=120)
 
 
 def _warn(path: str, problems: Counter[str]) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = (
     *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
     *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
-    *("tests/test_gradients.py", "tests/test_tuner.py"),
+    *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -39,7 +39,7 @@ MUTATIONS = (
     ("unpad forgotten", "anyres", "skip = padding(", "skip = 0 * padding("),
     ("tiles not put in a grid", "llava", ".transpose(0, 2, 1, 3, 4)", ""),
     ("newline forgotten", "llava", "[grid, newlines], axis=1", "[grid, newlines * 0], axis=1"),
-    ("base picture last", "llava", "[tiles[0], self._end_lines(shown)]", "[self._end_lines(shown), tiles[0]]"),
+    ("base picture last", "llava", "[tiles[0], _lines(shown, newline)]", "[_lines(shown, newline), tiles[0]]"),
     ("original unpad rounding for hf", "anyres", 'int(round(kept, 7) if convention == "hf" else kept)', "int(kept)"),
     ("pinpoints as (width, height)", "anyres", 'pinpoint if convention == "hf" else pinpoint[::-1]', "pinpoint[::-1]"),
     ("longer edge rounded", "preprocess", "longer = int(side *", "longer = round(side *"),
@@ -76,6 +76,20 @@ MUTATIONS = (
     ("rows at one position", "llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
     ("rows share their chance", "sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),
     ("a removed row goes on", "batch", "self._rows = [row for row in self._rows if row.uid != uid]", "pass"),
+    ("attention not scaled", "trace", "(queries * scale)", "queries"),
+    ("heads in another order", "trace", "B, heads, H // heads, L, D)", "B, H // heads, heads, L, D).swapaxes(1, 2)"),
+    ("future seen", "trace", "mx.tri(L, T, T - L, dtype=mx.bool_)", "mx.ones((L, T), mx.bool_)"),
+    ("rollout without the residual", "trace", "weights.mean(axis=0) + mx.eye(weights.shape[1])", "2 * weights.mean(axis=0)"),
+    ("last state not normed", "trace", "*hidden, decoder.model.norm(last)", "*hidden, last"),
+    ("attention of the word after", "explanation", "range(length - 1, length - 1 + len(tokens))", "range(length, length + len(tokens))"),
+    ("last state normed twice", "explanation", "decoder.unembed(x) if is_last else decoder.logits(x)", "decoder.logits(x)"),
+    ("another picture masked", "explanation", "(*others[:picture], new, *others[picture + 1 :])", "(new, *others[1:])"),
+    ("rows and columns exchanged", "places", "across[:, None, :-1], across[:, None, 1:]", "across[:, :-1, None], across[:, 1:, None]"),
+    ("margin of pad forgotten", "preprocess", "(left - beside, top - above, right - beside, bottom - above)", "(left, top, right, bottom)"),
+    ("corner of crop forgotten", "preprocess", "corner = center_corner(resized, (side, side))", "corner = (0, 0)"),
+    ("tiles of anyres not centred", "preprocess", "corners = [(y - above, x - beside) for y, x in places]", "corners = places"),
+    ("a line's end has a place", "places", "mx.full((4,), np.nan)", "mx.zeros((4,))"),
+    ("areas forgotten", "places", "values[placed] / ((right - left) * (bottom - top))", "values[placed]"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
 )  # fmt: skip
 
@@ -84,7 +98,7 @@ def survives(file: str, line: str, mistake: str) -> bool:
     """Whether the tests pass in spite of a mistake."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("mlx_llava", "tests"):
+        for name in ("mlx_llava", "tests", "scripts", "weights"):
             shutil.copytree(ROOT / name, copy / name)
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / "mlx_llava" / f"{file}.py"

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
-    {"version", "backend", "command", "image", "json_files", "sampling"},
-    {"kernels", "scores", "tuner.plot"},
+    {"version", "backend", "command", "image", "json_files", "sampling", "display"},
+    {"kernels", "scores"},
     {"activations", "cache", "machine", "vocabulary", "hub", "quantized", "config_checks"},
     {"config", "tokenizer", "checkpoint.tensors", "doctor"},
     {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
@@ -25,11 +25,12 @@ LAYERS = (
     {"processor", "checkpoint.open", "adapter", "precision", "memory"},
     {"load", "decoding", "reuse", "work", "tuner.data", "tuner.options"},
     {"batch", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
-    {"prompts_file", "random_model", "tuner.trainer"},
+    {"prompts_file", "random_model", "tuner.trainer", "loading", "trace", "places"},
     {"generate", "evaluate"},
-    {"peers"},
-    {"measuring"},
-    {"benchmark", "convert", "fuse", "train"},
+    {"peers", "explanation"},
+    {"measuring", "plots"},
+    {"report"},
+    {"benchmark", "convert", "explain", "fuse", "train"},
     {"", "cli"},
     {"__main__"},
 )

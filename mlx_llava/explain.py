@@ -1,0 +1,78 @@
+"""Draw what a model looked at while it answered, what it thought, and what it depends on.
+
+    python -m mlx_llava.explain --image photo.jpg --prompt "What is this?" --out report.html
+
+`explain` gives the same as arrays, `mlx_llava.plots` as figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_llava.command import command
+from mlx_llava.explanation import (
+    Explanation,
+    MaskEffect,
+    explain,
+    logit_lens,
+    mask_effect,
+    nearest_words,
+)
+from mlx_llava.loading import add_model_arguments, load_model
+from mlx_llava.report import check_report, sections, write_report
+from mlx_llava.trace import Trace, trace
+
+__all__ = [
+    "Explanation",
+    "MaskEffect",
+    "Trace",
+    "explain",
+    "logit_lens",
+    "mask_effect",
+    "nearest_words",
+    "trace",
+]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.explain",
+        description="Answer a question about pictures, and draw what the answer came from: "
+        "attention, rollout, masking, and what each layer would have said.",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="a path or URL; repeatable")
+    add("--prompt", "-p", required=True, help="what to ask")
+    add("--system", help="replaces the template's system text")
+    add("--max-tokens", "-m", type=int, default=32, help="of the answer (default: %(default)s)")
+    add("--window", type=int, metavar="PATCHES", help="side of what is masked together")
+    add("--out", type=Path, required=True, metavar="FILE", help="report.png or report.html")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    check_report(args.out)
+    model, processor = load_model(args)
+    found = explain(
+        model,
+        processor,
+        args.prompt,
+        args.image,
+        max_tokens=args.max_tokens,
+        system=args.system,
+    )
+    shown = sections(model, processor, found, args.window)
+    write_report(shown, f"{args.prompt} {found.answer}", args.out)
+    print(found.answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
