@@ -1,0 +1,67 @@
+"""Every notebook runs from top to bottom on the embedded model, and shows what it was kept with."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+nbformat = pytest.importorskip("nbformat", reason="pip install '.[test]'")
+pytest.importorskip("nbclient")
+pytest.importorskip("torch")
+
+from tests.conftest import ROOT  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import run_notebooks  # noqa: E402
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def figures(notebook) -> list[list[bytes]]:
+    """The pictures that each cell shows."""
+    return [
+        [
+            base64.b64decode(output.data["image/png"])
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        for cell in notebook.cells
+    ]
+
+
+def is_empty(png: bytes) -> bool:
+    """Whether a figure has nothing but one colour in it."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return len(np.unique(pixels.reshape(-1, 3), axis=0)) < 8
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_a_short_story_with_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert len(notebook.cells) <= 25
+    assert path.stat().st_size < 300_000
+    assert "MODEL = None" in notebook.cells[0].source
+    assert "image/png" in path.read_text(encoding="utf-8")
+    assert "/tmp" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_and_shows_what_it_was_kept_with(path):
+    kept, new = nbformat.read(path, as_version=4), run_notebooks.run(path)
+    for cell, fresh in zip(kept.cells, new.cells, strict=True):
+        assert [output.output_type for output in fresh.get("outputs", [])] == [
+            output.output_type for output in cell.get("outputs", [])
+        ], cell.source
+        assert not any(output.get("name") == "stderr" for output in fresh.get("outputs", []))
+    assert list(map(len, figures(new))) == list(map(len, figures(kept)))
+    assert not any(is_empty(png) for cell in figures(new) + figures(kept) for png in cell)
+
+
+def test_all_are_here():
+    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5", "6"]
