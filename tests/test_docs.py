@@ -1,0 +1,125 @@
+"""The pages of docs/: their code runs, their links lead somewhere, what is generated is current."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_llava.cli import COMMANDS
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import draw_diagrams
+
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    + [ROOT / "weights" / "tiny-llava" / "README.md"]
+)
+#: Flags of other programs that the pages name.
+FOREIGN = {"--quiet"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings are called in links, as GitHub does it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def links(page: Path) -> list[str]:
+    """The targets of a page's links and pictures, those of HTML too."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index():
+    index = links(DOCS / "README.md")
+    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= {*index}
+    assert {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} <= {
+        *index
+    }
+
+
+@pytest.mark.parametrize("page", ["how-it-works", "prompts"])
+def test_python_blocks_run(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in blocks(DOCS / f"{page}.md", "python"):
+        exec(block, names)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["how-it-works", "prompts"])
+def test_commands_run(page, tmp_path):
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (command,) = blocks(DOCS / f"{page}.md", "sh")
+    done = subprocess.run(
+        ["sh", "-e", "-c", command.replace("python ", f"{sys.executable} ")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if "report.html" in command:
+        assert (tmp_path / "report.html").stat().st_size > 50_000
+    else:
+        assert "A chat between a curious user" in done.stderr
+
+
+def test_no_page_has_code_that_nothing_runs():
+    tried = {"how-it-works.md", "prompts.md", "training.md"}
+    for page in DOCS.glob("*.md"):
+        if page.name not in tried:
+            assert not blocks(page, "python") + blocks(page, "sh"), page
+
+
+def test_every_flag_exists():
+    known = set(FOREIGN)
+    for name in COMMANDS:
+        parser = importlib.import_module(f"mlx_llava.{name}").build_parser()
+        known |= {flag for action in parser._actions for flag in action.option_strings}
+    for script in (ROOT / "scripts").glob("*.py"):
+        known |= {*re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', script.read_text("utf-8"))}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        used = {*re.findall(r"(?<![-\w])--[a-z][a-z-]*", text)}
+        assert used <= known, (page.name, used - known)
+
+
+def test_diagrams_are_what_the_script_draws():
+    for name, draw in draw_diagrams.DIAGRAMS.items():
+        assert (DOCS / f"{name}.svg").read_text(encoding="utf-8") == str(draw()), name
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    pytest.importorskip("griffe", reason="pip install '.[test]'")
+    import make_api_docs
+
+    assert (DOCS / "api.md").read_text(encoding="utf-8") == make_api_docs.page()
+    for names in make_api_docs.NAMES.values():
+        for name in names:
+            assert f"### {name}\n" in make_api_docs.PAGE.read_text(encoding="utf-8")
