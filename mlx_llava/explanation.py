@@ -35,7 +35,7 @@ class Explanation:
     Attributes:
         images: the pictures as they were read.
         inputs: the prompt.
-        tokens: the answer's ids, without the one that ends it, (G,).
+        tokens: the answer's ids, (G,), without the one that ends it unless that is all.
         words: their texts.
         trace: what was computed. The observed position of a word is the one before it, where it
             was chosen.
@@ -108,7 +108,7 @@ def explain(
         )
     parts = stream_generate(model, processor, inputs, max_tokens=max_tokens)
     tokens = [part.token for part in parts]
-    if tokens[-1] in processor.eos_ids:
+    if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
     ids = as_numpy(inputs.input_ids[0])
@@ -121,7 +121,7 @@ def explain(
         words=tuple(processor.tokenizer.text_of(token) for token in tokens),
         trace=trace(model, inputs, tokens, range(length - 1, length - 1 + len(tokens))),
         boxes=tuple(feature_boxes(processor.image_processor, size) for size in sizes),
-        places=tuple(np.split(places, np.cumsum(inputs.image_tokens)[:-1])),
+        places=tuple(np.split(places, np.cumsum(inputs.image_tokens))[:-1]),
         tile_patches=model.config.vision_config.patches_per_side**2,
     )
 
