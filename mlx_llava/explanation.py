@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from mlx_llava.generate import stream_generate
 from mlx_llava.image import load_image
 from mlx_llava.llava import Llava
-from mlx_llava.places import feature_boxes, heat_map, patch_boxes
+from mlx_llava.places import LONGEST, feature_boxes, heat_map, patch_boxes
 from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.quantized import plain_weight
 from mlx_llava.trace import Array, Trace, as_numpy, trace, with_answer
@@ -70,7 +70,7 @@ class Explanation:
         """How much of each feature came to each word through all layers, (G, F)."""
         return self.trace.rollout[..., self.places[picture]]
 
-    def on_picture(self, values: Array, picture: int = 0, longest: int = 256) -> Array:
+    def on_picture(self, values: Array, picture: int = 0, longest: int = LONGEST) -> Array:
         """A map (height, width) over a picture of what each of its features (F,) got."""
         image = self.images[picture]
         return heat_map(values, self.boxes[picture], (image.height, image.width), longest)

@@ -18,6 +18,9 @@ from mlx_llava.preprocess import ImageProcessor
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 
+#: The longer side of a map.
+LONGEST = 256
+
 
 def patch_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     """Which part of a picture each patch of each of its tiles shows.
@@ -63,10 +66,8 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     return np.array(laid)
 
 
-def heat_map(values: Array, boxes: Array, size: Size, longest: int = 256) -> Array:
+def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
     """Spreads what each feature got over the part of the picture that it shows.
-
-    Where parts overlap, as anyres's whole picture and its tiles do, they add up.
 
     Args:
         values: What each got, (F,).
@@ -78,13 +79,25 @@ def heat_map(values: Array, boxes: Array, size: Size, longest: int = 256) -> Arr
         Map (height, width) in the picture's proportions. Its sum is that of the values, less
         those without a place and the part of each that lies beyond the picture.
     """
+    left, top, right, bottom = boxes.T
+    painted = paint(values / ((right - left) * (bottom - top)), boxes, size, longest)
+    return painted * (size[0] * size[1] / painted.size)
+
+
+def paint(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
+    """Paints parts of a picture with their values; where parts overlap, these add up.
+
+    Anyres's whole picture and its tiles overlap. Arguments are those of `heat_map`.
+
+    Returns:
+        Map (height, width) in the picture's proportions.
+    """
     height, width = size
     rows, columns = (max(1, round(side * longest / max(size))) for side in size)
     placed = ~np.isnan(boxes).any(axis=1)
     left, top, right, bottom = boxes[placed].T * np.array([[columns / width, rows / height] * 2]).T
     across, down = _overlap(left, right, columns), _overlap(top, bottom, rows)
-    density = values[placed] / ((right - left) * (bottom - top))
-    return down.T @ (density[:, None] * across)
+    return down.T @ (values[placed, None] * across)
 
 
 def _overlap(start: Array, end: Array, pixels: int) -> Array:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlx_llava.explanation import Explanation, MaskEffect
 from mlx_llava.llava import Llava
-from mlx_llava.places import Array, heat_map
+from mlx_llava.places import LONGEST, Array, paint
 
 #: Inches of one panel.
 PANEL = 1.55
@@ -41,6 +41,13 @@ def _panels(
     for one in axes[count:]:
         one.remove()
     return figure, list(axes[:count])
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """A picture as large as it is drawn; photographs of many megapixels would take long."""
+    copy = image.copy()
+    copy.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
+    return copy
 
 
 def plain(text: str) -> str:
@@ -70,7 +77,7 @@ def plot_pictures(
     """
     figure, axes = _panels(len(images), columns, figure)
     for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
-        one.imshow(image)
+        one.imshow(_small(image))
         one.set_title(title, fontsize=9)
     return figure
 
@@ -101,9 +108,10 @@ def plot_maps(
         colours = {"cmap": "PuOr", "vmin": -largest, "vmax": largest}
     extent = (0, image.width, image.height, 0)
     shown: Any = None
+    grey = _small(image).convert("L")
     for one, heat, title in zip(axes, maps, titles, strict=True):
-        one.imshow(image.convert("L"), cmap="gray", extent=extent)
-        shown = one.imshow(heat, alpha=0.7, extent=extent, **colours)
+        one.imshow(grey, cmap="gray", extent=extent)
+        shown = one.imshow(heat, alpha=0.7, extent=extent, interpolation="nearest", **colours)
         one.set_title(title, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.02)
     bar.set_label(label, fontsize=7)
@@ -118,7 +126,7 @@ def _words(explanation: Explanation, words: Sequence[int] | None) -> list[int]:
 def _maps_by_word(
     explanation: Explanation, values: Array, picture: int, words: Sequence[int] | None, figure: Any
 ) -> Any:
-    """Values (G, F), as a map for each word, in shares of all attention for each 1 % of it."""
+    """What the features got for each word, (G, F), as maps of how much that is for 1 % of area."""
     chosen = _words(explanation, words)
     maps = [_per_percent(explanation.on_picture(values[word], picture)) for word in chosen]
     titles = [_label(explanation.words[word]) for word in chosen]
@@ -192,11 +200,8 @@ def plot_mask_effect(
     """What each word loses when a part of a picture is masked."""
     image = explanation.images[picture]
     size = image.height, image.width
-    left, top, right, bottom = effect.boxes.T
-    pixels = 256 / max(size)  # of the map to one of the picture
-    areas = (right - left) * (bottom - top) * pixels**2
     chosen = _words(explanation, words)
-    maps = [heat_map(effect.drops[:, word] * areas, effect.boxes, size) for word in chosen]
+    maps = [paint(effect.drops[:, word], effect.boxes, size) for word in chosen]
     titles = [_label(explanation.words[word]) for word in chosen]
     label = "fall of log-probability (nats)"
     return plot_maps(image, maps, titles, label, figure=figure)
@@ -251,16 +256,15 @@ def plot_nearest_words(
     if figure is None:
         figure = Figure(figsize=(5, 5 * image.height / image.width), dpi=80, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(image, alpha=0.35)
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(_small(image), alpha=0.35, extent=extent)
     boxes = explanation.boxes[picture]
     first = np.flatnonzero(~np.isnan(boxes[:, 0]))[: explanation.tile_patches]
     size = 7 if len(first) < 100 else 3.5
     for feature in first:
         left, top, right, bottom = boxes[feature]
         x, y = (left + right) / 2, (top + bottom) / 2
-        axes.text(x, y, _label(words[feature]), ha="center", va="center", fontsize=size)
-    axes.set_xlim(0, image.width)
-    axes.set_ylim(image.height, 0)
+        axes.text(x, y, _label(words[feature]), ha="center", va="center", size=size, clip_on=True)
     axes.set_xticks([])
     axes.set_yticks([])
     return figure

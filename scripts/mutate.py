@@ -89,7 +89,7 @@ MUTATIONS = (
     ("corner of crop forgotten", "preprocess", "corner = center_corner(resized, (side, side))", "corner = (0, 0)"),
     ("tiles of anyres not centred", "preprocess", "corners = [(y - above, x - beside) for y, x in places]", "corners = places"),
     ("a line's end has a place", "places", "mx.full((4,), np.nan)", "mx.zeros((4,))"),
-    ("areas forgotten", "places", "values[placed] / ((right - left) * (bottom - top))", "values[placed]"),
+    ("areas forgotten", "places", "values / ((right - left) * (bottom - top))", "values"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
 )  # fmt: skip
 

@@ -60,7 +60,7 @@ def _palette(png: str) -> str:
     """A figure in a palette of its own, which is half the size."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     buffer = io.BytesIO()
-    image.quantize(256).save(buffer, format="PNG", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
