@@ -6,6 +6,8 @@ D decoder width. Logit lens: nostalgebraist 2020; masking: Zeiler and Fergus 201
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,10 +227,12 @@ def mask_effect(
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1.")
     boxes = _parts(patches, window)
-    drops = [
-        _drops(model, processor, explanation, picture, boxes[start : start + MASKED_AT_ONCE])
-        for start in range(0, len(boxes), MASKED_AT_ONCE)
-    ]
+    median = tuple(map(int, np.median(np.asarray(image), axis=(0, 1))))
+    drops = []
+    for start in range(0, len(boxes), MASKED_AT_ONCE):
+        some = boxes[start : start + MASKED_AT_ONCE]
+        pixels = [processor.image_processor([_masked(image, box, median)]) for box in some]
+        drops.append(_drops(model, explanation, picture, pixels))
     return MaskEffect(np.concatenate(drops), boxes)
 
 
@@ -239,23 +243,18 @@ def _parts(patches: Array, window: int) -> Array:
     return np.array([[*block[0, 0, :2], *block[-1, -1, 2:]] for block in blocks])
 
 
-def _drops(
-    model: Llava, processor: Processor, explanation: Explanation, picture: int, boxes: Array
-) -> Array:
-    """`MaskEffect.drops` of some parts, (B, G)."""
-    image = explanation.images[picture]
-    median = np.median(np.asarray(image), axis=(0, 1))
-    masked = [_masked(image, box, tuple(map(int, median))) for box in boxes]
-    pixel_values = mx.array(processor.image_processor(masked))
-    sizes = explanation.inputs.image_sizes and [(image.height, image.width)] * len(boxes)
-    own = model.encode_images(pixel_values, sizes)
+def _drops(model: Llava, explanation: Explanation, picture: int, pixels: Sequence[Array]) -> Array:
+    """`MaskEffect.drops` of some masked pictures, each as its tiles, (B, G)."""
+    inputs, tokens = explanation.inputs, np.array(explanation.tokens)
+    sizes = inputs.image_sizes and [inputs.image_sizes[picture]] * len(pixels)
+    masked = model.encode_images(mx.array(np.concatenate(pixels)), sizes)
     others = [mx.array(features) for features in explanation.trace.image_features]
-    features = [one for new in own for one in (*others[:picture], new, *others[picture + 1 :])]
-    tokens = np.array(explanation.tokens)
-    (ids,) = with_answer(explanation.inputs, explanation.tokens).input_ids
-    ids = mx.broadcast_to(ids, (len(boxes), len(ids)))
-    logits = model.language_model(input_embeddings=model.embed(ids, image_features=features))
-    after = _log_softmax(as_numpy(logits[:, -len(tokens) - 1 : -1]))
+    features = [one for new in masked for one in (*others[:picture], new, *others[picture + 1 :])]
+    (ids,) = with_answer(inputs, explanation.tokens).input_ids
+    ids = mx.broadcast_to(ids, (len(pixels), len(ids)))
+    decoder = model.language_model
+    (x,) = deque(decoder.hidden_states(model.embed(ids, image_features=features)), maxlen=1)
+    after = _log_softmax(as_numpy(decoder.logits(x[:, -len(tokens) - 1 : -1])))
     before = _log_softmax(explanation.trace.logits[explanation.trace.queries])
     return (before - after)[:, np.arange(len(tokens)), tokens]
 
