@@ -10,6 +10,7 @@ from mlx_llava.version import __version__
 
 COMMANDS = {
     "benchmark": "measure speed and memory, alone or against others",
+    "caption": "caption folders of pictures",
     "convert": "make an MLX folder of any checkpoint",
     "doctor": "show what MLX runs on here, and how fast it is",
     "evaluate": "answer question files, and score the answers",

@@ -30,7 +30,7 @@ LAYERS = (
     {"peers", "explanation"},
     {"measuring", "plots"},
     {"report"},
-    {"benchmark", "convert", "explain", "fuse", "train"},
+    {"benchmark", "caption", "convert", "explain", "fuse", "train"},
     {"", "cli"},
     {"__main__"},
 )

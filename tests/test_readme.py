@@ -28,7 +28,7 @@ EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 def test_no_block_is_overlooked():
     languages = [language for language, _ in BLOCKS]
-    assert languages == ["sh", "text", *["sh"] * 6, "python", "python"]
+    assert languages == ["sh", "text", *["sh"] * 7, "python", "python"]
 
 
 def test_install_and_first_answer(tmp_path):
@@ -114,7 +114,11 @@ def test_converting_and_training(hub):
     assert [line["index"] for line in lines] == [0, 1]
     assert lines[0]["text"] == lines[1]["text"]
     assert Path("photo.cache").exists()
-    assert run_with_hub(SHELL[6], hub).strip()
+    Path("photos/2024").mkdir(parents=True)
+    shutil.copy(SHAPES, "photos/2024/a.png")
+    run_with_hub(SHELL[6], hub)
+    assert json.loads(Path("captions.jsonl").read_text())["image"] == "photos/2024/a.png"
+    assert run_with_hub(SHELL[7], hub).strip()
     assert Path("report.html").exists()
 
 

@@ -1,0 +1,287 @@
+"""Caption folders of pictures, in batches, with nothing lost when it is interrupted.
+
+python -m mlx_llava.caption photos --recursive --out captions.jsonl --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from mlx_llava.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.command import command
+from mlx_llava.decoding import Options
+from mlx_llava.hub import EMBEDDED_NOTE
+from mlx_llava.image import FORMATS
+from mlx_llava.loading import add_model_arguments, load_model
+from mlx_llava.prompts_file import answer_lines
+
+PROMPT = "Describe the picture."
+#: ``--out`` for a text file beside each picture.
+BESIDE = "txt"
+
+
+def find_pictures(places: Sequence[str], recursive: bool = False) -> list[str]:
+    """The pictures of folders and patterns, each once, those of a place in order of their names.
+
+    Args:
+        places (list of str): Folders, files, and patterns as ``photos/*.jpg``, in which ``**``
+            stands for any folders.
+        recursive (bool): Looks into the folders of folders.
+
+    Raises:
+        ValueError: A place has no picture.
+    """
+    found: dict[str, None] = {}
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_file():
+            pictures = [str(path)]
+        else:
+            names = "**/*" if recursive else "*"
+            pattern = f"{glob.escape(str(path))}/{names}" if path.is_dir() else str(path)
+            files = glob.iglob(pattern, recursive=True)  # noqa: PTH207 - Path's has no absolute ones
+            pictures = sorted(str(Path(file)) for file in files if _is_picture(Path(file)))
+        if not pictures:
+            hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
+            raise ValueError(f"There is no picture in {place}{hint}.")
+        found.update(dict.fromkeys(pictures))
+    return list(found)
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
+    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    return (
+        file.suffix.lower() in known | {".heic", ".heif"}
+        and not file.name.startswith(".")
+        and file.is_file()
+    )
+
+
+class Captions(Protocol):
+    """Where captions are kept."""
+
+    def done(self) -> set[str]:
+        """The pictures that have one; what a kill has left half written is taken away."""
+        ...
+
+    def write(self, picture: str, text: str) -> None:
+        """Keeps a caption for good."""
+        ...
+
+
+class Lines:
+    """A file of JSON lines, ``{"image": ..., key: ...}``."""
+
+    def __init__(self, path: Path, key: str = "text") -> None:
+        self.path, self.key = path, key
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        try:
+            return {json.loads(line)["image"] for line in _cut(self.path, bool)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.path} holds lines that this command did not write.") from error
+
+    def write(self, picture: str, text: str) -> None:
+        """See `Captions`."""
+        line = json.dumps({"image": picture, self.key: text}, ensure_ascii=False)
+        _append(self.path, line + "\n")
+
+
+class Table:
+    """A CSV file with the columns ``image`` and ``text``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        whole = _cut(self.path, lambda row: row.count('"') % 2 == 0)
+        rows = list(csv.reader(io.StringIO("".join(whole), newline="")))
+        if rows and rows[0] != ["image", "text"]:
+            raise ValueError(f"{self.path} has the columns {rows[0]}, not image and text.")
+        return {row[0] for row in rows[1:]}
+
+    def write(self, picture: str, text: str) -> None:
+        """See `Captions`."""
+        buffer = io.StringIO()
+        rows = [(picture, text)] if self.path.exists() else [("image", "text"), (picture, text)]
+        csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+        _append(self.path, buffer.getvalue())
+
+
+class TextFiles:
+    """A ``.txt`` beside each picture."""
+
+    def __init__(self, pictures: Sequence[str]) -> None:
+        self.pictures = pictures
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        return {picture for picture in self.pictures if _text_file(picture).exists()}
+
+    def write(self, picture: str, text: str) -> None:
+        """See `Captions`."""
+        path = _text_file(picture)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def _text_file(picture: str) -> Path:
+    return Path(picture).with_suffix(".txt")
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(text)
+
+
+def _cut(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
+    """The records of a file, whole lines; what comes after the last is taken out of it."""
+    if not path.exists():
+        return []
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
+    *lines, rest = text.split("\n")
+    records, record = [], ""
+    for line in lines:
+        record += line + "\n"
+        if is_whole(record):
+            records.append(record)
+            record = ""
+    if record + rest:
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_bytes("".join(records).encode("utf-8", errors="surrogateescape"))
+        beside.replace(path)
+    return records
+
+
+def open_captions(out: str, pictures: Sequence[str]) -> Captions:
+    """Where ``--out`` says that captions go.
+
+    Raises:
+        ValueError: It is neither a .jsonl nor a .csv file nor ``txt``, or pictures would share
+            a text file.
+    """
+    if out == BESIDE:
+        shared = [path for path, count in Counter(map(_text_file, pictures)).items() if count > 1]
+        if shared:
+            raise ValueError(
+                f"{len(shared)} text files would be shared by pictures, {shared[0]} first; use "
+                "--out captions.jsonl."
+            )
+        return TextFiles(pictures)
+    kinds: dict[str, type[Lines | Table]] = {".jsonl": Lines, ".csv": Table}
+    path = Path(out)
+    if path.suffix not in kinds:
+        raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return kinds[path.suffix](path)
+
+
+def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What `answer_lines` yields, by index: each waits for those before it."""
+    waiting: dict[int, dict[str, Any]] = {}
+    following = 0
+    for line in lines:
+        waiting[line["index"]] = line
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.caption",
+        description="Caption pictures, or ask all of them the same. A picture that cannot be read "
+        "is a line in the errors file, and the rest goes on.",
+    )
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PLACE", help='folders, files, or patterns: "photos/*.jpg"')
+    add("--recursive", action="store_true", help="look into the folders of folders")
+    add("--prompt", "-p", default=PROMPT, help="what to ask (default: %(default)s)")
+    add("--system", help="replaces the template's system text")
+    add(
+        "--out",
+        default="captions.jsonl",
+        help="a .jsonl or .csv file (default: %(default)s), or "
+        f"{BESIDE} for a text file beside each picture",
+    )
+    add("--resume", action="store_true", help="go on where an earlier run has ended")
+    add("--max-tokens", "-m", type=int, default=128, help="of a caption (default: %(default)s)")
+    add(
+        "--batch-size", type=int, default=BATCH_SIZE, help="pictures at once (default: %(default)s)"
+    )
+    add_model_arguments(parser)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    pictures = find_pictures(args.pictures, args.recursive)
+    captions = open_captions(args.out, pictures)
+    errors = Lines(
+        Path("captions" if args.out == BESIDE else args.out).with_suffix(".errors.jsonl"), "error"
+    )
+    done, broken = captions.done(), errors.done()
+    if (done or broken) and not args.resume:
+        raise FileExistsError(
+            f"{len(done | broken)} pictures are in {args.out} or {errors.path} "
+            "already; --resume goes on."
+        )
+    rest = [picture for picture in pictures if picture not in done | broken]
+    with tqdm_bar(len(pictures), len(pictures) - len(rest)) as bar:
+        for picture, line in caption_all(rest, args):
+            if "error" in line:
+                errors.write(picture, line["error"])
+            else:
+                captions.write(picture, line["text"].strip())
+            bar.update()
+    failed = errors.done() & {*pictures}
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."
+        )
+
+
+def caption_all(
+    pictures: Sequence[str], args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each picture in order, with its caption as ``text`` or its ``error``."""
+    if not pictures:
+        return
+    if args.model is None:
+        print(EMBEDDED_NOTE, file=sys.stderr)
+    model, processor = load_model(args)
+    generator = BatchGenerator(model, processor, batch_size=args.batch_size)
+    options = Options(max_tokens=args.max_tokens)
+    prompts = (json.dumps({"prompt": args.prompt, "images": [picture]}) for picture in pictures)
+    lines = answer_lines(prompts, generator, processor, options, system=args.system)
+    for line in in_order(lines):
+        yield pictures[line["index"]], line
+
+
+def tqdm_bar(total: int, done: int) -> Any:
+    """A bar with the rate and the time left, on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="picture", desc="captioning", disable=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Folders of pictures are captioned once each, in order, whatever interrupts it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_llava import generate, load
+from mlx_llava.caption import PROMPT, Lines, Table, find_pictures, in_order, main
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import shapes
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Path:
+    """A folder of pictures, one of them broken, and a file that is no picture."""
+    folder = tmp_path_factory.mktemp("drawings")
+    shapes.write_pictures(folder, shapes.make_scenes("seen", COUNT, 4))
+    (folder / "images" / "000005.png").write_bytes(b"broken")
+    (folder / "images" / "notes.md").write_text("no picture")
+    (folder / "images" / "._000001.png").write_bytes(b"macOS's own")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(drawings) -> dict[str, str]:
+    """What one picture after the other is said to show."""
+    model, processor = load()
+    paths = [str(path) for path in sorted((drawings / "images").glob("0*.png"))]
+    return {
+        path: generate(model, processor, PROMPT, path) for path in paths if "000005" not in path
+    }
+
+
+def read_csv(path: Path) -> list[tuple[str, ...]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [tuple(row) for row in csv.reader(file)]
+
+
+def test_lines(drawings, expected, tmp_path, capsys):
+    out = tmp_path / "new" / "captions.jsonl"
+    assert main([str(drawings), "--recursive", "--out", str(out)]) == 2
+    assert f"1 of {COUNT} pictures have no caption" in capsys.readouterr().err
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(line["image"], line["text"]) for line in lines] == [*expected.items()]
+    (error,) = (tmp_path / "new" / "captions.errors.jsonl").read_text().splitlines()
+    assert json.loads(error)["image"].endswith("000005.png")
+    assert "is not an image" in json.loads(error)["error"]
+
+
+def test_a_table_goes_on_where_it_was_left(drawings, expected, tmp_path, capsys):
+    out = tmp_path / "captions.csv"
+    arguments = [str(drawings / "images"), "--out", str(out)]
+    main(arguments)
+    whole = out.read_bytes()
+    assert read_csv(out) == [("image", "text"), *expected.items()]
+    assert main(arguments) == 2
+    assert "already; --resume goes on" in capsys.readouterr().err
+    out.write_bytes(whole[: len(whole) // 2])
+    main([*arguments, "--resume"])
+    assert out.read_bytes() == whole
+
+
+def test_text_files_beside(drawings, expected):
+    arguments = [str(drawings / "images" / "00*.png"), "--out", "txt", "--max-tokens", "128"]
+    main(arguments)
+    for path, text in expected.items():
+        assert Path(path).with_suffix(".txt").read_text(encoding="utf-8") == text + "\n"
+    assert not list(drawings.rglob("*.partial"))
+    for path in [*drawings.rglob("*.txt"), Path("captions.errors.jsonl")]:
+        path.unlink()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_kills_lose_nothing_and_double_nothing(drawings, expected, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "mlx_llava.caption", str(drawings / "images"), "--resume"]
+    command += ["--out", str(out), "--batch-size", "2"]
+    chance, kills = random.Random(0), 0
+    while kills < 4:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = out.read_bytes() if out.exists() else b""
+        while process.poll() is None and (out.read_bytes() if out.exists() else b"") == before:
+            time.sleep(0.01)
+        time.sleep(chance.random() / 20)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert main(command[3:]) == 2  # for the broken one
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(line["image"], line["text"]) for line in lines] == [*expected.items()]
+    assert len(out.with_suffix(".errors.jsonl").read_text().splitlines()) == 1
+
+
+RECORDS = st.lists(
+    st.tuples(
+        st.text(min_size=1).filter(lambda t: "\x00" not in t),
+        st.text().map(lambda t: t.replace("\x00", "")),
+    ),
+    max_size=5,
+    unique_by=lambda record: record[0],
+)
+
+
+@pytest.mark.parametrize("kind", [Lines, Table])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
+@given(records=RECORDS, data=st.data())
+def test_a_file_cut_anywhere_is_completed(kind, tmp_path, records, data):
+    records = [tuple(t.encode("utf-8", "replace").decode() for t in record) for record in records]
+    records = list(dict(records).items())
+    path = tmp_path / "cut"
+    path.unlink(missing_ok=True)
+    kept = kind(path)
+    for record in records:
+        kept.write(*record)
+    whole = path.read_bytes() if path.exists() else b""
+    if whole:
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    done = kept.done()
+    assert done == {name for name, _ in records[: len(done)]}
+    if not done:
+        path.unlink(missing_ok=True)
+    for record in records[len(done) :]:
+        kept.write(*record)
+    assert (path.read_bytes() if path.exists() else b"") == whole
+
+
+@given(st.permutations(range(8)))
+def test_answers_come_in_order(order):
+    lines = [{"index": index} for index in order]
+    assert [line["index"] for line in in_order(iter(lines))] == list(range(8))
+
+
+def test_pictures_are_found_once_and_in_order(tmp_path):
+    names = (
+        "b.JPG",
+        "a.png",
+        "c/d.webp",
+        "c/e/f.heic",
+        "[1].gif",
+        "x.txt",
+        ".hidden.png",
+        "c/.png",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_pictures(["."]) == ["[1].gif", "a.png", "b.JPG"]
+    assert find_pictures([str(tmp_path)]) == [
+        str(tmp_path / n) for n in ("[1].gif", "a.png", "b.JPG")
+    ]
+    found = find_pictures(["[1].gif", "c/**/*", "*.png", "a.png"])
+    assert found == ["[1].gif", "c/d.webp", "c/e/f.heic", "a.png"]
+    assert len(find_pictures([str(tmp_path)], recursive=True)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "There is no picture in nowhere"),
+        (["."], "--recursive looks into its folders"),
+        (["in/a.png", "--out", "captions.json"], "must end in .jsonl or .csv, or be txt"),
+        (["in", "--out", "txt"], "1 text files would be shared by pictures"),
+        (["in/a.png", "--batch-size", "0"], "The batch size is 0"),
+        (["in/a.png", "--out", "other.csv"], "has the columns ['x', 'y'], not image and text"),
+        (["in/a.png", "--out", "other.jsonl"], "lines that this command did not write"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, capsys):
+    Path("in").mkdir()
+    for name in ("a.png", "a.jpg"):
+        (Path("in") / name).touch()
+    Path("other.csv").write_text("x,y\n1,2\n")
+    Path("other.jsonl").write_text("nothing\n")
+    assert main([*arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert error.startswith("error: ")
