@@ -11,6 +11,7 @@ from mlx_llava.version import __version__
 COMMANDS = {
     "benchmark": "measure speed and memory, alone or against others",
     "caption": "caption folders of pictures",
+    "chat": "chat about pictures in the terminal",
     "convert": "make an MLX folder of any checkpoint",
     "doctor": "show what MLX runs on here, and how fast it is",
     "evaluate": "answer question files, and score the answers",

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageGrab, ImageOps, UnidentifiedImageError
 
 ImageSource: TypeAlias = (
     "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]"  # str: a path or a URL
@@ -65,6 +65,23 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     finally:
         if file is not source:
             file.close()
+
+
+def from_clipboard() -> Image.Image:
+    """The picture that was copied, or the first of the copied files.
+
+    Raises:
+        ValueError: There is none, or this system has no clipboard that Pillow can read.
+    """
+    try:
+        found = ImageGrab.grabclipboard()
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"The clipboard cannot be read: {error}") from error
+    if isinstance(found, list) and found:
+        return load_image(found[0])
+    if not isinstance(found, Image.Image):
+        raise ValueError("There is no picture in the clipboard.")
+    return load_image(found)
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -142,6 +142,17 @@ class Processor:
         ends = [special[stop] for stop in self.template.stops if stop in special]
         self.eos_ids = frozenset((*eos_ids, *config.eos_token_id, *own, *ends))
 
+    def with_template(self, name: str) -> Processor:
+        """The same with a built-in template.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        template = get_template(name)
+        return Processor(
+            self.config, self.tokenizer, self.image_processor, template, [*self.eos_ids]
+        )
+
     def __call__(
         self,
         prompt: Conversation | Sequence[Conversation],

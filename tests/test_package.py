@@ -27,10 +27,10 @@ LAYERS = (
     {"batch", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
     {"prompts_file", "random_model", "tuner.trainer", "loading", "trace", "places"},
     {"generate", "evaluate"},
-    {"peers", "explanation"},
+    {"peers", "explanation", "session"},
     {"measuring", "plots"},
     {"report"},
-    {"benchmark", "caption", "convert", "explain", "fuse", "train"},
+    {"benchmark", "caption", "chat", "convert", "explain", "fuse", "train"},
     {"", "cli"},
     {"__main__"},
 )

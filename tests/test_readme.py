@@ -94,7 +94,12 @@ def run_with_hub(code: str, hub: Path) -> str:
     environment["PYTHONPATH"] = str(ROOT)
     command = code.replace("python -m", f"{sys.executable} -m")
     done = subprocess.run(
-        ["sh", "-e", "-c", command], env=environment, capture_output=True, text=True, check=False
+        ["sh", "-e", "-c", command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

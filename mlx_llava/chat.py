@@ -1,0 +1,238 @@
+"""Chat about pictures in a terminal.
+
+    python -m mlx_llava.chat --model llava-hf/llava-1.5-7b-hf --image photo.jpg
+
+Only what the model says goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote
+
+from mlx_llava.command import command
+from mlx_llava.decoding import MAX_TOKENS
+from mlx_llava.hub import EMBEDDED_NOTE
+from mlx_llava.image import from_clipboard
+from mlx_llava.loading import add_model_arguments, load_model
+from mlx_llava.session import SHOWN, Picture, Session, Turn
+
+CLIPBOARD = "clipboard"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_llava.chat",
+        description="Chat with a LLaVA model about pictures. /help lists what can be typed.",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
+    add("--system", help="replaces the template's system text")
+    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
+    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
+    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
+    return parser
+
+
+class Chat:
+    """What can be typed, and what comes of it.
+
+    The docstring of a command is what /help shows: its arguments, a colon, what it does.
+    """
+
+    def __init__(self, session: Session, pictures: Sequence[Picture] = ()) -> None:
+        self.session = session
+        self.pending = list(pictures)
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self.image,
+            "/images": self.images,
+            "/system": self.system,
+            "/template": self.template,
+            "/regenerate": self.regenerate,
+            "/undo": self.undo,
+            "/save": self.save,
+            "/load": self.load,
+            "/reset": self.reset,
+            "/help": self.help,
+        }
+
+    def take(self, line: str) -> None:
+        """Does what a line says: a command, pictures to show, or a question."""
+        name, _, rest = line.strip().partition(" ")
+        files = pasted_files(line)
+        if files:
+            self.show([Picture.read(file) for file in files])
+        elif line.strip() == CLIPBOARD:
+            self.image(CLIPBOARD)
+        elif name in self.commands:
+            self.commands[name](rest.strip())
+        elif name.startswith("/"):
+            raise ValueError(f"There is no command {name}; /help lists them.")
+        elif name:
+            self.ask(line.strip())
+
+    def ask(self, text: str) -> None:
+        """Asks, and says what had to be dropped for it."""
+        dropped = self.session.ask(text, self.pending)
+        self.pending = []
+        if dropped:
+            pictures = sum(len(turn.pictures) for turn in dropped)
+            note(
+                f"the context is full: dropped the first {len(dropped)} turns, {pictures} pictures"
+            )
+        self.answer()
+
+    def answer(self) -> None:
+        """Says the answer; Control-C ends it, and what was said stays."""
+        turn = self.session.turns[-1]
+        try:
+            for part in self.session.answer():
+                print(part.text, end="", flush=True)
+        except KeyboardInterrupt:
+            note("stopped")
+        print(flush=True)
+        if not turn.answer:  # a conversation cannot go on from nothing
+            self._take_back(self.session.undo())
+
+    def _take_back(self, turn: Turn) -> None:
+        self.pending = [*turn.pictures, *self.pending]
+        note(f"taken back: {turn.text}")
+
+    def show(self, pictures: Sequence[Picture]) -> None:
+        """Keeps pictures for the next question."""
+        self.pending += pictures
+        for picture in pictures:
+            note(f"picture {picture.image.width} x {picture.image.height}; ask about it")
+
+    def image(self, rest: str) -> None:
+        """FILE ...: show pictures with the next question; or clipboard"""
+        names = shlex.split(rest)
+        if not names:
+            raise ValueError("/image needs a file, a URL, or clipboard.")
+        self.show(
+            [Picture.of(from_clipboard()) if n == CLIPBOARD else Picture.read(n) for n in names]
+        )
+
+    def images(self, rest: str) -> None:
+        """all|last: let the model see all pictures, or only those shown last"""
+        if rest not in SHOWN:
+            raise ValueError(f"/images is {rest or 'nothing'!r}; known: {', '.join(SHOWN)}.")
+        self.session.shown = rest
+
+    def system(self, rest: str) -> None:
+        """TEXT: replace the system text; without a text, the template's own again"""
+        self.session.system = rest or None
+
+    def template(self, rest: str) -> None:
+        """NAME: write prompts in another built-in form"""
+        self.session.processor = self.session.processor.with_template(rest)
+
+    def regenerate(self, _: str) -> None:
+        """: answer the last question again"""
+        if not self.session.turns:
+            raise ValueError("Nothing has been asked yet.")
+        self.answer()
+
+    def undo(self, _: str) -> None:
+        """: take the last question and its answer back"""
+        self._take_back(self.session.undo())
+
+    def save(self, rest: str) -> None:
+        """FILE: write the conversation"""
+        self.session.save(_needed(rest, "/save"))
+
+    def load(self, rest: str) -> None:
+        """FILE: go on with a conversation that was saved"""
+        self.session.load(_needed(rest, "/load"))
+        self.pending = []
+        for turn in self.session.turns:
+            note(f"> {turn.text}")
+            note(turn.answer)
+
+    def reset(self, _: str) -> None:
+        """: forget everything that was said and shown"""
+        self.session.turns, self.pending = [], []
+
+    def help(self, _: str) -> None:
+        """: this"""
+        for name, run in self.commands.items():
+            arguments, _, job = (run.__doc__ or "").partition(": ")
+            note(f"{name + ' ' + arguments:<20} {job}")
+        note(f"{'a path':<20} as /image; also dragged into the terminal")
+        note("Control-C stops an answer, Control-D ends")
+
+
+def _needed(rest: str, name: str) -> str:
+    if not rest:
+        raise ValueError(f"{name} needs a file.")
+    return rest
+
+
+def note(text: str) -> None:
+    """Says something that the model did not say."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def pasted_files(line: str) -> list[str]:
+    """The files that a line consists of, as terminals paste them; [] if it is something else."""
+    with suppress(ValueError, OSError):
+        names = [
+            unquote(n.removeprefix("file://")) if n.startswith("file://") else n
+            for n in shlex.split(line)
+        ]
+        if names and all(("/" in n or "." in n) and Path(n).expanduser().is_file() for n in names):
+            return names
+    whole = line.strip().strip("'\"")
+    with suppress(OSError):
+        return [whole] if whole and "." in whole and Path(whole).expanduser().is_file() else []
+    return []
+
+
+def run(chat: Chat) -> None:
+    """Takes line after line until there is no more."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys and history in input()
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("\nControl-D ends")
+            continue
+        try:
+            chat.take(line)
+        except KeyboardInterrupt:
+            note("stopped")
+        except (ValueError, OSError) as error:
+            note(f"error: {' '.join(str(error).split())}")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    pictures = [Picture.read(image) for image in args.image]
+    if args.model is None:
+        note(EMBEDDED_NOTE)
+    model, processor = load_model(args)
+    session = Session(
+        model,
+        processor,
+        system=args.system,
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=args.top_p,
+    )
+    run(Chat(session, pictures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
