@@ -244,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{len(done | broken)} pictures are in {args.out} or {errors.path} "
             "already; --resume goes on."
         )
+    from tqdm import tqdm
+
     rest = [picture for picture in pictures if picture not in done | broken]
-    with tqdm_bar(len(pictures), len(pictures) - len(rest)) as bar:
+    bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
+    with bar:
         for picture, line in caption_all(rest, args):
             if "error" in line:
                 errors.write(picture, line["error"])
@@ -274,13 +277,6 @@ def caption_all(
     lines = answer_lines(prompts, generator, processor, options, system=args.system)
     for line in in_order(lines):
         yield pictures[line["index"]], line
-
-
-def tqdm_bar(total: int, done: int) -> Any:
-    """A bar with the rate and the time left, on stderr."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="picture", desc="captioning", disable=None)
 
 
 if __name__ == "__main__":

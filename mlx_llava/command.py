@@ -9,7 +9,8 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
@@ -32,6 +33,20 @@ def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for `add_source_arguments`, as options of `load` and `convert`."""
     names = ("base", "vision_tower", "mmproj", "revision", "offline")
     return {name: getattr(args, name) for name in names}
+
+
+@contextmanager
+def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; gives what is to be told (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=desc, disable=None, **options) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 class ExitCode(Protocol):

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.command import add_source_arguments, command, progress_bar, source_options
 from mlx_llava.json_files import sensible_values
 from mlx_llava.load import (
     find_and_open,
@@ -191,14 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with sensible_values(args.model):
             print(make_plan(find_and_open(args.model, **source), **wanted))
         return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc="converting", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("converting", unit="B", unit_scale=True) as show:
         plan = convert(
             args.model,
             args.mlx_path,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_llava.command import command
+from mlx_llava.command import command, progress_bar
 from mlx_llava.explanation import (
     Explanation,
     MaskEffect,
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_tokens=args.max_tokens,
         system=args.system,
     )
-    shown = sections(model, processor, found, args.window)
+    with progress_bar("masking", unit="part") as progress:
+        shown = sections(model, processor, found, window=args.window, progress=progress)
     write_report(shown, f"{args.prompt} {found.answer}", args.out)
     print(found.answer)
 

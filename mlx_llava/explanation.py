@@ -7,7 +7,7 @@ D decoder width. Logit lens: nostalgebraist 2020; masking: Zeiler and Fergus 201
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_llava.trace import Array, Trace, as_numpy, trace, with_answer
 #: How many masked pictures are looked at together.
 MASKED_AT_ONCE = 8
 #: Into how many parts, in each direction, a picture is cut to be masked.
-MOST_PARTS = 8
+MOST_PARTS = 6
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ def mask_effect(
     explanation: Explanation,
     picture: int = 0,
     window: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> MaskEffect:
     """Masks one part of a picture after the other, and asks what that does to the answer.
 
@@ -216,7 +217,8 @@ def mask_effect(
         explanation (Explanation): What `explain` gave.
         picture (int): Which of the pictures.
         window (int, optional): How many patches of the first tile, in each direction, make a
-            part; default: so many that there are at most 8 x 8 parts.
+            part; default: so many that there are at most 6 x 6 parts.
+        progress (callable): Is told how many parts are done, of how many.
 
     Raises:
         ValueError: `window` is below 1.
@@ -233,6 +235,7 @@ def mask_effect(
         some = boxes[start : start + MASKED_AT_ONCE]
         pixels = [processor.image_processor([_masked(image, box, median)]) for box in some]
         drops.append(_drops(model, explanation, picture, pixels))
+        progress(start + len(some), len(boxes))
     return MaskEffect(np.concatenate(drops), boxes)
 
 

@@ -51,9 +51,9 @@ def check_report(path: Path) -> None:
 
 
 def sections(
-    model: Llava, processor: Processor, explanation: Explanation, window: int | None = None
+    model: Llava, processor: Processor, explanation: Explanation, **mask_options: Any
 ) -> list[Section]:
-    """What a report shows; `window` is that of `mask_effect`."""
+    """What a report shows; options are those of `mask_effect`."""
     from mlx_llava import plots
 
     height = ROW * -(-len(explanation.words) // plots.COLUMNS)
@@ -62,7 +62,7 @@ def sections(
         shown = partial(plots.plot_pictures, explanation.images)
         found.append(Section("Pictures", "As they were read.", ROW, shown))
     for i, _ in enumerate(explanation.images):
-        effect = mask_effect(model, processor, explanation, i, window)
+        effect = mask_effect(model, processor, explanation, i, **mask_options)
         found += [
             Section(
                 f"Picture {i + 1}: attention",
