@@ -73,7 +73,11 @@ class Captions(Protocol):
     """Where captions are kept."""
 
     def done(self) -> set[str]:
-        """The pictures that have one; what a kill has left half written is taken away."""
+        """The pictures that have one."""
+        ...
+
+    def mend(self) -> None:
+        """Takes away what a kill has left half written."""
         ...
 
     def write(self, picture: str, text: str) -> None:
@@ -90,9 +94,13 @@ class Lines:
     def done(self) -> set[str]:
         """See `Captions`."""
         try:
-            return {json.loads(line)["image"] for line in _cut(self.path, bool)}
+            return {json.loads(line)["image"] for line in _records(self.path, bool)}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path} holds lines that this command did not write.") from error
+
+    def mend(self) -> None:
+        """See `Captions`."""
+        _keep(self.path, _records(self.path, bool))
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
@@ -103,21 +111,33 @@ class Lines:
 class Table:
     """A CSV file with the columns ``image`` and ``text``."""
 
+    columns = ("image", "text")
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def _rows(self) -> list[str]:
+        return _records(self.path, lambda row: row.count('"') % 2 == 0)
+
     def done(self) -> set[str]:
         """See `Captions`."""
-        whole = _cut(self.path, lambda row: row.count('"') % 2 == 0)
-        rows = list(csv.reader(io.StringIO("".join(whole), newline="")))
-        if rows and rows[0] != ["image", "text"]:
-            raise ValueError(f"{self.path} has the columns {rows[0]}, not image and text.")
+        rows = list(csv.reader(io.StringIO("".join(self._rows()), newline="")))
+        if (
+            any(len(row) != 2 for row in rows)
+            or tuple(rows[0] if rows else self.columns) != self.columns
+        ):
+            raise ValueError(f"{self.path} holds rows that this command did not write.")
         return {row[0] for row in rows[1:]}
+
+    def mend(self) -> None:
+        """See `Captions`."""
+        _keep(self.path, self._rows())
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
         buffer = io.StringIO()
-        rows = [(picture, text)] if self.path.exists() else [("image", "text"), (picture, text)]
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        rows = [self.columns, (picture, text)] if is_new else [(picture, text)]
         csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
         _append(self.path, buffer.getvalue())
 
@@ -131,6 +151,9 @@ class TextFiles:
     def done(self) -> set[str]:
         """See `Captions`."""
         return {picture for picture in self.pictures if _text_file(picture).exists()}
+
+    def mend(self) -> None:
+        """See `Captions`; a text file is there whole or not at all."""
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
@@ -149,23 +172,27 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _cut(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
-    """The records of a file, whole lines; what comes after the last is taken out of it."""
+def _records(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
+    """The whole records of a file, each of whole lines."""
     if not path.exists():
         return []
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    *lines, rest = text.split("\n")
     records, record = [], ""
-    for line in lines:
+    for line in text.split("\n")[:-1]:
         record += line + "\n"
         if is_whole(record):
             records.append(record)
             record = ""
-    if record + rest:
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_bytes("".join(records).encode("utf-8", errors="surrogateescape"))
-        beside.replace(path)
     return records
+
+
+def _keep(path: Path, records: Sequence[str]) -> None:
+    """Takes out of a file what is not one of its records."""
+    content = "".join(records).encode("utf-8", errors="surrogateescape")
+    if path.exists() and path.stat().st_size != len(content):
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_bytes(content)
+        beside.replace(path)
 
 
 def open_captions(out: str, pictures: Sequence[str]) -> Captions:
@@ -238,15 +265,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors = Lines(
         Path("captions" if args.out == BESIDE else args.out).with_suffix(".errors.jsonl"), "error"
     )
-    done, broken = captions.done(), errors.done()
-    if (done or broken) and not args.resume:
-        raise FileExistsError(
-            f"{len(done | broken)} pictures are in {args.out} or {errors.path} "
-            "already; --resume goes on."
-        )
+    done = captions.done() | errors.done()
+    begun = [str(path) for path in (Path(args.out), errors.path) if path.exists()]
+    if (done or begun) and not args.resume:
+        what = begun[0] if begun else f"{len(done)} of {len(pictures)} text files"
+        raise FileExistsError(f"There is {what} already; --resume goes on.")
+    captions.mend()
+    errors.mend()
     from tqdm import tqdm
 
-    rest = [picture for picture in pictures if picture not in done | broken]
+    rest = [picture for picture in pictures if picture not in done]
     bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
     with bar:
         for picture, line in caption_all(rest, args):

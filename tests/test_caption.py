@@ -76,12 +76,14 @@ def test_a_table_goes_on_where_it_was_left(drawings, expected, tmp_path, capsys)
     assert out.read_bytes() == whole
 
 
-def test_text_files_beside(drawings, expected):
+def test_text_files_beside(drawings, expected, capsys):
     arguments = [str(drawings / "images" / "00*.png"), "--out", "txt", "--max-tokens", "128"]
     main(arguments)
     for path, text in expected.items():
         assert Path(path).with_suffix(".txt").read_text(encoding="utf-8") == text + "\n"
     assert not list(drawings.rglob("*.partial"))
+    assert main(arguments) == 2
+    assert "--resume goes on" in capsys.readouterr().err
     for path in [*drawings.rglob("*.txt"), Path("captions.errors.jsonl")]:
         path.unlink()
 
@@ -143,9 +145,8 @@ def test_a_file_cut_anywhere_is_completed(kind, tmp_path, records, data):
     if whole:
         path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     done = kept.done()
+    kept.mend()
     assert done == {name for name, _ in records[: len(done)]}
-    if not done:
-        path.unlink(missing_ok=True)
     for record in records[len(done) :]:
         kept.write(*record)
     assert (path.read_bytes() if path.exists() else b"") == whole
@@ -188,7 +189,8 @@ def test_pictures_are_found_once_and_in_order(tmp_path):
         (["in/a.png", "--out", "captions.json"], "must end in .jsonl or .csv, or be txt"),
         (["in", "--out", "txt"], "1 text files would be shared by pictures"),
         (["in/a.png", "--batch-size", "0"], "The batch size is 0"),
-        (["in/a.png", "--out", "other.csv"], "has the columns ['x', 'y'], not image and text"),
+        (["in/a.png", "--out", "other.csv"], "holds rows that this command did not write"),
+        (["in/a.png", "--out", "theirs.csv"], "There is theirs.csv already; --resume goes on"),
         (["in/a.png", "--out", "other.jsonl"], "lines that this command did not write"),
     ],
 )
@@ -198,7 +200,9 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
         (Path("in") / name).touch()
     Path("other.csv").write_text("x,y\n1,2\n")
     Path("other.jsonl").write_text("nothing\n")
+    Path("theirs.csv").write_text("image,text\nA,no end")
     assert main([*arguments]) == 2
+    assert Path("theirs.csv").read_text() == "image,text\nA,no end"
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert error.startswith("error: ")
