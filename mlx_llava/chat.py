@@ -16,10 +16,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from mlx_llava.command import command
-from mlx_llava.decoding import MAX_TOKENS
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.image import from_clipboard
-from mlx_llava.loading import add_model_arguments, load_model
+from mlx_llava.loading import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    load_model,
+)
 from mlx_llava.session import SHOWN, Picture, Session, Turn
 
 CLIPBOARD = "clipboard"
@@ -35,9 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
     add("--system", help="replaces the template's system text")
-    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
-    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
-    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
+    add_answer_arguments(parser)
     return parser
 
 
@@ -223,14 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model is None:
         note(EMBEDDED_NOTE)
     model, processor = load_model(args)
-    session = Session(
-        model,
-        processor,
-        system=args.system,
-        max_tokens=args.max_tokens,
-        temp=args.temp,
-        top_p=args.top_p,
-    )
+    session = Session(model, processor, system=args.system, **answer_options(args))
     run(Chat(session, pictures))
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +34,12 @@ from mlx_llava.decoding import (
 )
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llava import Llava
-from mlx_llava.loading import add_model_arguments, load_model
+from mlx_llava.loading import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    load_model,
+)
 from mlx_llava.precision import DTYPES
 from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.prompts_file import answer_lines
@@ -193,14 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="start",
         help="where pictures without an <image> mark go in the question (default: start)",
     )
-    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
-    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
-    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
-    add("--min-p", type=float, default=0.0, help="minimum relative probability (default: off)")
-    add("--top-k", type=int, default=0, help="sample from the k likeliest (default: off)")
-    add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
-    add("--seed", type=int, help="makes sampling repeatable")
-    add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
+    add_answer_arguments(parser)
     add("--batch-size", type=int, help=f"of --prompts-file (default: {BATCH_SIZE})")
     add("--kv-bits", type=int, help="store keys and values in 2, 4 or 8 bits")
     add("--max-kv-size", type=int, help="store the prompt, and so much of the answer that fits")
@@ -253,18 +250,13 @@ def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load_seco
     return json.dumps(answer, ensure_ascii=False)
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Options` that were given."""
-    return {field.name: getattr(args, field.name) for field in fields(Options)}
-
-
 def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("raw", "system", "image_position")}
 
 
 def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -> None:
     """Prints a line for each prompt of a file."""
-    options = Options(**_options(args))
+    options = Options(**answer_options(args))
     options.sampler()
     path = args.prompts_file
     failed = total = 0
@@ -299,7 +291,7 @@ def _answer(
         kv_bits=args.kv_bits,
         max_kv_size=args.max_kv_size,
         prompt_cache=cache,
-        **_options(args),
+        **answer_options(args),
     ):
         tokens.append(part.token)
         if not args.json:

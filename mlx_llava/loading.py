@@ -1,11 +1,13 @@
-"""What the commands that ask a model have in common: which one, and how it is loaded."""
+"""What the commands that ask a model have in common: which one, how loaded, how to answer."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 from mlx_llava.command import add_source_arguments, source_options
+from mlx_llava.decoding import MAX_TOKENS, Options
 from mlx_llava.llava import Llava
 from mlx_llava.load import load
 from mlx_llava.precision import DTYPES
@@ -35,3 +37,21 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
         **source_options(args),
         **options,
     )
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how to answer."""
+    add = parser.add_argument
+    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
+    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
+    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
+    add("--min-p", type=float, default=0.0, help="minimum relative probability (default: off)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest (default: off)")
+    add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
+    add("--seed", type=int, help="makes sampling repeatable")
+    add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
+
+
+def answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for `add_answer_arguments`, as the fields of `Options`."""
+    return {field.name: getattr(args, field.name) for field in fields(Options)}
