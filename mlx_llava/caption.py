@@ -12,7 +12,8 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from PIL import Image
 from mlx_llava.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.command import command
 from mlx_llava.decoding import Options
+from mlx_llava.files import whole_file
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.image import FORMATS
 from mlx_llava.loading import add_model_arguments, load_model
@@ -59,14 +61,17 @@ def find_pictures(places: Sequence[str], recursive: bool = False) -> list[str]:
     return list(found)
 
 
+@cache
+def _endings() -> set[str]:
+    """What the names of pictures end in."""
+    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    return known | {".heic", ".heif"}
+
+
 def _is_picture(file: Path) -> bool:
     """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
-    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    return (
-        file.suffix.lower() in known | {".heic", ".heif"}
-        and not file.name.startswith(".")
-        and file.is_file()
-    )
+    is_hidden = file.name.startswith(".")
+    return file.suffix.lower() in _endings() and not is_hidden and file.is_file()
 
 
 class Captions(Protocol):
@@ -85,53 +90,78 @@ class Captions(Protocol):
         ...
 
 
-class Lines:
-    """A file of JSON lines, ``{"image": ..., key: ...}``."""
-
-    def __init__(self, path: Path, key: str = "text") -> None:
-        self.path, self.key = path, key
-
-    def done(self) -> set[str]:
-        """See `Captions`."""
-        try:
-            return {json.loads(line)["image"] for line in _records(self.path, bool)}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} holds lines that this command did not write.") from error
-
-    def mend(self) -> None:
-        """See `Captions`."""
-        _keep(self.path, _records(self.path, bool))
-
-    def write(self, picture: str, text: str) -> None:
-        """See `Captions`."""
-        line = json.dumps({"image": picture, self.key: text}, ensure_ascii=False)
-        _append(self.path, line + "\n")
-
-
-class Table:
-    """A CSV file with the columns ``image`` and ``text``."""
-
-    columns = ("image", "text")
+class _Records:
+    """A file of records, each of whole lines, the last of which a kill may have cut."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def _rows(self) -> list[str]:
-        return _records(self.path, lambda row: row.count('"') % 2 == 0)
+    def is_whole(self, _record: str) -> bool:
+        """Whether some whole lines are a record, and not the beginning of one."""
+        return True
 
-    def done(self) -> set[str]:
-        """See `Captions`."""
-        rows = list(csv.reader(io.StringIO("".join(self._rows()), newline="")))
-        if (
-            any(len(row) != 2 for row in rows)
-            or tuple(rows[0] if rows else self.columns) != self.columns
-        ):
-            raise ValueError(f"{self.path} holds rows that this command did not write.")
-        return {row[0] for row in rows[1:]}
+    def records(self) -> list[str]:
+        """The whole records."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
+        records, record = [], ""
+        for line in text.split("\n")[:-1]:
+            record += line + "\n"
+            if self.is_whole(record):
+                records.append(record)
+                record = ""
+        return records
 
     def mend(self) -> None:
         """See `Captions`."""
-        _keep(self.path, self._rows())
+        content = "".join(self.records()).encode("utf-8", errors="surrogateescape")
+        if self.path.exists() and self.path.stat().st_size != len(content):
+            with whole_file(self.path) as beside:
+                beside.write_bytes(content)
+
+    def append(self, text: str) -> None:
+        """Adds a record."""
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
+
+
+class Lines(_Records):
+    """A file of JSON lines, ``{"image": ..., key: ...}``."""
+
+    def __init__(self, path: Path, key: str = "text") -> None:
+        super().__init__(path)
+        self.key = key
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        try:
+            return {json.loads(line)["image"] for line in self.records()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.path} holds lines that this command did not write.") from error
+
+    def write(self, picture: str, text: str) -> None:
+        """See `Captions`."""
+        line = json.dumps({"image": picture, self.key: text}, ensure_ascii=False)
+        self.append(line + "\n")
+
+
+class Table(_Records):
+    """A CSV file with the columns ``image`` and ``text``."""
+
+    columns = ("image", "text")
+
+    def is_whole(self, record: str) -> bool:
+        """Whether no quotation is open."""
+        return record.count('"') % 2 == 0
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        rows = list(csv.reader(io.StringIO("".join(self.records()), newline="")))
+        head = tuple(rows[0]) if rows else self.columns
+        if head != self.columns or any(len(row) != 2 for row in rows):
+            raise ValueError(f"{self.path} holds rows that this command did not write.")
+        return {row[0] for row in rows[1:]}
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
@@ -139,7 +169,7 @@ class Table:
         is_new = not self.path.exists() or not self.path.stat().st_size
         rows = [self.columns, (picture, text)] if is_new else [(picture, text)]
         csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
-        _append(self.path, buffer.getvalue())
+        self.append(buffer.getvalue())
 
 
 class TextFiles:
@@ -157,42 +187,12 @@ class TextFiles:
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
-        path = _text_file(picture)
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        with whole_file(_text_file(picture)) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
 
 
 def _text_file(picture: str) -> Path:
     return Path(picture).with_suffix(".txt")
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(text)
-
-
-def _records(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
-    """The whole records of a file, each of whole lines."""
-    if not path.exists():
-        return []
-    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    records, record = [], ""
-    for line in text.split("\n")[:-1]:
-        record += line + "\n"
-        if is_whole(record):
-            records.append(record)
-            record = ""
-    return records
-
-
-def _keep(path: Path, records: Sequence[str]) -> None:
-    """Takes out of a file what is not one of its records."""
-    content = "".join(records).encode("utf-8", errors="surrogateescape")
-    if path.exists() and path.stat().st_size != len(content):
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_bytes(content)
-        beside.replace(path)
 
 
 def open_captions(out: str, pictures: Sequence[str]) -> Captions:
@@ -265,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors = Lines(
         Path("captions" if args.out == BESIDE else args.out).with_suffix(".errors.jsonl"), "error"
     )
-    done = captions.done() | errors.done()
+    broken = errors.done()
+    done = captions.done() | broken
     begun = [str(path) for path in (Path(args.out), errors.path) if path.exists()]
     if (done or begun) and not args.resume:
         what = begun[0] if begun else f"{len(done)} of {len(pictures)} text files"
@@ -280,10 +281,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for picture, line in caption_all(rest, args):
             if "error" in line:
                 errors.write(picture, line["error"])
+                broken.add(picture)
             else:
                 captions.write(picture, line["text"].strip())
             bar.update()
-    failed = errors.done() & {*pictures}
+    failed = broken & {*pictures}
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from mlx_llava.command import command
+from mlx_llava.command import command, one_line
 from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.image import from_clipboard
 from mlx_llava.loading import (
@@ -214,7 +214,7 @@ def run(chat: Chat) -> None:
         except KeyboardInterrupt:
             note("stopped")
         except (ValueError, OSError) as error:
-            note(f"error: {' '.join(str(error).split())}")
+            note(f"error: {one_line(error)}")
 
 
 @command

@@ -49,6 +49,11 @@ def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], Non
         yield show
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())
+
+
 class ExitCode(Protocol):
     """A command's ``main``: arguments (default: those of the process) -> exit code."""
 
@@ -72,8 +77,7 @@ def command(main: Main) -> ExitCode:
             # The reader has gone (`... | head`): stop, and keep Python from flushing again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
             print(file=sys.stderr)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+
+from mlx_llava.image import data_url, png
 
 #: The longer side of a picture that is shown, in pixels.
 SIDE = 192
@@ -20,10 +20,7 @@ def pictures(images: Sequence[Image.Image]) -> str:
     for image in images:
         small = image.copy()
         small.thumbnail((SIDE, SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        shown.append(f'<img alt="" src="data:image/png;base64,{data}">')
+        shown.append(f'<img alt="" src="{data_url(png(small))}">')
     return f"<div>{' '.join(shown)}</div>" if shown else ""
 
 

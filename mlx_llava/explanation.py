@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw
 
 from mlx_llava.generate import stream_generate
 from mlx_llava.image import load_image
+from mlx_llava.kernels import Array
 from mlx_llava.llava import Llava
 from mlx_llava.places import LONGEST, feature_boxes, heat_map, patch_boxes
-from mlx_llava.processor import Conversation, Inputs, Processor
+from mlx_llava.processor import Conversation, Inputs, Processor, as_list
 from mlx_llava.quantized import plain_weight
-from mlx_llava.trace import Array, Trace, as_numpy, trace, with_answer
+from mlx_llava.trace import Trace, as_numpy, trace, with_answer
 
 #: How many masked pictures are looked at together.
 MASKED_AT_ONCE = 8
@@ -100,8 +101,7 @@ def explain(
     Raises:
         ValueError: `Processor` refuses the prompt, or it brings pictures of its own.
     """
-    given = image if isinstance(image, (list, tuple)) else [] if image is None else [image]
-    images = tuple(map(load_image, given))
+    images = tuple(map(load_image, as_list(image)))
     inputs = processor(prompt, list(images), **prompt_options)
     if len(inputs.image_tokens) != len(images):
         raise ValueError(
@@ -113,8 +113,7 @@ def explain(
     if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
-    ids = as_numpy(inputs.input_ids[0])
-    places = np.flatnonzero(ids == model.config.image_token_index)
+    places = np.flatnonzero(np.array(inputs.input_ids[0]) == model.config.image_token_index)
     sizes = [(one.height, one.width) for one in images]
     return Explanation(
         images=images,

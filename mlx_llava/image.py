@@ -117,6 +117,18 @@ def _open(source: Any) -> tuple[BinaryIO, str]:
     return path.open("rb"), text
 
 
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    """The bytes of a PNG file as a URL that holds all of it, which `load_image` reads."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
 def _decode_data_url(url: str) -> bytes:
     header, comma, data = url.partition(",")
     if not comma or not header.endswith(";base64"):

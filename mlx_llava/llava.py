@@ -146,9 +146,17 @@ class Llava(nn.Module):
             list[mx.array]: The features of each picture, (tokens, D).
         """
         with mx.stream(self.vision_device or mx.default_device()):
-            features = self.multi_modal_projector(self._vision_features(pixel_values))
-            newline = self.image_newline if self.config.has_newline else None
-            return lay_out(features, newline, image_sizes, self.config)
+            return self._project(self._vision_features(pixel_values), image_sizes)
+
+    def project(
+        self, hidden_states: Sequence[mx.array], image_sizes: Sequence[Size] | None = None
+    ) -> list[mx.array]:
+        """What `encode_images` gives, from the hidden states of the vision tower."""
+        return self._project(self._select(hidden_states), image_sizes)
+
+    def _project(self, features: mx.array, image_sizes: Sequence[Size] | None) -> list[mx.array]:
+        newline = self.image_newline if self.config.has_newline else None
+        return lay_out(self.multi_modal_projector(features), newline, image_sizes, self.config)
 
     def _vision_features(self, pixel_values: mx.array) -> mx.array:
         """The chosen hidden states of all tiles, some tiles at a time to bound memory."""
@@ -161,9 +169,12 @@ class Llava(nn.Module):
         return mx.concatenate(chunks)
 
     def _tower_features(self, pixel_values: mx.array) -> mx.array:
-        layers = self.config.feature_layers
-        hidden_states = self.vision_tower(pixel_values, num_layers=max(layers))
-        features = mx.concatenate([hidden_states[layer] for layer in layers], axis=-1)
+        return self._select(self.vision_tower(pixel_values, max(self.config.feature_layers)))
+
+    def _select(self, hidden_states: Sequence[mx.array]) -> mx.array:
+        """The chosen ones, side by side, and of their tokens the chosen ones."""
+        chosen = [hidden_states[layer] for layer in self.config.feature_layers]
+        features = mx.concatenate(chosen, axis=-1)
         if self.config.vision_feature_select_strategy == "default":
             return features[:, 1:]
         return features

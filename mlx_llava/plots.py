@@ -7,7 +7,7 @@ draws into a figure or a part of one that it is given, or makes a figure, and re
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,21 +23,23 @@ from mlx_llava.places import LONGEST, Array, paint
 PANEL = 1.55
 #: Panels in a row.
 COLUMNS = 6
+#: What the colours of attention mean.
+SHARE = "attention per 1 % of area"
 
 
-def _panels(
-    count: int, columns: int, figure: Any | None, height: float = PANEL + 0.15
-) -> tuple[Any, list[Any]]:
+def _new(width: float, height: float) -> Figure:
+    """A figure, its size in inches."""
+    return Figure(figsize=(width, height), dpi=80, layout="constrained")
+
+
+def _panels(count: int, columns: int, figure: Any | None) -> tuple[Any, list[Any]]:
     """A figure and so many axes in it, without ticks."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    if figure is None:
-        size = (columns * PANEL, rows * height)
-        figure = Figure(figsize=size, dpi=80, layout="constrained")
+    figure = figure or _new(columns * PANEL, rows * (PANEL + 0.15))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for one in axes:
-        one.set_xticks([])
-        one.set_yticks([])
+        one.set(xticks=[], yticks=[])
     for one in axes[count:]:
         one.remove()
     return figure, list(axes[:count])
@@ -119,25 +121,24 @@ def plot_maps(
     return figure
 
 
-def _words(explanation: Explanation, words: Sequence[int] | None) -> list[int]:
-    return list(range(len(explanation.words)) if words is None else words)
-
-
 def _maps_by_word(
-    explanation: Explanation, values: Array, picture: int, words: Sequence[int] | None, figure: Any
+    explanation: Explanation,
+    picture: int,
+    words: Sequence[int] | None,
+    draw: Callable[[int], Array],
+    label: str,
+    figure: Any,
 ) -> Any:
-    """What the features got for each word, (G, F), as maps of how much that is for 1 % of area."""
-    chosen = _words(explanation, words)
-    maps = [_per_percent(explanation.on_picture(values[word], picture)) for word in chosen]
+    """A map over a picture for each word, or for some."""
+    chosen = range(len(explanation.words)) if words is None else words
     titles = [_label(explanation.words[word]) for word in chosen]
-    return plot_maps(explanation.images[picture], maps, titles, SHARE, figure=figure)
+    maps = [draw(word) for word in chosen]
+    return plot_maps(explanation.images[picture], maps, titles, label, figure=figure)
 
 
-#: What the colours of attention mean.
-SHARE = "attention per 1 % of area"
-
-
-def _per_percent(heat: Array) -> Array:
+def _density(explanation: Explanation, values: Array, picture: int) -> Array:
+    """A map of how much of what the features got, (F,), is on 1 % of the picture's area."""
+    heat = explanation.on_picture(values, picture)
     return heat * heat.size / 100
 
 
@@ -159,7 +160,12 @@ def plot_attention(
     """
     attention = explanation.attention(picture)
     chosen = attention if layers is None else attention[list(layers)]
-    return _maps_by_word(explanation, chosen.mean(axis=(0, 1)), picture, words, figure)
+    mean = chosen.mean(axis=(0, 1))
+
+    def draw(word: int) -> Array:
+        return _density(explanation, mean[word], picture)
+
+    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
 
 
 def plot_rollout(
@@ -169,7 +175,12 @@ def plot_rollout(
     figure: Any = None,
 ) -> Any:
     """How much of each part of a picture came to each word through all layers."""
-    return _maps_by_word(explanation, explanation.rollout(picture), picture, words, figure)
+    rollout = explanation.rollout(picture)
+
+    def draw(word: int) -> Array:
+        return _density(explanation, rollout[word], picture)
+
+    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
 
 
 def plot_heads(
@@ -184,7 +195,7 @@ def plot_heads(
     heads = attention.shape[1]
     chosen = range(len(attention)) if layers is None else layers
     places = [(layer, head) for layer in chosen for head in range(heads)]
-    maps = [_per_percent(explanation.on_picture(attention[place], picture)) for place in places]
+    maps = [_density(explanation, attention[place], picture) for place in places]
     titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in places]
     image = explanation.images[picture]
     return plot_maps(image, maps, titles, SHARE, columns=heads, figure=figure)
@@ -199,12 +210,12 @@ def plot_mask_effect(
 ) -> Any:
     """What each word loses when a part of a picture is masked."""
     image = explanation.images[picture]
-    size = image.height, image.width
-    chosen = _words(explanation, words)
-    maps = [paint(effect.drops[:, word], effect.boxes, size) for word in chosen]
-    titles = [_label(explanation.words[word]) for word in chosen]
+
+    def draw(word: int) -> Array:
+        return paint(effect.drops[:, word], effect.boxes, (image.height, image.width))
+
     label = "fall of log-probability (nats)"
-    return plot_maps(image, maps, titles, label, figure=figure)
+    return _maps_by_word(explanation, picture, words, draw, label, figure)
 
 
 def plot_lens(
@@ -222,9 +233,7 @@ def plot_lens(
         figure (optional): Where to draw.
     """
     layers, positions = probabilities.shape
-    if figure is None:
-        size = (0.62 * positions + 1.8, 0.3 * layers + 1.0)
-        figure = Figure(figsize=size, dpi=80, layout="constrained")
+    figure = figure or _new(0.62 * positions + 1.8, 0.3 * layers + 1.0)
     axes = figure.subplots()
     shown = axes.imshow(probabilities, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for layer, position in np.ndindex(layers, positions):
@@ -253,8 +262,7 @@ def plot_nearest_words(
         figure (optional): Where to draw.
     """
     image = explanation.images[picture]
-    if figure is None:
-        figure = Figure(figsize=(5, 5 * image.height / image.width), dpi=80, layout="constrained")
+    figure = figure or _new(5, 5 * image.height / image.width)
     axes = figure.subplots()
     extent = (0, image.width, image.height, 0)
     axes.imshow(_small(image), alpha=0.35, extent=extent)
@@ -265,8 +273,7 @@ def plot_nearest_words(
         left, top, right, bottom = boxes[feature]
         x, y = (left + right) / 2, (top + bottom) / 2
         axes.text(x, y, _label(words[feature]), ha="center", va="center", size=size, clip_on=True)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     return figure
 
 
@@ -278,7 +285,7 @@ def plot_shares(shares: Mapping[str, Array], chance: float, figure: Any = None) 
         chance (float): What even attention would give.
         figure (optional): Where to draw.
     """
-    figure = figure or Figure(figsize=(6, 2.6), dpi=80, layout="constrained")
+    figure = figure or _new(6, 2.6)
     axes = figure.subplots()
     width = 0.8 / len(shares)
     for i, (name, values) in enumerate(shares.items()):
@@ -306,7 +313,7 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any
         figure (optional): Where to draw.
     """
     if figure is None:
-        figure = Figure(figsize=(9.6, 4), dpi=80, layout="constrained")
+        figure = _new(9.6, 4)
         figure.get_layout_engine().set(w_pad=0.14)
     trace, layer = explanation.trace, model.config.feature_layers[-1]
     places = explanation.places[0]
@@ -325,8 +332,7 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any
     )
     for name, (content, title) in panels.items():
         axes[name].set_title(title, fontsize=9)
-        axes[name].set_xticks([])
-        axes[name].set_yticks([])
+        axes[name].set(xticks=[], yticks=[])
         if isinstance(content, np.ndarray):
             scaled = content / np.maximum(content.std(axis=1, keepdims=True), 1e-12)
             axes[name].imshow(scaled, aspect="auto", cmap="viridis", vmin=-2, vmax=2)

@@ -79,14 +79,15 @@ def anyres_canvas(image: Image.Image, canvas: Size, resample: Image.Resampling) 
     return black
 
 
+def tile_corners(canvas: Size, side: int) -> list[tuple[int, int]]:
+    """Where the square tiles of a canvas begin, (top, left), row by row."""
+    return [(top, left) for top in range(0, canvas[0], side) for left in range(0, canvas[1], side)]
+
+
 def split_tiles(image: Image.Image, side: int) -> list[Image.Image]:
     """Cuts a canvas into square tiles, row by row."""
-    width, height = image.size
-    return [
-        image.crop((left, top, left + side, top + side))
-        for top in range(0, height, side)
-        for left in range(0, width, side)
-    ]
+    corners = tile_corners((image.height, image.width), side)
+    return [image.crop((left, top, left + side, top + side)) for top, left in corners]
 
 
 def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
@@ -234,11 +235,10 @@ class ImageProcessor:
         side = self.config.vision_config.image_size
         height, width = size
         if self.mode == "anyres":
-            rows, columns = canvas = canvas_size(size, self.config)
+            canvas = canvas_size(size, self.config)
             fitted = fitted_size(size, canvas)
             above, beside = center_corner(canvas, fitted)
-            places = [(y, x) for y in range(0, rows, side) for x in range(0, columns, side)]
-            corners = [(y - above, x - beside) for y, x in places]
+            corners = [(y - above, x - beside) for y, x in tile_corners(canvas, side)]
             return [(0, 0, width, height), *(_shown(size, fitted, c, side) for c in corners)]
         framed = (max(size),) * 2 if self.mode == "pad" else size
         above, beside = center_corner(framed, size)

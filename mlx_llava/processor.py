@@ -6,7 +6,7 @@ B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeAlias
@@ -193,6 +193,13 @@ class Processor:
             pictures += own
         return self._inputs(texts, [load_image(picture) for picture in pictures], started)
 
+    def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
+        """How many tokens a prompt takes; its pictures are read, but not made pixels."""
+        text, pictures = self._render(conversation, as_list(images), False, None, "start")
+        self._check_marks(text, pictures)
+        (row,) = self._token_rows([text], self._image_tokens(_sizes(map(load_image, pictures))))
+        return len(row)
+
     def _render(
         self,
         conversation: Conversation,
@@ -249,11 +256,9 @@ class Processor:
         return [ids[i] for i in places], [learned[i] for i in places]
 
     def _inputs(self, texts: list[str], images: list[Any], started: float) -> Inputs:
-        sizes = tuple((image.height, image.width) for image in images)
-        counts = tuple(self.image_processor.num_tokens(size) for size in sizes)
-        remaining, folded = iter(counts), iter(counts)
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        rows = [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+        sizes = _sizes(images)
+        counts = self._image_tokens(sizes)
+        rows, folded = self._token_rows(texts, counts), iter(counts)
         length = max(len(row) for row in rows)
         padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
@@ -273,6 +278,16 @@ class Processor:
             image_processor=self.image_processor,
         )
 
+    def _image_tokens(self, sizes: Sequence[Size]) -> tuple[int, ...]:
+        """How many placeholders each picture takes."""
+        return tuple(map(self.image_processor.num_tokens, sizes))
+
+    def _token_rows(self, texts: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
+        """The ids of each prompt, with as many placeholders as its pictures take."""
+        remaining = iter(counts)
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        return [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+
     def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
         """The index of each token, a picture's as often as the picture has features."""
         image = self.config.image_token_index
@@ -291,14 +306,19 @@ class Processor:
 def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
     """Each prompt with its own pictures: one, or the rows of a batch."""
     if isinstance(prompt, str) or all(isinstance(message, Mapping) for message in prompt):
-        return [(prompt, _as_list(images))]
-    per_row = [None] * len(prompt) if images is None else _as_list(images)
+        return [(prompt, as_list(images))]
+    per_row = [None] * len(prompt) if images is None else as_list(images)
     if len(per_row) != len(prompt):
         raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
-    return [(row, _as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
+    return [(row, as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
 
 
-def _as_list(images: Any) -> list[Any]:
+def _sizes(images: Iterable[Image.Image]) -> tuple[Size, ...]:
+    return tuple((image.height, image.width) for image in images)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One picture, several or none, as a list."""
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]

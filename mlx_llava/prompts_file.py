@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mlx_llava.batch import BatchGenerator
+from mlx_llava.command import one_line
 from mlx_llava.decoding import Options
 from mlx_llava.processor import Processor
 
@@ -53,7 +54,7 @@ def answer_lines(
                 inputs = processor(data["prompt"], data.get("images"), **prompt_options)
                 uid = generator.insert(inputs, options)
             except (ValueError, OSError, TypeError) as error:
-                yield {**record, "error": " ".join(str(error).split())}
+                yield {**record, "error": one_line(error)}
             else:
                 running[uid] = {**record, "text": ""}
         for uid, response in generator.next():

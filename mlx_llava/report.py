@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import warnings
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.explanation import Explanation, logit_lens, mask_effect
+from mlx_llava.files import whole_file
+from mlx_llava.image import data_url
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Processor
 
@@ -107,9 +108,8 @@ def write_report(found: list[Section], title: str, path: Path) -> None:
     """
     content = _png(found, title) if path.suffix == ".png" else _page(found, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    beside.replace(path)
+    with whole_file(path) as beside:
+        beside.write_bytes(content)
 
 
 def _png(found: list[Section], title: str) -> bytes:
@@ -134,11 +134,10 @@ def _page(found: list[Section], title: str) -> bytes:
     for section in found:
         figure = Figure(figsize=(WIDTH, section.height), dpi=100, layout="constrained")
         section.draw(figure=figure)
-        image = base64.b64encode(_saved(figure)).decode()
         heading, caption = html.escape(section.title), html.escape(section.caption)
         body.append(
             f"<h2>{heading}</h2>\n<p>{caption}</p>\n"
-            f'<img alt="{heading}" src="data:image/png;base64,{image}">'
+            f'<img alt="{heading}" src="{data_url(_saved(figure))}">'
         )
     return _PAGE.format(title=html.escape(title), body="\n".join(body)).encode()
 

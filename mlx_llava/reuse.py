@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.anyres import Size
 from mlx_llava.cache import Cache, fork, nbytes
+from mlx_llava.files import whole_file
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Inputs
 
@@ -221,9 +222,8 @@ class PromptCache:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial.safetensors")
-        mx.save_safetensors(str(beside), arrays, metadata)
-        beside.replace(path)
+        with whole_file(path, ending=".safetensors") as beside:
+            mx.save_safetensors(str(beside), arrays, metadata)
 
     def load(self, path: str | Path, empty: Cache) -> None:
         """Reads what `save` wrote.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +10,12 @@ from typing import Any
 from PIL import Image
 
 from mlx_llava.decoding import GenerationResponse
+from mlx_llava.files import whole_file
 from mlx_llava.generate import stream_generate
-from mlx_llava.image import load_image
+from mlx_llava.image import data_url, load_image, png
 from mlx_llava.json_files import read_json, sensible_values, write_json
 from mlx_llava.llava import Llava
-from mlx_llava.processor import Inputs, Processor
+from mlx_llava.processor import Processor
 from mlx_llava.reuse import PromptCache
 
 #: Whether every picture of a conversation is embedded, or only those that were shown last.
@@ -41,9 +40,7 @@ class Picture:
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
         """A picture that came from nowhere."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return cls("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), image)
+        return cls(data_url(png(image)), image)
 
 
 @dataclass
@@ -87,12 +84,9 @@ class Session:
         messages: list[dict[str, Any]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
-        with_pictures = [turn for turn in self.turns if turn.pictures]
+        last = next((turn for turn in reversed(self.turns) if turn.pictures), None)
         for turn in self.turns:
-            is_shown = (
-                self.shown == SHOWN[0] or turn is with_pictures[-1] if turn.pictures else False
-            )
-            pictures = turn.pictures if is_shown else ()
+            pictures = turn.pictures if self.shown == "all" or turn is last else ()
             content = [{"type": "image", "image": picture.image} for picture in pictures]
             text = {"type": "text", "text": turn.text}
             messages.append({"role": "user", "content": [*content, text]})
@@ -112,7 +106,7 @@ class Session:
         before = list(self.turns)
         self.turns.append(Turn(text, tuple(pictures)))
         try:
-            while (length := self._inputs().input_ids.shape[1]) > self._room():
+            while (length := self.processor.count_tokens(self.messages())) > self._room():
                 if len(self.turns) == 1:
                     raise ValueError(
                         f"The question takes {length} tokens; there is room for {self._room()}, "
@@ -128,15 +122,12 @@ class Session:
         """How many tokens a prompt may have, so that there is room for an answer."""
         return self.processor.context_length * 3 // 4
 
-    def _inputs(self) -> Inputs:
-        return self.processor(self.messages())
-
     def answer(self) -> Iterator[GenerationResponse]:
         """Answers the last question; what is said is kept also where it is interrupted."""
         turn = self.turns[-1]
         turn.answer = ""
         options = {"prompt_cache": self._cache, **self.options}
-        for part in stream_generate(self.model, self.processor, self._inputs(), **options):
+        for part in stream_generate(self.model, self.processor, self.messages(), **options):
             turn.answer = part.answer.strip()
             yield part
 
@@ -157,9 +148,8 @@ class Session:
             {"text": t.text, "images": [p.source for p in t.pictures], "answer": t.answer}
             for t in self.turns
         ]
-        beside = path.with_name(f".{path.name}.partial")
-        write_json(beside, {"system": self.system, "shown": self.shown, "turns": turns})
-        beside.replace(path)
+        with whole_file(path) as beside:
+            write_json(beside, {"system": self.system, "shown": self.shown, "turns": turns})
 
     def load(self, path: str | Path) -> None:
         """Goes on with what `save` wrote.

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.cache import KVCache
-from mlx_llava.kernels import Mask
+from mlx_llava.kernels import Array, Mask
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Inputs
-
-Array: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class Observer:
@@ -125,15 +123,16 @@ def trace(
     embeddings = model.embed(inputs.input_ids, image_features=features)
     cache = [ObservedCache(observer) for _ in decoder.layers]
     *hidden, last = decoder.hidden_states(embeddings, cache)
+    normed = decoder.model.norm(last)
     assert observer.rollout is not None
     return Trace(
         vision_states=as_numpy(mx.stack(states) if states else mx.zeros((0, 0, 0, 0))),
         image_features=tuple(map(as_numpy, features)),
-        hidden_states=as_numpy(mx.concatenate([*hidden, decoder.model.norm(last)])),
+        hidden_states=as_numpy(mx.concatenate([*hidden, normed])),
         queries=observed,
         attention=as_numpy(mx.stack(observer.attention)),
         rollout=as_numpy(observer.rollout[observer.queries]),
-        logits=as_numpy(decoder.logits(last)[0]),
+        logits=as_numpy(decoder.unembed(normed)[0]),
     )
 
 
@@ -143,7 +142,7 @@ def _see(model: Llava, inputs: Inputs) -> tuple[list[mx.array], list[mx.array]]:
         return [], []
     depth = model.config.vision_config.num_hidden_layers
     states = model.vision_tower(inputs.pixel_values, num_layers=depth)
-    return states, model.encode_images(inputs.pixel_values, inputs.image_sizes)
+    return states, model.project(states, inputs.image_sizes)
 
 
 def with_answer(inputs: Inputs, answer: Sequence[int]) -> Inputs:

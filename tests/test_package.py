@@ -15,8 +15,8 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
-    {"version", "backend", "command", "image", "json_files", "sampling", "display"},
-    {"kernels", "scores"},
+    {"version", "backend", "command", "files", "image", "json_files", "sampling"},
+    {"display", "kernels", "scores"},
     {"activations", "cache", "machine", "vocabulary", "hub", "quantized", "config_checks"},
     {"config", "tokenizer", "checkpoint.tensors", "doctor"},
     {"prompt", "streaming", "checkpoint.layout", "checkpoint.safetensors", "checkpoint.torch_file"},
