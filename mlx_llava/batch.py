@@ -36,6 +36,17 @@ from mlx_llava.streaming import Answer
 BATCH_SIZE = 8
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """One prompt that has no place yet."""
+
+    uid: int
+    inputs: Inputs
+    options: Options
+    sampler: Sampler
+    processors: list[LogitsProcessor]
+
+
 @dataclass
 class _Row:
     """One prompt that is being answered."""
@@ -64,6 +75,18 @@ class _Row:
         self.token, self.logprobs = choose_token(logits, self.seen, self.sampler, self.processors)
         if self.processors:
             self.seen = mx.concatenate([self.seen, self.token])
+
+
+class AnswerError(ValueError):
+    """One answer cannot go on; the others can.
+
+    Attributes:
+        uid: whose it is.
+    """
+
+    def __init__(self, uid: int, message: str) -> None:
+        super().__init__(message)
+        self.uid = uid
 
 
 class BatchGenerator:
@@ -105,8 +128,9 @@ class BatchGenerator:
         self.prefill_step = prefill_step
         self._keeps_prompts = prompt_cache is not None
         self._reuse = prompt_cache or PromptCache(model)
-        self._waiting: deque[tuple[int, Inputs, Options]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._rows: list[_Row] = []
+        self._failed: deque[AnswerError] = deque()
         self._next_uid = 0
 
     @property
@@ -117,7 +141,7 @@ class BatchGenerator:
     @property
     def is_idle(self) -> bool:
         """Whether every prompt has been answered."""
-        return not self._rows and not self._waiting
+        return not (self._rows or self._waiting or self._failed)
 
     def insert(self, inputs: Inputs, options: Options | None = None) -> int:
         """Adds a prompt.
@@ -133,8 +157,7 @@ class BatchGenerator:
             ValueError: It does not fit context or memory, or its options make no sense.
         """
         options = options or Options()
-        options.sampler()
-        options.logits_processors()
+        sampler, processors = options.sampler(), options.logits_processors(self.processor)
         max_tokens = check_request(
             self.model,
             inputs,
@@ -145,16 +168,22 @@ class BatchGenerator:
         )
         options = replace(options, max_tokens=max_tokens)
         uid, self._next_uid = self._next_uid, self._next_uid + 1
-        self._waiting.append((uid, inputs, options))
+        self._waiting.append(_Waiting(uid, inputs, options, sampler, processors))
         return uid
 
     def remove(self, uid: int) -> None:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != uid)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.uid != uid)
         self._rows = [row for row in self._rows if row.uid != uid]
 
     def next(self) -> list[tuple[int, GenerationResponse]]:
-        """The next token of every row that runs, after which waiting prompts take free places."""
+        """The next token of every row that runs, after which waiting prompts take free places.
+
+        Raises:
+            AnswerError: One row has failed and is gone. The others lost nothing: call it again.
+        """
+        if self._failed:
+            raise self._failed.popleft()
         running = list(self._rows)
         ready = [(row.token, row.logprobs) for row in running]
         ahead = queues_ahead()
@@ -169,6 +198,7 @@ class BatchGenerator:
             if row.uid in ended and self._keeps_prompts:
                 self._reuse.store(row.prompt, row.tokens, row.cache)
         self._rows = [row for row in self._rows if row.uid not in ended]
+        self._failed = deque(error for error in self._failed if error.uid not in ended)
         if not ahead:
             self._queue(self._rows)
         self._admit()
@@ -181,29 +211,28 @@ class BatchGenerator:
         if not admitted:
             return
         started = time.perf_counter()
-        rows = [self._row(*waiting) for waiting in admitted]
+        rows = [self._row(waiting) for waiting in admitted]
         embeddings = self._reuse.embed([row.prompt for row in rows], [row.known for row in rows])
         mx.eval(embeddings)
         encoded = time.perf_counter()
         for row, embedded in zip(rows, embeddings, strict=True):
             row.meter = Meter(row.prompt.inputs, (encoded - started) / len(rows), row.known)
             language_model = self.model.language_model
-            row.choose(prefill(embedded, language_model, row.cache, self.prefill_step))
-            mx.async_eval(row.token, row.logprobs)
-        self._rows += rows
+            logits = prefill(embedded, language_model, row.cache, self.prefill_step)
+            self._rows += self._choose([(row, logits)])
 
-    def _row(self, uid: int, inputs: Inputs, options: Options) -> _Row:
-        prompt = self._reuse.prompt(inputs)
+    def _row(self, waiting: _Waiting) -> _Row:
+        prompt, options = self._reuse.prompt(waiting.inputs), waiting.options
         empty = make_cache(self.model.language_model, len(prompt.keys), self.kv_bits)
         cache, known = self._reuse.begin(prompt, empty)
         stops = [*self.processor.template.stops, *options.stop]
         tokenizer, eos_ids = self.processor.tokenizer, self.processor.eos_ids
         return _Row(
-            uid=uid,
+            uid=waiting.uid,
             prompt=prompt,
             answer=Answer(tokenizer, eos_ids, stops, options.max_tokens),
-            sampler=options.sampler(),
-            processors=options.logits_processors(),
+            sampler=waiting.sampler,
+            processors=waiting.processors,
             cache=cache,
             known=known,
             max_tokens=options.max_tokens,
@@ -221,10 +250,24 @@ class BatchGenerator:
             tokens, logprobs = choose_token(logits, ids, greedy, ())
             for i, row in enumerate(rows):
                 row.token, row.logprobs = tokens[i : i + 1], logprobs[i : i + 1]
-        else:
-            for i, row in enumerate(rows):
-                row.choose(logits[i : i + 1])
-        mx.async_eval([(row.token, row.logprobs) for row in rows])
+            mx.async_eval([(row.token, row.logprobs) for row in rows])
+            return
+        chosen = self._choose([(row, logits[i : i + 1]) for i, row in enumerate(rows)])
+        failed = {row.uid for row in rows} - {row.uid for row in chosen}
+        self._rows = [row for row in self._rows if row.uid not in failed]
+
+    def _choose(self, rows: Sequence[tuple[_Row, mx.array]]) -> list[_Row]:
+        """Takes the next token of rows from their logits (1, V); returns those that can go on."""
+        chosen = []
+        for row, logits in rows:
+            try:
+                row.choose(logits)
+            except ValueError as error:
+                self._failed.append(AnswerError(row.uid, str(error)))
+            else:
+                chosen.append(row)
+        mx.async_eval([(row.token, row.logprobs) for row in chosen])
+        return chosen
 
     def _respond(self, row: _Row, token: int, logprobs: mx.array) -> GenerationResponse:
         row.tokens.append(token)

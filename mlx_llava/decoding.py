@@ -6,7 +6,7 @@ L tokens of the prompt, D decoder width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, cast
@@ -19,7 +19,7 @@ from mlx_llava.llama import LanguageModel
 from mlx_llava.llava import Llava
 from mlx_llava.machine import on_cpu
 from mlx_llava.memory import check_prompt
-from mlx_llava.processor import Inputs
+from mlx_llava.processor import Inputs, Processor
 from mlx_llava.sampling import (
     LogitsProcessor,
     Sampler,
@@ -27,6 +27,7 @@ from mlx_llava.sampling import (
     make_logits_processors,
     make_sampler,
 )
+from mlx_llava.structured import JsonConstraint
 
 MAX_TOKENS = 512
 PREFILL_STEP = 2048
@@ -143,6 +144,9 @@ class Meter:
         )
 
 
+_OPTIONAL = ("seed", "repetition_penalty", "json_schema")
+
+
 @dataclass(frozen=True)
 class Options:
     """How to answer, for one prompt; see `mlx_llava.generate.stream_generate`."""
@@ -155,6 +159,7 @@ class Options:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Checks kinds, since options may come from a file or over a network."""
@@ -167,10 +172,11 @@ class Options:
             self._check(name, Integral, "a whole number")
         for name in ("temp", "top_p", "min_p", "repetition_penalty"):
             self._check(name, Real, "a number")
+        self._check("json_schema", Mapping, "an object")
 
     def _check(self, name: str, kind: type, words: str) -> None:
         value = getattr(self, name)
-        optional = value is None and name in ("seed", "repetition_penalty")
+        optional = value is None and name in _OPTIONAL
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ValueError(f"{name} is {value!r}; it must be {words}.")
 
@@ -178,17 +184,28 @@ class Options:
         """What chooses the next token."""
         return make_sampler(self.temp, self.top_p, self.min_p, self.top_k, self.seed)
 
-    def logits_processors(self) -> list[LogitsProcessor]:
-        """What changes the logits before that."""
-        return make_logits_processors(self.repetition_penalty)
+    def logits_processors(self, processor: Processor) -> list[LogitsProcessor]:
+        """What changes the logits before that, for one answer."""
+        processors = make_logits_processors(self.repetition_penalty)
+        if self.json_schema is not None:
+            vocab_size = processor.config.text_config.vocab_size
+            ends = processor.eos_ids
+            processors.append(
+                JsonConstraint(self.json_schema, processor.tokenizer, ends, vocab_size)
+            )
+        return processors
+
+
+class ContextError(ValueError):
+    """A prompt is longer than the model's context."""
 
 
 def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
-    """How many tokens can be made; raises ValueError where there is room for none."""
+    """How many tokens can be made; raises ContextError where there is room for none."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
     if prompt_tokens >= context_length:
-        raise ValueError(
+        raise ContextError(
             f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
             "use fewer or smaller images, or a shorter text."
         )

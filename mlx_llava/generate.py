@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +61,7 @@ def stream_generate(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    json_schema: Mapping[str, Any] | None = None,
     prefill_step: int = PREFILL_STEP,
     kv_bits: int | None = None,
     max_kv_size: int | None = None,
@@ -82,6 +83,7 @@ def stream_generate(
         repetition_penalty (float, optional): Above 1, tokens of the last 20 become less likely.
         seed (int, optional): Makes sampling repeatable.
         stop (list of str): Texts that end the answer, beside the template's own.
+        json_schema (dict, optional): Makes the answer JSON of this schema, if it is not cut off.
         prefill_step (int): The length of the chunks in which the prompt is read.
         kv_bits (int, optional): Stores keys and values in 2, 4 or 8 bits.
         max_kv_size (int, optional): Stores that many positions at most: the prompt, and the last
@@ -110,8 +112,10 @@ def stream_generate(
         kv_bits=kv_bits,
         max_kv_size=max_kv_size,
     )
-    options = Options(max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,))
-    sampler, processors = options.sampler(), options.logits_processors()
+    options = Options(
+        max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,), json_schema
+    )
+    sampler, processors = options.sampler(), options.logits_processors(processor)
     started = time.perf_counter()
     known, length = 0, inputs.input_ids.shape[1]
     cache = make_cache(model.language_model, length, kv_bits, max_kv_size)

@@ -13,6 +13,7 @@ from mlx_llava.load import load
 from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Processor
+from mlx_llava.structured import read_schema
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,12 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
+    add("--json-schema", metavar="FILE", help="a JSON schema, or its text, that the answer follows")
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for `add_answer_arguments`, as the fields of `Options`."""
-    return {field.name: getattr(args, field.name) for field in fields(Options)}
+    options = {field.name: getattr(args, field.name) for field in fields(Options)}
+    if args.json_schema is not None:
+        options["json_schema"] = read_schema(args.json_schema)
+    return options

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from mlx_llava.batch import BatchGenerator
+from mlx_llava.batch import AnswerError, BatchGenerator
 from mlx_llava.command import one_line
 from mlx_llava.decoding import Options
 from mlx_llava.processor import Processor
@@ -57,7 +57,14 @@ def answer_lines(
                 yield {**record, "error": one_line(error)}
             else:
                 running[uid] = {**record, "text": ""}
-        for uid, response in generator.next():
+        try:
+            responses = generator.next()
+        except AnswerError as error:
+            record = running.pop(error.uid)
+            del record["text"]
+            yield {**record, "error": one_line(error)}
+            continue
+        for uid, response in responses:
             running[uid]["text"] += response.text
             if response.finish_reason:
                 yield {**running.pop(uid), **response.figures()}

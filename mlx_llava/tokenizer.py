@@ -10,6 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ IM_START, IM_END = "<im_start>", "<im_end>"
 
 #: A Unicode noncharacter, which no text holds; it breaks up special tokens in users' text.
 _MARK = "\ufdd0"
+
+#: A byte in a SentencePiece vocabulary.
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+#: How GPT-2 writes bytes: those that can be seen as themselves, others from 256 on
+#: (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _VISIBLE)
+}
 
 
 class Tokenizer:
@@ -61,6 +71,7 @@ class Tokenizer:
         self.config = dict(config)
         self.chat_template = chat_template
         added = [token for token in tokens if token["special"]]
+        self._added = {token["content"] for token in tokens}
         self.special_tokens = {token["content"].strip(): int(token["id"]) for token in added}
         found = self.special_tokens.setdefault(IMAGE_TOKEN, image_token_id)
         if found != image_token_id:
@@ -73,6 +84,7 @@ class Tokenizer:
         inner = _without_first_prefix(self.spec)
         same = inner["pre_tokenizer"] == self.spec.get("pre_tokenizer")
         self._inner_backend = self._backend if same else _backend(inner)
+        self._is_byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
         self.bos_ids = self._read_bos()
         self.eos_id = self._id_of("eos_token")
 
@@ -163,12 +175,30 @@ class Tokenizer:
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return ids if has_bos else self.bos_ids + ids
 
+    @cached_property
+    def longest_piece(self) -> int:
+        """How many characters the longest token has, so that a text has at least so many fewer."""
+        return max(map(len, self._backend.get_vocab()))
+
     def text_of(self, token: int) -> str:
         """The text of one id as it stands within a text, or the name of a special token."""
         inside = self.encode("a")[-1:]
         text = self.decode([*inside, token])[len(self.decode(inside)) :]
         is_text = text and "\ufffd" not in text  # which is what a single byte decodes to
         return text if is_text else str(self._backend.id_to_token(token) or "")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that one id stands for; nothing for ids that no text has."""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if piece in self.special_tokens or piece in self._added:
+            return piece.encode()
+        if self._is_byte_level:
+            return bytes(map(_BYTE_OF.__getitem__, piece))
+        if _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
