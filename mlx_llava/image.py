@@ -8,6 +8,7 @@ import http.client
 import io
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -23,10 +24,13 @@ MAX_PIXELS = 100_000_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 DOWNLOAD_SECONDS = 30
 #: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
+HEIC = "HEIC"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", HEIC)
 
 
-def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Reads one picture as RGB.
 
     EXIF orientation is applied to everything that is a file; a ready PIL image or array is
@@ -38,6 +42,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
             or data: URL, the bytes of a file, an open binary file, a PIL image, or an array
             (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or floats in 0..1.
         max_pixels (int): The largest width x height; checked before anything is decoded.
+        formats (sequence of str): What a file may be, by Pillow's names.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -52,12 +57,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = _identify(file, name)
+            image = _identify(file, name, formats)
             check_pixels(image.size, max_pixels, name)
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{name} is not an image ({known} or HEIC).") from error
+        raise ValueError(f"{name} is not an image ({', '.join(formats)}).") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
     except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
@@ -106,7 +110,7 @@ def _open(source: Any) -> tuple[BinaryIO, str]:
         raise ValueError(f"An image must be {kinds}, not {type(source).__name__}.")
     text = str(source)
     if text.startswith("data:"):
-        return io.BytesIO(_decode_data_url(text)), "The data: URL"
+        return io.BytesIO(decode_data_url(text)), "The data: URL"
     if text.startswith(("http://", "https://")):
         return io.BytesIO(_download(text)), text
     path = Path(text).expanduser()
@@ -129,13 +133,18 @@ def data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def _decode_data_url(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
+    """What a data: URL holds.
+
+    Raises:
+        ValueError: It is none in base64.
+    """
     header, comma, data = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise ValueError("A data: URL must look like data:image/png;base64,...")
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except (binascii.Error, ValueError) as error:
         raise ValueError(f"The data: URL is not valid base64: {error}.") from error
 
 
@@ -151,11 +160,13 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _identify(file: BinaryIO, name: str) -> Image.Image:
+def _identify(file: BinaryIO, name: str, formats: Sequence[str]) -> Image.Image:
     """Opens the picture; HEIC (iPhone photos) through the optional pillow-heif."""
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=[known for known in formats if known != HEIC])
     except UnidentifiedImageError:
+        if HEIC not in formats:
+            raise
         file.seek(0)
         # ISO base media file: size, "ftyp", then the brand of the format.
         is_heic = file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")

@@ -6,7 +6,7 @@ B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeAlias
@@ -181,6 +181,22 @@ class Processor:
         Raises:
             ValueError: Marks and images do not match, or an image cannot be read.
         """
+        options: dict[str, Any] = {"raw": raw, "system": system, "image_position": image_position}
+        return self.prepare(prompt, images, **options)()
+
+    def prepare(
+        self,
+        prompt: Conversation | Sequence[Conversation],
+        images: ImageSource | Sequence[Any] | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        image_position: str = "start",
+    ) -> Callable[[], Inputs]:
+        """All of `__call__` but what MLX does.
+
+        Any thread may do this, while the one that owns MLX's work calls what is returned.
+        """
         if image_position not in ("start", "end"):
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
         started = time.perf_counter()
@@ -191,7 +207,7 @@ class Processor:
             self._check_marks(text, own)
             texts.append(text)
             pictures += own
-        return self._inputs(texts, [load_image(picture) for picture in pictures], started)
+        return self._prepare(texts, [load_image(picture) for picture in pictures], started)
 
     def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
         """How many tokens a prompt takes; its pictures are read, but not made pixels."""
@@ -255,28 +271,35 @@ class Processor:
         places = self._expand(ids, iter(image_tokens))
         return [ids[i] for i in places], [learned[i] for i in places]
 
-    def _inputs(self, texts: list[str], images: list[Any], started: float) -> Inputs:
+    def _prepare(self, texts: list[str], images: list[Any], started: float) -> Callable[[], Inputs]:
         sizes = _sizes(images)
         counts = self._image_tokens(sizes)
         rows, folded = self._token_rows(texts, counts), iter(counts)
         length = max(len(row) for row in rows)
         padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-        pixel_values = mx.array(self.image_processor(images)) if images else None
+        pixels = self.image_processor(images) if images else None
         is_padded = any(len(row) < length for row in rows)
         is_anyres = self.image_processor.mode == "anyres"
         tiles = tuple(1 + num_tiles(size, self.config) if is_anyres else 1 for size in sizes)
-        return Inputs(
-            input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
-            pixel_values=pixel_values,
-            image_sizes=sizes if images and is_anyres else None,
-            attention_mask=mx.array(mask, mx.int32) if is_padded else None,
-            prompts=tuple(self._fold(text, folded) for text in texts),
-            image_tokens=counts,
-            image_tiles=tiles,
-            seconds=time.perf_counter() - started,
-            image_processor=self.image_processor,
-        )
+        image_sizes = sizes if images and is_anyres else None
+        prompts = tuple(self._fold(text, folded) for text in texts)
+        seconds = time.perf_counter() - started
+
+        def inputs() -> Inputs:
+            return Inputs(
+                input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
+                pixel_values=None if pixels is None else mx.array(pixels),
+                image_sizes=image_sizes,
+                attention_mask=mx.array(mask, mx.int32) if is_padded else None,
+                prompts=prompts,
+                image_tokens=counts,
+                image_tiles=tiles,
+                seconds=seconds,
+                image_processor=self.image_processor,
+            )
+
+        return inputs
 
     def _image_tokens(self, sizes: Sequence[Size]) -> tuple[int, ...]:
         """How many placeholders each picture takes."""

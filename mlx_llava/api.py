@@ -1,0 +1,377 @@
+"""OpenAI's API over an engine, as an ASGI app: request -> pictures -> answers -> replies.
+
+The chain of a request is `Api.complete`: read_request, `_prepare`, `Engine.answer`, and the
+shape of its replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Send
+
+from mlx_llava.decoding import ContextError, Options
+from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
+from mlx_llava.guard import error_response
+from mlx_llava.image import load_image
+from mlx_llava.metrics import Metrics
+from mlx_llava.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Wanted,
+    busy,
+    read_request,
+)
+from mlx_llava.replies import ChatShape, CompletionShape, Shape, Usage
+from mlx_llava.sources import Sources
+
+PAGE = Path(__file__).parent / "page"
+#: What browsers and cameras make; each further decoder is one more that strangers can feed.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take.
+
+    Attributes:
+        body_bytes: its length.
+        body_seconds: how long it may take to arrive.
+        images: how many pictures it may have.
+        pixels: of all its pictures together.
+        seconds: how long its answers may take, waiting included.
+    """
+
+    body_bytes: int = 50_000_000
+    body_seconds: float = 30.0
+    images: int = 16
+    pixels: int = 100_000_000
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Checks that something is allowed."""
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"The limit {name} is {value}; it must be more than 0.")
+
+
+@dataclass
+class Api:
+    """One model's endpoints.
+
+    Attributes:
+        engine: answers.
+        name: of the model, as clients know it.
+        defaults: how to answer where a request does not say.
+        sources: which pictures may be named.
+        limits: what a request may take.
+    """
+
+    engine: Engine
+    name: str
+    defaults: Options = field(default_factory=Options)
+    sources: Sources = field(default_factory=Sources)
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Begins to count."""
+        self.metrics = Metrics(self.engine)
+        # One picture is decoded at a time, so that their pixels never add up.
+        self._decoding = anyio.CapacityLimiter(1)
+        self._fetching = anyio.CapacityLimiter(8)
+
+    def app(self) -> Starlette:
+        """The ASGI app; unguarded, see guard.py."""
+        routes = [
+            Mount(
+                "/v1",
+                routes=[
+                    Route("/chat/completions", self.chat, methods=["POST"]),
+                    Route("/completions", self.completions, methods=["POST"]),
+                    Route("/models", self.models),
+                    Route("/models/{name:path}", self.model),
+                ],
+            ),
+            Route("/health", self.health),
+            Route("/metrics", self.metric),
+            Mount("/", StaticFiles(directory=PAGE, html=True)),
+        ]
+        handlers: dict[Any, Any] = {
+            ApiError: lambda _, error: error_response(error),
+            HTTPException: _http_error,
+            ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
+            Exception: _unforeseen,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        return await self.complete(request, ChatRequest, ChatShape)
+
+    async def completions(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        return await self.complete(request, CompletionRequest, CompletionShape)
+
+    async def models(self, _: Request) -> Response:
+        """``GET /v1/models``."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/NAME``."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    async def health(self, _: Request) -> Response:
+        """``GET /health``."""
+        return JSONResponse({"status": "ok"})
+
+    async def metric(self, _: Request) -> Response:
+        """``GET /metrics``."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(
+                404,
+                f"The model {name!r} does not exist; this server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def complete(
+        self,
+        request: Request,
+        kind: type[Wanted],
+        shape_of: type[Shape],
+    ) -> Response:
+        """Answers a request, whole or as a stream.
+
+        Args:
+            request (Request): Of HTTP.
+            kind (type): What its body is.
+            shape_of (type): What its answer looks like.
+
+        Raises:
+            ApiError: It is refused, or fails before the first word.
+        """
+        _check_content_type(request)
+        wanted = read_request(await request.body(), kind)
+        self._check_model(wanted.model)
+        has_logprobs = wanted.told_logprobs is not None
+        shape = shape_of(wanted.model, has_logprobs, wanted.tells_usage)
+        pieces = self._pieces(wanted)
+        if not wanted.stream:
+            whole = await _while_connected(request, self._whole(shape, pieces, wanted.n))
+            return JSONResponse(whole)
+        first = await _while_connected(request, anext(pieces))
+        events = self._events(shape, first, pieces, wanted.n)
+        return _EventStream(events, media_type="text/event-stream")
+
+    async def _pieces(self, wanted: Wanted) -> AsyncGenerator[Piece, None]:
+        """The pieces of all answers to a request, as they are made."""
+        prompts = 1 if isinstance(wanted, ChatRequest) else len(wanted.prompt)
+        count = prompts * wanted.n
+        if count > self.engine.capacity:
+            raise ApiError(
+                400, f"{count} answers were asked for, of {self.engine.capacity}.", param="n"
+            )
+        try:
+            with self.engine.place(count):
+                asks = await self._asks(wanted)
+                answer = self.engine.answer(
+                    asks, top_logprobs=wanted.told_logprobs, seconds=self.limits.seconds
+                )
+                async with aclosing(answer) as pieces:
+                    async for piece in pieces:
+                        if piece.finish_reason:
+                            self.metrics.count_answer(piece.figures)
+                        yield piece
+        except BusyError as error:
+            raise busy(f"The server is busy: {error}") from error
+        except ContextError as error:
+            raise _context_error(str(error)) from error
+        except ValueError as error:
+            raise ApiError(400, " ".join(str(error).split())) from error
+        except TimeoutError as error:
+            raise ApiError(503, str(error), kind="server_error", code="timeout") from error
+        except EngineError as error:
+            raise ApiError(503, str(error), kind="server_error") from error
+
+    async def _asks(self, wanted: Wanted) -> list[Ask]:
+        """The prompts of a request, prepared, each as often as it is to be answered."""
+        if isinstance(wanted, ChatRequest):
+            urls = wanted.pictures()
+            if len(urls) > self.limits.images:
+                raise ApiError(
+                    400,
+                    f"There are {len(urls)} pictures; the limit is {self.limits.images}.",
+                    param="messages",
+                    code="too_many_images",
+                )
+            texts = sum(map(len, wanted.texts()))
+            files = [await run_sync(self._read, url, limiter=self._fetching) for url in urls]
+        else:
+            texts, files = max(map(len, wanted.prompt)), []
+        self._check_length(texts)
+        prepared = await run_sync(self._prepare, wanted, files, limiter=self._decoding)
+        options = wanted.seeded(wanted.options(self.defaults))
+        return [(inputs, own) for inputs in prepared for own in options]
+
+    def _check_length(self, characters: int) -> None:
+        """Refuses texts that cannot fit, before they are tokenised."""
+        processor = self.engine.processor
+        if characters > processor.context_length * processor.tokenizer.longest_piece:
+            raise _context_error(
+                f"The text has {characters:,} characters, more than the model's context of "
+                f"{processor.context_length} tokens can hold."
+            )
+
+    def _read(self, url: str) -> bytes:
+        try:
+            return self.sources.read(url)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
+
+    def _prepare(self, wanted: Wanted, files: Sequence[bytes]) -> list[Callable[[], Any]]:
+        """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
+        prepare = self.engine.processor.prepare
+        if isinstance(wanted, CompletionRequest):
+            return [prepare(text, raw=True) for text in wanted.prompt]
+        return [prepare(wanted.conversation(self._decode(files)))]
+
+    def _decode(self, files: Sequence[bytes]) -> list[Image.Image]:
+        pictures: list[Image.Image] = []
+        left = self.limits.pixels
+        for file in files:
+            try:
+                pictures.append(load_image(file, left, FORMATS))
+            except ValueError as error:
+                raise ApiError(400, str(error), param="messages", code="invalid_image") from error
+            left -= pictures[-1].width * pictures[-1].height
+        return pictures
+
+    async def _whole(
+        self, shape: Shape, pieces: AsyncGenerator[Piece, None], n: int
+    ) -> dict[str, Any]:
+        """All answers in one reply."""
+        answers: dict[int, Piece] = {}
+        tally = _Tally(n)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                tally.add(piece)
+                before = answers.get(piece.index)
+                answers[piece.index] = before.then(piece) if before else piece
+        return shape.whole([answers[i] for i in sorted(answers)], tally.usage, tally.timings)
+
+    async def _events(
+        self, shape: Shape, first: Piece, pieces: AsyncGenerator[Piece, None], n: int
+    ) -> AsyncGenerator[str, None]:
+        """The answers as server-sent events."""
+        tally = _Tally(n)
+        async with aclosing(pieces):
+            try:
+                piece: Piece | None = first
+                while piece is not None:
+                    tally.add(piece)
+                    for chunk in shape.chunks(piece):
+                        yield _event(chunk)
+                    piece = await anext(pieces, None)
+            except ApiError as error:
+                yield _event(error.body())
+                return
+        if shape.include_usage:
+            yield _event(shape.last_chunk(tally.usage, tally.timings))
+        yield "data: [DONE]\n\n"
+
+
+class _Tally:
+    """The usage of a request, and the timings of its first answer."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n  # answers to each prompt
+        self.usage = Usage()
+        self.timings: dict[str, float] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Counts an answer that ends."""
+        if piece.finish_reason:
+            self.usage.add(piece.figures, is_new_prompt=piece.index % self._n == 0)
+            if piece.index == 0:
+                self.timings = piece.figures["timings"]
+
+
+class _EventStream(StreamingResponse):
+    """A stream whose source is closed at once where the client goes."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def _check_content_type(request: Request) -> None:
+    """Refuses what a web page could send without being allowed to."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(400, "The Content-Type must be application/json.")
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Does some work, unless the client goes before it is done."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if tasks[0].cancelled():
+        raise ClientDisconnect
+    return tasks[0].result()
+
+
+def _context_error(message: str) -> ApiError:
+    return ApiError(400, message, param="messages", code="context_length_exceeded")
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette refuses: unknown paths and methods."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = error.headers if isinstance(error, HTTPException) else None
+    message = f"Invalid URL ({request.method} {request.url.path})"
+    code = "unknown_url" if status == 404 else "method_not_allowed"
+    return error_response(ApiError(status, message, code=code, headers=headers))
+
+
+def _unforeseen(_: Request, __: Exception) -> Response:
+    """A mistake of ours; the log has it."""
+    return error_response(ApiError(500, "The server made a mistake.", kind="server_error"))

@@ -1,0 +1,96 @@
+"""The server as its command makes it, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from mlx_llava import server
+from mlx_llava.engine import Engine
+from mlx_llava.image import data_url, png
+
+MODEL = "tiny-llava"
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    engine: Engine
+    port: int
+    key: str | None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        options = {"api_key": self.key or "none", "max_retries": 0, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    def raw(self, request: bytes, timeout: float = 10) -> bytes:
+        """All that comes back for some bytes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout) as connection:
+            connection.sendall(request)
+            return receive(connection)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """What a connection gives until it ends."""
+    answer = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Iterator[Served]:
+    """Serves with the command's arguments; with an engine that runs already, if one is given.
+
+    Args:
+        *arguments: Of the command.
+        engine: Instead of loading one.
+        **limits: Attributes of `BodyLimit` that no argument sets.
+    """
+    args = server.build_parser().parse_args(["--port", "0", *arguments])
+    key = server.read_api_key(args)
+    listening = server.listen(args.host, args.port)
+    own = engine or server.start_engine(args)
+    app = server.make_app(args, own, key)
+    for name, value in limits.items():
+        setattr(app.app, name, value)
+    running = server.make_server(app, args)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield Served(own, listening.getsockname()[1], key)
+    finally:
+        running.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server does not end"
+        if engine is None:
+            own.close()
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    """A user's message of texts and PIL pictures."""
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(png(part))}}
+            for part in parts
+        ],
+    }

@@ -1,0 +1,661 @@
+"""What strangers may try on a server: each gets nothing, and the next honest request works."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.server
+import io
+import json
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+import zlib
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from PIL import Image
+
+from mlx_llava import remote, server
+from mlx_llava.image import data_url, png
+from mlx_llava.remote import fetch, is_public
+from mlx_llava.sources import Sources, read_below
+from tests.serving import MODEL, receive, serving, user
+
+SECRET = "the secret of the house"
+PICTURE = Image.new("RGB", (8, 8), "red")
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def still_works(served):
+    """After every attack, an honest request is answered."""
+    yield
+    reply = chat(served, [user(PICTURE, "What colour is it?")], max_tokens=2)
+    assert reply.status_code == 200
+    assert served.engine.taken == 0
+
+
+def chat(served, messages, **options):
+    body = {"model": MODEL, "messages": messages, **options}
+    url = served.url + "/v1/chat/completions"
+    return httpx.post(url, json=body, headers=served.headers, timeout=60)
+
+
+def named(*urls):
+    """A message whose pictures are named by URLs."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}
+
+
+def refused(reply, status, *words):
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert SECRET not in reply.text
+    for word in words:
+        assert word in error["message"]
+
+
+class TestAddresses:
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.5.5", "192.168.1.1",
+            "169.254.169.254", "100.64.0.1", "192.0.0.1", "198.18.0.1", "224.0.0.1", "240.0.0.1",
+            "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1",
+            "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1",
+            "64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2002:7f00:1::", "2002:a00:1::1",
+            "2001:0:7f00:1::", "2001:0:4136:e378:8000:63bf:80ff:fffe", "2001:db8::1",
+        ],
+    )  # fmt: skip
+    def test_that_are_not_public(self, address):
+        assert not is_public(address)
+
+    @pytest.mark.parametrize(
+        "address", ["1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:1.1.1.1"]
+    )
+    def test_that_are(self, address):
+        assert is_public(address)
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "169.254.169.254", "0.0.0.0",
+            "2130706433", "0x7f.1", "0177.0.0.1", "127.1", "[::]", "[::ffff:7f00:1]",
+        ],
+    )  # fmt: skip
+    def test_are_not_fetched_from(self, host, monkeypatch, inside):
+        network(monkeypatch)
+        for scheme in ("http", "https"):
+            with pytest.raises(ValueError, match=r"public address|cannot be fetched"):
+                fetch(f"{scheme}://{host}:{inside.port}/picture.png")
+        assert inside.asked == []
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "file:///etc/passwd", "FILE:///etc/passwd", "gopher://127.0.0.1:70/_x", "ftp://a/b",
+            "dict://a:1/", "jar:http://a!/", "http:///x", "http://", "http://user@a/",
+            "http://a:b@c/", "http://a:99999/", "http://a:0/", "http://[::1/", "http://a/\r\nX: y",
+            "http://a/\u2028", "http://é.example/", "javascript:alert(1)", "//127.0.0.1/x",
+        ],
+    )  # fmt: skip
+    def test_urls_that_are_none(self, url, served, monkeypatch):
+        network(monkeypatch, getaddrinfo=unwanted)
+        with pytest.raises(ValueError, match="image URL"):
+            fetch(url)
+        with serving("--allow-remote-images", engine=served.engine) as open_one:
+            refused(chat(open_one, [named(url)]), 400)
+
+
+def unwanted(*_, **__):
+    raise AssertionError("something was connected to, or looked up")
+
+
+def network(monkeypatch, **functions):
+    """Replaces functions of `socket` for remote.py alone."""
+    names = {name: getattr(socket, name) for name in ("SOCK_STREAM", "SHUT_RDWR", "getaddrinfo")}
+    given = {**names, "create_connection": unwanted, **functions}
+    monkeypatch.setattr(remote, "socket", SimpleNamespace(socket=socket.socket, **given))
+
+
+class Site:
+    """A server that must not be reached, or only by the address that was checked."""
+
+    def __init__(self, answer):
+        self.asked = asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append((self.headers["Host"], self.path))
+                answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def reply_with(content, status=200, **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+@pytest.fixture
+def inside():
+    with Site(reply_with(SECRET.encode())) as site:
+        yield site
+
+
+@pytest.fixture
+def internet(monkeypatch):
+    """Names with public addresses, of which 93.184.216.34 leads to a site of the test."""
+    looked_up = []
+
+    def names(table, port):
+        table = {name: [*addresses] for name, addresses in table.items()}
+
+        def getaddrinfo(host, _, **__):
+            looked_up.append(host)
+            known = table.get(host)
+            address = known.pop(0) if known and len(known) > 1 else known[0] if known else host
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            return [(family, socket.SOCK_STREAM, 6, "", (address, 80))]
+
+        def create_connection(address, timeout):
+            assert address[0] == "93.184.216.34", f"connected to {address}"
+            return socket.create_connection(("127.0.0.1", port), timeout)
+
+        network(monkeypatch, getaddrinfo=getaddrinfo, create_connection=create_connection)
+        return looked_up
+
+    return names
+
+
+class TestRemotePictures:
+    def test_are_off_unless_allowed(self, served, inside):
+        url = f"http://127.0.0.1:{inside.port}/picture.png"
+        refused(chat(served, [named(url)]), 400, "--allow-remote-images")
+        assert inside.asked == []
+
+    def test_are_fetched_where_allowed(self, internet):
+        with Site(reply_with(png(PICTURE))) as site:
+            looked_up = internet({"pictures.example": ["93.184.216.34"]}, site.port)
+            assert Sources(remote=True).read("http://pictures.example/a.png?b=c") == png(PICTURE)
+            assert site.asked == [("pictures.example", "/a.png?b=c")]
+            assert looked_up == ["pictures.example"]
+
+    def test_name_that_changes_its_address(self, internet, inside):
+        """The second look-up would give a private address; there is no second look-up."""
+        looked_up = internet({"rebind.example": ["93.184.216.34", "127.0.0.1"]}, inside.port)
+        fetch("http://rebind.example/")
+        assert looked_up == ["rebind.example"]
+        with pytest.raises(ValueError, match="public address"):
+            fetch("http://rebind.example/")
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "http://127.0.0.1/x", "http://[::1]/", "http://169.254.169.254/latest/meta-data/",
+            "file:///etc/passwd", "gopher://127.0.0.1/", "//localhost/", "http://a@b/",
+        ],
+    )  # fmt: skip
+    def test_redirect_to_what_is_private(self, internet, target):
+        with Site(reply_with(b"", 302, Location=target)) as site:
+            looked_up = internet(
+                {"a.example": ["93.184.216.34"], "localhost": ["127.0.0.1"]}, site.port
+            )
+            with pytest.raises(ValueError, match=r"public address|image URL must be"):
+                fetch("http://a.example/")
+            assert len(site.asked) == 1
+            assert looked_up[0] == "a.example"
+
+    def test_redirects_without_end(self, internet):
+        with Site(reply_with(b"", 301, Location="/again")) as site:
+            internet({"a.example": ["93.184.216.34"]}, site.port)
+            with pytest.raises(ValueError, match="redirects more than 3 times"):
+                fetch("http://a.example/")
+            assert len(site.asked) == 4
+
+    def test_one_private_address_among_public_ones(self, monkeypatch):
+        def getaddrinfo(*_, **__):
+            return [
+                (socket.AF_INET, 1, 6, "", (address, 80)) for address in ("1.1.1.1", "10.0.0.1")
+            ]
+
+        network(monkeypatch, getaddrinfo=getaddrinfo)
+        with pytest.raises(ValueError, match="public address"):
+            fetch("http://mixed.example/")
+
+    def test_more_than_is_taken(self, internet):
+        with Site(reply_with(bytes(2_000_000))) as site:
+            internet({"a.example": ["93.184.216.34"]}, site.port)
+            with pytest.raises(ValueError, match="more than 1,000,000 bytes"):
+                fetch("http://a.example/", max_bytes=1_000_000)
+
+    @pytest.mark.parametrize("part", ["headers", "body"])
+    def test_an_answer_that_drips(self, internet, part):
+        def drip(handler):
+            if part == "body":
+                handler.send_response(200)
+                handler.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    handler.wfile.write(b"x")
+                    time.sleep(0.05)
+
+        with Site(drip) as site:
+            internet({"a.example": ["93.184.216.34"]}, site.port)
+            started = time.monotonic()
+            with pytest.raises(ValueError, match="longer than|took"):
+                fetch("http://a.example/", seconds=0.5)
+            assert time.monotonic() - started < 3
+
+    def test_errors_say_nothing_of_what_answered(self, internet):
+        with Site(reply_with(SECRET.encode(), 500)) as site:
+            internet({"a.example": ["93.184.216.34"]}, site.port)
+            with pytest.raises(ValueError, match="answered 500") as caught:
+                fetch("http://a.example/")
+            assert SECRET not in str(caught.value)
+
+
+class TestLocalFiles:
+    @pytest.fixture
+    def root(self, tmp_path):
+        """A folder with a picture, below one with a secret, and links that lead there."""
+        (tmp_path / "secret.png").write_bytes(SECRET.encode())
+        root = tmp_path / "root"
+        (root / "sub").mkdir(parents=True)
+        PICTURE.save(root / "sub" / "ok.png")
+        (root / "link.png").symlink_to(tmp_path / "secret.png")
+        (root / "up").symlink_to(tmp_path)
+        (root / "inner.png").symlink_to("sub/ok.png")
+        os.mkfifo(root / "pipe.png")
+        return root
+
+    def test_are_off_unless_allowed(self, served, root):
+        for url in (f"file://{root}/sub/ok.png", "sub/ok.png", "/etc/passwd", "~/.ssh/id_rsa"):
+            refused(chat(served, [named(url)]), 400, "--image-root")
+
+    def test_are_read_below_the_root(self, served, root):
+        with serving("--image-root", str(root), engine=served.engine) as open_one:
+            for url in ("sub/ok.png", f"file://{root}/sub/ok.png", "sub/./ok.png"):
+                assert chat(open_one, [named(url)], max_tokens=1).status_code == 200
+
+    def test_nothing_escapes(self, served, root):
+        above = "../" * 20
+        urls = [
+            "../secret.png", "sub/../../secret.png", f"{above}etc/passwd", "/etc/passwd",
+            f"file://{root}/../secret.png", f"file://{root}/%2e%2e/secret.png", "file:///etc/passwd",
+            f"file://{root}/sub/%2e%2e/%2e%2e/secret.png", "link.png", "up/secret.png", "inner.png",
+            f"file://{root}/up/secret.png", "pipe.png", "sub", ".", "", "sub/ok.png\0.txt",
+            "file://example.org/etc/passwd", f"file://{root}x/a", "file:secret.png", "\udcff",
+            "~/secret.png", "nothing.png", "FILE:///etc/passwd", "file:///proc/self/environ",
+        ]  # fmt: skip
+        with serving("--image-root", str(root), engine=served.engine) as open_one:
+            for url in urls:
+                if url.isprintable() and "\udcff" not in url:
+                    refused(chat(open_one, [named(url)]), 400)
+        for url in urls:
+            with pytest.raises(ValueError, match=r"image root|image URL|base64"):
+                Sources(root=root).read(url)
+
+    def test_a_file_exchanged_for_a_link_while_it_is_opened(self, root, tmp_path, monkeypatch):
+        """The last step is not followed either, whatever was there a moment before."""
+        opened = os.open
+
+        def exchange(path, flags, **options):
+            if path == "ok.png":
+                (root / "sub" / "ok.png").unlink()
+                (root / "sub" / "ok.png").symlink_to(tmp_path / "secret.png")
+            return opened(path, flags, **options)
+
+        monkeypatch.setattr(os, "open", exchange)
+        with pytest.raises(ValueError, match="no such file"):
+            read_below(root, PurePosixPath("sub/ok.png"))
+
+    def test_large_files(self, root):
+        with (root / "large.png").open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(ValueError, match="larger than 1,000 bytes"):
+            read_below(root, PurePosixPath("large.png"), max_bytes=1000)
+
+
+def bomb(side):
+    """A PNG of side x side black pixels: 12000 x 12000 are 445 kB."""
+    rows = zlib.compress(bytes((side + 1) * side), 9)
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def resident_mb():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class TestPictures:
+    def test_bomb_of_12000_by_12000(self, served):
+        content = bomb(12000)
+        assert len(content) < 445_000
+        url = "data:image/png;base64," + base64.b64encode(content).decode()
+        started = time.monotonic()
+        refused(chat(served, [named(url)]), 400, "12000x12000")
+        assert time.monotonic() - started < 5
+
+    def test_bombs_that_add_up(self, served):
+        """Each would be allowed alone; together they are not."""
+        url = "data:image/png;base64," + base64.b64encode(bomb(6000)).decode()
+        refused(chat(served, [named(url, url, url)]), 400, "6000x6000", "limit is 28,000,000")
+
+    def test_other_formats_are_not_decoded(self, served):
+        for format in ("TIFF", "ICO", "BMP", "PPM", "JPEG2000", "EPS"):
+            buffer = io.BytesIO()
+            PICTURE.save(buffer, format)
+            url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            refused(chat(served, [named(url)]), 400, "is not an image")
+
+    def test_long_thin_pictures_take_no_more_memory_than_others(self, served):
+        for size in ((1, 60_000), (60_000, 1)):
+            reply = chat(served, [user(Image.new("RGB", size), "What?")], max_tokens=1)
+            assert reply.status_code in (200, 400)
+            assert served.engine.taken == 0
+
+    def test_ten_thousand_images(self, served):
+        started = time.monotonic()
+        refused(chat(served, [named(*[data_url(png(PICTURE))] * 10_000)]), 400, "10000 pictures")
+        assert time.monotonic() - started < 10
+
+    def test_truncated_and_garbled_pictures(self, served):
+        whole = png(Image.effect_noise((64, 64), 50).convert("RGB"))
+        for content in (
+            whole[:100],
+            whole[:-20],
+            whole[:200] + bytes(100) + whole[300:],
+            b"GIF89a",
+        ):
+            url = "data:image/png;base64," + base64.b64encode(content).decode()
+            assert chat(served, [named(url)], max_tokens=1).status_code in (200, 400)
+
+
+class TestBodies:
+    def head(self, served, *lines, length=None):
+        fields = [
+            "POST /v1/chat/completions HTTP/1.1",
+            f"Host: 127.0.0.1:{served.port}",
+            "Content-Type: application/json",
+            *lines,
+            *([] if length is None else [f"Content-Length: {length}"]),
+        ]
+        return ("\r\n".join(fields) + "\r\n\r\n").encode()
+
+    def test_a_gigabyte_that_is_announced(self, served):
+        before = resident_mb()
+        answer = served.raw(self.head(served, length=1_000_000_000) + b"{" * 100_000)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"request_too_large" in answer
+        assert resident_mb() < before + 50
+
+    def test_a_gigabyte_that_just_comes(self, served):
+        before = resident_mb()
+        part = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        sent = 0
+        with socket.create_connection(("127.0.0.1", served.port), 30) as connection:
+            connection.sendall(self.head(served, "Transfer-Encoding: chunked"))
+            with contextlib.suppress(OSError):
+                for _ in range(16_000):
+                    connection.sendall(part)
+                    sent += 65536
+            answer = receive(connection)
+        assert sent < 200_000_000
+        assert answer.startswith(b"HTTP/1.1 413") or not answer  # reset before it could be read
+        assert resident_mb() < before + 250
+
+    def test_many_bodies_at_once(self, served):
+        """More than four of the greatest length are not held, in however many pieces."""
+        with (
+            serving("--max-body", "1", engine=served.engine) as small,
+            contextlib.ExitStack() as all,
+        ):
+            connections = []
+            for _ in range(6):
+                connection = socket.create_connection(("127.0.0.1", small.port), 10)
+                connections.append(all.enter_context(connection))
+                connection.sendall(self.head(small, length=999_999) + b" " * 900_000)
+            connections[-1].settimeout(5)
+            answers = [connections[i].recv(100) for i in (4, 5)]
+            assert all_429(answers)
+
+    def test_a_slow_body(self, served):
+        with serving(engine=served.engine, seconds=0.4) as hasty:
+            request = self.head(hasty, length=100) + b"{"
+            started = time.monotonic()
+            assert hasty.raw(request).startswith(b"HTTP/1.1 408")
+            assert time.monotonic() - started < 5
+
+    def test_deep_json(self, served):
+        for body in (b"[" * 1_000_000, b'{"a":' * 200_000, b'{"messages":' + b"[" * 100_000):
+            reply = post(served, body)
+            refused(reply, 400, "not JSON")
+        deep = {"type": "object"}
+        for _ in range(60):
+            deep = {"type": "object", "properties": {"a": deep}}
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": deep}}
+        assert chat(served, [user("Hi")], response_format=wanted, max_tokens=2).status_code in (
+            200,
+            400,
+        )
+
+    def test_bad_utf8_and_surrogates(self, served):
+        for text in (b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\\ud800", b"\\udfff\\ud800"):
+            body = b'{"model":"%s","messages":[{"role":"user","content":"%s"}]}'
+            refused(post(served, body % (MODEL.encode(), text)), 400)
+
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"null", b"[]", b'"x"', b"{", b"NaN", b'{"model":NaN}', b"{}", b'{"messages":{}}'],
+    )
+    def test_what_is_no_request(self, served, body):
+        refused(post(served, body), 400)
+
+    def test_a_huge_stop_text_and_a_huge_schema(self, served):
+        refused(chat(served, [user("Hi")], stop="x" * 1_000_000), 400, "stop")
+        schema = {
+            "type": "object",
+            "properties": {f"p{i}": {"type": "string"} for i in range(9999)},
+        }
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        refused(chat(served, [user("Hi")], response_format=wanted), 400, "schema")
+
+    def test_schema_that_explodes(self, served):
+        pattern = "(" * 30 + "a" + "{1,50})" * 30
+        schema = {"type": "string", "pattern": pattern}
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        started = time.monotonic()
+        reply = chat(served, [user("Hi")], response_format=wanted, max_tokens=4)
+        assert reply.status_code in (200, 400)
+        assert time.monotonic() - started < 10
+
+
+def post(served, body):
+    headers = {"Content-Type": "application/json"}
+    return httpx.post(served.url + "/v1/chat/completions", content=body, headers=headers)
+
+
+def all_429(answers):
+    return all(answer.startswith(b"HTTP/1.1 429") for answer in answers)
+
+
+class TestHeaders:
+    def test_two_ends_of_one_body(self, served):
+        """What one reader takes for the body holds a request for another (request smuggling)."""
+        host = f"Host: 127.0.0.1:{served.port}"
+        inner = f"GET /metrics HTTP/1.1\r\n{host}\r\n\r\n"
+        chunked = "0\r\n\r\n" + inner
+        kinds = [
+            ["Content-Length: 5", "Transfer-Encoding: chunked"],
+            ["Transfer-Encoding: chunked", f"Content-Length: {len(chunked)}"],
+            ["Content-Length: 5", "Content-Length: 6"],
+            ["Transfer-Encoding: chunked, identity"],
+            ["Transfer-Encoding: identity"],
+            ["Transfer-Encoding : chunked"],
+            ["Content-Length: +5"],
+            ["Content-Length: 5\r\n folded: 1"],
+            ["Content-Length: -1"],
+            ["Transfer-Encoding: \x0bchunked"],
+        ]
+        for lines in kinds:
+            head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", host, *lines]) + "\r\n\r\n"
+            answer = served.raw((head + chunked).encode())
+            assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 501")), (lines, answer[:80])
+            assert b"mlx_llava_requests" not in answer, lines
+
+    def test_headers_without_end(self, served):
+        answer = served.raw(b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 200_000)
+        assert answer.startswith(b"HTTP/1.1 400") or not answer
+
+    @pytest.mark.parametrize("lines", [[], ["Host: a", "Host: 127.0.0.1"], ["Host: evil.example"]])
+    def test_names_that_are_not_ours(self, served, lines):
+        """A page that makes its own name point to this machine is not answered (DNS rebinding)."""
+        answer = served.raw(
+            "\r\n".join(["GET /v1/models HTTP/1.1", *lines, "Connection: close"]).encode()
+            + b"\r\n\r\n"
+        )
+        assert answer.split()[1] in (b"400", b"403")
+        assert MODEL.encode() not in answer
+
+    def test_names_that_are_allowed(self, served):
+        with serving("--allow-host", "mac.local", engine=served.engine) as named_one:
+            for host in ("mac.local:80", "localhost", "127.0.0.1:1", "192.168.1.5:8080", "[::1]"):
+                reply = httpx.get(named_one.url + "/v1/models", headers={"Host": host})
+                assert reply.status_code == 200
+
+    @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+    def test_pages_of_others(self, served, origin):
+        reply = httpx.get(served.url + "/v1/models", headers={"Origin": origin})
+        refused(reply, 403, "--allow-origin")
+        assert not any(name.startswith("access-control") for name in reply.headers)
+
+    def test_pages_that_are_allowed(self, served):
+        origin = "https://ui.example"
+        with serving("--allow-origin", origin, engine=served.engine) as shared:
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            assert httpx.options(shared.url + "/v1/models", headers=headers).status_code == 200
+            reply = httpx.get(shared.url + "/v1/models", headers={"Origin": origin})
+            assert reply.headers["access-control-allow-origin"] == origin
+            other = httpx.get(shared.url + "/v1/models", headers={"Origin": "https://evil.example"})
+            assert other.status_code == 403
+
+    def test_forms_of_web_pages(self, served):
+        """What a page can send without being allowed to is not read."""
+        body = json.dumps({"model": MODEL, "messages": [user("Hi")]})
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            reply = httpx.post(
+                served.url + "/v1/chat/completions", content=body, headers={"Content-Type": kind}
+            )
+            refused(reply, 400, "Content-Type")
+
+    def test_paths_that_climb(self, served):
+        for path in ("/../server.py", "/%2e%2e/server.py", "/..%2fserver.py", "//etc/passwd"):
+            answer = served.raw(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            )
+            assert answer.startswith(b"HTTP/1.1 404"), path
+
+
+class TestKeys:
+    KEY = "k" * 31 + "1"
+
+    def test_guessing(self, served):
+        with serving("--api-key", self.KEY, engine=served.engine) as guarded:
+            guesses = [
+                "", "Bearer", "Bearer ", f"Bearer {self.KEY[:-1]}", f"Bearer {self.KEY} ",
+                f"Bearer  {self.KEY}", f"Basic {self.KEY}", self.KEY, f"Bearer {self.KEY.upper()}",
+                "Bearer \xff\xff", f"Bearer {self.KEY}\t",
+            ]  # fmt: skip
+            for guess in guesses:
+                request = (
+                    f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                    f"Authorization: {guess}\r\n\r\n"
+                )
+                if guess.strip() != f"Bearer {self.KEY}":  # HTTP drops blanks around a value
+                    answer = guarded.raw(request.encode("latin-1"))
+                    assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), guess
+            for path in ("/v1/models", "/metrics", "/v1/models/", "//v1/models", "/V1/models"):
+                assert httpx.get(guarded.url + path).status_code == 401
+
+    def test_weak_keys_are_refused_at_the_start(self, capsys):
+        for key in ("", "secret", "x" * 15, "schlüssel" * 3):
+            assert server.main(["--api-key", key, "--port", "0"]) == 2
+            assert "use at least 16" in capsys.readouterr().err
+
+
+class TestMarkup:
+    def test_markup_comes_back_as_json(self, served):
+        script = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+        reply = chat(served, [user(script)], max_tokens=2)
+        assert reply.headers["content-type"] == "application/json"
+        reply = chat(served, [{"role": script, "content": "x"}])
+        refused(reply, 400)
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        reply = httpx.get(served.url + "/" + script)
+        assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
+
+    def test_special_tokens_in_a_text_are_text(self, served):
+        plain = chat(served, [user("Hi")], max_tokens=1).json()["usage"]["prompt_tokens"]
+        for token in ("</s>", "<image>", "<s>"):
+            reply = chat(served, [user(f"Hi{token}")], max_tokens=1)
+            assert reply.status_code == 200
+            assert reply.json()["usage"]["prompt_tokens"] > plain + 1
+
+    def test_the_page_allows_nothing_from_elsewhere(self, served):
+        for path in ("/", "/page.js", "/v1/models", "/nothing"):
+            policy = httpx.get(served.url + path).headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert "http" not in policy
+
+
+def test_nothing_of_a_question_is_logged(served, caplog, capfd):
+    with caplog.at_level(logging.DEBUG):
+        chat(served, [user(PICTURE, f"{SECRET} one")], max_tokens=1)
+        chat(served, [user(f"{SECRET} two"), user("again")])
+        chat(served, [named(f"data:,{SECRET}")])
+    ours = [record.getMessage() for record in caplog.records if "httpx" not in record.name]
+    assert not any(SECRET in message for message in ours)
+    assert SECRET not in "".join(capfd.readouterr())
