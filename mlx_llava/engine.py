@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ from mlx_llava.reuse import PromptCache
 
 logger = logging.getLogger(__name__)
 
+#: After so many steps without a pause, memory that MLX keeps for reuse is given back.
+CLEAR_EVERY = 256
 #: A prompt, made in the model's thread, and how to answer it.
 Ask: TypeAlias = "tuple[Callable[[], Inputs], Options]"
 
@@ -235,7 +238,9 @@ class Engine:
 
     def _serve(self) -> None:
         """Does what is asked until it is asked to end."""
-        while True:
+        for step in count(1):
+            if self._generator.is_idle or step % CLEAR_EVERY == 0:
+                mx.clear_cache()  # buffers of all the lengths that there were
             for command in self._commands():
                 if command is None:
                     return
@@ -292,7 +297,6 @@ class Engine:
             for job in jobs.values():
                 self._fail(job, failure)
             self._generator = self._new_generator(self._generator.model, self.processor)
-            mx.clear_cache()
             return
         for uid, response in responses:
             answer = self._answers[uid]
@@ -320,14 +324,14 @@ class Engine:
             answer.pending.append(self._token(response.token, response.logprobs, top))
         if not response.text and not response.finish_reason:
             return ()
-        count = len(answer.pending)
+        out = len(answer.pending)
         if response.finish_reason == "stop":
-            before = len(answer.ids) - count
+            before = len(answer.ids) - out
             decode = self.processor.tokenizer.decode
-            while count and len(decode(answer.ids[: before + count])) > len(response.answer):
-                count -= 1
-        out, answer.pending = answer.pending[:count], answer.pending[count:]
-        return tuple(out)
+            while out and len(decode(answer.ids[: before + out])) > len(response.answer):
+                out -= 1
+        tokens, answer.pending = answer.pending[:out], answer.pending[out:]
+        return tuple(tokens)
 
     def _token(self, chosen: int, logprobs: mx.array, top: int) -> Token:
         """A token in its place, with log-probabilities (V,)."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +26,7 @@ PAGES = sorted(
     + [ROOT / "weights" / "tiny-llava" / "README.md"]
 )
 #: Flags of other programs that the pages name.
-FOREIGN = {"--quiet"}
+FOREIGN = {"--quiet", "--silent"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -90,8 +93,41 @@ def test_commands_run(page, tmp_path):
         assert "A chat between a curious user" in done.stderr
 
 
+def test_the_servers_page_is_true(monkeypatch, capsys):
+    """The server as the page starts it, on a free port, and all that the page asks of it."""
+    page = DOCS / "server.md"
+    start, curl, generate = blocks(page, "sh")
+    monkeypatch.chdir(ROOT)
+    command = [sys.executable, *start.split()[1:], "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(line.split()[1] for line in server.stderr if line.startswith("page: "))
+            names: dict = {}
+            for block in blocks(page, "python"):
+                code = block.replace("http://127.0.0.1:8080", url)
+                exec(compile(code, str(page), "exec", dont_inherit=True), names)
+            names["client"].close()
+            answer = "A small black star, a large red triangle and a large orange square."
+            assert capsys.readouterr().out == f"{answer}\n{answer}red\n"
+            if shutil.which("curl"):
+                assert f'"content":"{answer}"' in shell(curl.replace("http://127.0.0.1:8080", url))
+        finally:
+            server.send_signal(signal.SIGINT)
+            log = server.stderr.read()
+    assert server.returncode == 130
+    assert "POST /v1/chat/completions" in log
+    assert json.loads(shell(generate.replace("python ", f"{sys.executable} "))) == {"colour": "red"}
+
+
+def shell(code: str) -> str:
+    """What a shell prints."""
+    return subprocess.run(
+        ["sh", "-e", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+
+
 def test_no_page_has_code_that_nothing_runs():
-    tried = {"how-it-works.md", "prompts.md", "training.md"}
+    tried = {"how-it-works.md", "prompts.md", "server.md", "training.md"}
     for page in DOCS.glob("*.md"):
         if page.name not in tried:
             assert not blocks(page, "python") + blocks(page, "sh"), page

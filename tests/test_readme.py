@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 def test_no_block_is_overlooked():
     languages = [language for language, _ in BLOCKS]
-    assert languages == ["sh", "text", *["sh"] * 7, "python", "python"]
+    assert languages == ["sh", "text", *["sh"] * 8, "python", "python"]
 
 
 def test_install_and_first_answer(tmp_path):
@@ -123,7 +125,18 @@ def test_converting_and_training(hub):
     shutil.copy(SHAPES, "photos/2024/a.png")
     run_with_hub(SHELL[6], hub)
     assert json.loads(Path("captions.jsonl").read_text())["image"] == "photos/2024/a.png"
-    assert run_with_hub(SHELL[7], hub).strip()
+    with subprocess.Popen(
+        [sys.executable, *SHELL[7].split()[1:], "--port", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        url = next(line.split()[1] for line in server.stderr if line.startswith("page: "))
+        with urllib.request.urlopen(f"{url}/v1/models") as models:
+            assert json.load(models)["data"][0]["id"] == "llava-4bit"
+        server.send_signal(signal.SIGINT)
+        server.stderr.read()
+    assert run_with_hub(SHELL[8], hub).strip()
     assert Path("report.html").exists()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +24,10 @@ from pydantic import BaseModel
 from mlx_llava import generate, load, stream_generate
 from mlx_llava.image import data_url, png
 from mlx_llava.llava import Llava
+from tests.conftest import ROOT
 from tests.serving import MODEL, serving, user
 
-PICTURE = Image.open("weights/tiny-llava/examples/shapes.png").convert("RGB")
+PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
 QUESTION = "What colour is the circle?"
 
 
@@ -527,6 +531,18 @@ class TestManyAtOnce:
         monkeypatch.setattr(Llava, "embed", embed)
         with served.client() as client:
             assert ask(client, "Hi", max_tokens=1).choices
+
+
+def test_load_of_many_clients():
+    """A small run of the script that compares many answers with their single runs."""
+    script = [sys.executable, "scripts/load_server.py", "--requests", "80", "--clients", "16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["wrong"] == []
+    assert figures["sent_away"] > 0
+    assert {*figures["fates"]} == {"whole", "cancelled", "broken"}
 
 
 def endless():

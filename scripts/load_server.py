@@ -1,0 +1,192 @@
+"""Load a server with many clients at once, and compare every answer with its single run.
+
+python scripts/load_server.py                      # 1,000 requests of 16 clients
+
+The command `mlx_llava.server` runs with the embedded model and few places to wait in, so that
+clients are sent away (429) and come again. Of the requests, half have a picture, a third is
+streamed, a third sampled with a seed, 5 % are cancelled at their first word and 5 % are broken in
+one of several ways. Prints a line of JSON; exits 1 where an answer is wrong, a broken request is
+not refused, something hangs, or places stay taken. `resident_mb` is the server's memory before and
+after, `growth_percent` what it grew by. As many requests of other kinds go before, uncounted, so
+that caches are full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mlx_llava import generate, load  # isort: skip - before all else, for its BLAS
+import httpx
+import openai
+
+from mlx_llava.image import data_url, png
+
+import shapes  # isort: skip
+
+MODEL = "tiny-llava"
+PICTURES = 50
+#: Few enough to wait that clients are sent away, and a cache that is soon full.
+OPTIONS = ("--batch-size", "8", "--max-waiting", "4", "--prompt-cache", "20", "--port", "0")
+QUESTIONS = ("Describe the picture.", "What colour is the circle?", "How many shapes are there?")
+BROKEN: tuple[dict[str, Any], ...] = (
+    {"temperature": 9},
+    {"model": "another"},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    {"messages": []},
+    {"tool_choice": "required"},
+    {"stop": 5},
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: what is asked, and what the client does with it."""
+
+    text: str
+    picture: shapes.Scene | None
+    seed: int | None
+    stream: bool
+    fate: str
+    broken: int
+
+    def answer_alone(self, model: Any, processor: Any) -> str:
+        """What the model says to it alone."""
+        picture = self.picture and self.picture.draw()
+        sampling = {"temp": 0.0 if self.seed is None else 0.8, "seed": self.seed}
+        return generate(model, processor, self.text, picture, max_tokens=40, **sampling)
+
+    def body(self) -> dict[str, Any]:
+        """The request."""
+        parts: list[dict[str, Any]] = [{"type": "text", "text": self.text}]
+        if self.picture:
+            url = data_url(png(self.picture.draw()))
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+        body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+        if self.seed is not None:
+            body |= {"seed": self.seed, "temperature": 0.8}
+        broken = BROKEN[self.broken] if self.fate == "broken" else {}
+        return {**body, "max_tokens": 40, "stream": self.stream, **broken}
+
+
+def make_questions(count: int, seed: int) -> list[Question]:
+    """Questions of all kinds, about the same pictures whatever the seed."""
+    scenes = [shapes.make_scene(random.Random(i), "seen") for i in range(PICTURES)]
+    random_ = random.Random(seed)
+    return [
+        Question(
+            text=random_.choice(QUESTIONS),
+            picture=random_.choice([None, random_.choice(scenes)]),
+            seed=random_.choice([None, None, random_.randrange(100)]),
+            stream=random_.random() < 1 / 3,
+            fate=random_.choices(["whole", "cancelled", "broken"], [90, 5, 5])[0],
+            broken=random_.randrange(len(BROKEN)),
+        )
+        for _ in range(count)
+    ]
+
+
+def ask(url: str, question: Question) -> tuple[str, str, int]:
+    """What became of a question, what was said, and how often it was sent away before."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        sent_away = 0
+        while True:
+            try:
+                return (*_ask_once(client, question), sent_away)
+            except openai.RateLimitError as error:
+                sent_away += 1
+                time.sleep(float(error.response.headers["Retry-After"]) * random.random())
+
+
+def _ask_once(client: openai.OpenAI, question: Question) -> tuple[str, str]:
+    body: dict[str, Any] = question.body()
+    try:
+        if question.fate == "cancelled":
+            with client.chat.completions.create(**{**body, "stream": True}) as stream:
+                next(iter(stream))
+            return "cancelled", ""
+        reply = client.chat.completions.create(**body)
+        if question.stream:
+            chunks = [chunk.choices[0].delta.content or "" for chunk in reply]
+            return "whole", "".join(chunks)
+        return "whole", reply.choices[0].message.content
+    except (openai.BadRequestError, openai.NotFoundError):
+        return "broken", ""
+
+
+def resident_mb(pid: int) -> float:
+    """How much memory a process holds."""
+    printed = subprocess.run(
+        ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True
+    )
+    return int(printed.stdout) / 1000
+
+
+def run(url: str, pid: int, questions: Sequence[Question], clients: int) -> dict[str, Any]:
+    """Asks all questions; the figures, and what was wrong."""
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(partial(ask, url), make_questions(len(questions), seed=-1)))
+        before = resident_mb(pid)
+        started = time.perf_counter()
+        results = list(pool.map(partial(ask, url), questions))
+        seconds = time.perf_counter() - started
+    time.sleep(0.5)
+    after = resident_mb(pid)
+    taken = re.findall(r"^mlx_llava_places_taken (\S+)", httpx.get(f"{url}/metrics").text, re.M)
+    model, processor = load()
+    fates = [question.fate for question in questions]
+    wrong = [
+        (question.text, said, alone)
+        for question, (fate, said, _) in zip(questions, results, strict=True)
+        if fate == "whole" and said != (alone := question.answer_alone(model, processor))
+    ]
+    return {
+        "requests": len(questions),
+        "clients": clients,
+        "seconds": round(seconds, 2),
+        "fates": dict(Counter(fates)),
+        "other_fates": sum(a != b for a, (b, *_) in zip(fates, results, strict=True)),
+        "wrong": wrong,
+        "sent_away": sum(sent_away for *_, sent_away in results),
+        "resident_mb": [round(before, 1), round(after, 1)],
+        "growth_percent": round(100 * (after / before - 1), 2),
+        "places_taken": float(taken[0]),
+    }
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "mlx_llava.server", *OPTIONS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            line = next(line for line in server.stderr if line.startswith("page: "))
+            url = line.split()[1]
+            drain = ThreadPoolExecutor(1).submit(server.stderr.read)
+            questions = make_questions(args.requests, args.seed)
+            figures = run(url, server.pid, questions, args.clients)
+        finally:
+            server.terminate()
+            drain.result(30)
+    print(json.dumps(figures))
+    return int(bool(figures["wrong"] or figures["other_fates"] or figures["places_taken"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Draw docs/page-*.png: the server's page, light, dark and on a phone, in a conversation.
+
+python scripts/photograph_page.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mlx_llava.hub import embedded_model  # noqa: E402
+from tests.browser import browser  # noqa: E402
+from tests.serving import serving  # noqa: E402
+
+LARGE = {"viewport": {"width": 1000, "height": 720}}
+SMALL = {"viewport": {"width": 390, "height": 720}, "is_mobile": True, "device_scale_factor": 2}
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light", **LARGE},
+    "dark": {"color_scheme": "dark", **LARGE},
+    "phone": {"color_scheme": "light", **SMALL},
+}
+QUESTIONS = ("What is in this picture?", "What colour is the triangle?")
+
+
+def photograph(chromium: Any, url: str, name: str) -> None:
+    """Asks two questions about the embedded model's example, and draws the page."""
+    context = chromium.new_context(**VIEWS[name])
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_label("Add pictures").set_input_files(str(embedded_model() / "examples/shapes.png"))
+    page.get_by_role("button", name="Remove picture 1").wait_for()
+    for i, question in enumerate(QUESTIONS):
+        page.get_by_label("Question").fill(question)
+        page.keyboard.press("Enter")
+        page.locator(".figures").nth(i).wait_for()
+    if name == "dark":
+        page.get_by_role("button", name="Conversations").click()
+    page.screenshot(path=ROOT / "docs" / f"page-{name}.png", animations="disabled")
+    context.close()
+
+
+def main() -> None:
+    """Runs the command."""
+    with serving() as served, browser() as chromium:
+        for name in VIEWS:
+            photograph(chromium, served.url, name)
+
+
+if __name__ == "__main__":
+    main()
