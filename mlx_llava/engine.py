@@ -336,8 +336,9 @@ class Engine:
     def _token(self, chosen: int, logprobs: mx.array, top: int) -> Token:
         """A token in its place, with log-probabilities (V,)."""
         values = np.array(logprobs)
-        best = np.argsort(-values, kind="stable")[:top]
-        likeliest = [int(i) for i in best if np.isfinite(values[i])]
+        best = np.argpartition(-values, top)[:top]
+        ranked = best[np.argsort(-values[best])]
+        likeliest = [int(i) for i in ranked if np.isfinite(values[i])]
         return Token(
             chosen=self._likelihood(chosen, values),
             top=tuple(self._likelihood(i, values) for i in likeliest),

@@ -186,7 +186,7 @@ class _Request(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=128)
     stop: list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]] = Field([], max_length=MAX_STOPS)
     seed: int | None = None
     stream: bool = False

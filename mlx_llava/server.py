@@ -187,9 +187,11 @@ def make_server(app: ASGIApp, args: argparse.Namespace) -> uvicorn.Server:
     """What speaks HTTP. It finishes running answers before it ends, and logs no bodies."""
     import uvicorn
 
+    from mlx_llava.connection import Connection
+
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         proxy_headers=False,

@@ -19,10 +19,21 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_llava import remote, server
+from mlx_llava import connection, remote, server
+from mlx_llava.decoding import Options
 from mlx_llava.image import data_url, png
+from mlx_llava.protocol import (
+    IGNORED,
+    NEUTRAL,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    read_request,
+)
 from mlx_llava.remote import fetch, is_public
 from mlx_llava.sources import Sources, read_below
 from tests.serving import MODEL, receive, serving, user
@@ -548,6 +559,28 @@ class TestHeaders:
         answer = served.raw(b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 200_000)
         assert answer.startswith(b"HTTP/1.1 400") or not answer
 
+    @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+    def test_a_head_that_drips(self, served, monkeypatch, before):
+        """Nor does a connection stay open that was good for a request before."""
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.4)
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", served.port), 10) as slow:
+            slow.sendall(before + b"GET / HTTP/1.1\r\n")
+            with contextlib.suppress(OSError):
+                while time.monotonic() - started < 5:
+                    slow.sendall(b"X")
+                    time.sleep(0.05)
+            assert receive(slow).count(b"HTTP/1.1") <= 1
+        assert time.monotonic() - started < 3
+
+    def test_a_request_takes_longer_than_its_head(self, served, monkeypatch):
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+        with httpx.Client() as client:
+            for _ in range(2):
+                body = {"model": MODEL, "messages": [user("Describe.")], "temperature": 2}
+                url = served.url + "/v1/chat/completions"
+                assert client.post(url, json={**body, "max_tokens": 400}).status_code == 200
+
     @pytest.mark.parametrize("lines", [[], ["Host: a", "Host: 127.0.0.1"], ["Host: evil.example"]])
     def test_names_that_are_not_ours(self, served, lines):
         """A page that makes its own name point to this machine is not answered (DNS rebinding)."""
@@ -659,3 +692,41 @@ def test_nothing_of_a_question_is_logged(served, caplog, capfd):
     ours = [record.getMessage() for record in caplog.records if "httpx" not in record.name]
     assert not any(SECRET in message for message in ours)
     assert SECRET not in "".join(capfd.readouterr())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+FIELDS = sorted(
+    {
+        *ChatRequest.model_fields, *CompletionRequest.model_fields, *NEUTRAL, *IGNORED,
+        "repeat_penalty",
+    }
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([ChatRequest, CompletionRequest]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON),
+)
+def test_any_json_is_read_or_refused(kind, fields):
+    """Nothing but a refusal ever comes of reading a request, and of taking its options."""
+    body = {"model": "x", "messages": [user("Hi")], "prompt": "Hi"}
+    if kind is ChatRequest:
+        del body["prompt"]
+    else:
+        del body["messages"]
+    with contextlib.suppress(ApiError, ValueError):
+        request = read_request(json.dumps({**body, **fields}).encode(), kind)
+        assert len(request.seeded(request.options(Options()))) == request.n
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 200), st.integers(0, 40))
+def test_any_bytes_are_read_or_refused(content, at, cut):
+    whole = json.dumps({"model": "x", "messages": [user("Hi")], "seed": 1}).encode()
+    with contextlib.suppress(ApiError):
+        read_request(whole[:at] + content + whole[at + cut :], ChatRequest)

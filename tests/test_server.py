@@ -271,7 +271,8 @@ class TestErrors:
         [
             ({"temperature": 3}, "temperature", "less than or equal to 2"),
             ({"n": 0}, "n", "greater than or equal to 1"),
-            ({"n": 1000}, "n", "1000 answers were asked for, of 72"),
+            ({"n": 129}, "n", "less than or equal to 128"),
+            ({"n": 100}, "n", "100 answers were asked for, of 72"),
             ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
             ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
             ({"tool_choice": "required"}, "tool_choice", "not supported"),
