@@ -1,7 +1,7 @@
 """OpenAI's API over an engine, as an ASGI app: request -> pictures -> answers -> replies.
 
-The chain of a request is `Api.complete`: read_request, `_prepare`, `Engine.answer`, and the
-shape of its replies.
+A request is followed from `Api.complete`: `read_request`, its pictures and prompts (`_asks`),
+`Engine.answer`, and the shape of the replies.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mlx_llava.decoding import ContextError, Options
 from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.guard import error_response
 from mlx_llava.image import load_image
+from mlx_llava.limits import Limits
 from mlx_llava.metrics import Metrics
 from mlx_llava.protocol import (
     ApiError,
@@ -46,31 +47,6 @@ PAGE = Path(__file__).parent / "page"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may take.
-
-    Attributes:
-        body_bytes: its length.
-        body_seconds: how long it may take to arrive.
-        images: how many pictures it may have.
-        pixels: of all its pictures together.
-        seconds: how long its answers may take, waiting included.
-    """
-
-    body_bytes: int = 50_000_000
-    body_seconds: float = 30.0
-    images: int = 16
-    pixels: int = 100_000_000
-    seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        """Checks that something is allowed."""
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"The limit {name} is {value}; it must be more than 0.")
 
 
 @dataclass
@@ -160,10 +136,7 @@ class Api:
             )
 
     async def complete(
-        self,
-        request: Request,
-        kind: type[Wanted],
-        shape_of: type[Shape],
+        self, request: Request, kind: type[Wanted], shape_of: type[Shape]
     ) -> Response:
         """Answers a request, whole or as a stream.
 

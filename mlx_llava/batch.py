@@ -175,6 +175,7 @@ class BatchGenerator:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting.uid != uid)
         self._rows = [row for row in self._rows if row.uid != uid]
+        self._failed = deque(error for error in self._failed if error.uid != uid)
 
     def next(self) -> list[tuple[int, GenerationResponse]]:
         """The next token of every row that runs, after which waiting prompts take free places.

@@ -68,7 +68,7 @@ class Piece:
         text: what became readable.
         tokens: the tokens of that text, where they were asked for.
         finish_reason: in the last piece.
-        figures: of the whole answer, `GenerationResponse.figures`.
+        figures: of the whole answer, in the last piece; see `GenerationResponse.figures`.
     """
 
     index: int
@@ -311,7 +311,7 @@ class Engine:
             text=response.text,
             tokens=self._tokens(answer, response),
             finish_reason=response.finish_reason,
-            figures=response.figures(),
+            figures=response.figures() if response.finish_reason else {},
         )
 
     def _tokens(self, answer: _Answer, response: GenerationResponse) -> tuple[Token, ...]:

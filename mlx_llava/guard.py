@@ -102,7 +102,10 @@ class Guard:
                 "Web pages of other servers may not ask here; see --allow-origin.",
                 code="origin_not_allowed",
             )
-        if self.api_key is not None and scope["path"] not in OPEN_PATHS:
+        is_open = (
+            scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        )  # a browser's question
+        if self.api_key is not None and not is_open:
             self._check_key(headers.get("authorization", ""))
 
     def _knows(self, host: str) -> bool:

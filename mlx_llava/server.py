@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from mlx_llava.engine import Engine
+    from mlx_llava.limits import Limits
+    from mlx_llava.sources import Sources
 
 HOST, PORT = "127.0.0.1", 8080
 #: So many connections, slow and idle ones with them.
@@ -100,6 +104,40 @@ def read_api_key(args: argparse.Namespace) -> str | None:
     return key
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for beside the model, checked before that is loaded."""
+
+    api_key: str | None
+    defaults: Options
+    sources: Sources
+    limits: Limits
+
+    @classmethod
+    def read(cls, args: argparse.Namespace) -> Settings:
+        """Reads the command's arguments.
+
+        Raises:
+            ValueError: They make no sense.
+        """
+        from mlx_llava.limits import Limits
+        from mlx_llava.sources import Sources
+
+        root = None if args.image_root is None else Path(args.image_root).expanduser()
+        if root is not None and not root.is_dir():
+            raise ValueError(f"--image-root is {root}, which is no folder.")
+        defaults = Options(**answer_options(args))
+        defaults.sampler()
+        limits = Limits(
+            body_bytes=args.max_body * MEGA,
+            images=args.max_images,
+            pixels=args.max_pixels * MEGA,
+            seconds=args.timeout,
+        )
+        sources = Sources(remote=args.allow_remote_images, root=root)
+        return cls(read_api_key(args), defaults, sources, limits)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
@@ -111,16 +149,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
     except (OSError, OverflowError) as error:
         raise ValueError(f"Cannot listen on {host} port {port}: {error}.") from error
-
-
-def image_root(args: argparse.Namespace) -> Path | None:
-    """The folder of ``--image-root``; raises ValueError where it is none."""
-    if args.image_root is None:
-        return None
-    root = Path(args.image_root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"--image-root is {root}, which is no folder.")
-    return root
 
 
 def model_name(model: str | None) -> str:
@@ -143,26 +171,20 @@ def start_engine(args: argparse.Namespace) -> Engine:
     )
 
 
-def make_app(args: argparse.Namespace, engine: Engine, api_key: str | None) -> ASGIApp:
+def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> ASGIApp:
     """The endpoints, and what stands before them."""
     from starlette.middleware.cors import CORSMiddleware
 
-    from mlx_llava.api import Api, Limits
+    from mlx_llava.api import Api
     from mlx_llava.bodies import BodyLimit
     from mlx_llava.guard import Guard
-    from mlx_llava.sources import Sources
 
-    limits = Limits(
-        body_bytes=args.max_body * MEGA,
-        images=args.max_images,
-        pixels=args.max_pixels * MEGA,
-        seconds=args.timeout,
-    )
+    limits = settings.limits
     api = Api(
         engine,
         name=args.model_id or model_name(args.model),
-        defaults=Options(**answer_options(args)),
-        sources=Sources(remote=args.allow_remote_images, root=image_root(args)),
+        defaults=settings.defaults,
+        sources=settings.sources,
         limits=limits,
     )
     app: ASGIApp = BodyLimit(api.app(), limits.body_bytes, limits.body_seconds)
@@ -175,7 +197,7 @@ def make_app(args: argparse.Namespace, engine: Engine, api_key: str | None) -> A
         )
     return Guard(
         app,
-        api_key=api_key,
+        api_key=settings.api_key,
         hosts=(*args.allow_host, args.host),
         origins=args.allow_origin,
         seconds=limits.body_seconds + limits.seconds + GRACE_SECONDS,
@@ -197,7 +219,7 @@ def make_server(app: ASGIApp, args: argparse.Namespace) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=round(args.timeout),
+        timeout_graceful_shutdown=math.ceil(args.timeout),
         log_config=_log_config(),
     )
     return uvicorn.Server(config)
@@ -220,14 +242,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         import uvicorn  # noqa: F401 - to miss it before a model is loaded
     except ImportError as error:
         raise ValueError("The server needs more: pip install 'mlx_llava[server]'.") from error
-    api_key = read_api_key(args)
-    image_root(args)
+    settings = Settings.read(args)
     with listen(args.host, args.port) as listening:
         if args.model is None:
             print(EMBEDDED_NOTE, file=sys.stderr)
         engine = start_engine(args)
-        server = make_server(make_app(args, engine, api_key), args)
-        if api_key is None and args.host not in (HOST, "localhost", "::1"):
+        server = make_server(make_app(args, settings, engine), args)
+        if settings.api_key is None and args.host not in (HOST, "localhost", "::1"):
             print(
                 f"warning: anyone who reaches {args.host} may ask; see --api-key-file",
                 file=sys.stderr,

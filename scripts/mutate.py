@@ -1,6 +1,6 @@
 """Makes known mistakes in a copy of the package, one at a time; the tests must notice each.
 
-python scripts/mutate.py        # needs pip install '.[test]'; about half an hour
+python scripts/mutate.py        # needs pip install '.[test]'; about an hour
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ TESTS = (
     *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
     *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
     *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
+    *("tests/test_structured.py", "tests/test_server.py", "tests/test_attacks.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -91,6 +92,35 @@ MUTATIONS = (
     ("a line's end has a place", "places", "mx.full((4,), np.nan)", "mx.zeros((4,))"),
     ("areas forgotten", "places", "values / ((right - left) * (bottom - top))", "values"),
     ("normalised in float64", "preprocess", ".astype(np.float32)\n        mean", "\n        mean"),
+    ("answers under another's number", "engine", "self._answers[uid] = _Answer(job, index)", "self._answers[uid] = _Answer(job, 0)"),
+    ("a client that went keeps the model busy", "engine", "            self._generator.remove(uid)\n", ""),
+    ("places not given back", "engine", "            self.taken -= count", "            pass"),
+    ("one failure ends the thread", "engine", "except Exception as error:\n            logger.exception(\"The model", "except ZeroDivisionError as error:\n            logger.exception(\"The model"),
+    ("tokens of a stop text told", "engine", "while out and len", "while False and len"),
+    ("seeds all equal", "protocol", "(options.seed + i)", "(options.seed)"),
+    ("top_p of zero as none", "protocol", "if self.top_p == 0:", "if False:"),
+    ("unknown parameters ignored", "protocol", 'extra="forbid"', 'extra="ignore"'),
+    ("usage counts a prompt n times", "api", "is_new_prompt=piece.index % self._n == 0", "is_new_prompt=True"),
+    ("pixels counted one by one", "api", "left -= pictures[-1].width * pictures[-1].height", "pass"),
+    ("all formats decoded", "api", "load_image(file, left, FORMATS)", "load_image(file, left)"),
+    ("any content type read", "api", 'if kind != "application/json":', "if False:"),
+    ("announced length believed", "bodies", "if size > self.max_bytes:", "if False:"),
+    ("bodies that add up", "bodies", "if self._held > BODIES * self.max_bytes:", "if False:"),
+    ("two lengths of a body", "guard", 'if "content-length" in headers and "transfer-encoding" in headers:', "if False:"),
+    ("any name answered to", "guard", "if len(hosts) != 1 or not self._knows(hosts[0]):", "if len(hosts) != 1:"),
+    ("pages of others answered", "guard", "origin is not None\n            and origin not in", "False\n            and origin not in"),
+    ("key compared without its scheme", "guard", ' or scheme.lower() != "bearer"', ""),
+    ("wrong keys let in", "guard", "not hmac.compare_digest(*digests)", "not digests"),
+    ("redirects not checked", "remote", "parts = _check_url(url)", "parts = urlsplit(url)"),
+    ("name looked up again", "remote", "socket.create_connection((address, port)", "socket.create_connection((host, port)"),
+    ("private addresses fetched from", "remote", "return ip.is_global and not ip.is_multicast", "return True"),
+    ("addresses inside addresses", "remote", "if inner is not None and not is_public(str(inner)):", "if False:"),
+    ("no end of time", "remote", "    timer.start()\n", ""),
+    ("links followed", "sources", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
+    ("links of folders followed", "sources", "os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY"),
+    ("the folder above", "sources", '".." in path.parts', "False"),
+    ("an answer may end anywhere", "structured", "self.special_token_ids = sorted", "self.special_token_ids = [] and sorted"),
+    ("the schema looks at the prompt", "structured", "if self._begun:", "if True:"),
 )  # fmt: skip
 
 

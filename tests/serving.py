@@ -64,17 +64,17 @@ def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Ite
         **limits: Attributes of `BodyLimit` that no argument sets.
     """
     args = server.build_parser().parse_args(["--port", "0", *arguments])
-    key = server.read_api_key(args)
+    settings = server.Settings.read(args)
     listening = server.listen(args.host, args.port)
     own = engine or server.start_engine(args)
-    app = server.make_app(args, own, key)
+    app = server.make_app(args, settings, own)
     for name, value in limits.items():
         setattr(app.app, name, value)
     running = server.make_server(app, args)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Served(own, listening.getsockname()[1], key)
+        yield Served(own, listening.getsockname()[1], settings.api_key)
     finally:
         running.should_exit = True
         thread.join(30)

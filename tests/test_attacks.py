@@ -605,11 +605,20 @@ class TestHeaders:
 
     def test_pages_that_are_allowed(self, served):
         origin = "https://ui.example"
-        with serving("--allow-origin", origin, engine=served.engine) as shared:
+        key = "0123456789abcdef"
+        allowed = ("--allow-origin", origin, "--api-key", key)
+        with serving(*allowed, engine=served.engine) as shared:
             headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert httpx.options(shared.url + "/v1/models", headers=headers).status_code == 200
-            reply = httpx.get(shared.url + "/v1/models", headers={"Origin": origin})
-            assert reply.headers["access-control-allow-origin"] == origin
+            headers = {"Origin": origin, **shared.headers}
+            reply = httpx.get(shared.url + "/v1/models", headers=headers)
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
+                200,
+                origin,
+            )
+            assert (
+                httpx.get(shared.url + "/v1/models", headers={"Origin": origin}).status_code == 401
+            )
             other = httpx.get(shared.url + "/v1/models", headers={"Origin": "https://evil.example"})
             assert other.status_code == 403
 

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
-    {"version", "backend", "command", "connection", "files", "image", "json_files", "sampling"},
+    {
+        "version",
+        "backend",
+        "command",
+        "connection",
+        "files",
+        "image",
+        "json_files",
+        "limits",
+        "sampling",
+    },
     {"display", "kernels", "remote", "scores"},
     {"activations", "cache", "machine", "vocabulary", "hub", "quantized", "config_checks"},
     {"config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
