@@ -117,6 +117,8 @@ class Api:
 
     async def health(self, _: Request) -> Response:
         """``GET /health``."""
+        if self.engine.has_ended:
+            raise ApiError(503, "The model's thread has ended.", kind="server_error")
         return JSONResponse({"status": "ok"})
 
     async def metric(self, _: Request) -> Response:

@@ -118,6 +118,7 @@ class Engine:
         batch_size: how many answers run at a time.
         capacity: how many answers may run and wait together.
         taken: how many of these places are taken.
+        has_ended: whether the thread is gone, and nothing will be answered any more.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Engine:
         self.batch_size = batch_size
         self.capacity = batch_size + max_waiting
         self.taken = 0
+        self.has_ended = False
         self._prompt_cache_bytes = prompt_cache_bytes
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}
@@ -152,7 +154,11 @@ class Engine:
             target=self._run, args=(load, ready), name="mlx_llava engine", daemon=True
         )
         self._thread.start()
-        self.processor = ready.result()
+        try:
+            self.processor = ready.result()
+        except Exception:
+            self._thread.join()
+            raise
 
     @property
     def running(self) -> int:
@@ -207,6 +213,8 @@ class Engine:
 
         job = _Job(asks, top_logprobs, send)
         self._inbox.put(lambda: self._begin(job))
+        if self.has_ended:  # perhaps before it saw the job
+            raise EngineError("The server is ending.")
         remaining = len(asks)
         until = None if seconds is None else time.monotonic() + seconds
         try:
@@ -232,7 +240,10 @@ class Engine:
             ready.set_exception(error)
         else:
             ready.set_result(processor)
-            self._serve()
+            try:
+                self._serve()
+            finally:
+                self._end()
         finally:
             _end_streams()
 
@@ -246,6 +257,16 @@ class Engine:
                     return
                 command()
             self._step()
+
+    def _end(self) -> None:
+        """Leaves nobody waiting, however it came to the end."""
+        self.has_ended = True
+        self._fail_all("The server is ending.")
+        with suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                if command is not None:
+                    command()
 
     def _new_generator(self, model: Llava, processor: Processor) -> BatchGenerator:
         cache = PromptCache(model, self._prompt_cache_bytes)
@@ -261,6 +282,9 @@ class Engine:
 
     def _begin(self, job: _Job) -> None:
         if job.is_cancelled:
+            return
+        if self.has_ended:
+            self._fail(job, EngineError("The server is ending."))
             return
         try:
             for index, (inputs, options) in enumerate(job.asks):
@@ -284,6 +308,11 @@ class Engine:
         self._cancel(job)
         job.send(error)
 
+    def _fail_all(self, why: str) -> None:
+        jobs = {id(answer.job): answer.job for answer in self._answers.values()}
+        for job in jobs.values():
+            self._fail(job, EngineError(why))
+
     def _step(self) -> None:
         try:
             responses = self._generator.next()
@@ -292,10 +321,7 @@ class Engine:
             return
         except Exception as error:
             logger.exception("The model has failed; all answers that ran are lost.")
-            failure = EngineError(f"The model has failed: {error}")
-            jobs = {id(answer.job): answer.job for answer in self._answers.values()}
-            for job in jobs.values():
-                self._fail(job, failure)
+            self._fail_all(f"The model has failed: {error}")
             self._generator = self._new_generator(self._generator.model, self.processor)
             return
         for uid, response in responses:

@@ -144,11 +144,14 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: The address is taken, or is none of this machine.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"The port is {port}; it must lie in 0..65535.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"Cannot listen on {host} port {port}: {error}.") from error
+    except OSError as error:
+        why = str(error).partition(" (while")[0]
+        raise ValueError(f"Cannot listen on {host} port {port}: {why}.") from error
 
 
 def model_name(model: str | None) -> str:
@@ -247,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.model is None:
             print(EMBEDDED_NOTE, file=sys.stderr)
         engine = start_engine(args)
+        settings.defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
         server = make_server(make_app(args, settings, engine), args)
         if settings.api_key is None and args.host not in (HOST, "localhost", "::1"):
             print(
@@ -256,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         address, port = listening.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         print(f"page: http://{host}:{port} | API: http://{host}:{port}/v1", file=sys.stderr)
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        finally:
+            engine.close()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Served:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def client(self, **options: Any) -> openai.OpenAI:
-        options = {"api_key": self.key or "none", "max_retries": 0, **options}
+        options = {"api_key": self.key or "none", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def raw(self, request: bytes, timeout: float = 10) -> bytes:

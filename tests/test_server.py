@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,10 +19,11 @@ import jsonschema
 import numpy as np
 import openai
 import pytest
+import uvicorn
 from PIL import Image
 from pydantic import BaseModel
 
-from mlx_llava import generate, load, stream_generate
+from mlx_llava import generate, load, server, stream_generate
 from mlx_llava.image import data_url, png
 from mlx_llava.llava import Llava
 from tests.conftest import ROOT
@@ -339,10 +341,12 @@ class TestErrors:
     def test_api_key(self, served):
         key = "0123456789abcdef"
         with serving("--api-key", key, engine=served.engine) as guarded:
-            assert ask(guarded.client(), "Hi", max_tokens=1).choices
+            with guarded.client() as knowing:
+                assert ask(knowing, "Hi", max_tokens=1).choices
             for wrong in ("none", key[:-1], key + "x", "0123456789abcdeF"):
-                with pytest.raises(openai.AuthenticationError) as caught:
-                    ask(guarded.client(api_key=wrong), "Hi")
+                refused = pytest.raises(openai.AuthenticationError)
+                with guarded.client(api_key=wrong) as guessing, refused as caught:
+                    ask(guessing, "Hi")
                 assert caught.value.code == "invalid_api_key"
             assert httpx.get(guarded.url + "/metrics").status_code == 401
             assert httpx.get(guarded.url + "/health").status_code == 200
@@ -546,6 +550,18 @@ def test_load_of_many_clients():
     assert {*figures["fates"]} == {"whole", "cancelled", "broken"}
 
 
+def test_an_engine_that_has_ended_answers_no_one_and_says_so():
+    with serving() as ending, ThreadPoolExecutor(1) as pool, ending.client() as client:
+        running = pool.submit(ask, client, "One two", **endless())
+        assert waits_until(lambda: ending.engine.running == 1)
+        ending.engine.close()
+        for request in (running.result, lambda _: ask(client, "Hi")):
+            with pytest.raises(openai.InternalServerError) as caught:
+                request(10)
+            assert caught.value.status_code == 503
+        assert httpx.get(ending.url + "/health").status_code == 503
+
+
 def endless():
     """Options with which the embedded model goes on until its context is full."""
     schema = {"type": "array", "items": {"const": "four four four"}, "minItems": 1000}
@@ -560,3 +576,59 @@ def waits_until(condition, seconds=10):
             return True
         time.sleep(0.02)
     return False
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--port", "99999"], "port is 99999"),
+            (["--model", "/nowhere"], "/nowhere"),
+            (["--image-root", "/nowhere"], "/nowhere, which is no folder"),
+            (["--timeout", "0"], "limit seconds is 0"),
+            (["--batch-size", "0"], "batch size is 0"),
+            (["--max-waiting", "-1"], "-1 waiting"),
+            (["--temp", "-1"], "temp is -1"),
+            (["--json-schema", '{"type": "objekt"}'], "objekt"),
+            (["--api-key-file", "/nowhere"], "/nowhere"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_mistakes_are_one_line_and_2(self, arguments, words, capsys):
+        given = arguments if "--port" in arguments else ["--port", "0", *arguments]
+        assert server.main(given) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert words in error
+
+    def test_a_port_that_is_taken(self, served, capsys):
+        assert server.main(["--port", str(served.port)]) == 2
+        assert "Address already in use" in capsys.readouterr().err
+
+    def test_a_failed_start_leaves_no_thread(self):
+        before = threading.active_count()
+        assert server.main(["--model", "/nowhere", "--port", "0"]) == 2
+        assert threading.active_count() == before
+
+    def test_addresses_of_version_6(self, served):
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+        with serving("--host", "::1", engine=served.engine) as six:
+            assert httpx.get(f"http://[::1]:{six.port}/health").json() == {"status": "ok"}
+
+    def test_without_its_packages(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "uvicorn", None)
+        assert server.main([]) == 2
+        assert "pip install 'mlx_llava[server]'" in capsys.readouterr().err
+
+    def test_open_to_all_without_a_key_is_said(self, served, monkeypatch, capsys):
+        monkeypatch.setattr(server, "start_engine", lambda args: served.engine)
+        monkeypatch.setattr(served.engine, "close", lambda: None)
+        monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+        assert server.main(["--host", "0.0.0.0", "--port", "0"]) == 0
+        assert "warning: anyone who reaches 0.0.0.0 may ask" in capsys.readouterr().err
+        assert server.main(["--port", "0"]) == 0
+        assert "warning" not in capsys.readouterr().err
