@@ -328,17 +328,26 @@ def read_request(body: bytes, kind: type[Wanted]) -> Wanted:
         raise ApiError(400, "The body must be a JSON object.")
     data = {key: value for key, value in data.items() if value is not None and key not in IGNORED}
     _drop_neutral(data)
-    for message in data.get("messages", ()) if isinstance(data.get("messages"), list) else ():
-        if isinstance(message, dict):
-            for key in NO_TEXT:
-                if key in message and not message[key]:
-                    del message[key]
+    messages = data.get("messages")
+    if isinstance(messages, list):
+        data["messages"] = [_without_nothing(message) for message in messages]
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
         raise _refusal(error) from error
     _check_pairs(request)
     return request
+
+
+def _without_nothing(message: Any) -> Any:
+    """A message without the fields that are null or, beside its text, empty."""
+    if not isinstance(message, dict):
+        return message
+    return {
+        key: value
+        for key, value in message.items()
+        if key == "content" or not (value is None or (key in NO_TEXT and not value))
+    }
 
 
 def _drop_neutral(data: dict[str, Any]) -> None:

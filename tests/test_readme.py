@@ -68,6 +68,10 @@ def test_install_and_first_answer(tmp_path):
         check=False,
     )
     assert done.stdout == EXPECTED, done.stderr
+    (installed,) = tmp_path.glob(".venv/lib/*/site-packages/mlx_llava")
+    assert {path.name for path in (installed / "page").iterdir()} == {
+        path.name for path in (ROOT / "mlx_llava" / "page").iterdir()
+    }
 
 
 def test_the_test_command_is_what_ci_runs():

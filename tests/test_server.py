@@ -102,7 +102,13 @@ class TestChat:
         messages = [
             {"role": "developer", "content": "Be brief."},
             user(PICTURE, QUESTION),
-            {"role": "assistant", "content": "red", "refusal": None, "tool_calls": []},
+            {
+                "role": "assistant",
+                "content": "red",
+                "refusal": None,
+                "tool_calls": [],
+                "name": None,
+            },
             {"role": "user", "content": "And the star?"},
         ]
         reply = client.chat.completions.create(model=MODEL, messages=messages)
@@ -484,12 +490,13 @@ class TestManyAtOnce:
     @pytest.mark.parametrize("stream", [True, False])
     def test_a_client_that_goes_ends_its_answer(self, served, stream):
         body = {"model": MODEL, "messages": [user("One two")], "stream": stream, **endless()}
-        timeout = httpx.Timeout(30, read=0.3)
+        timeout = httpx.Timeout(30, read=30 if stream else 0.3)
         with httpx.Client(timeout=timeout) as going, closing(going):
             if stream:
                 url = served.url + "/v1/chat/completions"
                 with going.stream("POST", url, json=body) as reply:
-                    next(reply.iter_lines())
+                    lines = reply.iter_lines()
+                    assert next(lines).startswith("data: ")
                     assert served.engine.taken == 1
             else:
                 with pytest.raises(httpx.ReadTimeout):
