@@ -41,7 +41,8 @@ class Guard:
     Attributes:
         app: what is guarded.
         api_key: what clients must send, or None.
-        hosts: names under which the server may be addressed, beside addresses and localhost.
+        hosts: names under which the server may be addressed, beside addresses and localhost; in
+            lower case.
         origins: web pages of other servers that may ask.
         seconds: after which a request is cut off, whatever it does.
         count: is told the path and the status of every answer.
@@ -92,20 +93,14 @@ class Guard:
                 code="host_not_allowed",
             )
         origin = headers.get("origin")
-        if (
-            origin is not None
-            and origin not in self.origins
-            and urlsplit(origin).netloc != hosts[0]
-        ):
+        if origin not in (None, *self.origins, f"http://{hosts[0]}", f"https://{hosts[0]}"):
             raise ApiError(
                 403,
                 "Web pages of other servers may not ask here; see --allow-origin.",
                 code="origin_not_allowed",
             )
-        is_open = (
-            scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
-        )  # a browser's question
-        if self.api_key is not None and not is_open:
+        is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key
+        if self.api_key is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
             self._check_key(headers.get("authorization", ""))
 
     def _knows(self, host: str) -> bool:

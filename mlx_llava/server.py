@@ -201,7 +201,7 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
     return Guard(
         app,
         api_key=settings.api_key,
-        hosts=(*args.allow_host, args.host),
+        hosts=[host.lower() for host in (*args.allow_host, args.host)],
         origins=args.allow_origin,
         seconds=limits.body_seconds + limits.seconds + GRACE_SECONDS,
         count=api.metrics.count_request,

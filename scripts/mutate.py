@@ -108,7 +108,7 @@ MUTATIONS = (
     ("bodies that add up", "bodies", "if self._held > BODIES * self.max_bytes:", "if False:"),
     ("two lengths of a body", "guard", 'if "content-length" in headers and "transfer-encoding" in headers:', "if False:"),
     ("any name answered to", "guard", "if len(hosts) != 1 or not self._knows(hosts[0]):", "if len(hosts) != 1:"),
-    ("pages of others answered", "guard", "origin is not None\n            and origin not in", "False\n            and origin not in"),
+    ("pages of others answered", "guard", "if origin not in (None,", "if False and origin not in (None,"),
     ("key compared without its scheme", "guard", ' or scheme.lower() != "bearer"', ""),
     ("wrong keys let in", "guard", "not hmac.compare_digest(*digests)", "not digests"),
     ("redirects not checked", "remote", "parts = _check_url(url)", "parts = urlsplit(url)"),

@@ -592,12 +592,21 @@ class TestHeaders:
         assert MODEL.encode() not in answer
 
     def test_names_that_are_allowed(self, served):
-        with serving("--allow-host", "mac.local", engine=served.engine) as named_one:
-            for host in ("mac.local:80", "localhost", "127.0.0.1:1", "192.168.1.5:8080", "[::1]"):
+        with serving("--allow-host", "Mac.local", engine=served.engine) as named_one:
+            for host in (
+                "mac.local:80",
+                "MAC.LOCAL",
+                "localhost",
+                "127.0.0.1:1",
+                "192.168.1.5:8080",
+                "[::1]",
+            ):
                 reply = httpx.get(named_one.url + "/v1/models", headers={"Host": host})
                 assert reply.status_code == 200
 
-    @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+    @pytest.mark.parametrize(
+        "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", ""]
+    )
     def test_pages_of_others(self, served, origin):
         reply = httpx.get(served.url + "/v1/models", headers={"Origin": origin})
         refused(reply, 403, "--allow-origin")
