@@ -34,11 +34,12 @@ import openai
 from mlx_llava.image import data_url, png
 
 import shapes  # isort: skip
+from served import served
 
 MODEL = "tiny-llava"
 PICTURES = 50
 #: Few enough to wait that clients are sent away, and a cache that is soon full.
-OPTIONS = ("--batch-size", "8", "--max-waiting", "4", "--prompt-cache", "20", "--port", "0")
+OPTIONS = ("--batch-size", "8", "--max-waiting", "4", "--prompt-cache", "20")
 QUESTIONS = ("Describe the picture.", "What colour is the circle?", "How many shapes are there?")
 BROKEN: tuple[dict[str, Any], ...] = (
     {"temperature": 9},
@@ -172,18 +173,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "mlx_llava.server", *OPTIONS]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stderr is not None
-            line = next(line for line in server.stderr if line.startswith("page: "))
-            url = line.split()[1]
-            drain = ThreadPoolExecutor(1).submit(server.stderr.read)
-            questions = make_questions(args.requests, args.seed)
-            figures = run(url, server.pid, questions, args.clients)
-        finally:
-            server.terminate()
-            drain.result(30)
+    with served(*OPTIONS) as server:
+        questions = make_questions(args.requests, args.seed)
+        figures = run(server.url, server.pid, questions, args.clients)
     print(json.dumps(figures))
     return int(bool(figures["wrong"] or figures["other_fates"] or figures["places_taken"]))
 

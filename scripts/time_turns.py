@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +24,8 @@ from PIL import Image
 
 from mlx_llava.image import data_url, png
 from mlx_llava.precision import DTYPES
+
+from served import served  # isort: skip
 
 QUESTIONS = ("What is in this picture?", "What else?", "Which colours are there?")
 
@@ -61,19 +61,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / args.shape
         write_random_model(args.shape, path, args.dtype)
-        command = [sys.executable, "-m", "mlx_llava.server", "--model", str(path), "--port", "0"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-            assert server.stderr is not None
-            try:
-                line = next(line for line in server.stderr if line.startswith("page: "))
-                url = line.split()[1]
-                with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-                    rounds = [
-                        first_tokens(client, args.shape, Image.fromarray(pixels))
-                        for pixels in random.integers(0, 256, (args.rounds + 1, 400, 500, 3), "u1")
-                    ][1:]
-            finally:
-                server.terminate()
+        pictures = random.integers(0, 256, (args.rounds + 1, 400, 500, 3), "u1")
+        with (
+            served("--model", str(path)) as server,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        ):
+            rounds = [
+                first_tokens(client, args.shape, Image.fromarray(pixels)) for pixels in pictures
+            ][1:]
     turns = [median(turn) for turn in zip(*rounds, strict=True)]
     shares = [round(turn / turns[0], 3) for turn in turns]
     figures = {"shape": args.shape, "seconds": [round(t, 3) for t in turns], "shares": shares}

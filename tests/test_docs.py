@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import draw_diagrams
+from served import served
 
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -98,24 +98,20 @@ def test_the_servers_page_is_true(monkeypatch, capsys):
     page = DOCS / "server.md"
     start, curl, generate = blocks(page, "sh")
     monkeypatch.chdir(ROOT)
-    command = [sys.executable, *start.split()[1:], "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            url = next(line.split()[1] for line in server.stderr if line.startswith("page: "))
-            names: dict = {}
-            for block in blocks(page, "python"):
-                code = block.replace("http://127.0.0.1:8080", url)
-                exec(compile(code, str(page), "exec", dont_inherit=True), names)
-            names["client"].close()
-            answer = "A small black star, a large red triangle and a large orange square."
-            assert capsys.readouterr().out == f"{answer}\n{answer}red\n"
-            if shutil.which("curl"):
-                assert f'"content":"{answer}"' in shell(curl.replace("http://127.0.0.1:8080", url))
-        finally:
-            server.send_signal(signal.SIGINT)
-            log = server.stderr.read()
-    assert server.returncode == 130
-    assert "POST /v1/chat/completions" in log
+    command, module, *arguments = start.split()[1:]
+    assert (command, module) == ("-m", "mlx_llava.server")
+    with served(*arguments) as server:
+        names: dict = {}
+        for block in blocks(page, "python"):
+            code = block.replace("http://127.0.0.1:8080", server.url)
+            exec(compile(code, str(page), "exec", dont_inherit=True), names)
+        names["client"].close()
+        answer = "A small black star, a large red triangle and a large orange square."
+        assert capsys.readouterr().out == f"{answer}\n{answer}red\n"
+        if shutil.which("curl"):
+            said = shell(curl.replace("http://127.0.0.1:8080", server.url))
+            assert f'"content":"{answer}"' in said
+    assert "POST /v1/chat/completions" in server.log
     assert json.loads(shell(generate.replace("python ", f"{sys.executable} "))) == {"colour": "red"}
 
 

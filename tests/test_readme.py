@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +16,9 @@ import pytest
 from mlx_llava import load
 from mlx_llava.decoding import generate_step
 from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from served import served
 
 EMBEDDED = ROOT / "weights" / "tiny-llava"
 SHAPES = EMBEDDED / "examples" / "shapes.png"
@@ -129,17 +131,14 @@ def test_converting_and_training(hub):
     shutil.copy(SHAPES, "photos/2024/a.png")
     run_with_hub(SHELL[6], hub)
     assert json.loads(Path("captions.jsonl").read_text())["image"] == "photos/2024/a.png"
-    with subprocess.Popen(
-        [sys.executable, *SHELL[7].split()[1:], "--port", "0"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
-        url = next(line.split()[1] for line in server.stderr if line.startswith("page: "))
-        with urllib.request.urlopen(f"{url}/v1/models") as models:
-            assert json.load(models)["data"][0]["id"] == "llava-4bit"
-        server.send_signal(signal.SIGINT)
-        server.stderr.read()
+    command, module, *arguments = SHELL[7].split()[1:]
+    assert (command, module) == ("-m", "mlx_llava.server")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (
+        served(*arguments, env=environment) as server,
+        urllib.request.urlopen(f"{server.url}/v1/models") as models,
+    ):
+        assert json.load(models)["data"][0]["id"] == "llava-4bit"
     assert run_with_hub(SHELL[8], hub).strip()
     assert Path("report.html").exists()
 
