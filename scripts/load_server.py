@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,6 @@ from functools import partial
 from typing import Any
 
 from mlx_llava import generate, load  # isort: skip - before all else, for its BLAS
-import httpx
 import openai
 
 from mlx_llava.image import data_url, png
@@ -144,7 +144,8 @@ def run(url: str, pid: int, questions: Sequence[Question], clients: int) -> dict
         seconds = time.perf_counter() - started
     time.sleep(0.5)
     after = resident_mb(pid)
-    taken = re.findall(r"^mlx_llava_places_taken (\S+)", httpx.get(f"{url}/metrics").text, re.M)
+    with urllib.request.urlopen(f"{url}/metrics") as metrics:
+        taken = re.findall(r"^mlx_llava_places_taken (\S+)", metrics.read().decode(), re.M)
     model, processor = load()
     fates = [question.fate for question in questions]
     wrong = [
