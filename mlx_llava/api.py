@@ -230,7 +230,9 @@ class Api:
 
     def _prepare(self, wanted: Wanted, files: Sequence[bytes]) -> list[Callable[[], Any]]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
-        prepare = self.engine.processor.prepare
+        processor = self.engine.processor
+        wanted.options(self.defaults).logits_processors(processor)  # compiles a schema, once
+        prepare = processor.prepare
         if isinstance(wanted, CompletionRequest):
             return [prepare(text, raw=True) for text in wanted.prompt]
         return [prepare(wanted.conversation(self._decode(files)))]

@@ -67,29 +67,14 @@ class JsonConstraint:
             ValueError: The schema makes no sense or uses what llguidance does not know,
                 llguidance is missing, or no id ends an answer.
         """
-        try:
-            from llguidance import LLMatcher
-        except ImportError as error:
-            raise ValueError(
-                "Answers of a JSON schema need llguidance: pip install 'mlx_llava[json]'."
-            ) from error
         if not eos_ids:
             raise ValueError("This model has no end-of-answer token, which JSON answers need.")
         try:
             text = json.dumps(dict(schema), allow_nan=False)
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The JSON schema cannot be used: {error}") from error
-        self._matcher = LLMatcher(
-            _vocabulary(tokenizer, frozenset(eos_ids), vocab_size), grammar, log_level=0
-        )
-        self._check()
+        self._matcher = _compiled(text, tokenizer, frozenset(eos_ids), vocab_size).deep_copy()
         self._begun = False
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            why = self._matcher.get_error().partition("<state>")[0].split()
-            raise ValueError(f"The JSON schema cannot be used: {' '.join(why)}")
 
     def __call__(self, seen: mx.array, logits: mx.array) -> mx.array:
         """Takes logits (1, V) after all ids so far; the first call is that of the prompt.
@@ -101,7 +86,7 @@ class JsonConstraint:
             self._matcher.consume_token(cast("int", seen[-1].item()))
         self._begun = True
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        _check(self._matcher)
         allowed = np.unpackbits(mask, bitorder="little")[: logits.shape[-1]].astype(np.bool_)
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
@@ -122,6 +107,27 @@ class _Vocabulary:
         """The ids of text within a text: without begin of text, and no space added."""
         ids = self._tokenizer.encode(_BEFORE + self._tokenizer.protect(text))
         return ids[len(self._before) :]
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        why = matcher.get_error().partition("<state>")[0].split()
+        raise ValueError(f"The JSON schema cannot be used: {' '.join(why)}")
+
+
+@lru_cache(maxsize=16)
+def _compiled(schema: str, tokenizer: Tokenizer, eos_ids: frozenset[int], vocab_size: int) -> Any:
+    """What follows a schema from its beginning; compiled once, as that can take a second."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ValueError(
+            "Answers of a JSON schema need llguidance: pip install 'mlx_llava[json]'."
+        ) from error
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
+    matcher = LLMatcher(_vocabulary(tokenizer, eos_ids, vocab_size), grammar, log_level=0)
+    _check(matcher)
+    return matcher
 
 
 @lru_cache(maxsize=2)

@@ -214,7 +214,15 @@ def test_schemas_that_cannot_be_used(tiny, schema, words):
 def test_without_llguidance(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"mlx_llava\[json\]"):
-        generate(*tiny, "Hi", json_schema=ANY_OBJECT)
+        generate(*tiny, "Hi", json_schema={"const": "of no other test"})
+
+
+def test_a_schema_is_compiled_once(tiny, monkeypatch):
+    """The second answer begins where the first began, and not where it ended."""
+    schema = {"const": "compiled once"}
+    first = generate(*tiny, "Hi", json_schema=schema)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert generate(*tiny, "Hi", json_schema=schema) == first == '"compiled once"'
 
 
 def test_model_without_an_end(tiny):
