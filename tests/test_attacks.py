@@ -574,7 +574,7 @@ class TestHeaders:
         assert time.monotonic() - started < 3
 
     def test_a_request_takes_longer_than_its_head(self, served, monkeypatch):
-        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.6)
         with httpx.Client() as client:
             for _ in range(2):
                 body = {"model": MODEL, "messages": [user("Describe.")], "temperature": 2}
