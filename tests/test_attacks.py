@@ -524,7 +524,8 @@ class TestBodies:
 
 def post(served, body):
     headers = {"Content-Type": "application/json"}
-    return httpx.post(served.url + "/v1/chat/completions", content=body, headers=headers)
+    url = served.url + "/v1/chat/completions"
+    return httpx.post(url, content=body, headers=headers, timeout=60)
 
 
 def all_429(answers):
@@ -575,7 +576,7 @@ class TestHeaders:
 
     def test_a_request_takes_longer_than_its_head(self, served, monkeypatch):
         monkeypatch.setattr(connection, "HEAD_SECONDS", 0.6)
-        with httpx.Client() as client:
+        with httpx.Client(timeout=60) as client:
             for _ in range(2):
                 body = {"model": MODEL, "messages": [user("Describe.")], "temperature": 2}
                 url = served.url + "/v1/chat/completions"

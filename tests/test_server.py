@@ -392,6 +392,7 @@ def test_open_webui(served):
             served.url + request["path"],
             headers=request["headers"],
             content=body,
+            timeout=60,
         )
         assert reply.status_code == 200, reply.text
 
