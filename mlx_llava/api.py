@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
+from mlx_llava.command import one_line
 from mlx_llava.decoding import ContextError, Options
 from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.guard import error_response
@@ -43,6 +44,8 @@ from mlx_llava.replies import ChatShape, CompletionShape, Shape, Usage
 from mlx_llava.sources import Sources
 
 PAGE = Path(__file__).parent / "page"
+#: Where no key is needed: what says nothing of anyone's questions.
+OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterdir())))
 #: What browsers and cameras make; each further decoder is one more that strangers can feed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
@@ -63,9 +66,9 @@ class Api:
 
     engine: Engine
     name: str
-    defaults: Options = field(default_factory=Options)
-    sources: Sources = field(default_factory=Sources)
-    limits: Limits = field(default_factory=Limits)
+    defaults: Options
+    sources: Sources
+    limits: Limits
 
     def __post_init__(self) -> None:
         """Begins to count."""
@@ -187,7 +190,7 @@ class Api:
         except ContextError as error:
             raise _context_error(str(error)) from error
         except ValueError as error:
-            raise ApiError(400, " ".join(str(error).split())) from error
+            raise ApiError(400, one_line(error)) from error
         except TimeoutError as error:
             raise ApiError(503, str(error), kind="server_error", code="timeout") from error
         except EngineError as error:
@@ -209,9 +212,9 @@ class Api:
         else:
             texts, files = max(map(len, wanted.prompt)), []
         self._check_length(texts)
-        prepared = await run_sync(self._prepare, wanted, files, limiter=self._decoding)
-        options = wanted.seeded(wanted.options(self.defaults))
-        return [(inputs, own) for inputs in prepared for own in options]
+        options = wanted.options(self.defaults)
+        prepared = await run_sync(self._prepare, wanted, files, options, limiter=self._decoding)
+        return [(inputs, own) for inputs in prepared for own in wanted.seeded(options)]
 
     def _check_length(self, characters: int) -> None:
         """Refuses texts that cannot fit, before they are tokenised."""
@@ -228,10 +231,12 @@ class Api:
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
 
-    def _prepare(self, wanted: Wanted, files: Sequence[bytes]) -> list[Callable[[], Any]]:
+    def _prepare(
+        self, wanted: Wanted, files: Sequence[bytes], options: Options
+    ) -> list[Callable[[], Any]]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
         processor = self.engine.processor
-        wanted.options(self.defaults).logits_processors(processor)  # compiles a schema, once
+        options.logits_processors(processor)  # compiles a schema, once
         prepare = processor.prepare
         if isinstance(wanted, CompletionRequest):
             return [prepare(text, raw=True) for text in wanted.prompt]
@@ -340,13 +345,11 @@ def _context_error(message: str) -> ApiError:
     return ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
-def _http_error(request: Request, error: Exception) -> Response:
+def _http_error(request: Request, error: HTTPException) -> Response:
     """What Starlette refuses: unknown paths and methods."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = error.headers if isinstance(error, HTTPException) else None
     message = f"Invalid URL ({request.method} {request.url.path})"
-    code = "unknown_url" if status == 404 else "method_not_allowed"
-    return error_response(ApiError(status, message, code=code, headers=headers))
+    code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
 
 
 def _unforeseen(_: Request, __: Exception) -> Response:

@@ -23,10 +23,9 @@ from mlx_llava.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.command import command
 from mlx_llava.decoding import Options
 from mlx_llava.files import whole_file
-from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.image import FORMATS
-from mlx_llava.loading import add_model_arguments, load_model
-from mlx_llava.prompts_file import answer_lines
+from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
+from mlx_llava.prompts_file import answer_prompts
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.
@@ -219,7 +218,7 @@ def open_captions(out: str, pictures: Sequence[str]) -> Captions:
 
 
 def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What `answer_lines` yields, by index: each waits for those before it."""
+    """What `answer_prompts` yields, by index: each waits for those before it."""
     waiting: dict[int, dict[str, Any]] = {}
     following = 0
     for line in lines:
@@ -298,15 +297,17 @@ def caption_all(
     """Each picture in order, with its caption as ``text`` or its ``error``."""
     if not pictures:
         return
-    if args.model is None:
-        print(EMBEDDED_NOTE, file=sys.stderr)
+    say_if_embedded(args)
     model, processor = load_model(args)
     generator = BatchGenerator(model, processor, batch_size=args.batch_size)
     options = Options(max_tokens=args.max_tokens)
-    prompts = (json.dumps({"prompt": args.prompt, "images": [picture]}) for picture in pictures)
-    lines = answer_lines(prompts, generator, processor, options, system=args.system)
-    for line in in_order(lines):
-        yield pictures[line["index"]], line
+
+    def ask(picture: str) -> dict[str, Any]:
+        return {"prompt": args.prompt, "images": [picture]}
+
+    answers = answer_prompts(pictures, ask, generator, processor, options, system=args.system)
+    for answer in in_order(answers):
+        yield pictures[answer["index"]], answer
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from mlx_llava.command import command, one_line
-from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.image import from_clipboard
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
     answer_options,
     load_model,
+    say_if_embedded,
 )
 from mlx_llava.session import SHOWN, Picture, Session, Turn
 
@@ -222,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     pictures = [Picture.read(image) for image in args.image]
-    if args.model is None:
-        note(EMBEDDED_NOTE)
+    say_if_embedded(args)
     model, processor = load_model(args)
     session = Session(model, processor, system=args.system, **answer_options(args))
     run(Chat(session, pictures))

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_llava.batch import BATCH_SIZE, AnswerError, BatchGenerator
+from mlx_llava.batch import AnswerError, BatchGenerator
 from mlx_llava.decoding import GenerationResponse, Options
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Inputs, Processor
@@ -125,9 +125,9 @@ class Engine:
         self,
         load: Callable[[], tuple[Llava, Processor]],
         *,
-        batch_size: int = BATCH_SIZE,
-        max_waiting: int = 64,
-        prompt_cache_bytes: int = 1 << 30,
+        batch_size: int,
+        max_waiting: int,
+        prompt_cache_bytes: int,
     ) -> None:
         """Loads a model, and returns when it is ready.
 
@@ -262,11 +262,9 @@ class Engine:
         """Leaves nobody waiting, however it came to the end."""
         self.has_ended = True
         self._fail_all("The server is ending.")
-        with suppress(queue.Empty):
-            while True:
-                command = self._inbox.get_nowait()
-                if command is not None:
-                    command()
+        for command in self._asked():
+            if command is not None:
+                command()
 
     def _new_generator(self, model: Llava, processor: Processor) -> BatchGenerator:
         cache = PromptCache(model, self._prompt_cache_bytes)
@@ -276,6 +274,10 @@ class Engine:
         """What has been asked; waits for it where there is nothing else to do."""
         if self._generator.is_idle:
             yield self._inbox.get()
+        yield from self._asked()
+
+    def _asked(self) -> Iterator[Callable[[], None] | None]:
+        """What has been asked and not been done."""
         with suppress(queue.Empty):
             while True:
                 yield self._inbox.get_nowait()

@@ -32,17 +32,17 @@ from mlx_llava.decoding import (
     generate_step,
     make_cache,
 )
-from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llava import Llava
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
     answer_options,
     load_model,
+    say_if_embedded,
 )
 from mlx_llava.precision import DTYPES
 from mlx_llava.processor import Conversation, Inputs, Processor
-from mlx_llava.prompts_file import answer_lines
+from mlx_llava.prompts_file import answer_prompts, read_line
 from mlx_llava.reuse import PromptCache
 from mlx_llava.streaming import Answer
 
@@ -267,9 +267,13 @@ def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -
     with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as file:
         size = BATCH_SIZE if args.batch_size is None else args.batch_size
         generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
-        for line in answer_lines(file, generator, processor, options, **_prompt_options(args)):
-            total, failed = total + 1, failed + ("error" in line)
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+        lines = (line for line in file if line.strip())
+        answers = answer_prompts(
+            lines, read_line, generator, processor, options, **_prompt_options(args)
+        )
+        for answer in answers:
+            total, failed = total + 1, failed + ("error" in answer)
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
     if failed:
         raise ValueError(f"{failed} of {total} prompts have no answer; their lines say why.")
 
@@ -332,8 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     if args.quiet:
         logging.getLogger("mlx_llava").setLevel(logging.ERROR)
-    elif args.model is None:
-        print(EMBEDDED_NOTE, file=sys.stderr)
+    else:
+        say_if_embedded(args)
     started = time.perf_counter()
     model, processor = load_model(
         args,

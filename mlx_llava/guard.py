@@ -30,8 +30,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-#: Where no key is needed: what says nothing of anyone's questions.
-OPEN_PATHS = ("/health", "/", "/index.html", "/page.css", "/page.js", "/history.js", "/icon.svg")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Guard:
     Attributes:
         app: what is guarded.
         api_key: what clients must send, or None.
+        open_paths: where they need not.
         hosts: names under which the server may be addressed, beside addresses and localhost; in
             lower case.
         origins: web pages of other servers that may ask.
@@ -50,6 +49,7 @@ class Guard:
 
     app: ASGIApp
     api_key: str | None
+    open_paths: Collection[str]
     hosts: Collection[str]
     origins: Collection[str]
     seconds: float
@@ -100,7 +100,7 @@ class Guard:
                 code="origin_not_allowed",
             )
         is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key
-        if self.api_key is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
+        if self.api_key is not None and scope["path"] not in self.open_paths and not is_preflight:
             self._check_key(headers.get("authorization", ""))
 
     def _knows(self, host: str) -> bool:

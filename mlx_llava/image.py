@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import io
 import urllib.request
@@ -23,8 +22,8 @@ ImageSource: TypeAlias = (
 MAX_PIXELS = 100_000_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 DOWNLOAD_SECONDS = 30
-#: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
 HEIC = "HEIC"
+#: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", HEIC)
 
 
@@ -144,7 +143,7 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError("A data: URL must look like data:image/png;base64,...")
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"The data: URL is not valid base64: {error}.") from error
 
 

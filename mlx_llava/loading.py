@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from typing import Any
 
 from mlx_llava.command import add_source_arguments, source_options
 from mlx_llava.decoding import MAX_TOKENS, Options
+from mlx_llava.hub import EMBEDDED_NOTE
 from mlx_llava.llava import Llava
 from mlx_llava.load import load
 from mlx_llava.precision import DTYPES
@@ -38,6 +40,12 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
         **source_options(args),
         **options,
     )
+
+
+def say_if_embedded(args: argparse.Namespace) -> None:
+    """Says on stderr what answers where no model was named."""
+    if args.model is None:
+        print(EMBEDDED_NOTE, file=sys.stderr)
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,8 +181,10 @@ class Processor:
         Raises:
             ValueError: Marks and images do not match, or an image cannot be read.
         """
-        options: dict[str, Any] = {"raw": raw, "system": system, "image_position": image_position}
-        return self.prepare(prompt, images, **options)()
+        prepared = self.prepare(
+            prompt, images, raw=raw, system=system, image_position=image_position
+        )
+        return prepared()
 
     def prepare(
         self,

@@ -21,21 +21,22 @@ from typing import TYPE_CHECKING, Any
 from mlx_llava.batch import BATCH_SIZE
 from mlx_llava.command import command
 from mlx_llava.decoding import Options
-from mlx_llava.hub import EMBEDDED_NOTE, embedded_model
+from mlx_llava.hub import embedded_model
+from mlx_llava.limits import Limits
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
     answer_options,
     load_model,
+    say_if_embedded,
 )
+from mlx_llava.sources import Sources
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
     from mlx_llava.engine import Engine
-    from mlx_llava.limits import Limits
-    from mlx_llava.sources import Sources
 
 HOST, PORT = "127.0.0.1", 8080
 #: So many connections, slow and idle ones with them.
@@ -78,10 +79,30 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-root", metavar="DIR", help="a folder whose pictures may be named in requests")
     add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
     add("--max-waiting", type=int, default=64, help="answers that wait (default: %(default)s)")
-    add("--max-images", type=int, default=16, help="of a request (default: %(default)s)")
-    add("--max-pixels", type=int, default=100, help="of a request, in millions (default: 100)")
-    add("--max-body", type=int, default=50, help="of a request, in MB (default: %(default)s)")
-    add("--timeout", type=float, default=600, help="seconds for an answer (default: %(default)s)")
+    add(
+        "--max-images",
+        type=int,
+        default=Limits.images,
+        help="of a request (default: %(default)s)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        default=Limits.pixels // MEGA,
+        help="of a request, in millions (default: %(default)s)",
+    )
+    add(
+        "--max-body",
+        type=int,
+        default=Limits.body_bytes // MEGA,
+        help="of a request, in MB (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=Limits.seconds,
+        help="seconds for an answer (default: %(default)g)",
+    )
     add("--prompt-cache", type=int, default=1000, help="earlier prompts, in MB (default: 1000)")
     add_answer_arguments(parser)
     return parser
@@ -120,9 +141,6 @@ class Settings:
         Raises:
             ValueError: They make no sense.
         """
-        from mlx_llava.limits import Limits
-        from mlx_llava.sources import Sources
-
         root = None if args.image_root is None else Path(args.image_root).expanduser()
         if root is not None and not root.is_dir():
             raise ValueError(f"--image-root is {root}, which is no folder.")
@@ -178,7 +196,7 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
     """The endpoints, and what stands before them."""
     from starlette.middleware.cors import CORSMiddleware
 
-    from mlx_llava.api import Api
+    from mlx_llava.api import OPEN_PATHS, Api
     from mlx_llava.bodies import BodyLimit
     from mlx_llava.guard import Guard
 
@@ -201,6 +219,7 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
     return Guard(
         app,
         api_key=settings.api_key,
+        open_paths=OPEN_PATHS,
         hosts=[host.lower() for host in (*args.allow_host, args.host)],
         origins=args.allow_origin,
         seconds=limits.body_seconds + limits.seconds + GRACE_SECONDS,
@@ -247,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("The server needs more: pip install 'mlx_llava[server]'.") from error
     settings = Settings.read(args)
     with listen(args.host, args.port) as listening:
-        if args.model is None:
-            print(EMBEDDED_NOTE, file=sys.stderr)
+        say_if_embedded(args)
         engine = start_engine(args)
         settings.defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
         server = make_server(make_app(args, settings, engine), args)

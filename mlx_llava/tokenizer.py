@@ -177,7 +177,7 @@ class Tokenizer:
 
     @cached_property
     def longest_piece(self) -> int:
-        """How many characters the longest token has, so that a text has at least so many fewer."""
+        """How many characters the longest token has; a longer text takes several tokens."""
         return max(map(len, self._backend.get_vocab()))
 
     def text_of(self, token: int) -> str:
@@ -192,7 +192,7 @@ class Tokenizer:
         piece = self._backend.id_to_token(token)
         if piece is None:
             return b""
-        if piece in self.special_tokens or piece in self._added:
+        if piece in self._added:
             return piece.encode()
         if self._is_byte_level:
             return b"".join(_BYTES_OF.get(char, char.encode()) for char in piece)
