@@ -1,7 +1,12 @@
-"""Choosing the next token; V vocabulary."""
+"""Choosing the next token, as mlx-lm does (its sample_utils.py, version 0.32); V vocabulary.
+
+The few lines are here since importing anything from mlx-lm imports transformers, which takes
+seconds, and a server's model would stand still meanwhile.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
@@ -9,6 +14,9 @@ import mlx.core as mx
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
+
+#: How many tokens back a repetition counts.
+REPETITION_CONTEXT = 20
 
 
 def greedy(logprobs: mx.array) -> mx.array:
@@ -21,7 +29,10 @@ def make_sampler(
 ) -> Sampler:
     """A function from log-probabilities (1, V) to ids (1,), with its own chance if it has a seed.
 
-    Greedy and plain temperature are done here; all else is mlx-lm's, whose import is slow.
+    What is unlikely is left out by `top_p`, then by `min_p`, then by `top_k`.
+
+    Raises:
+        ValueError: A number makes no sense.
     """
     if temp < 0 or top_k < 0:
         raise ValueError(f"temp is {temp} and top_k is {top_k}; they must be 0 or more.")
@@ -29,21 +40,48 @@ def make_sampler(
         raise ValueError(f"top_p is {top_p} and min_p is {min_p}; they must lie in 0..1.")
     if temp == 0:
         return greedy
-    if 0 < top_p < 1 or min_p or top_k:
-        from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-        sampler: Sampler = mlx_lm_sampler(temp=temp, top_p=top_p, min_p=min_p, top_k=top_k)
-    else:
-
-        def sampler(logprobs: mx.array) -> mx.array:
-            return mx.random.categorical(logprobs / temp)
+    def sampler(logprobs: mx.array) -> mx.array:
+        if 0 < top_p < 1:
+            logprobs = keep_top_p(logprobs, top_p)
+        if min_p:
+            logprobs = keep_min_p(logprobs, min_p)
+        if 0 < top_k < logprobs.shape[-1]:
+            logprobs = keep_top_k(logprobs, top_k)
+        return mx.random.categorical(logprobs * (1 / temp))
 
     return sampler if seed is None else _seeded(sampler, seed)
 
 
+def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """Leaves (B, V) those before which the likelier ones have less than `top_p` of all chance."""
+    ascending = mx.sort(logprobs, axis=-1)
+    chances = mx.exp(ascending.astype(mx.float32))
+    likelier = mx.cumsum(chances, axis=-1, reverse=True, inclusive=False)
+    total = likelier[..., :1] + chances[..., :1]
+    left_out = (likelier >= top_p * total).sum(axis=-1, keepdims=True)
+    return _at_least(logprobs, mx.take_along_axis(ascending, left_out, axis=-1))
+
+
+def keep_min_p(logprobs: mx.array, min_p: float) -> mx.array:
+    """Leaves (B, V) those that are at least `min_p` times as likely as the likeliest."""
+    return _at_least(logprobs, logprobs.max(axis=-1, keepdims=True) + math.log(min_p))
+
+
+def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
+    """Leaves (B, V) the `top_k` likeliest, fewer than V."""
+    others = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
+    never = mx.array(-math.inf, logprobs.dtype)
+    return mx.put_along_axis(logprobs, others, never, axis=-1)
+
+
+def _at_least(logprobs: mx.array, least: mx.array) -> mx.array:
+    return mx.where(logprobs < least, -math.inf, logprobs)
+
+
 def _seeded(sampler: Sampler, seed: int) -> Sampler:
-    """A sampler that draws as if nothing else did."""
-    key = mx.random.key(seed)
+    """A sampler that draws as if nothing else did; MLX's seeds lie in 0..2^64 - 1."""
+    key = mx.random.key(seed % 2**64)
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
@@ -60,10 +98,22 @@ def _seeded(sampler: Sampler, seed: int) -> Sampler:
 
 
 def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProcessor]:
-    """mlx-lm's repetition penalty over the last 20 tokens, or nothing."""
-    if repetition_penalty is None:
-        return []
-    from mlx_lm.sample_utils import make_logits_processors as mlx_lm_processors
+    """A penalty on the last tokens (https://arxiv.org/abs/1909.05858), or nothing.
 
-    processors: list[LogitsProcessor] = mlx_lm_processors(repetition_penalty=repetition_penalty)
-    return processors
+    Raises:
+        ValueError: It is less than 0.
+    """
+    if not repetition_penalty:
+        return []
+    penalty = repetition_penalty
+    if penalty < 0:
+        raise ValueError(f"repetition_penalty is {penalty}; it must be 0 or more.")
+
+    def penalize(seen: mx.array, logits: mx.array) -> mx.array:
+        if seen.size:
+            last = seen[-REPETITION_CONTEXT:]
+            repeated = logits[:, last]
+            logits[:, last] = mx.where(repeated < 0, repeated * penalty, repeated / penalty)
+        return logits
+
+    return [penalize]

@@ -16,7 +16,8 @@ TESTS = (
     *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
     *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
     *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
-    *("tests/test_structured.py", "tests/test_server.py", "tests/test_attacks.py"),
+    *("tests/test_structured.py", "tests/test_sampling.py"),
+    *("tests/test_server.py", "tests/test_attacks.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -76,6 +77,8 @@ MUTATIONS = (
     ("prompt rolled over", "cache", "place = self.keep + (self", "place = (self"),
     ("rows at one position", "llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
     ("rows share their chance", "sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),
+    ("unlikely tokens drawn", "sampling", "likelier >= top_p * total", "likelier >= total"),
+    ("penalty turned round", "sampling", "repeated < 0, repeated * penalty, repeated / penalty", "repeated < 0, repeated / penalty, repeated * penalty"),
     ("a removed row goes on", "batch", "self._rows = [row for row in self._rows if row.uid != uid]", "pass"),
     ("attention not scaled", "trace", "(queries * scale)", "queries"),
     ("heads in another order", "trace", "B, heads, H // heads, L, D)", "B, H // heads, heads, L, D).swapaxes(1, 2)"),

@@ -123,8 +123,11 @@ def test_everything_public_is_documented():
         "from mlx_llava.generate import main; "
         "main(['--model', 'tests/goldens/llava', '--image', 'tests/goldens/picture.png', "
         "'--prompt', 'hi', '-m', '3'])",
+        "from mlx_llava.generate import main; "
+        "main(['--model', 'tests/goldens/llava', '--prompt', 'hi', '-m', '3', '--temp', '1', "
+        "'--top-p', '0.9', '--top-k', '9', '--min-p', '0.1', '--repetition-penalty', '1.1'])",
     ],
-    ids=["import", "help", "generate"],
+    ids=["import", "help", "generate", "sampling"],
 )
 def test_transformers_and_torch_are_not_imported(code):
     check = (
