@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.cache import Cache, Rows
+from mlx_llava.cache import Cache, Rows, nbytes
 from mlx_llava.decoding import (
     PREFILL_STEP,
     GenerationResponse,
@@ -28,6 +29,8 @@ from mlx_llava.decoding import (
     queues_ahead,
 )
 from mlx_llava.llava import Llava
+from mlx_llava.machine import available_memory
+from mlx_llava.memory import kv_bytes
 from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.reuse import Prompt, PromptCache
 from mlx_llava.sampling import LogitsProcessor, Sampler, greedy
@@ -45,6 +48,7 @@ class _Waiting:
     options: Options
     sampler: Sampler
     processors: list[LogitsProcessor]
+    kv_bytes: int  # of the prompt and the longest answer
 
 
 @dataclass
@@ -57,6 +61,7 @@ class _Row:
     sampler: Sampler
     processors: list[LogitsProcessor]
     cache: Cache
+    kv_bytes: int
     known: int
     max_tokens: int
     seen: mx.array
@@ -168,8 +173,16 @@ class BatchGenerator:
         )
         options = replace(options, max_tokens=max_tokens)
         uid, self._next_uid = self._next_uid, self._next_uid + 1
-        self._waiting.append(_Waiting(uid, inputs, options, sampler, processors))
+        self._waiting.append(
+            _Waiting(uid, inputs, options, sampler, processors, self._kv_bytes(inputs, max_tokens))
+        )
         return uid
+
+    def _kv_bytes(self, inputs: Inputs, max_tokens: int) -> int:
+        positions = inputs.input_ids.shape[1] + max_tokens
+        return kv_bytes(
+            self.model.config, positions, self.model.language_model.dtype.size, self.kv_bits
+        )
 
     def remove(self, uid: int) -> None:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
@@ -206,9 +219,8 @@ class BatchGenerator:
         return responses
 
     def _admit(self) -> None:
-        """Reads as many waiting prompts as there are places, their pictures together."""
-        free = self.batch_size - len(self._rows)
-        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        """Reads as many waiting prompts as there is room for, their pictures together."""
+        admitted = [self._waiting.popleft() for _ in range(self._room())]
         if not admitted:
             return
         started = time.perf_counter()
@@ -221,6 +233,17 @@ class BatchGenerator:
             language_model = self.model.language_model
             logits = prefill(embedded, language_model, row.cache, self.prefill_step)
             self._rows += self._choose([(row, logits)])
+
+    def _room(self) -> int:
+        """How many waiting prompts have a place, and memory beside what the rows will need."""
+        places = self.batch_size - len(self._rows)
+        if not self._waiting or not places:
+            return 0
+        promised = (max(0, row.kv_bytes - nbytes(row.cache)) for row in self._rows)
+        free = available_memory() - sum(promised)
+        needed = accumulate(waiting.kv_bytes for waiting in islice(self._waiting, places))
+        # One prompt alone was found to fit when it came.
+        return max(sum(total <= free for total in needed), 0 if self._rows else 1)
 
     def _row(self, waiting: _Waiting) -> _Row:
         prompt, options = self._reuse.prompt(waiting.inputs), waiting.options
@@ -235,6 +258,7 @@ class BatchGenerator:
             sampler=waiting.sampler,
             processors=waiting.processors,
             cache=cache,
+            kv_bytes=waiting.kv_bytes,
             known=known,
             max_tokens=options.max_tokens,
             seen=mx.array([key for key in prompt.keys if isinstance(key, int)], mx.int32),
@@ -288,6 +312,8 @@ def batch_generate(
 ) -> list[str]:
     """Answers several prompts; each as if it were alone.
 
+    Pictures are read when there is a place for their prompt, not all of them at first.
+
     Args:
         model (Llava): The model.
         processor (Processor): Its processor.
@@ -310,11 +336,14 @@ def batch_generate(
         raise ValueError(f"There are {len(prompts)} prompts but images for {len(given)}.")
     generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
     texts = [""] * len(prompts)
-    for prompt, pictures, own in zip(prompts, given, rows, strict=True):
-        generator.insert(processor(prompt, pictures, **(prompt_options or {})), own)
-    for uid, response in run(generator):
-        texts[uid] += response.text
-    return texts
+    remaining = zip(prompts, given, rows, strict=True)
+    while True:
+        for prompt, pictures, own in islice(remaining, generator.free):
+            generator.insert(processor(prompt, pictures, **(prompt_options or {})), own)
+        if generator.is_idle:
+            return texts
+        for uid, response in generator.next():
+            texts[uid] += response.text
 
 
 def split_options(options: dict[str, Any], rows: int) -> list[Options]:

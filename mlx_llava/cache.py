@@ -180,13 +180,19 @@ def group_size(dims: int) -> int | None:
     return next((size for size in (64, 32) if dims % size == 0), None)
 
 
-def fork(cache: Cache, length: int) -> Cache:
-    """A second cache that begins with the first `length` positions of one, which stays."""
-    return [_fork(layer, length) for layer in cache]
+def fork(cache: Cache, length: int, like: Cache | None = None) -> Cache:
+    """A second cache that begins with the first `length` positions of one, which stays.
+
+    Args:
+        cache (list): What is stored.
+        length (int): How much of it.
+        like (list, optional): The limits of the new one, of the same kind; default: the old one's.
+    """
+    return [_fork(*layers, length) for layers in zip(cache, like or cache, strict=True)]
 
 
-def _fork(layer: Any, length: int) -> Any:
-    new = copy.copy(layer)
+def _fork(layer: Any, like: Any, length: int) -> Any:
+    new = copy.copy(like)
     new.keys, new.values = tree_map(lambda a: a[..., :length, :], (layer.keys, layer.values))
     new.offset = length
     return new

@@ -5,6 +5,7 @@ L tokens of the prompt, D decoder width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,11 +174,16 @@ class Options:
         for name in ("temp", "top_p", "min_p", "repetition_penalty"):
             self._check(name, Real, "a number")
         self._check("json_schema", Mapping, "an object")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
 
     def _check(self, name: str, kind: type, words: str) -> None:
         value = getattr(self, name)
         optional = value is None and name in _OPTIONAL
-        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if kind is Real and fits:
+            fits = -math.inf < value < math.inf
+        if not optional and not fits:
             raise ValueError(f"{name} is {value!r}; it must be {words}.")
 
     def sampler(self) -> Sampler:

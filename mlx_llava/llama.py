@@ -174,6 +174,11 @@ class LanguageModel(nn.Module):
         """What it computes in; norms are never quantised."""
         return self.model.norm.weight.dtype
 
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """The words' embeddings, (B, L) -> (B, L, D); codes of the mx modes become bfloat16."""
+        embeddings: mx.array = self.model.embed_tokens(input_ids)
+        return embeddings.astype(self.dtype)
+
     def make_cache(self) -> Cache:
         """An empty cache for every layer."""
         return [KVCache() for _ in self.layers]
@@ -213,8 +218,10 @@ class LanguageModel(nn.Module):
         Returns:
             mx.array: Logits (B, L, V), or (B, 1, V).
         """
-        x = self.model.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
-        (x,) = deque(self.hidden_states(x, cache, attention_mask), maxlen=1)
+        if input_embeddings is None:
+            assert input_ids is not None
+            input_embeddings = self.embed(input_ids)
+        (x,) = deque(self.hidden_states(input_embeddings, cache, attention_mask), maxlen=1)
         return self.logits(x[:, -1:] if last_only else x)
 
     def hidden_states(

@@ -7,7 +7,6 @@ Liu et al. 2023 (arXiv:2304.08485); anyres: LLaVA-NeXT, llava_arch.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -123,15 +122,6 @@ class Llava(nn.Module):
         if config.has_newline:
             self.image_newline = mx.zeros((config.text_config.hidden_size,))
 
-    def used_parameters(self) -> list[Any]:
-        """The weights that inference reads: not those above the last feature layer."""
-        tower = self.vision_tower.vision_model
-        layers = tower.encoder.layers[: max(self.config.feature_layers)]
-        modules = [tower.embeddings, tower.pre_layrnorm, *layers]
-        modules += [self.multi_modal_projector, self.language_model]
-        newline = [self.image_newline] if self.config.has_newline else []
-        return [*(module.parameters() for module in modules), *newline]
-
     def encode_images(
         self, pixel_values: mx.array, image_sizes: Sequence[Size] | None = None
     ) -> list[mx.array]:
@@ -205,7 +195,7 @@ class Llava(nn.Module):
         """
         is_image = input_ids == self.config.image_token_index
         # The placeholder's id may lie outside the embedding table.
-        embeddings = self.language_model.model.embed_tokens(mx.where(is_image, 0, input_ids))
+        embeddings = self.language_model.embed(mx.where(is_image, 0, input_ids))
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values, image_sizes)
         none = mx.zeros((0, embeddings.shape[-1]))

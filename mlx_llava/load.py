@@ -106,7 +106,7 @@ def load(
     cast(model.language_model, dtype)
     model.vision_device = _device(vision_device)
     if not lazy:
-        mx.eval(model.used_parameters())
+        mx.eval(model.state)  # all of it: what is lazy cannot be used in another thread
     return model, processor
 
 

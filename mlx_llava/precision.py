@@ -67,5 +67,5 @@ def suit_device(model: Llava) -> None:
     model.set_dtype(mx.float32)  # scales too, so that codes are read without rounding
     if layers:
         logger.warning(f"From {kind} to float32 for the CPU: {needed / 1e9:.2f} GB.")
-        dequantize(model)
+        dequantize(model, mx.float32)
         model.config = replace(model.config, quantization=None)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.config import LlavaConfig
 from mlx_llava.kernels import Linear
+from mlx_llava.quantized import float_dtype
 
 
 class Projector(nn.Module):
@@ -33,7 +34,6 @@ class Projector(nn.Module):
     def __call__(self, features: mx.array) -> mx.array:
         for n in range(1, self.num_layers + 1):
             layer = self[f"linear_{n}"]
-            # The projector's own precision, which a quantised layer shows in its scales.
-            features = features.astype((layer.scales if "scales" in layer else layer.weight).dtype)
+            features = features.astype(float_dtype(layer, features.dtype))
             features = layer(self.activation(features) if n > 1 else features)
         return features

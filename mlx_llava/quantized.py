@@ -52,13 +52,23 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
 
 
-def dequantize(model: nn.Module) -> None:
+def float_dtype(layer: nn.Module, default: mx.Dtype) -> mx.Dtype:
+    """What a layer computes in: its weight's dtype, or that of its scales where it has codes.
+
+    In the mx modes those are codes as well, and only a bias may tell.
+    """
+    arrays = (layer[name] for name in ("scales", "weight", "bias") if name in layer)
+    dtypes = (array.dtype for array in arrays)
+    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), default)
+
+
+def dequantize(model: nn.Module, dtype: mx.Dtype) -> None:
     """Puts a plain layer in the place of every quantised one."""
     plain = []
     for path, layer in model.named_modules():
         if is_quantized(layer):
             new = (Linear if isinstance(layer, nn.QuantizedLinear) else Embedding)(1, 1)
-            new.update({"weight": plain_weight(layer)})
+            new.update({"weight": plain_weight(layer).astype(dtype)})
             if isinstance(new, Linear):
                 new.pop("bias")
                 if "bias" in layer:

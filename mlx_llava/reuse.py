@@ -163,7 +163,8 @@ class PromptCache:
 
         Args:
             prompt (Prompt): What will be read.
-            empty (list): A cache for it; what others of its kind hold is reused.
+            empty (list): A cache for it; what others of its kind hold is reused, within its
+                limits.
 
         Returns:
             A cache to go on with, and how many positions of the prompt it holds.
@@ -175,7 +176,7 @@ class PromptCache:
             return empty, 0
         self._entries.remove(best)
         self._entries.append(best)
-        return fork(best[1], length), length
+        return fork(best[1], length, like=empty), length
 
     def embed(self, prompts: Sequence[Prompt], known: Sequence[int]) -> list[mx.array]:
         """Embeds what is not known of some prompts; pictures of all of them together.
@@ -201,7 +202,11 @@ class PromptCache:
             return  # it was interrupted, or has dropped positions
         keys = [*prompt.keys, *tokens][:length]
         self._entries = [entry for entry in self._entries if entry[0] != keys[: len(entry[0])]]
-        self._entries.append((keys, fork(cache, length)))
+        kept = fork(cache, length)
+        mx.eval(
+            [(layer.keys, layer.values) for layer in kept]
+        )  # so that another thread can go on from it
+        self._entries.append((keys, kept))
         while self._entries and sum(nbytes(entry[1]) for entry in self._entries) > self.max_bytes:
             self._entries.pop(0)
 

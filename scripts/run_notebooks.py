@@ -21,7 +21,7 @@ from PIL import Image
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 #: Of one cell.
-SECONDS = 120
+SECONDS = 1200
 
 
 def run(path: Path) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlx_llava import batch_generate, generate, stream_generate
 from mlx_llava.batch import BatchGenerator, run
-from mlx_llava.cache import Rows, fork
+from mlx_llava.cache import Rows, fork, nbytes
 from mlx_llava.decoding import Options
 from mlx_llava.generate import main
 from mlx_llava.llama import LanguageModel
@@ -146,6 +146,52 @@ def test_pictures_are_encoded_together_and_once(loaded, monkeypatch):
     prompts, images = zip(*PROMPTS, strict=True)
     batch_generate(model, processor, prompts, images, max_tokens=2)
     assert calls == [5]  # of seven pictures, two are there again
+
+
+def test_pictures_are_read_when_their_prompt_has_a_place(loaded, monkeypatch):
+    model, processor = loaded
+    waiting: list[int] = []
+    call, step = type(processor).__call__, BatchGenerator.next
+
+    def answered(self):
+        waiting.append(0)
+        return step(self)
+
+    def read(self, *args, **kwargs):
+        waiting[-1:] = [waiting[-1] + 1] if waiting else [1]
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "__call__", read)
+    monkeypatch.setattr(BatchGenerator, "next", answered)
+    texts = batch_generate(model, processor, ["hi"] * 9, [PICTURE] * 9, batch_size=2, max_tokens=3)
+    assert len(set(texts)) == 1
+    assert max(waiting) == 2
+    assert sum(waiting) == 9
+
+
+def test_rows_wait_for_memory(loaded, monkeypatch):
+    """What all that run will need counts, not one prompt's need alone."""
+    model, processor = loaded
+    generator = BatchGenerator(model, processor, batch_size=4)
+    for _ in range(6):
+        generator.insert(processor("What is this?", PICTURE), Options(max_tokens=9))
+    need = generator._waiting[0].kv_bytes
+
+    def available() -> int:
+        return int(2.5 * need) - sum(min(need, nbytes(row.cache)) for row in generator._rows)
+
+    monkeypatch.setattr("mlx_llava.batch.available_memory", available)
+    together, texts = 0, {}
+    while not generator.is_idle:
+        for uid, response in generator.next():
+            texts[uid] = response.answer
+        together = max(together, len(generator._rows))
+    assert together == 2
+    assert set(texts.values()) == {generate(*loaded, "What is this?", PICTURE, max_tokens=9)}
+    assert len(texts) == 6
+    monkeypatch.setattr("mlx_llava.batch.available_memory", lambda: 0)
+    generator.insert(processor("hi"), Options(max_tokens=2))
+    assert len(list(run(generator))) == 2  # alone, what fitted when it came is answered
 
 
 def test_many_tiles_go_through_the_tower_some_at_a_time(loaded, monkeypatch):

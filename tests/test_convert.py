@@ -21,6 +21,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+import mlx_llava
 from mlx_llava import convert
 from mlx_llava.convert import compare
 from mlx_llava.plan import Quantization
@@ -143,6 +144,22 @@ def test_dequantising_gives_the_logits_of_the_codes(original, tmp_path):
     inputs = processor("Q", PICTURE)
     difference = mx.abs(plain(**inputs) - quantised(**inputs)).max()
     assert difference < 2e-2 * mx.abs(plain(**inputs)).max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_every_mode_computes_in_the_checkpoints_dtype(original, mode, dtype, tmp_path):
+    """In the mx modes scales are codes too, which say nothing of the dtype."""
+    codes = Quantization(mode=mode, vision=True)
+    convert(original, tmp_path / "q", quantization=codes, dtype=dtype)
+    on_cpu, processor = mlx_llava.load(tmp_path / "q")
+    inputs = processor("Q", PICTURE)
+    expected = on_cpu(**inputs)
+    assert all(array.dtype == mx.float32 for array in arrays(on_cpu).values())
+    logits = load(tmp_path / "q")[0](**inputs)
+    assert (logits.dtype, expected.dtype) == (getattr(mx, dtype), mx.float32)
+    bound = 1e-5 if dtype == "float32" else 0.2
+    assert mx.abs(logits - expected).mean() < bound * mx.abs(expected).mean()
 
 
 def test_settings_of_single_layers_count_under_any_spelling(original, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_llava import GenerationResponse, generate, stream_generate
+from mlx_llava import GenerationResponse, generate, load, stream_generate
 from mlx_llava.cache import KVCache
 from mlx_llava.decoding import generate_step, prefill
+from mlx_llava.explain import explain
 from mlx_llava.processor import Processor
+from mlx_llava.reuse import PromptCache
 from mlx_llava.templates import get_template
 from tests.conftest import PICTURE
 
@@ -182,6 +185,20 @@ def test_the_same_seed_gives_the_same_text(loaded, name):
     assert len({answer(seed) for seed in range(6)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"seed": -1}, r"seed is -1; it must lie in 0..2\^64 - 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"temp": float("nan")}, "temp is nan; it must be a number"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+    ],
+)
+def test_numbers_that_no_sampler_takes_are_refused(loaded, option, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*loaded, QUESTION, **{"temp": 1.0, "seed": 2**64 - 1, **option}, max_tokens=1)
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_the_narrowest_sampling_is_greedy(loaded, options):
     model, processor = loaded
@@ -329,3 +346,32 @@ def test_tiles_and_sizes_must_match(loaded_next):
     for wrong in (tiles[:-1], mx.concatenate([tiles, tiles[:1]])):
         with pytest.raises(ValueError, match=r"tiles but image_sizes need \d"):
             model.encode_images(wrong, inputs.image_sizes)
+
+
+def in_thread(function, *args, **kwargs):
+    """What a function returns in a thread of its own."""
+
+    def run():
+        try:
+            return function(*args, **kwargs)
+        finally:
+            mx.clear_streams()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def test_a_model_works_in_any_thread(golden):
+    """As web frameworks use it, which answer in other threads than the one that loaded it."""
+    model, processor = in_thread(load, golden)
+    cache = PromptCache(model)
+    answers = [
+        run(generate, model, processor, QUESTION, PICTURE, max_tokens=8, prompt_cache=kept)
+        for kept in (None, cache, cache)
+        for run in (in_thread, lambda function, *args, **kwargs: function(*args, **kwargs))
+    ]
+    assert len(set(answers)) == 1
+    inputs = in_thread(processor, QUESTION, PICTURE)
+    assert generate(model, processor, inputs, max_tokens=8) == answers[0]
+    explained = in_thread(explain, model, processor, QUESTION, PICTURE, max_tokens=8)
+    assert explained.answer == answers[0]

@@ -191,6 +191,17 @@ def test_a_bounded_cache_answers_like_a_whole_one_until_it_is_full(loaded):
         answer(loaded, "hi", PICTURE, None, max_kv_size=90, kv_bits=8)
 
 
+def test_a_bounded_cache_keeps_all_of_a_prompt_whose_beginning_was_known(loaded):
+    """The picture is in the prompt; a long answer must not take its place."""
+    cache = PromptCache(loaded[0])
+    answer(loaded, "hi", PICTURE, cache, max_kv_size=200)
+    longer = "hi, what is this, and what is that, and what else is there to see?"
+    size = loaded[1](longer, PICTURE).input_ids.shape[1] + 2
+    tokens, last = answer(loaded, longer, PICTURE, cache, max_kv_size=size)
+    assert last.cached_tokens > last.image_tokens
+    assert tokens == answer(loaded, longer, PICTURE, None, max_kv_size=size)[0]
+
+
 @pytest.fixture(scope="module")
 def wide():
     """The embedded model, whose heads are wide enough for groups of 32."""

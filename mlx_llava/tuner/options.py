@@ -73,6 +73,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1).")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie in 0..2^32 - 1.")
 
     @property
     def rates(self) -> dict[str, float]:
