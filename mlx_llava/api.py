@@ -29,7 +29,7 @@ from mlx_llava.command import one_line
 from mlx_llava.decoding import ContextError, Options
 from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.guard import error_response
-from mlx_llava.image import load_image
+from mlx_llava.image import PixelsError, load_image
 from mlx_llava.limits import Limits
 from mlx_llava.metrics import Metrics
 from mlx_llava.protocol import (
@@ -244,13 +244,19 @@ class Api:
 
     def _decode(self, files: Sequence[bytes]) -> list[Image.Image]:
         pictures: list[Image.Image] = []
-        left = self.limits.pixels
+        limit, pixels = self.limits.pixels, 0
         for file in files:
             try:
-                pictures.append(load_image(file, left, FORMATS))
+                pictures.append(load_image(file, limit - pixels, FORMATS))
             except ValueError as error:
-                raise ApiError(400, str(error), param="messages", code="invalid_image") from error
-            left -= pictures[-1].width * pictures[-1].height
+                message = str(error)
+                if pictures and isinstance(error, PixelsError):
+                    message = (
+                        f"The first {len(pictures) + 1} pictures have {pixels + error.pixels:,} "
+                        f"pixels together; the limit of a request is {limit:,}."
+                    )
+                raise ApiError(400, message, param="messages", code="invalid_image") from error
+            pixels += pictures[-1].width * pictures[-1].height
         return pictures
 
     async def _whole(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import re
 import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,26 @@ ImageSource: TypeAlias = (
 MAX_PIXELS = 100_000_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 DOWNLOAD_SECONDS = 30
+MAX_DATA_HEADER = 4096
+_DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
+_DATA_HEADER = re.compile(_DATA_SCHEME.pattern + r'((?:[^",]|"[^"]*")*),', re.IGNORECASE)
+_BASE64_OF_URLS = bytes.maketrans(b"-_", b"+/")
+_BLANKS = b" \t\r\n\v\f"
 HEIC = "HEIC"
 #: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", HEIC)
+
+
+class PixelsError(ValueError):
+    """A picture has more pixels than it may have.
+
+    Attributes:
+        pixels: how many.
+    """
+
+    def __init__(self, message: str, pixels: int) -> None:
+        super().__init__(message)
+        self.pixels = pixels
 
 
 def load_image(
@@ -90,10 +109,10 @@ def from_clipboard() -> Image.Image:
 def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
     """Raises ValueError for a (width, height) of too many pixels, or of none."""
     width, height = size
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{name} is {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}."
-        )
+    pixels = width * height
+    if pixels > max_pixels:
+        message = f"{name} is {width}x{height} = {pixels:,} pixels; the limit is {max_pixels:,}."
+        raise PixelsError(message, pixels)
     if not width or not height:
         raise ValueError(f"{name} is empty ({width}x{height} pixels).")
 
@@ -132,19 +151,31 @@ def data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
+def is_data_url(text: str) -> bool:
+    """Whether a text holds a file rather than naming one."""
+    return _DATA_SCHEME.match(text) is not None
+
+
 def decode_data_url(url: str) -> bytes:
-    """What a data: URL holds.
+    """What a data: URL in base64 holds, in all the spellings that clients send.
+
+    Beside RFC 2397's these are line breaks, base64 of URLs (RFC 4648), percent-encoding and
+    missing padding. What kind of file it is said to be is not believed.
 
     Raises:
         ValueError: It is none in base64.
     """
-    header, comma, data = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    header = _DATA_HEADER.match(url[:MAX_DATA_HEADER])
+    if header is None or "base64" not in map(str.strip, header[1].lower().split(";")[1:]):
         raise ValueError("A data: URL must look like data:image/png;base64,...")
     try:
-        return base64.b64decode(data, validate=True)
+        data = url[header.end() :].encode("ascii")
+        data = unquote_to_bytes(data) if b"%" in data else data
+        data = data.translate(_BASE64_OF_URLS, _BLANKS).rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except ValueError as error:
-        raise ValueError(f"The data: URL is not valid base64: {error}.") from error
+        why = "it has other letters" if isinstance(error, UnicodeError) else error
+        raise ValueError(f"The data: URL is not valid base64: {why}.") from error
 
 
 def _download(url: str) -> bytes:

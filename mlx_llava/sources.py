@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from mlx_llava.image import decode_data_url
+from mlx_llava.image import decode_data_url, is_data_url
 from mlx_llava.remote import MAX_BYTES, fetch
 
 _NO_FILE = "There is no such file in the image root."
@@ -32,7 +32,7 @@ class Sources:
         Raises:
             ValueError: The source is not allowed, or cannot be read.
         """
-        if url.startswith("data:"):
+        if is_data_url(url):
             return decode_data_url(url)
         scheme = url.partition(":")[0].lower() if ":" in url else ""
         if scheme in ("http", "https"):

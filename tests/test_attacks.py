@@ -391,7 +391,8 @@ class TestPictures:
     def test_bombs_that_add_up(self, served):
         """Each would be allowed alone; together they are not."""
         url = "data:image/png;base64," + base64.b64encode(bomb(6000)).decode()
-        refused(chat(served, [named(url, url, url)]), 400, "6000x6000", "limit is 28,000,000")
+        words = "first 3 pictures have 108,000,000 pixels together; the limit of a request is 100"
+        refused(chat(served, [named(url, url, url)]), 400, words)
 
     def test_other_formats_are_not_decoded(self, served):
         for format in ("TIFF", "ICO", "BMP", "PPM", "JPEG2000", "EPS"):
