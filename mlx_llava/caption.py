@@ -24,6 +24,7 @@ from mlx_llava.command import command
 from mlx_llava.decoding import Options
 from mlx_llava.files import whole_file
 from mlx_llava.image import FORMATS
+from mlx_llava.json_files import parse
 from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
 from mlx_llava.prompts_file import answer_prompts
 
@@ -135,7 +136,7 @@ class Lines(_Records):
     def done(self) -> set[str]:
         """See `Captions`."""
         try:
-            return {json.loads(line)["image"] for line in self.records()}
+            return {parse(line, str(self.path))["image"] for line in self.records()}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path} holds lines that this command did not write.") from error
 

@@ -1,12 +1,140 @@
-"""JSON files of a checkpoint folder."""
+"""JSON as people's files hold it: one reader for settings, and one for records.
+
+Text is UTF-8, with or without a byte-order mark. Only a line feed ends a line: U+2028, U+0085 and
+the like may stand in strings (RFC 8259, 7), and Python's ``splitlines`` would cut there.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlx_llava.files import whole_file
+
+_BOM = "\ufeff"
+_WHITE = " \t\r\n"
+#: An escaped half of a pair, which may stand alone (RFC 8259, 8.2).
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_KINDS: Mapping[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record stands: ``train.jsonl, line 3``, or ``train.json, index 2`` of a list."""
+
+    file: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+def decode(data: bytes, name: str, line: int = 1) -> str:
+    """The text of a file, or of one line of it.
+
+    Args:
+        data (bytes): What to decode.
+        name (str): The file, for errors.
+        line (int): The number of the first line in `data`, from 1.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    if line == 1:
+        _check_encoding(data, name)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        raise ValueError(
+            f"{name}, line {line + before.count(10)} is not UTF-8 (its byte "
+            f"{error.start - before.rfind(10)} is 0x{data[error.start]:02x}); save it as UTF-8."
+        ) from error
+
+
+def _check_encoding(data: bytes, name: str) -> None:
+    encoding = json.detect_encoding(data[:4])
+    if not encoding.startswith("utf-8"):
+        raise ValueError(f"{name} is {encoding.upper()}, expected UTF-8; save it as UTF-8.")
+
+
+def parse(text: str, name: str, line: int = 1) -> Any:
+    """The value of a JSON text.
+
+    NaN and Infinity are read, as transformers writes them into config.json.
+
+    Args:
+        text (str): One JSON value.
+        name (str): Where it is from, for errors.
+        line (int): The number of its first line.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply for Python, has a whole number of more
+            than 4,300 digits, half a surrogate pair, or two different values under one key.
+    """
+    text = text.removeprefix(_BOM)
+    if not text.strip(_WHITE):
+        raise ValueError(f"{name} is empty, expected JSON.")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        line, why = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        line += text[: text.lower().index(half)].count("\n")
+        why = f"{half} is half of a pair, without the other"
+    except ValueError as error:
+        why = str(error).partition("; use sys")[0]
+    else:
+        return value
+    raise ValueError(f"{name} is not valid JSON (line {line}): {why}.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for key, own in pairs:
+            if value[key] != own:
+                raise ValueError(f"an object has the key {key!r:.60} twice, with different values")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        ValueError: It is in another encoding.
+    """
+    return decode(path.read_bytes(), str(path))
+
+
+def read_value(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not JSON; see `parse`.
+    """
+    return parse(read_text(path), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,13 +145,110 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    data = read_value(path)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object.")
+        raise ValueError(f"{path} holds {_kind(data)}, expected an object.")
     return data
+
+
+def numbered_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a binary file that are not blank, numbered from 1.
+
+    Raises:
+        ValueError: The first is UTF-16 or UTF-32.
+    """
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            _check_encoding(line, name)
+        if line.removeprefix(BOM_UTF8).strip():
+            yield number, line
+
+
+def read_records(path: Path) -> Iterator[tuple[Place, Any]]:
+    """The records of a file: a JSON list, or one JSON value a line.
+
+    Yields:
+        tuple: Where a record stands, and what it is.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    name, text = str(path), read_text(path)
+    if text.lstrip(_WHITE).startswith("["):
+        for index, value in enumerate(parse(text, name)):
+            yield Place(name, "index", index), value
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.removeprefix(_BOM).strip(_WHITE):
+            yield Place(name, "line", number), parse(line, name, number)
+
+
+def field(record: Any, key: str, kinds: type | tuple[type, ...], place: object) -> Any:
+    """What a record has under a key.
+
+    Args:
+        record: What should be an object.
+        key (str): The key.
+        kinds (type or tuple of type): What its value may be, of JSON's types.
+        place: Where the record stands, for errors.
+
+    Raises:
+        ValueError: It is no object, lacks the key, or has a value of another kind.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} holds {_kind(record)}, expected an object with {key}.")
+    if key not in record:
+        raise ValueError(f"{place} has no {key}; it has {', '.join(record) or 'nothing':.200}.")
+    value = record[key]
+    if type(value) not in kinds:
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise ValueError(f"{place} has {_kind(value)} as {key}, expected {expected}.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (int, float, bool)):
+        return f"{_KINDS[type(value)]} ({json.dumps(value):.40})"
+    return _KINDS[type(value)]
+
+
+def read_own_lines(path: Path, head: str) -> list[Any]:
+    """The records of a file that this package adds lines to; none where there is no file.
+
+    Args:
+        path (Path): The file.
+        head (str): What each line begins with. A last line that begins so, and was cut off while
+            it was written, is no record.
+
+    Raises:
+        ValueError: A line is no JSON.
+    """
+    text = decode(_whole_lines(path, head), str(path))
+    lines = enumerate(text.split("\n"), 1)
+    return [parse(line, str(path), number) for number, line in lines if line.strip(_WHITE)]
+
+
+def mend_lines(path: Path, head: str) -> None:
+    """Makes a file end in a whole line, so that the next one stands alone; see `read_own_lines`."""
+    lines = _whole_lines(path, head)
+    if path.exists() and path.stat().st_size != len(lines):
+        with whole_file(path) as beside:
+            beside.write_bytes(lines)
+
+
+def _whole_lines(path: Path, head: str) -> bytes:
+    data = path.read_bytes() if path.exists() else b""
+    whole, end, last = data.rpartition(b"\n")
+    if not last:
+        return data
+    try:
+        parse(decode(last, str(path)), str(path))
+    except ValueError:
+        begun = head.encode()
+        is_ours = last.startswith(begun) or begun.startswith(last)
+        return whole + end if is_ours else data
+    return data + b"\n"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mlx_llava.batch import BATCH_SIZE
 from mlx_llava.command import command
 from mlx_llava.decoding import Options
 from mlx_llava.hub import embedded_model
+from mlx_llava.json_files import read_text
 from mlx_llava.limits import Limits
 from mlx_llava.loading import (
     add_answer_arguments,
@@ -116,7 +117,7 @@ def read_api_key(args: argparse.Namespace) -> str | None:
     """
     key: str | None = args.api_key
     if args.api_key_file is not None:
-        key = Path(args.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+        key = read_text(Path(args.api_key_file).expanduser()).strip()
     if key is not None and (len(key) < MIN_KEY_LENGTH or not (key.isascii() and key.isprintable())):
         raise ValueError(
             f"The API key has {len(key)} characters; use at least {MIN_KEY_LENGTH} of ASCII, as "

@@ -11,7 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_llava.json_files import read_json
+from mlx_llava.json_files import parse, read_json
 from mlx_llava.tokenizer import Tokenizer
 
 #: All white space there is, so that no answer ends in blanks without end.
@@ -34,10 +34,7 @@ def read_schema(text: str) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"There is no schema file {text}.")
         return read_json(path)
-    try:
-        schema: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"The JSON schema is not JSON: {error}") from error
+    schema: dict[str, Any] = parse(text, "The JSON schema")
     return schema
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mlx_llava.json_files import read_json
+from mlx_llava.json_files import read_json, read_text
 from mlx_llava.vocabulary import spec_from_sentencepiece
 
 IMAGE_TOKEN = "<image>"
@@ -259,7 +259,7 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template, from the places where transformers has put it over the years."""
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+        return read_text(jinja)
     files = ("chat_template.json", "processor_config.json")
     template = next(
         (found for name in files if (found := read_json(folder / name).get("chat_template"))),

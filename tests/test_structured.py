@@ -250,7 +250,7 @@ class TestCommand:
         ("schema", "words"),
         [
             ("nowhere.json", "no schema file"),
-            ("{", "is not JSON"),
+            ("{", "is not valid JSON"),
             ('{"type": 1}', "cannot be used"),
         ],
     )

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, Output
-from mlx_llava.json_files import write_json
+from mlx_llava.json_files import decode, parse, write_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -32,7 +32,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(length, size)))
+            header: dict[str, Any] = parse(decode(file.read(min(length, size)), "it"), "it")
         metadata = dict(header.pop("__metadata__", None) or {})
         ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
         for entry in header.values():
