@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_llava.checkpoint import folder as folder_of_weights
 from mlx_llava.checkpoint import safetensors as files
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import from_array
@@ -357,8 +358,50 @@ def test_a_cut_off_file_is_refused(golden, size, tmp_path):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:size])
     with pytest.raises(
-        ValueError, match=r"model.safetensors (is not a safetensors|has 100,000 bytes)"
+        ValueError, match=r"model.safetensors (is empty|is not a safetensors|has 100,000 bytes)"
     ):
+        load(folder)
+
+
+def test_what_other_systems_leave_in_a_folder_is_no_part_of_it(golden, tmp_path):
+    """macOS puts ._NAME beside NAME on disks of other systems; a download's rest is no weight."""
+    folder = write(golden, tmp_path / "model", canonical(golden), shards=2, index=False)
+    names = [path.name for path in folder.iterdir()]
+    for name in (*(f"._{name}" for name in names), "._model.bin", ".DS_Store", ".gitattributes"):
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    for name in ("model.safetensors.part", "model.safetensors.incomplete", "x.crdownload"):
+        (folder / name).touch()
+    (folder / "._pytorch_model.bin").touch()
+    found, _ = folder_of_weights.read_folder(folder)
+    assert found.keys() == canonical(golden).keys()
+    assert load(folder, lazy=True)
+
+
+@pytest.mark.parametrize(
+    ("shard", "beside", "message"),
+    [
+        (None, "model.safetensors.part", "lacks 1 of 2 weight files: {}, but unfinished"),
+        (None, "Unconfirmed 12.crdownload", "but unfinished downloads: Unconfirmed 12.crdownload"),
+        (
+            None,
+            ".cache/huggingface/download/x.incomplete",
+            "but unfinished downloads: x.incomplete",
+        ),
+        (b"", "model.safetensors.part", "{} is empty, but unfinished downloads: model.safetens"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "x", "{} is only Git LFS's pointer"),
+        (b"\0" * 99, "{}.aria2", "{} is not whole: there is {}.aria2"),
+    ],
+)
+def test_a_download_that_did_not_end_is_named(golden, shard, beside, message, tmp_path):
+    folder = write(golden, tmp_path / "model", canonical(golden), shards=2, index=False)
+    path = folder / "model-00002-of-00002.safetensors"
+    path.unlink()
+    if shard is not None:
+        path.write_bytes(shard)
+    rest = folder / beside.replace("{}", path.name)
+    rest.parent.mkdir(parents=True, exist_ok=True)
+    rest.touch()
+    with pytest.raises((ValueError, OSError), match=re.escape(message.replace("{}", path.name))):
         load(folder)
 
 

@@ -17,6 +17,13 @@ _KINDS = (
     ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
 
+#: What names of unfinished downloads end in: of browsers, curl, wget, aria2 and huggingface_hub.
+_PARTIAL = (
+    *(".aria2", ".crdownload", ".download", ".incomplete", ".opdownload", ".part", ".partial"),
+    *(".tmp", ".filepart"),
+)
+_LFS = b"version https://git-lfs.github.com/spec/"
+
 
 def find_files(folder: Path) -> list[Path]:
     """The weight files of a folder, checked to be all there; safetensors go first.
@@ -30,17 +37,27 @@ def find_files(folder: Path) -> list[Path]:
         if any(Path(name).name != name for name in expected):
             raise ValueError(f"{folder / index_name} names files outside its folder.")
         if not expected:
-            found = {path.name for path in folder.glob(pattern)}
+            # macOS writes ._NAME beside NAME on disks of other systems.
+            found = {path.name for path in folder.glob(pattern) if not path.name.startswith(".")}
             expected = {sibling for name in found for sibling in _siblings(name)}
         missing = sorted(name for name in expected if not (folder / name).exists())
         if missing:
             raise FileNotFoundError(
                 f"{folder} lacks {len(missing)} of {len(expected)} weight files: "
-                f"{', '.join(missing)}. Download them again."
+                f"{', '.join(missing)}{_unfinished(folder)}. Download them again."
             )
         if expected:
             return [folder / name for name in sorted(expected)]
-    raise FileNotFoundError(f"{folder} has no *.safetensors and no pytorch_model*.bin files.")
+    raise FileNotFoundError(
+        f"{folder} has no *.safetensors and no pytorch_model*.bin files{_unfinished(folder)}."
+    )
+
+
+def _unfinished(folder: Path) -> str:
+    """What downloads that did not end left in a folder, as the end of a sentence."""
+    inside = [*folder.iterdir(), *folder.glob(".cache/huggingface/download/*")]
+    names = sorted(path.name for path in inside if path.name.endswith(_PARTIAL))
+    return f", but unfinished downloads: {', '.join(names)}" if names else ""
 
 
 def _siblings(name: str) -> Iterable[str]:
@@ -53,10 +70,26 @@ def _siblings(name: str) -> Iterable[str]:
 
 
 def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of one file, however they are stored, and whether MLX laid them out."""
+    """The tensors of one file, however they are stored, and whether MLX laid them out.
+
+    Raises:
+        ValueError: The file is broken, or was not downloaded to its end.
+    """
+    _check_download(path)
     if path.suffix == ".safetensors":
         return safetensors.read_file(path)
     return read_torch_file(path), False
+
+
+def _check_download(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(len(_LFS))
+    if head == _LFS:
+        raise ValueError(f"{path} is only Git LFS's pointer to the file: run git lfs pull.")
+    control = path.with_name(f"{path.name}.aria2")
+    if not head or control.exists():
+        what = f"is not whole: there is {control.name}" if head else "is empty"
+        raise ValueError(f"{path} {what}{_unfinished(path.parent)}. Download it again.")
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyTensor], bool]:
