@@ -54,6 +54,22 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises ValueError for an argument that is not text.
+
+    Python hands over bytes that are not the locale's as lone surrogates, which no tokenizer and
+    no JSON takes. The name of a file may hold them all the same (PEP 383).
+    """
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        is_text = not any("\ud800" <= character <= "\udfff" for character in argument)
+        if not is_text and not os.path.lexists(value):
+            encoding = sys.getfilesystemencoding().upper()
+            raise ValueError(
+                f"The argument {argument!a:.200} is neither {encoding} text nor a file's name."
+            )
+
+
 class ExitCode(Protocol):
     """A command's ``main``: arguments (default: those of the process) -> exit code."""
 
@@ -71,6 +87,7 @@ def command(main: Main) -> ExitCode:
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
+            check_arguments(sys.argv[1:] if argv is None else argv)
             main(argv)
             sys.stdout.flush()
         except BrokenPipeError:

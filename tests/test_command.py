@@ -186,6 +186,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, files, capsys, monkeypatch)
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("argument", ["caf\udce9", "--prompt=caf\udce9", "\ud800"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_arguments_that_are_no_text_are_one_line_in_every_command(name, argument, capsys):
+    assert cli.main([name, "--prompt", argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: The argument ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_a_file_may_have_any_name(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    Path("caf\udce9.jpg").write_bytes(Path("whole.jpg").read_bytes())
+    for arguments in (["--image", "caf\udce9.jpg"], ["--image=caf\udce9.jpg"]):
+        assert ask(capsys, *arguments)[0] == 0
+
+
 def test_wrong_arguments_are_argparses(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--no-such-option"])
