@@ -315,6 +315,37 @@ def test_accumulation_and_gradient_checkpointing_change_nothing(folder):
         assert losses(others) == pytest.approx(losses(reports), rel=1e-4)
 
 
+def test_whatever_ends_a_run_leaves_weights_in_the_model(folder, monkeypatch):
+    """Compiling puts placeholders into a model while it traces a step."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def trainer() -> Trainer:
+        model, processor = load(LLAVA)
+        options = TrainingOptions("full", steps=3, batch_size=2, report_every=1)
+        prepare(model, options, Adapter("base", "full"))
+        own = examples(folder, processor)
+        return Trainer(model, own, own, options, folder / "run")
+
+    measured, reporting, tracing = trainer(), trainer(), trainer()
+    measured.model.eval()
+    assert measured.validate() > 0
+    with pytest.raises(KeyboardInterrupt):
+        reporting.run(interrupted)
+    monkeypatch.setattr("mlx_llava.tuner.trainer.answer_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracing.run(lambda _report: None)
+    for own in (measured, reporting, tracing):
+        mx.eval(own.model.parameters(), mx.random.uniform())
+        mx.eval(own.optimizer.state)
+        kept = dict(tree_flatten(own.trained))
+        found = dict(tree_flatten(own.model.parameters()))
+        assert all(mx.array_equal(found[name], array) for name, array in kept.items())
+        assert not own.model.language_model.training
+    assert generate(tracing.model, tracing.train.processor, "Hi", max_tokens=3)
+
+
 def test_clipping_bounds_what_a_step_does(folder):
     _, free = run(folder, steps=1, max_grad_norm=1e9)
     _, clipped = run(folder, steps=1, max_grad_norm=1e-3)

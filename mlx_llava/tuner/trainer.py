@@ -135,6 +135,19 @@ class Trainer:
             report (callable): Is told what was measured.
         """
         self.model.train()
+        try:
+            self._run(report)
+        finally:
+            self._give_back()
+            self._seed()
+
+    def _give_back(self) -> None:
+        """Puts what was trained where compiling has left its placeholders."""
+        self._set_weights(self.trained)
+        self.optimizer.state = self.optimizer_state
+        self.model.eval()
+
+    def _run(self, report: Callable[[Report], None]) -> None:
         batches = self._batches()
         parts, started = next(batches), time.perf_counter()
         while self.step < self.steps:
@@ -150,16 +163,13 @@ class Trainer:
                 started = time.perf_counter()
             if self._is_due(self.options.save_every):
                 self.save()
-        self._set_weights(self.trained)
-        self.model.eval()
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
 
     def _learn(self, parts: list[Batch]) -> mx.array:
         """Queues one step; returns the norm of its gradients."""
-        # So that chance is the same after an interruption, and another in every process.
-        mx.random.seed(self.options.seed + self.step * self.group.size() + self.group.rank())
+        self._seed()
         loss, count = mx.array(0.0), mx.array(0)
         gradients: Tree | None = None
         for part in parts:
@@ -176,6 +186,10 @@ class Trainer:
         self.loss, self.count = self.loss + loss, self.count + count
         mx.async_eval(self.trained, self.optimizer_state, self.loss, self.count, norm)
         return norm
+
+    def _seed(self) -> None:
+        """Makes chance the same after an interruption, and another in every process."""
+        mx.random.seed(self.options.seed + self.step * self.group.size() + self.group.rank())
 
     def _sum(self, loss: mx.array, count: mx.array, gradients: Tree) -> tuple[Any, ...]:
         """The sums over all processes."""
@@ -206,16 +220,26 @@ class Trainer:
     def validate(self) -> float:
         """The mean loss per token of the validation data."""
         assert self.valid is not None
+        was_training = self.model.training
+        self.model.train()
         self.model.language_model.eval()
+        try:
+            loss, count = self._total_loss(self.valid)
+        finally:
+            self._give_back()
+            self.model.train(was_training)
+        loss, count, _ = self._sum(loss, count, {})
+        return loss.item() / max(int(count), 1)
+
+    def _total_loss(self, examples: Examples) -> tuple[mx.array, mx.array]:
+        """The sums over this process's tokens, and how many they are."""
         loss, count = mx.array(0.0), mx.array(0)
-        for indices in order(self.valid.samples, self.options.batch_size, 0):
-            for part in self._parts(self.valid, indices):
+        for indices in order(examples.samples, self.options.batch_size, 0):
+            for part in self._parts(examples, indices):
                 part_loss, part_count = self._loss(self.trained, **vars(part))
                 loss, count = loss + part_loss, count + part_count
                 mx.eval(loss, count)
-        self.model.language_model.train()
-        loss, count, _ = self._sum(loss, count, {})
-        return loss.item() / max(int(count), 1)
+        return loss, count
 
     def save(self) -> None:
         """Writes a checkpoint, which appears complete or not at all; keeps the last two."""
