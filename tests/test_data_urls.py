@@ -10,17 +10,24 @@ import pytest
 from mlx_llava.image import decode_data_url, is_data_url
 
 CONTENTS = [bytes(range(256)) * 3 + bytes(extra) for extra in range(3)]
+PNG = "data:image/png;base64,"
+
+
+def of_urls(text):
+    return text.replace("+", "-").replace("/", "_")
+
+
 SPELLINGS = {
     "as RFC 2397 has it": lambda text: f"data:image/png;base64,{text}",
-    "lines": lambda text: "data:image/png;base64," + "\n".join(text[i:][:76] for i in range(0, len(text), 76)),
+    "lines": lambda text: PNG + "\n".join(text[i:][:76] for i in range(0, len(text), 76)),
     "lines of Windows": lambda text: f"data:image/png;base64,{text[:9]}\r\n{text[9:]}\r\n",
     "a blank after the comma": lambda text: f"data:image/png;base64, {text}",
     "blanks around": lambda text: f" \n data:image/png;base64,{text}\t ",
     "no padding": lambda text: f"data:image/png;base64,{text.rstrip('=')}",
     "too much padding": lambda text: f"data:image/png;base64,{text}==",
-    "base64 of URLs": lambda text: "data:image/png;base64," + text.replace("+", "-").replace("/", "_"),
-    "that without padding": lambda text: "data:;base64," + text.replace("+", "-").replace("/", "_").rstrip("="),
-    "percent-encoded": lambda text: "data:image/png;base64," + quote(text, safe=""),
+    "base64 of URLs": lambda text: PNG + of_urls(text),
+    "that without padding": lambda text: PNG + of_urls(text).rstrip("="),
+    "percent-encoded": lambda text: PNG + quote(text, safe=""),
     "percent-encoded lines": lambda text: f"data:image/png;base64,{text[:8]}%0D%0A{text[8:]}",
     "capitals": lambda text: f"DATA:IMAGE/PNG;BASE64,{text}",
     "a wrong kind": lambda text: f"data:image/jpg;base64,{text}",
