@@ -2,7 +2,7 @@
 
 A config holds only what differs from the defaults of its class, so the defaults here are
 those of transformers' LlavaConfig, CLIPVisionConfig, LlamaConfig and MistralConfig. A key
-that this file does not know could change the maths and is refused by name.
+that changes the maths is read or refused by name (known_keys.py).
 """
 
 from __future__ import annotations
@@ -14,20 +14,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from mlx_llava.activations import ACTIVATIONS
-from mlx_llava.config_checks import (
-    HARMLESS,
-    build,
-    refuse_empty,
-    refuse_unknown,
-    refuse_value,
-)
+from mlx_llava.config_checks import Section, build, names_of, refuse_empty, refuse_value
+from mlx_llava.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
+from mlx_llava.rope_config import read_rope, unknown_rope_keys
 
-_ROPE_KEYS = frozenset(
-    """
-    rope_theta rope_type type factor low_freq_factor high_freq_factor
-    original_max_position_embeddings partial_rotary_factor
-    """.split()
-)
 #: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
 _CLIP_L_336 = {
     "hidden_size": 1024,
@@ -71,10 +61,9 @@ class VisionConfig:
         """Reads ``vision_config``; None stands for LLaVA's own default tower."""
         where = "vision_config"
         data = dict(_CLIP_L_336 if data is None else data)
-        if data.get("model_type", "clip_vision_model") != "clip_vision_model":
+        if data.get("model_type") not in (None, "clip_vision_model"):
             refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
-        known = frozenset(field.name for field in fields(cls))
-        refuse_unknown(data, known | HARMLESS | {"num_channels"}, where)
+        _VISION.refuse_changes(data)
         if data.get("num_channels", 3) != 3:
             refuse_value(where, "num_channels", data["num_channels"], "3")
         config = build(cls, data, where)
@@ -121,15 +110,15 @@ class TextConfig:
         """Reads ``text_config``, filled with the defaults of its own model family."""
         where = "text_config"
         data = dict(data or {})
-        model_type = data.get("model_type", "llama")
+        model_type = data.get("model_type") or "llama"
         if model_type not in ("llama", "mistral"):
             refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
-        known = frozenset(field.name for field in fields(cls))
-        refuse_unknown(data, known | HARMLESS | {"hidden_act", "rope_parameters"}, where)
-        if data.get("hidden_act", "silu") != "silu":
+        _TEXT.refuse_changes(data)
+        if data.get("hidden_act") not in (None, "silu", "swish"):
             refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
         defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
-        data = {**defaults, **data, **cls._rope(data)}
+        data = {**defaults, **data, "model_type": model_type}
+        data |= read_rope(data)
         if model_type == "llama":
             data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
         config = build(cls, data, where)
@@ -139,30 +128,6 @@ class TextConfig:
             heads = f"divisors of num_attention_heads={config.num_attention_heads}"
             refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
         return config
-
-    @classmethod
-    def _rope(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads RoPE from transformers 5's ``rope_parameters`` or the older two keys."""
-        rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
-        refuse_unknown(rope, _ROPE_KEYS, "text_config.rope_parameters")
-        theta = rope.pop("rope_theta", None) or data.get("rope_theta") or cls.rope_theta
-        rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-        rope.pop("type", None)
-        if rope_type not in ("default", "linear", "llama3"):
-            expected = "'default', 'linear' and 'llama3'"
-            refuse_value("text_config", "rope_type", rope_type, expected)
-        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("text_config rotates a part of each head (partial_rotary_factor).")
-        if rope_type == "default":
-            return {"rope_theta": float(theta), "rope_scaling": None}
-        needed = ["factor"]
-        if rope_type == "llama3":
-            needed += ["low_freq_factor", "high_freq_factor"]
-            context = data.get("max_position_embeddings", cls.max_position_embeddings)
-            rope.setdefault("original_max_position_embeddings", context)
-        if missing := [key for key in needed if key not in rope]:
-            raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)} in text_config.")
-        return {"rope_theta": float(theta), "rope_scaling": {"rope_type": rope_type, **rope}}
 
     @property
     def kv_heads(self) -> int:
@@ -232,9 +197,7 @@ class LlavaConfig:
         data = dict(data)
         if data.get("model_type") not in cls.MODEL_TYPES:
             refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
-        known = frozenset(field.name for field in fields(cls))
-        extra = {"image_token_id", "use_image_newline_parameter"}
-        refuse_unknown(data, known | HARMLESS | extra, where)
+        _TOP.refuse_changes(data)
         data["eos_token_id"] = _eos_ids(data)
         data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
         data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
@@ -245,8 +208,8 @@ class LlavaConfig:
         pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
         side = data["vision_config"].image_size
         data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
-        if data["model_type"] == "llava" and text.tie_word_embeddings:
-            data["tie_word_embeddings"] = True  # as LlavaConfig, unlike LlavaNextConfig
+        if text.tie_word_embeddings:
+            data["tie_word_embeddings"] = True
         config = build(cls, data, where)
         config._check(data)
         return config
@@ -322,6 +285,38 @@ class LlavaConfig:
         if not self.is_anyres:
             del data["image_grid_pinpoints"]
         return data
+
+
+_TOP = Section(
+    "config.json",
+    {
+        *names_of(LlavaConfig),
+        "image_token_id",
+        "quantization_config",
+        "use_image_newline_parameter",
+    },
+    CHANGES,
+)
+_TEXT = Section(
+    "text_config",
+    {*names_of(TextConfig), "hidden_act", "original_max_position_embeddings", "rope_parameters"},
+    TEXT_CHANGES,
+)
+_VISION = Section("vision_config", {*names_of(VisionConfig), "num_channels"}, VISION_CHANGES)
+
+
+def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a llava-hf config.json says and nobody here understands, by ``section.key``.
+
+    It could change the maths, but then it would need other tensors or be a key that is known.
+    """
+    text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
+    return {
+        **_TOP.unknown(data),
+        **{f"text_config.{key}": value for key, value in _TEXT.unknown(text).items()},
+        **{f"text_config.{key}": value for key, value in unknown_rope_keys(text).items()},
+        **{f"vision_config.{key}": value for key, value in _VISION.unknown(vision).items()},
+    }
 
 
 def read_pinpoints(

@@ -1,54 +1,94 @@
-"""Checks on the content of config files: what is not understood is refused by name."""
+"""Checks on the content of config files: what would change the maths is refused by name."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields
+from fnmatch import translate
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
-#: Keys that say nothing about the forward pass: provenance, training, generation defaults.
-HARMLESS = frozenset(
-    """
-    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
-    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label ignore_index
-    image_seq_length initializer_factor initializer_range is_composition is_decoder
-    label2id length_penalty logit_scale_init_value max_length max_sequence_length
-    min_length model_type no_repeat_ngram_size num_additional_image_tokens num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type processor_class projection_dim
-    quantization_config remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p unsloth_version use_bfloat16 use_cache use_return_dict
-    vocab_size
-    """.split()
-)
+from mlx_llava.known_keys import HARMLESS
 
 Config = TypeVar("Config")
+#: Rows of known_keys.py: what keys do, the values with which they do nothing, their names.
+Changes = tuple[tuple[str, tuple[object, ...], str], ...]
 
 
-def refuse_unknown(data: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    """Raises ValueError for keys outside `known`, unless they are off or begin with ``_``."""
-    unknown = [
-        key
-        for key, value in data.items()
-        if key not in known
-        and not key.startswith("_")
-        and not (value is None or value is False or value in ([], {}))
+@cache
+def _pattern(names: str) -> re.Pattern[str]:
+    return re.compile("|".join(translate(name) for name in names.split()))
+
+
+def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether a value, or each of a list's, is among others; true is not 1."""
+    if isinstance(value, (list, dict)):
+        return all(_is_one_of(item, neutral) for item in value)
+    return any(value == other and (value is True) == (other is True) for other in neutral)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of config.json.
+
+    Attributes:
+        where: its name.
+        read: the keys that this package reads.
+        changes: what is known to change the maths where it is not read.
+    """
+
+    where: str
+    read: AbstractSet[str]
+    changes: Changes
+
+    def refuse_changes(self, data: Mapping[str, Any]) -> None:
+        """Raises ValueError for a key that changes the maths and is not read."""
+        for key in data.keys() - self.read:
+            if _pattern(HARMLESS).match(key):
+                continue
+            for meaning, neutral, names in self.changes:
+                if _pattern(names).match(key) and not _is_one_of(data[key], neutral):
+                    found = f"{self.where} has {key}={_short(data[key])}: {meaning}"
+                    raise ValueError(f"{found}, which mlx_llava does not support.")
+
+    def unknown(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys that are neither read, nor known, nor off (null, false, empty)."""
+        known = _pattern(" ".join([HARMLESS, *(names for _, _, names in self.changes)]))
+        return {
+            key: value
+            for key, value in data.items()
+            if key not in self.read
+            and not known.match(key)
+            and not (value is None or value is False or value in ([], {}))
+        }
+
+
+def unknown_warning(unknown: Mapping[str, Any]) -> list[str]:
+    """The one warning about keys that are not known, if there are any."""
+    if not unknown:
+        return []
+    named = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
+    return [
+        f"config.json has keys that mlx_llava does not know and does not read: {named}. "
+        "If one of them changes the maths, answers will be wrong."
     ]
-    if unknown:
-        raise ValueError(
-            f"{where} has keys that mlx_llava does not know and that could change the result: "
-            f"{', '.join(f'{key}={data[key]!r}' for key in sorted(unknown))}. "
-            "Remove those that do not matter for this model."
-        )
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def refuse_value(where: str, key: str, found: object, expected: object) -> NoReturn:
     """Raises ValueError for a value, with what is supported instead."""
     raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
+
+
+def names_of(cls: type) -> set[str]:
+    """The names of a dataclass's fields."""
+    return {field.name for field in fields(cls)}
 
 
 def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:

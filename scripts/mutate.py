@@ -29,7 +29,7 @@ MUTATIONS = (
     ("post_layernorm applied", "clip", "return self.vision_model(pixel_values.astype(self.dtype), num_layers)", "return [self.vision_model.post_layernorm(x) for x in self.vision_model(pixel_values.astype(self.dtype), num_layers)]"),
     ("class token after the patches", "clip", "[class_token, patches]", "[patches, class_token]"),
     ("layer norm eps of the default", "clip", "eps=config.layer_norm_eps", "eps=1e-5"),
-    ("rope theta 1e4", "config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
+    ("rope theta 1e4", "rope_config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
     ("rms norm eps of the default", "llama", "eps = config.hidden_size, config.rms_norm_eps", "eps = config.hidden_size, 1e-6"),
     ("head width from the hidden size", "config", "return self.head_dim or self", "return self"),
     ("interleaved RoPE", "llama", "traditional=False", "traditional=True"),

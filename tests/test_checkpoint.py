@@ -320,6 +320,7 @@ def test_a_config_that_lies_about_its_depth_is_refused_at_once(golden, tmp_path)
 SETTINGS = ("config", "processor_config", "tokenizer_config", "generation_config", "tokenizer")
 
 
+@pytest.mark.filterwarnings("ignore:config.json has keys")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_of_the_wrong_kind_are_no_traceback(golden, name, tmp_path):
     """Every value of every settings file in turn becomes one of another kind."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.config import LlavaConfig, TextConfig, VisionConfig, read_pinpoints
+from mlx_llava.config import LlavaConfig, TextConfig, VisionConfig, read_pinpoints, unknown_keys
 from mlx_llava.llama import rope_frequencies
 
 # The published llava-hf configs: what differs from the defaults of their classes.
@@ -251,6 +251,13 @@ def test_what_is_not_supported_is_refused_by_name(name):
     data, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         LlavaConfig.from_dict({"model_type": "llava", **data})
+
+
+def test_other_keys_are_named_and_the_model_is_the_same():
+    other = {"favourite": 7, "text_config": {**LLAVA_15["text_config"], "colour": "red"}}
+    data = {**LLAVA_15, **other, "rope_note": None}
+    assert LlavaConfig.from_dict(data) == LlavaConfig.from_dict(LLAVA_15)
+    assert unknown_keys(data) == {"favourite": 7, "text_config.colour": "red"}
 
 
 def test_unknown_keys_that_are_off_are_harmless():

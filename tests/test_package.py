@@ -22,10 +22,11 @@ LAYERS = (
         "connection",
         "files",
         "image",
+        "known_keys",
         "limits",
         "sampling",
     },
-    {"display", "json_files", "kernels", "remote"},
+    {"config_checks", "display", "json_files", "kernels", "remote"},
     {
         "scores",
         "activations",
@@ -34,7 +35,7 @@ LAYERS = (
         "vocabulary",
         "hub",
         "quantized",
-        "config_checks",
+        "rope_config",
     },
     {"config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
     {

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_llava.checkpoint import adapters, gptq, original
 from mlx_llava.checkpoint.folder import find_files, read_folder
 from mlx_llava.checkpoint.gguf import read_pair
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig
+from mlx_llava.config import LlavaConfig, unknown_keys
+from mlx_llava.config_checks import unknown_warning
 from mlx_llava.json_files import read_json
 from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -118,8 +121,9 @@ def _open_hf(
         image_processor=read_json(path / "preprocessor_config.json") or nested,
         eos_ids=_eos_ids(path),
         dropped=packed.dropped | found.dropped,
+        warnings=unknown_warning(unknown_keys(data)),
     )
-    return _drop_tied_head(checkpoint)
+    return _tie_head(checkpoint)
 
 
 def _repack(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> gptq.Repacked:
@@ -158,6 +162,7 @@ def _open_original(
     rows = weights[_EMBEDDING].shape[0]
     name = f"{path.name} {data.get('_name_or_path', '')}"
     config = original.read_config(data, vision, rows, name)
+    warnings += unknown_warning(original.unknown_keys(data, vision))
     weights, config, tokenizer = _with_placeholder(
         weights, config, tokenizer_folder or path, is_quantised=bool(packed.settings)
     )
@@ -165,7 +170,7 @@ def _open_original(
         weights.pop("image_newline", None)
     if packed.settings:
         config = replace(config, quantization=_quantization(packed.settings))
-    return _drop_tied_head(
+    return _tie_head(
         Checkpoint(
             layout=layout,
             config=config,
@@ -299,13 +304,39 @@ def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     }
 
 
-def _drop_tied_head(checkpoint: Checkpoint) -> Checkpoint:
-    """Leaves out an output layer that is the embedding anyway."""
-    if checkpoint.config.tie_word_embeddings:
+def _tie_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Ties the output layer to the embedding where config.json says so and no tensor says no.
+
+    transformers 4 asks ``text_config`` and 5 asks the top level too, whose ``true`` versions 4.36
+    to 4.50 wrote unasked; so a stored head that is not the embedding is kept, as 5 does.
+    """
+    config = checkpoint.config
+    tied = config.tie_word_embeddings
+    if tied and not _is_embedding(checkpoint.tensors):
+        tied = False
+        checkpoint.warnings.append(
+            "config.json says tie_word_embeddings, but the stored lm_head is not the embedding; "
+            "the stored one is used."
+        )
+    if tied:
         for name in [name for name in checkpoint.tensors if name.startswith(_LM_HEAD)]:
             source = checkpoint.tensors.pop(name).source
             checkpoint.dropped[source] = "is the embedding (tie_word_embeddings)"
+    text = replace(config.text_config, tie_word_embeddings=tied)
+    checkpoint.config = replace(config, text_config=text, tie_word_embeddings=tied)
     return checkpoint
+
+
+def _is_embedding(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the output layer is not stored, or stored as the embedding's very values."""
+    head, embedding = (
+        {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
+        for part in (_LM_HEAD, _EMBEDDING.removesuffix("weight"))
+    )
+    return not head or (
+        head.keys() == embedding.keys()
+        and all(mx.array_equal(head[key].read(), embedding[key].read()).item() for key in head)
+    )
 
 
 def _eos_ids(path: Path) -> tuple[int, ...]:

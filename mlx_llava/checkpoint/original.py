@@ -8,6 +8,7 @@ has no placeholder for pictures.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +20,34 @@ from mlx_llava.checkpoint.folder import read_folder
 from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.config import LlavaConfig, template_by_shape
+from mlx_llava.config import unknown_keys as unknown_hf_keys
 from mlx_llava.json_files import read_json
 
 TOWER = "vision_tower."
 _EMBEDDINGS = "vision_tower.vision_model.embeddings."
 _VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
-#: Keys of LLaVA that are read here, and those that say nothing about inference.
+#: Keys of LLaVA that are read here.
 _READ = frozenset(
     """
     image_aspect_ratio image_grid_pinpoints mm_patch_merge_type mm_projector_type
-    mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower
+    mm_resampler_type mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer
+    mm_vision_tower
     """.split()
 )
-_HARMLESS = frozenset(
+#: llava-hf's keys, which some files have too and the original does not read.
+_UNREAD = frozenset(
     """
-    freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution
-    image_split_resolution image_token_index max_sequence_length mm_hidden_size
-    mm_projector_lr mm_resampler_type mm_use_im_patch_token mm_vision_tower_lr
-    projector_hidden_act sep_image_conv_front text_config tokenizer_model_max_length
-    tokenizer_padding_side tune_mm_mlp_adapter tune_mm_vision_resampler tune_mm_vision_tower
-    unfreeze_mm_vision_tower use_mm_proj vision_config vision_feature_layer
-    vision_feature_select_strategy vision_tower with_vision_tower mm_tunable_parts
+    projector_hidden_act text_config vision_config vision_feature_layer
+    vision_feature_select_strategy
+    """.split()
+)
+#: Decoders that are not LLaMA's; the tensors of some have the same names and other maths.
+_OTHER_DECODERS = frozenset(
+    """
+    apertus baichuan bloom chatglm cohere dbrx ernie exaone falcon gemma glm granite helium
+    hunyuan internlm jamba mamba minicpm mixtral mpt nemotron olmo opt persimmon phi qwen smollm
+    stablelm starcoder
     """.split()
 )
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
@@ -48,9 +55,10 @@ _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
 
 def is_original(data: Mapping[str, Any]) -> bool:
     """Whether config.json is the original LLaVA's; ``model_type`` alone does not tell."""
+    classes = data.get("architectures")
     return bool(data.get("mm_vision_tower")) or any(
-        name.startswith(("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt"))
-        for name in data.get("architectures") or ()
+        str(name).startswith(("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt"))
+        for name in (classes if isinstance(classes, list) else ())
     )
 
 
@@ -68,43 +76,60 @@ def read_config(
     Raises:
         ValueError: The config names something that is not supported.
     """
-    kind = f"{data.get('model_type')} {data.get('architectures')}".lower()
-    if not any(name in kind for name in ("llama", "mistral", "llava none")):
-        raise ValueError(f"The decoder of {kind} is not supported, only LLaMA and Mistral.")
+    config = LlavaConfig.from_dict(translate(data, vision, vocabulary))
+    ends = config.eos_token_id
+    if (data.get("bos_token_id"), ends) == (0, (1,)):  # Lightning's ids are wrong; 1 is <s>
+        ends = ()
+    return replace(config, conv_mode=_template(config, vocabulary, name), eos_token_id=ends)
+
+
+def translate(
+    data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
+) -> dict[str, Any]:
+    """Says with llava-hf's keys what the original's config.json says; see `read_config`."""
+    kind = f"{data.get('model_type')} {data.get('architectures')}"
+    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", kind)}
+    if others := words & _OTHER_DECODERS:
+        raise ValueError(
+            f"config.json says {kind}: the decoder {', '.join(sorted(others))} is not supported, "
+            "only LLaMA and Mistral."
+        )
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
         raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")
     if data.get("mm_resampler_type"):
         raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
-    text = {key: value for key, value in data.items() if key not in _READ | _HARMLESS}
-    text["model_type"] = "mistral" if "mistral" in kind else "llama"
-    text["vocab_size"] = vocabulary
+    text = {key: value for key, value in data.items() if key not in _READ | _UNREAD}
     is_anyres = mode == "anyres"
     selected = data.get("mm_vision_select_feature", "patch")
-    config = LlavaConfig.from_dict(
-        {
-            "model_type": "llava_next" if is_anyres else "llava",
-            "vision_config": dict(vision),
-            "text_config": text,
-            "image_token_index": vocabulary,
-            "tie_word_embeddings": data.get("tie_word_embeddings", False),
-            "vision_feature_layer": data.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}.get(
-                selected, selected
-            ),
-            "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
-            "mm_projector_type": data.get("mm_projector_type", "linear"),
-            "mm_patch_merge_type": data.get("mm_patch_merge_type", "flat")
-            if is_anyres
-            else "spatial_unpad",
-            "anyres_convention": "original",
-            "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
-        }
-    )
-    ends = config.eos_token_id
-    if (data.get("bos_token_id"), ends) == (0, (1,)):  # Lightning's ids are wrong; 1 is <s>
-        ends = ()
-    return replace(config, conv_mode=_template(config, vocabulary, name), eos_token_id=ends)
+    return {
+        "model_type": "llava_next" if is_anyres else "llava",
+        "vision_config": dict(vision),
+        "text_config": {
+            **text,
+            "model_type": "mistral" if "mistral" in kind.lower() else "llama",
+            "vocab_size": vocabulary,
+        },
+        "image_token_index": vocabulary,
+        "tie_word_embeddings": data.get("tie_word_embeddings", False),
+        "vision_feature_layer": data.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}.get(
+            selected, selected
+        ),
+        "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
+        "mm_projector_type": data.get("mm_projector_type", "linear"),
+        "mm_patch_merge_type": data.get("mm_patch_merge_type", "flat")
+        if is_anyres
+        else "spatial_unpad",
+        "anyres_convention": "original",
+        "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
+    }
+
+
+def unknown_keys(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What neither the original's config.json nor its tower's should say (config.unknown_keys)."""
+    unknown = unknown_hf_keys(translate(data, vision, 0))
+    return {key.removeprefix("text_config."): value for key, value in unknown.items()}
 
 
 def _template(config: LlavaConfig, vocabulary: int, name: str) -> str:
@@ -142,7 +167,8 @@ def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     if not tower:
         raise ValueError(f"{folder} has no CLIP vision tower.")
     data = read_json(folder / "config.json")
-    vision = data.get("vision_config") or data.get("vision_config_dict") or data
+    # CLIPConfig lets the older key win.
+    vision = {**(data.get("vision_config") or {}), **(data.get("vision_config_dict") or {})} or data
     return tower, {**vision, "model_type": "clip_vision_model"} if vision else tower_config(tower)
 
 
