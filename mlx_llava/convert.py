@@ -17,13 +17,13 @@ import mlx.nn as nn
 
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.command import add_source_arguments, command, progress_bar, source_options
+from mlx_llava.folders import MANIFEST, check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.load import (
     find_and_open,
     layer_settings,
     load,
     make_processor,
-    new_folder,
     write_settings,
 )
 from mlx_llava.plan import MODES, RECIPES, Plan, Quantization, make_plan
@@ -51,7 +51,7 @@ def convert(
         quantization (Quantization, optional): Quantises what is plain.
         dtype (str, optional): ``float16``, ``bfloat16`` or ``float32`` for all weights.
         dequantize (bool): Makes plain weights of quantised ones.
-        force (bool): Replaces a folder that is there.
+        force (bool): Replaces a model's folder that is there and holds nothing else.
         progress (callable): Is told the bytes that are written, and how many there will be.
         **source: ``base``, ``vision_tower``, ``mmproj``, ``revision``, ``offline`` of `load`.
 
@@ -59,12 +59,12 @@ def convert(
         Plan: What was written.
 
     Raises:
-        FileExistsError: `mlx_path` exists.
+        FileExistsError: `mlx_path` exists and is not replaced.
         ValueError: The checkpoint cannot be converted, or the disk is too full.
     """
     target = Path(mlx_path)
-    if target.exists() and not force:
-        raise FileExistsError(f"{target} exists already; --force replaces it.")
+    keep = [path_or_repo, *(source.get(part) for part in ("base", "vision_tower", "mmproj"))]
+    check_target(target, "model", force, keep)
     with sensible_values(path_or_repo):
         checkpoint = find_and_open(path_or_repo, **source)
         plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
@@ -77,7 +77,7 @@ def convert(
         done += nbytes
         progress(done, plan.nbytes)
 
-    with new_folder(target, force) as beside:
+    with new_folder(target, "model", force, keep) as beside:
         write_weights(beside, plan.outputs, is_mlx=plan.is_mlx, progress=advance)
         card = _model_card(str(path_or_repo), plan)
         (beside / "README.md").write_text(card, encoding="utf-8")
@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--q-vision", action="store_true", help="quantise vision tower and projector too")
     add("--dequantize", "-d", action="store_true", help="make plain weights of quantised ones")
     add("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
-    add("--force", action="store_true", help="replace the folder if it exists")
+    add("--force", action="store_true", help="replace the folder if it is a model's")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
     add("--verify", action="store_true", help="compare the result with the source on a picture")
     add("--upload-repo", help="then upload the result to this hub repository")
@@ -171,7 +171,7 @@ def _upload(folder: Path, repo: str) -> None:
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
+        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=[MANIFEST])
     except Exception as error:  # the hub's own errors, and those of its HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{folder} is complete, but its upload failed: {reason}") from error

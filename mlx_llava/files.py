@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: The longest name that is kept in a hidden one; file systems take 255 bytes, some fewer.
+_LONGEST = 100
+
+
+def hidden(path: Path, ending: str) -> Path:
+    """A hidden path beside another, always the same, with a name that is never too long."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return path.with_name(f".{name}{ending}")
 
 
 @contextmanager
@@ -12,10 +25,11 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     """Gives a hidden path beside `path` to write to; what is there takes its place at the end.
 
     Args:
-        path (Path): The file to make or to replace.
+        path (Path): The file to make or to replace; of a link, what it leads to.
         ending (str): What the hidden path must end in.
     """
-    beside = path.with_name(f".{path.name}.partial{ending}")
+    path = path.resolve()
+    beside = hidden(path, f".partial{ending}")
     try:
         yield beside
         beside.replace(path)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ import mlx.nn as nn
 
 from mlx_llava.adapter import load_adapter, merge_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
+from mlx_llava.folders import check_target
+from mlx_llava.hub import embedded_model
 from mlx_llava.load import layer_settings, load, save
 from mlx_llava.quantized import is_quantized
 
@@ -32,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter-path", required=True, metavar="DIR", help="what mlx_llava.train wrote")
     add("--output", default="fused", help="the folder to make (default: %(default)s)")
     add("--requantize", action="store_true", help="quantise again what was quantised")
-    add("--force", action="store_true", help="replace the folder if it exists")
+    add("--force", action="store_true", help="replace the folder if it is a model's")
     add_source_arguments(parser)
     return parser
 
@@ -49,6 +52,9 @@ def requantize(model: nn.Module, paths: Sequence[str], quantization: Mapping[str
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
+    keep = [args.model or embedded_model(), args.adapter_path]
+    keep += [args.base, args.vision_tower, args.mmproj]
+    check_target(Path(args.output), "model", args.force, keep)
     model, processor = load(args.model, as_stored=True, **source_options(args))
     load_adapter(model, args.adapter_path)
     changed = merge_adapter(model)
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(is_quantized(module) for module in model.modules()):
         model.config = replace(model.config, quantization=None)
     mx.eval(model.parameters())
-    save(model, processor, args.output, force=args.force)
+    save(model, processor, args.output, force=args.force, keep=keep)
     print(args.output)
 
 

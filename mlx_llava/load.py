@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
 from mlx_llava.config import LlavaConfig
+from mlx_llava.folders import new_folder
 from mlx_llava.hub import find_checkpoint
 from mlx_llava.json_files import sensible_values, write_json
 from mlx_llava.llava import Llava
@@ -249,7 +248,14 @@ def _device(name: str | None) -> mx.DeviceType | None:
     return mx.cpu if name == "cpu" else mx.gpu
 
 
-def save(model: Llava, processor: Processor, folder: str | Path, *, force: bool = False) -> None:
+def save(
+    model: Llava,
+    processor: Processor,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    keep: Iterable[str | Path | None] = (),
+) -> None:
     """Writes a checkpoint that `load` and, unless it is quantised, transformers read.
 
     The folder appears complete or not at all.
@@ -258,45 +264,20 @@ def save(model: Llava, processor: Processor, folder: str | Path, *, force: bool 
         model (Llava): Its weights are written as they are.
         processor (Processor): Its processor.
         folder (str or Path): Where to write.
-        force (bool): Replaces a folder that is there.
+        force (bool): Replaces a model's folder that is there; see `folders.check_target`.
+        keep (iterable of str or Path): What the model was read from, which is never replaced.
 
     Raises:
-        FileExistsError: There is something at `folder` already.
+        FileExistsError: There is something at `folder` that is not replaced.
     """
     arrays = dict(tree_flatten(model.parameters()))
     tensors = {name: from_array("the model", array) for name, array in arrays.items()}
-    with new_folder(Path(folder), force) as beside:
+    with new_folder(Path(folder), "model", force, keep) as beside:
         is_mlx = model.config.quantization is not None
         layout = tensors if is_mlx else to_torch_layout(tensors)
         outputs = [output(name, tensor) for name, tensor in layout.items()]
         write_weights(beside, outputs, is_mlx=is_mlx)
         write_settings(beside, model.config, processor)
-
-
-@contextmanager
-def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill beside the target, which takes its name when it is complete.
-
-    Whatever ends the program before leaves a hidden ``.NAME.partial``, which the next try
-    removes, and nothing under the target's name.
-
-    Raises:
-        FileExistsError: There is something at the target, and `force` is not set.
-    """
-    if target.exists() and not force:
-        raise FileExistsError(f"{target} exists already; remove it or choose another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def write_settings(folder: Path, config: LlavaConfig, processor: Processor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from mlx.utils import tree_flatten
 
 from mlx_llava.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
-from mlx_llava.hub import EMBEDDED
-from mlx_llava.load import load, new_folder, save
+from mlx_llava.files import whole_file
+from mlx_llava.folders import Kind, check_target, new_folder
+from mlx_llava.hub import EMBEDDED, embedded_model
+from mlx_llava.load import load, save
 from mlx_llava.machine import fast_dtype
 from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
@@ -28,6 +31,9 @@ from mlx_llava.tuner.data import Examples, read_samples
 from mlx_llava.tuner.options import STAGES, TrainingOptions
 from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Report, Trainer
+
+#: What every report of training says; those of validation are short.
+_REPORTED = {"step", "loss", "gradient_norm", "tokens"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,16 +78,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_result(folder: Path, trainer: Trainer, processor: Processor, adapter: Adapter) -> Path:
+def write_result(
+    target: Path,
+    trainer: Trainer,
+    processor: Processor,
+    adapter: Adapter,
+    keep: Sequence[str | None],
+) -> None:
     """Writes what was trained: a whole model, or what is to be put on its base."""
     if trainer.options.stage == "full":
-        target = folder / "model"
-        save(trainer.model, processor, target, force=True)
-        return target
-    target = folder / "adapter"
-    with new_folder(target, force=True) as beside:
+        save(trainer.model, processor, target, force=True, keep=keep)
+        return
+    with new_folder(target, "adapter", force=True, keep=keep) as beside:
         save_adapter(beside, adapter, dict(tree_flatten(trainer.trained)))
-    return target
+
+
+def read_reports(path: Path) -> list[Report]:
+    """What a run has reported; a last line that a kill has cut is left out.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    *lines, cut = text.split("\n")
+    begin = '{"step": '
+    try:
+        reports = [json.loads(line) for line in lines]
+        is_known = all({*r} == {"step", "valid_loss"} or {*r} >= _REPORTED for r in reports)
+    except (ValueError, TypeError):
+        is_known = False
+    if not is_known or not (cut.startswith(begin) or begin.startswith(cut)):
+        raise ValueError(f"{path} holds lines that mlx_llava.train did not write.")
+    return reports
 
 
 class Metrics:
@@ -91,10 +119,9 @@ class Metrics:
         """Goes on after `step`; what an interrupted run wrote beyond it is dropped."""
         from tqdm import tqdm
 
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.reports: list[Report] = [json.loads(line) for line in lines]
-        self.reports = [report for report in self.reports if report["step"] <= step]
-        path.write_text("".join(json.dumps(report) + "\n" for report in self.reports), "utf-8")
+        self.reports = [report for report in read_reports(path) if report["step"] <= step]
+        with whole_file(path) as beside:
+            beside.write_text("".join(json.dumps(r) + "\n" for r in self.reports), "utf-8")
         self.path = path
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None)
 
@@ -131,9 +158,21 @@ def _warn(path: str, problems: Counter[str]) -> None:
         print(f"{path}: {problems.total()} samples were left out: {reasons}", file=sys.stderr)
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
-    if not resume and (folder / "metrics.jsonl").exists():
+def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | None]) -> None:
+    """Raises an error unless all that a run writes is new, or of the run that it goes on with."""
+    folder, metrics = target.parent, target.with_name("metrics.jsonl")
+    if resume and metrics.exists():
+        read_reports(metrics)
+        check_target(target, kind, True, keep)
+        return
+    if metrics.exists():
         raise FileExistsError(f"{folder} holds a run already; --resume goes on with it.")
+    written = [target, folder / "loss.png", *([] if resume else [folder / "checkpoints"])]
+    for path in written:
+        if os.path.lexists(path):
+            raise FileExistsError(
+                f"{path} exists already, of no run of this command; choose another --output."
+            )
 
 
 @command
@@ -146,8 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     folder = Path(args.output)
     is_main = mx.distributed.init().rank() == 0
+    kind: Kind = "model" if options.stage == "full" else "adapter"
+    keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]
     if is_main:
-        _check_folder(folder, args.resume)
+        _check_folder(folder / kind, kind, args.resume, keep)
     dtype = args.dtype or fast_dtype()
     model, processor = load(
         args.model,
@@ -188,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics.close()
     for name, examples in data.items():
         _warn(given[name], examples.problems)
-    print(write_result(folder, trainer, processor, adapter))
+    write_result(folder / kind, trainer, processor, adapter, keep)
+    print(folder / kind)
 
 
 if __name__ == "__main__":

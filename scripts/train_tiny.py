@@ -39,9 +39,10 @@ from tqdm import trange
 from mlx_llava import generate, train
 from mlx_llava.config import LlavaConfig
 from mlx_llava.convert import convert
+from mlx_llava.folders import check_target, new_folder
 from mlx_llava.image import load_image
 from mlx_llava.llava import Llava
-from mlx_llava.load import new_folder, save
+from mlx_llava.load import save
 from mlx_llava.plan import Quantization
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
@@ -318,7 +319,7 @@ def finish(trained: Path, work: Path, out: Path) -> None:
         name: measure_tiny.measure_all(model, folder, measure_tiny.QUESTIONS, measure_tiny.SEED)
         for name, model in variants.items()
     }
-    with new_folder(out, force=True) as beside:
+    with new_folder(out, "model", force=True) as beside:
         shutil.copytree(half, beside, dirs_exist_ok=True)
         shutil.copy(work / "refine" / "loss.png", beside / "loss.png")
         (beside / "examples").mkdir()
@@ -355,6 +356,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-llava")
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "tiny-llava")
     args = parser.parse_args()
+    check_target(args.out, "model", force=True)
     data = args.work / "train"
     if not (data / "long.json").exists():
         make_data(data)

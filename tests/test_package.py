@@ -29,6 +29,7 @@ LAYERS = (
     {"config_checks", "display", "json_files", "kernels", "remote"},
     {
         "scores",
+        "folders",
         "activations",
         "cache",
         "machine",

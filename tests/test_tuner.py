@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -376,8 +377,6 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(stage, folder):
     whole, reports = run(folder, stage, steps=8, **options)
     for name in ("step-0000006", "step-0000008"):
         assert (folder / "run" / "checkpoints" / name).exists()
-    import shutil
-
     shutil.rmtree(folder / "run" / "checkpoints" / "step-0000008")
     model, processor = load(LLAVA)
     mx.random.seed(1)  # whatever chance was, the checkpoint has it
@@ -541,6 +540,64 @@ def test_full_training_writes_a_whole_model(folder):
     model, processor = load(folder / "out" / "model")
     assert model(**processor("What?", PICTURE)).shape[2] == 320
     assert (folder / "out" / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model/my_notes.txt", "mine"),
+        ("loss.png", "mine"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n'),
+        ("metrics.jsonl", "mine"),
+    ],
+)
+def test_what_another_has_written_is_never_replaced(name, content, resume, folder, capsys):
+    mine = folder / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text(content)
+    more = ["--stage", "full", "--steps", "1", *(["--resume"] if resume else [])]
+    assert command.main([*arguments(folder), *more]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path for path in (folder / "out").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == content
+
+
+def test_notes_in_a_run_stay(folder, capsys):
+    more = ["--stage", "full", "--steps", "3", "--save-every", "1"]
+    assert command.main(arguments(folder, *more)) == 0
+    out = folder / "out"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-0000002",
+        "step-0000003",
+    ]
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    assert command.main(arguments(folder, *more, "--resume")) == 0
+    assert [step for step, *_ in metrics(folder)] == [1, 2, 3]
+    (out / "model" / "notes.txt").write_text("mine")
+    assert command.main(arguments(folder, *more, "--resume")) == 2
+    assert "holds notes.txt" in capsys.readouterr().err
+    assert (out / "model" / "notes.txt").read_text() == "mine"
+    (out / "model" / "notes.txt").unlink()
+    more = [*more, "--resume", "--model", str(out / "model")]
+    assert command.main(arguments(folder, *more)) == 2
+    assert "is what" in capsys.readouterr().err
+
+
+def test_checkpoints_with_notes_and_copies_of_them_stay(folder):
+    checkpoints = folder / "run" / "checkpoints"
+    trainer, _ = run(folder, "lora", steps=1)
+    for step in range(1, 5):
+        trainer.step = step
+        trainer.save()
+        if step == 1:
+            shutil.copytree(checkpoints / "step-0000001", checkpoints / "step-0000001-best")
+            (checkpoints / "step-0000001" / "notes.txt").write_text("mine")
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        *("step-0000001", "step-0000001-best", "step-0000003", "step-0000004"),
+    ]
+    assert trainer.checkpoints()[-1].name == "step-0000004"
 
 
 @pytest.mark.parametrize(

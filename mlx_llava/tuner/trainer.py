@@ -8,9 +8,10 @@ Weights that are trained are kept in float32 and cast to the model's precision f
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +22,9 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_llava.backend import set_blas_threads
+from mlx_llava.folders import new_folder, remove_folder
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.llava import Llava
-from mlx_llava.load import new_folder
 from mlx_llava.tuner.data import Batch, Examples, order
 from mlx_llava.tuner.losses import answer_loss
 from mlx_llava.tuner.optimizer import make_optimizer
@@ -246,7 +247,7 @@ class Trainer:
         if not self.is_main:
             return
         name = f"step-{self.step:07d}"
-        with new_folder(self.folder / "checkpoints" / name, force=True) as beside:
+        with new_folder(self.folder / "checkpoints" / name, "checkpoint", force=True) as beside:
             arrays = tree_flatten(
                 {
                     "trained": self.trained,
@@ -261,11 +262,13 @@ class Trainer:
                 {"step": self.step, "tokens": self.tokens, "options": self._identity()},
             )
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            with suppress(FileExistsError):  # somebody keeps notes in it
+                remove_folder(old, "checkpoint")
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints of this run's folder, the oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*"))
+        found = (self.folder / "checkpoints").glob("step-*")
+        return sorted(path for path in found if re.fullmatch(r"step-\d{7,}", path.name))
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
