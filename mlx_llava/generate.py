@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from mlx_llava.decoding import (
     generate_step,
     make_cache,
 )
+from mlx_llava.json_files import decode, numbered_lines
 from mlx_llava.llava import Llava
 from mlx_llava.loading import (
     add_answer_arguments,
@@ -45,6 +47,8 @@ from mlx_llava.processor import Conversation, Inputs, Processor
 from mlx_llava.prompts_file import answer_prompts, read_line
 from mlx_llava.reuse import PromptCache
 from mlx_llava.streaming import Answer
+
+STDIN = "standard input"
 
 
 def stream_generate(
@@ -223,7 +227,9 @@ def _from_stdin(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """The prompt and the images, with ``-`` replaced by what stdin holds."""
     if [args.prompt, *args.image].count("-") > 1:
         raise ValueError("Only one of --prompt and --image can be read from stdin.")
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = decode(sys.stdin.buffer.read(), STDIN).strip()
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     return prompt, images
 
@@ -262,14 +268,15 @@ def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -
     """Prints a line for each prompt of a file."""
     options = Options(**answer_options(args))
     options.sampler()
-    path = args.prompts_file
     failed = total = 0
-    with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as file:
+    is_stdin = args.prompts_file == "-"
+    name = STDIN if is_stdin else args.prompts_file
+    with nullcontext(sys.stdin.buffer) if is_stdin else Path(name).open("rb") as file:
         size = BATCH_SIZE if args.batch_size is None else args.batch_size
         generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
-        lines = (line for line in file if line.strip())
+        lines, read = numbered_lines(file, name), partial(read_line, name)
         answers = answer_prompts(
-            lines, read_line, generator, processor, options, **_prompt_options(args)
+            lines, read, generator, processor, options, **_prompt_options(args)
         )
         for answer in answers:
             total, failed = total + 1, failed + ("error" in answer)

@@ -196,7 +196,7 @@ def field(record: Any, key: str, kinds: type | tuple[type, ...], place: object) 
         ValueError: It is no object, lacks the key, or has a value of another kind.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise ValueError(f"{place} holds {_kind(record)}, expected an object with {key}.")
     if key not in record:
         raise ValueError(f"{place} has no {key}; it has {', '.join(record) or 'nothing':.200}.")
@@ -210,7 +210,7 @@ def field(record: Any, key: str, kinds: type | tuple[type, ...], place: object) 
 def _kind(value: Any) -> str:
     if isinstance(value, (int, float, bool)):
         return f"{_KINDS[type(value)]} ({json.dumps(value):.40})"
-    return _KINDS[type(value)]
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 def read_own_lines(path: Path, head: str) -> list[Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mlx_llava.json_files import field as json_field
 from mlx_llava.tokenizer import IM_END, IM_START, IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def read_messages(
     used: list[Any] = []
     for turn in conversation:
         if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-            raise ValueError(f"A message must have role and content; found {turn!r}.")
+            raise ValueError(f"A message must have role and content; found {turn!r:.80}.")
         role, content = turn["role"], turn["content"]
         if isinstance(content, str):
             keep = {IMAGE_TOKEN} if role == "user" else ()
@@ -353,13 +354,18 @@ def _read_parts(content: Any, beside: Any, protect: Callable[..., str]) -> tuple
     """The text and the pictures of a message whose content is a list of parts."""
     texts: list[str] = []
     pictures: list[Any] = []
+    if not isinstance(content, Sequence):
+        raise ValueError(f"Content must be a text or a list of parts; found {content!r:.80}.")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
-            texts.append(protect(part["text"]))
+            texts.append(protect(json_field(part, "text", str, "A part of a message")))
         elif kind == "image_url":
-            url = part["image_url"]
-            pictures.append(url["url"] if isinstance(url, Mapping) else url)
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+            if url is None:
+                raise ValueError("A part of a message is an image_url without a URL.")
+            pictures.append(url)
         elif kind == "image":
             keys = ("image", "url", "path")
             source = next((part[key] for key in keys if part.get(key) is not None), None)
@@ -368,5 +374,7 @@ def _read_parts(content: Any, beside: Any, protect: Callable[..., str]) -> tuple
                 raise ValueError("A message has more image parts than images were given.")
             pictures.append(source)
         else:
-            raise ValueError(f"A content part must be text, image or image_url; found {part!r}.")
+            raise ValueError(
+                f"A content part must be text, image or image_url; found {part!r:.80}."
+            )
     return "\n".join(texts), pictures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from mlx_llava.batch import AnswerError, BatchGenerator
 from mlx_llava.command import one_line
 from mlx_llava.decoding import Options
+from mlx_llava.json_files import Place, decode, field, parse
 from mlx_llava.processor import Processor
 
 _OPTIONS = {field.name for field in fields(Options)}
@@ -72,12 +72,28 @@ def answer_prompts(
                 yield {**running.pop(uid), "text": response.answer, **response.figures()}
 
 
-def read_line(line: str) -> dict[str, Any]:
-    """What a line of JSON asks; raises ValueError where it is none, or has unknown keys."""
-    data = json.loads(line)
-    if not isinstance(data, dict) or "prompt" not in data:
-        raise ValueError("A line is an object with a prompt, and perhaps images.")
+def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
+    """What a line of JSON asks.
+
+    Args:
+        name (str): The file, for errors.
+        numbered (tuple): The line and its number, of `json_files.numbered_lines`.
+
+    Raises:
+        ValueError: It is no JSON, has unknown keys, or values of another kind.
+    """
+    number, line = numbered
+    place = Place(name, "line", number)
+    data: dict[str, Any] = parse(decode(line, name, number), name, number)
+    prompt = field(data, "prompt", (str, list), place)
     unknown = sorted(data.keys() - _KNOWN)
     if unknown:
-        raise ValueError(f"Unknown keys {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}.")
+        known = ", ".join(sorted(_KNOWN))
+        raise ValueError(f"{place} has unknown keys {', '.join(unknown):.200}; known: {known}.")
+    if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
+        raise ValueError(f"{place} has a list as prompt that holds more than messages.")
+    images = field({"images": None, **data}, "images", (str, list, type(None)), place)
+    if isinstance(images, list) and not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{place} has a list as images that holds more than texts.")
+    field({"id": None, **data}, "id", (str, int, float, bool, type(None)), place)
     return data

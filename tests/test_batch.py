@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 
@@ -256,29 +255,6 @@ def test_a_file_of_prompts(capsys, loaded, tmp_path):
     assert answers[2]["text"] == generate(*loaded, "hi", max_tokens=6, temp=1.0, seed=3)
     assert answers[0]["image_tokens"] == 16
     assert lines[0]["index"] == 1  # the shortest ends first
-
-
-def test_broken_lines_of_a_file_are_named_and_the_rest_is_answered(capsys, monkeypatch):
-    broken = [
-        "no json",
-        '{"images": []}',
-        '{"prompt": "x", "imagse": []}',
-        '{"prompt": "x", "images": ["nowhere.png"]}',
-        '{"prompt": "x", "temp": "hot"}',
-        '{"prompt": "x", "max_tokens": -1}',
-        '{"prompt": "x", "max_tokens": 2.5}',
-        '{"prompt": "x", "seed": true}',
-        '{"prompt": "x", "stop": [3]}',
-        '{"prompt": "x", "stop": 3}',
-        '{"prompt": "x", "repetition_penalty": "much"}',
-        '{"prompt": 3}',
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*broken, '{"prompt": "hi"}'])))
-    code, lines, err = lines_of(capsys, "--prompts-file", "-")
-    assert code == 2
-    assert err == "error: 12 of 13 prompts have no answer; their lines say why.\n"
-    assert [line["index"] for line in lines if "error" in line] == list(range(12))
-    assert [line["index"] for line in lines if "text" in line] == [12]
 
 
 @pytest.mark.parametrize(
