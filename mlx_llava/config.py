@@ -371,14 +371,19 @@ def _image_token(data: Mapping[str, Any]) -> int:
 
 def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
     """The ends of answer of the whole model, or of its text model."""
-    ids = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    ids = data.get("eos_token_id")
+    if ids is None:
+        ids = (data.get("text_config") or {}).get("eos_token_id")
+    ends = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(end) is int for end in ends):
+        refuse_value("config.json", "eos_token_id", ids, "an id or a list of ids")
+    return tuple(ends)
 
 
 def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """MLX's ``quantization``; another library's ``quantization_config`` is refused."""
     found = data.get("quantization") or data.get("quantization_config")
-    if found is None:
+    if not found:
         return None
     if "quant_method" in found or "bits" not in found:
         method = found.get("quant_method", "unknown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import mlx.core as mx
@@ -154,6 +155,18 @@ ROPES = {
         },
     },
 }
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES["llama3_original_outside"] = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192},
+}
+ROPES["llama3_original_nowhere"] = {"max_position_embeddings": 512, "rope_scaling": LLAMA3}
+ROPES["original_without_scaling"] = {"original_max_position_embeddings": 64, "rope_scaling": None}
+ROPES["both_spellings"] = {
+    "rope_scaling": {"type": "linear", "factor": 4.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -161,7 +174,7 @@ def test_rope_frequencies_are_those_of_transformers(name):
     hf = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theirs = LlamaRotaryEmbedding(hf.LlamaConfig(**ROPES[name])).inv_freq.numpy()
+    theirs = LlamaRotaryEmbedding(hf.LlamaConfig(**copy.deepcopy(ROPES[name]))).inv_freq.numpy()
     ours = 1 / np.array(rope_frequencies(text(**ROPES[name])), np.float64)
     assert np.abs(ours / theirs - 1).max() < 1e-6
 
@@ -199,6 +212,7 @@ def test_ends_of_answer():
     for data, expected in (
         ({"eos_token_id": 7}, (7,)),
         ({"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": None, "text_config": {"eos_token_id": [5, 6]}}, (5, 6)),
         ({"text_config": {"eos_token_id": 5}}, (5,)),
         ({}, ()),
     ):
@@ -242,6 +256,7 @@ REFUSED = {
     "merge": ({"mm_patch_merge_type": "unpad"}, "mm_patch_merge_type='unpad'"),
     "pinpoints": ({"image_grid_pinpoints": "(1x1)"}, "no range of grids"),
     "pinpoint_text": ({"image_grid_pinpoints": "[[1, 2"}, "no list of pairs"),
+    "ends": ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
     "convention": ({"anyres_convention": "mine"}, "anyres_convention='mine'"),
 }
 
