@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.config_checks import Section, build, names_of, refuse_empty, refuse_value
 from mlx_llava.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
-from mlx_llava.rope_config import read_rope, unknown_rope_keys
+from mlx_llava.rope_config import check_factors, read_rope, unknown_rope_keys
 
 #: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
 _CLIP_L_336 = {
@@ -124,6 +124,7 @@ class TextConfig:
         config = build(cls, data, where)
         refuse_empty(config, where)
         config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
+        check_factors(config.rope_scaling, config.dims_per_head)
         if config.num_attention_heads % config.kv_heads:
             heads = f"divisors of num_attention_heads={config.num_attention_heads}"
             refuse_value(where, "num_key_value_heads", config.kv_heads, heads)

@@ -154,6 +154,16 @@ ROPES = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "longrope": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1 + i / 7 for i in range(64)],
+            "long_factor": [1 + i / 7 for i in range(64)],
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": 2048,
+        },
+    },
 }
 LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES["llama3_original_outside"] = {
@@ -228,6 +238,14 @@ REFUSED = {
     "unknown_vision": ({"vision_config": {"use_rope": 1}}, "vision_config .* use_rope=1"),
     "unknown_rope": ({"text_config": {"rope_scaling": {"beta_fast": 3}}}, "beta_fast=3"),
     "yarn": ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}, "'yarn'"),
+    "other_factors": (
+        {
+            "text_config": {
+                "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "long_factor": [2]}
+            }
+        },
+        "longrope.* 64 factors, the same for short and long prompts",
+    ),
     "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
     "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),
     "act": ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),

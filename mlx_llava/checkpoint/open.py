@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_llava.checkpoint import adapters, gptq, original
 from mlx_llava.checkpoint.folder import find_files, read_folder
-from mlx_llava.checkpoint.gguf import read_pair
+from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
 from mlx_llava.checkpoint.tensors import LazyTensor
@@ -76,7 +76,7 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
         FileNotFoundError: A file is missing.
         ValueError: It is broken, not supported, or a part of it is not given.
     """
-    if path.suffix == ".gguf" or parts.mmproj:
+    if path.suffix == ".gguf" or parts.mmproj or _is_gguf(path):
         return _open_gguf(path, parts)
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
@@ -228,6 +228,12 @@ def _read_base(folder: Path) -> dict[str, LazyTensor]:
     return canonical_tensors(tensors, is_mlx).tensors
 
 
+def _is_gguf(path: Path) -> bool:
+    """Whether a folder holds GGUF files and no other weights."""
+    others = (*path.glob("*.safetensors"), *path.glob("*.bin"))
+    return bool(gguf_files(path)) and not others
+
+
 def _is_projector(path: Path) -> bool:
     """Whether a folder holds a stand-alone projector and no model."""
     if not (path / adapters.PROJECTOR_FILE).exists():
@@ -291,10 +297,13 @@ def _open_on_original(
 
 
 def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
-    """llama.cpp's pair of files."""
-    if not parts.mmproj:
+    """llama.cpp's pair of files, named or in one folder."""
+    mmproj = parts.find(parts.mmproj) if parts.mmproj else None
+    if path.is_dir():
+        path, mmproj = find_pair(path, mmproj)
+    if mmproj is None:
         raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
-    model = read_pair(path, parts.find(parts.mmproj))
+    model = read_pair(path, mmproj)
     config = LlavaConfig.from_dict(model.config)
     if model.settings:
         config = replace(config, quantization=_quantization(model.settings))
@@ -311,7 +320,9 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=model.image_processor,
+        eos_ids=model.eos_ids,
         dropped=model.dropped,
+        warnings=model.warnings,
     )
 
 
