@@ -29,6 +29,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+#: In pixels, of what is made in one piece.
+LARGEST_SQUARE = 1 << 24
+
 #: (left, top, right, bottom).
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -51,14 +54,31 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
-def expand_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """Centres the picture on a square of its longer side (LLaVA's expand2square)."""
+def resize_square(
+    image: Image.Image, size: Size, background: tuple[int, ...], resample: Image.Resampling
+) -> Image.Image:
+    """Centres the picture on a square of its longer side (LLaVA's expand2square), and resizes it.
+
+    The square of a panorama is far larger than the picture and is never made: Pillow resizes
+    each row by itself, to 8 bits, and then the columns, so that strips give the same bits. (Where
+    `size` is no square, it may take columns first, and some bits differ by one.)
+    """
+    height, width = size
     side = max(image.size)
-    check_pixels((side, side), MAX_PIXELS, "The padded image")
-    square = Image.new("RGB", (side, side), background)
+    check_pixels((width, side), MAX_PIXELS, "The padded image")
     top, left = center_corner((side, side), (image.height, image.width))
-    square.paste(image, (left, top))
-    return square
+    if side * side <= LARGEST_SQUARE:
+        square = Image.new("RGB", (side, side), background)
+        square.paste(image, (left, top))
+        return square.resize((width, height), resample)
+    narrow = Image.new("RGB", (width, side), background)
+    rows = max(1, LARGEST_SQUARE // side)
+    for start in range(0, image.height, rows):
+        end = min(start + rows, image.height)
+        strip = Image.new("RGB", (side, end - start), background)
+        strip.paste(image.crop((0, start, image.width, end)), (left, 0))
+        narrow.paste(strip.resize((width, end - start), resample), (0, top + start))
+    return narrow.resize((width, height), resample)
 
 
 def fitted_size(size: Size, canvas: Size) -> Size:
@@ -94,7 +114,6 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
     """A side, or (height, width), from the spellings of preprocessor_config.json."""
     if isinstance(size, int):
         return size
-    size = {name: pixels for name, pixels in size.items() if pixels is not None}
     if set(size) == {"shortest_edge"}:
         return size["shortest_edge"]
     if set(size) == {"height", "width"}:
@@ -141,7 +160,7 @@ class ImageProcessor:
         Raises:
             ValueError: A setting is not supported or does not fit the model.
         """
-        data = {key: value for key, value in (data or {}).items() if value is not None}
+        data = dict(data or {})
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
             if data.get(key, True) is False:
                 raise ValueError(f"The image processor has {key}=false, which is not supported.")
@@ -218,8 +237,12 @@ class ImageProcessor:
             tiles = split_tiles(anyres_canvas(image, canvas, self.resample), side)
             return [image.resize((side, side), self.resample), *tiles]
         if self.mode == "pad":
+            size = self._resized_size((max(image.size),) * 2)
             # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
-            image = expand_to_square(image, tuple(int(mean * 255) for mean in self.mean))
+            background = tuple(int(mean * 255) for mean in self.mean)
+            return [
+                center_crop(resize_square(image, size, background, self.resample), (side, side))
+            ]
         height, width = self._resized_size((image.height, image.width))
         check_pixels((width, height), MAX_PIXELS, "The resized image")
         return [center_crop(image.resize((width, height), self.resample), (side, side))]

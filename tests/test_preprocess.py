@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_llava import preprocess
 from mlx_llava.config import LlavaConfig
 from mlx_llava.preprocess import ImageProcessor
 
@@ -160,6 +161,30 @@ def test_a_lone_tile_of_llava_next_ends_with_a_newline():
 def test_settings_that_cannot_be_followed_are_refused(settings, model_type, mode, message):
     with pytest.raises(ValueError, match=message):
         ImageProcessor.from_config(settings, config(model_type), mode)
+
+
+@pytest.mark.parametrize("largest", [1, 3000, 1 << 18])
+@pytest.mark.parametrize("size", [(2500, 300), (300, 2500), (1999, 1), (301, 300), (90, 77)])
+def test_squares_made_in_strips_are_bit_equal(size, largest, monkeypatch):
+    """Also where a strip is one row of a picture, or ends in its midst."""
+    monkeypatch.setattr(preprocess, "LARGEST_SQUARE", largest)
+    ours = ImageProcessor.from_config(CLIP_336, config("llava"), "pad")
+    image = tiny.picture(*size)
+    assert np.array_equal(ours([image]), reference("pad", image))
+
+
+def test_a_panorama_of_59_megapixels_is_padded(monkeypatch):
+    """Its square has 441, of which no more than 17 are made at a time."""
+    made = []
+    new = Image.new
+    monkeypatch.setattr(Image, "new", lambda *args: made.append(args[1]) or new(*args))
+    ours = ImageProcessor.from_config(CLIP_336, config("llava"), "pad")
+    panorama = new("RGB", (21_000, 2800), "red")
+    made.clear()
+    (tile,) = ours.tiles(panorama)
+    assert max(width * height for width, height in made) <= preprocess.LARGEST_SQUARE
+    colours = {(0, 0): (122, 116, 104), (168, 168): (255, 0, 0), (335, 335): (122, 116, 104)}
+    assert {place: tile.getpixel(place) for place in colours} == colours
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
