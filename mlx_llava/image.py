@@ -7,21 +7,25 @@ import http.client
 import io
 import re
 import urllib.request
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageGrab, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageGrab
+
+from mlx_llava.image_files import essence, orientation
+from mlx_llava.rgb import from_array, to_rgb
 
 ImageSource: TypeAlias = (
     "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]"  # str: a path or a URL
 )
 
 MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 1_000_000_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 DOWNLOAD_SECONDS = 30
 MAX_DATA_HEADER = 4096
@@ -29,9 +33,38 @@ _DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
 _DATA_HEADER = re.compile(_DATA_SCHEME.pattern + r'((?:[^",]|"[^"]*")*),', re.IGNORECASE)
 _BASE64_OF_URLS = bytes.maketrans(b"-_", b"+/")
 _BLANKS = b" \t\r\n\v\f"
-HEIC = "HEIC"
-#: What is tried on a file. Pillow knows more, one of which runs a program (EPS, Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", HEIC)
+#: What is tried on a file, by Pillow's names, and how each begins. Pillow knows more, one of which
+#: runs a program (EPS, Ghostscript). The brands of AVIF and HEIC may stand after another.
+_BEGINNINGS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "TIFF": rb"(II|MM)(\*\0|\0\*|\+\0|\0\+)",
+    "PPM": rb"P[1-6f]\s",
+    "ICO": rb"\0\0\x01\0",
+    "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+    "AVIF": rb"\0\0..ftyp(....)*?avi[fs]",
+    "HEIC": rb"\0\0..ftyp(....)*?(hei[cxms]|hev[cx]|mif1)",
+}
+FORMATS = tuple(_BEGINNINGS)
+#: What is often found in the place of a picture.
+_OTHERS = {
+    rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+    rb"\s*<(.*<)?svg\b": "SVG (save it as PNG first)",
+    rb"\s*<(!doctype\s+)?html\b": "a web page, not the image on it",
+    rb"%PDF": "PDF (save its pages as PNG first)",
+}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PixelsError(ValueError):
@@ -67,26 +100,43 @@ def load_image(
         ValueError: It is no picture, it is broken, or it is too large.
     """
     if isinstance(source, np.ndarray):
-        source = _from_array(source)
+        source = from_array(source)
     if isinstance(source, Image.Image):
         check_pixels(source.size, max_pixels, "The image")
-        return to_rgb(source)
-    file, name = _open(source)
+        with _said("The image"):
+            return to_rgb(source)
+    content, name = _read(source)
+    format = _format(content, name, formats)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = _identify(file, name, formats)
-            check_pixels(image.size, max_pixels, name)
-            return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image ({', '.join(formats)}).") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{name} is a broken image: {error}") from error
-    finally:
-        if file is not source:
-            file.close()
+        file = essence(content, format, max_pixels)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from error
+    decoder = _decoder(format, name)
+    with _said(name):
+        image = decoder(io.BytesIO(file.content), "")
+    check_pixels(image.size, max_pixels, name)
+    with _said(name):
+        image.load()
+        held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
+        image = to_rgb(image, file.levels, name)
+        return image.transpose(_TURNS[held]) if held in _TURNS else image
+
+
+@contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Decoders raise anything on a broken file."""
+    try:
+        yield
+    except Exception as error:
+        is_told = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
+        why = str(error) if is_told else f"{type(error).__name__} {error}"
+        raise ValueError(f"{name} is a broken image: {' '.join(why.split())}") from error
+
+
+def _bytes(image: Image.Image, key: str) -> bytes:
+    """Metadata as the decoder found it."""
+    found = image.info.get(key, b"")
+    return found if isinstance(found, bytes) else b""
 
 
 def from_clipboard() -> Image.Image:
@@ -117,26 +167,55 @@ def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ValueError(f"{name} is empty ({width}x{height} pixels).")
 
 
-def _open(source: Any) -> tuple[BinaryIO, str]:
-    """An open binary file and the words to name it with in an error."""
+def _read(source: Any) -> tuple[bytes, str]:
+    """The bytes of a file, and the words to name it with in an error."""
     if isinstance(source, bytes):
-        return io.BytesIO(source), f"The image ({len(source):,} bytes)"
+        return source, f"The image ({len(source):,} bytes)"
     if hasattr(source, "read"):
-        return source, str(getattr(source, "name", "The image"))
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)
+        return _read_open(source, str(getattr(source, "name", "The image")))
     if not isinstance(source, (str, Path)):
         kinds = "a path, URL, bytes, file, PIL image or array"
         raise ValueError(f"An image must be {kinds}, not {type(source).__name__}.")
     text = str(source)
-    if text.startswith("data:"):
-        return io.BytesIO(decode_data_url(text)), "The data: URL"
+    if is_data_url(text):
+        return decode_data_url(text), "The data: URL"
     if text.startswith(("http://", "https://")):
-        return io.BytesIO(_download(text)), text
-    path = Path(text).expanduser()
+        return _download(text), text
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"There is no image {text}: {error}") from error
     if path.is_dir():
         raise ValueError(f"{text} is a folder, not an image.")
     if not path.exists():
         raise FileNotFoundError(f"There is no image {text}.")
-    return path.open("rb"), text
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{text} is a pipe, a socket or a device, not an image file.")
+    with path.open("rb") as file:
+        return _read_open(file, text)
+
+
+def _read_open(file: BinaryIO, name: str) -> tuple[bytes, str]:
+    content = file.read(MAX_FILE_BYTES + 1)
+    if not isinstance(content, bytes):
+        raise ValueError(f"{name} was opened as text; open it with mode 'rb'.")
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes.")
+    return content, name
+
+
+def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
+    """The format of a file, by how it begins."""
+    for format in formats:
+        if re.match(_BEGINNINGS[format], content[:64], re.DOTALL):
+            return format
+    what = f"not an image ({', '.join(formats)})"
+    for beginning, other in _OTHERS.items():
+        if re.match(beginning, content[:1000], re.DOTALL | re.IGNORECASE):
+            what = other
+    raise ValueError(f"{name} is {what if content else 'empty, not an image'}.")
 
 
 def png(image: Image.Image) -> bytes:
@@ -190,63 +269,22 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _identify(file: BinaryIO, name: str, formats: Sequence[str]) -> Image.Image:
-    """Opens the picture; HEIC (iPhone photos) through the optional pillow-heif."""
-    try:
-        return Image.open(file, formats=[known for known in formats if known != HEIC])
-    except UnidentifiedImageError:
-        if HEIC not in formats:
-            raise
-        file.seek(0)
-        # ISO base media file: size, "ftyp", then the brand of the format.
-        is_heic = file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
-        if not is_heic:
-            raise
-    try:
-        import pillow_heif
-    except ImportError as error:
-        raise ValueError(f"{name} is HEIC: pip install 'mlx_llava[heic]' to read it.") from error
-    pillow_heif.register_heif_opener()
-    file.seek(0)
-    return Image.open(file, formats=["HEIF"])
+def _decoder(format: str, name: str) -> Callable[[BinaryIO, str], Image.Image]:
+    """What opens files of a format; HEIC (iPhone photos) through the optional pillow-heif.
 
-
-def _from_array(array: npt.NDArray[Any]) -> Image.Image:
-    """Turns (H, W) or (H, W, C) of any usual dtype into a PIL image."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(f"An image array must be (H, W) or (H, W, 1|3|4), not {array.shape}.")
-    if array.dtype == np.bool_:
-        array = array * np.uint8(255)
-    elif array.dtype == np.uint16:
-        array = _to_8_bits(array, 65535)
-    elif np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("A floating-point image array must lie in 0..1.")
-        array = _to_8_bits(array, 1)
-    elif array.dtype != np.uint8:
-        kinds = "uint8, uint16, bool or floating point"
-        raise ValueError(f"An image array must be {kinds}, not {array.dtype}.")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_8_bits(array: npt.NDArray[Any], white: float) -> npt.NDArray[np.uint8]:
-    scaled = np.nan_to_num(array.astype(np.float32)) * (255 / white)
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any PIL mode to RGB, as transformers 5 does.
-
-    The exception are greys of more than 8 bits, which Pillow would clip at 255: modes ``I;16``
-    and ``I`` are taken as 16 bits, ``F`` as 0..1.
+    `Image.open` would do the same, and warn of sizes that are allowed here.
     """
-    if image.mode.startswith("I") or image.mode == "F":
-        white = 1 if image.mode == "F" else 65535
-        image = Image.fromarray(_to_8_bits(np.asarray(image), white))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white_canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white_canvas, image)
-    return image.convert("RGB")
+    if format == "HEIC":
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise ValueError(
+                f"{name} is HEIC: pip install 'mlx_llava[heic]' to read it."
+            ) from error
+        pillow_heif.register_heif_opener()
+        format = "HEIF"
+    if format not in Image.OPEN:
+        Image.init()
+    if format not in Image.OPEN:
+        raise ValueError(f"{name} is {format}: pip install --upgrade pillow to read it.")
+    return Image.OPEN[format][0]

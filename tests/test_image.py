@@ -179,7 +179,7 @@ BROKEN = {
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "not an image",
     ),
-    "bomb": (png_header(20_000, 20_000), "400000000 pixels"),
+    "bomb": (png_header(20_000, 20_000), "400,000,000 pixels; the limit is"),
     "large": (png_header(12_000, 12_000), "144,000,000 pixels; the limit is 100,000,000"),
     "no_pixels": (png_header(50, 50), "broken"),
 }

@@ -15,6 +15,8 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
+    {"rgb", "tiff"},
+    {"image_files"},
     {
         "version",
         "backend",
@@ -38,21 +40,16 @@ LAYERS = (
         "quantized",
         "rope_config",
     },
-    {"byte_bpe", "config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
+    {"config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
     {
         "prompt",
         "streaming",
         "structured",
-        "checkpoint.gguf_blocks",
-        "checkpoint.gguf_config",
         "checkpoint.layout",
         "checkpoint.safetensors",
         "checkpoint.torch_file",
-        "checkpoint.plain",
     },
-    {"checkpoint.lora", "checkpoint.folder", "checkpoint.gptq"},
-    {"checkpoint.peft", "checkpoint.mlx_lora"},
-    {"anyres", "templates", "clip", "projector", "llama"},
+    {"anyres", "templates", "clip", "projector", "llama", "checkpoint.folder", "checkpoint.gptq"},
     {"preprocess", "llava", "checkpoint.gguf", "checkpoint.original", "checkpoint.adapters"},
     {"processor", "checkpoint.open", "adapter", "precision", "memory"},
     {"load", "decoding", "reuse", "work", "tuner.data", "tuner.options"},

@@ -1,13 +1,15 @@
-"""GPTQ and AWQ: not a code is lost on the way to MLX's own quantisation."""
+"""GPTQ, AWQ and GGUF: not a code is lost on the way to MLX's own quantisation."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint import gptq
 from mlx_llava.checkpoint.tensors import from_array
@@ -219,3 +221,262 @@ def test_whole_checkpoints_give_the_logits_of_their_weights(kind, bits, original
     ours = np.array(model(**inputs))[..., : layouts.VOCABULARY]
     theirs = layouts.reference_logits(reference, inputs)
     assert np.abs(ours - theirs).max() < 2e-4 * np.abs(theirs).max()
+
+
+gguf = pytest.importorskip("gguf")
+
+TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of Q and K (convert_hf_to_gguf.py, permute)."""
+    out, inputs = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, inputs).swapaxes(1, 2).reshape(out, inputs)
+
+
+def write_text(path: Path, reference, kind: str, tensors: dict, tied: bool = False) -> dict:
+    """The decoder's GGUF; returns the weights that its tensors mean, by canonical name."""
+    import sentencepiece
+
+    text = reference.config.text_config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(text.head_dim)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=layouts.sentencepiece_model())
+    kinds = [
+        2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
+        for i in range(layouts.VOCABULARY)
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([spm.id_to_piece(i) for i in range(layouts.VOCABULARY)])
+    writer.add_token_scores([spm.get_score(i) for i in range(layouts.VOCABULARY)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attn_output",
+        **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
+        **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
+    }
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    meant = {}
+    for key, tensor in tensors.items():
+        if not key.startswith("language_model."):
+            continue
+        module = key.removeprefix("language_model.").removesuffix(".weight")
+        if tied and module == "lm_head":
+            continue
+        weight = tensor.float().numpy()
+        if module in outer:
+            name = outer[module]
+            weight = weight[: layouts.VOCABULARY] if weight.ndim == 2 else weight
+        else:
+            _, _, layer, inner = module.split(".", 3)
+            name = f"blk.{layer}.{names[inner]}"
+        heads = 4 if "q_proj" in module else 2 if "k_proj" in module else None
+        stored = permute(weight, heads) if heads else weight
+        qtype = gguf.GGMLQuantizationType["F32" if weight.ndim == 1 else kind]
+        data = gguf.quants.quantize(stored, qtype)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=qtype)
+        exact = gguf.quants.dequantize(data, qtype).reshape(stored.shape)
+        if heads:  # back to transformers' order
+            out, inputs = exact.shape
+            exact = exact.reshape(heads, out // heads // 2, 2, inputs).swapaxes(1, 2)
+            exact = exact.reshape(out, inputs)
+        meant[key] = exact
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+def write_vision(path: Path, reference, tensors: dict, layers: int, swapped: bool, **extra) -> None:
+    """The mmproj file, legacy (fc1 called ffn_down) or new."""
+    vision = reference.config.vision_config
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", False)
+    for key, value in {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "embedding_length": vision.hidden_size,
+        "feed_forward_length": vision.intermediate_size,
+        "projection_dim": 64,
+        "block_count": layers,
+        "attention.head_count": vision.num_attention_heads,
+    }.items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
+    writer.add_array("clip.vision.image_mean", [0.4, 0.5, 0.6])
+    writer.add_array("clip.vision.image_std", [0.3, 0.25, 0.2])
+    for key, value in extra.items():
+        if isinstance(value, str):
+            writer.add_string(f"clip.vision.{key}", value)
+        else:
+            writer.add_array(f"clip.vision.{key}", value)
+    inner = {
+        "layer_norm1": "ln1",
+        "layer_norm2": "ln2",
+        "mlp.fc1": "ffn_down" if swapped else "ffn_up",
+        "mlp.fc2": "ffn_up" if swapped else "ffn_down",
+        "self_attn.out_proj": "attn_out",
+        **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
+    }
+    outer = {
+        "embeddings.class_embedding": "v.class_embd",
+        "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+        "embeddings.position_embedding.weight": "v.position_embd.weight",
+        "pre_layrnorm.weight": "v.pre_ln.weight",
+        "pre_layrnorm.bias": "v.pre_ln.bias",
+        "multi_modal_projector.linear_1.weight": "mm.0.weight",
+        "multi_modal_projector.linear_1.bias": "mm.0.bias",
+        "multi_modal_projector.linear_2.weight": "mm.2.weight",
+        "multi_modal_projector.linear_2.bias": "mm.2.bias",
+        "image_newline": "model.image_newline",
+    }
+    for key, tensor in tensors.items():
+        short = key.removeprefix("vision_tower.vision_model.")
+        if short.startswith("encoder.layers."):
+            _, _, layer, rest = short.split(".", 3)
+            module, _, part = rest.rpartition(".")
+            name = f"v.blk.{layer}.{inner[module]}.{part}" if int(layer) < layers else None
+        else:
+            name = outer.get(short)
+        if name:
+            writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_gguf_is_the_dequantisers_to_the_bit(kind, tmp_path):
+    reference = tiny.make_model(layouts.case())
+    tensors = layouts.state_dict(reference)
+    meant = write_text(tmp_path / "llm.gguf", reference, kind, tensors)
+    write_vision(tmp_path / "mm.gguf", reference, tensors, 3, swapped=True)
+    model, processor = load(tmp_path / "llm.gguf", mmproj=tmp_path / "mm.gguf")
+    assert processor.image_processor.mode == "pad"
+    assert processor.image_processor.mean == pytest.approx((0.4, 0.5, 0.6))
+    ours = dict(tree_flatten(model.parameters()))
+    for name, weights in meant.items():
+        path = name.removesuffix(".weight")
+        if f"{path}.scales" in ours:
+            assert kind in ("Q4_0", "Q4_1", "Q8_0")
+            settings = {"group_size": 32, "bits": 8 if kind == "Q8_0" else 4}
+            parts = (ours[f"{path}.{p}"].astype(mx.float32) for p in ("scales", "biases"))
+            found = mx.dequantize(ours[name], *parts, **settings)
+            assert np.abs(np.array(found) - weights).max() < 1e-6
+        else:
+            found = np.array(ours[name].astype(mx.float32))
+            is_half = ours[name].dtype == mx.float16
+            assert np.array_equal(found, weights.astype(np.float16) if is_half else weights)
+    with torch.no_grad():
+        state = reference.state_dict()
+        for name, weights in meant.items():
+            key = name.replace("language_model.model", "model.language_model")
+            key = key.replace("language_model.lm_head", "lm_head")
+            state[key][: len(weights)] = torch.tensor(weights)
+    inputs = layouts.inputs_of(processor)
+    ours_logits = np.array(model(**inputs).astype(mx.float32))
+    theirs = layouts.reference_logits(reference, inputs)
+    tolerance = 1e-4 if kind == "F32" else 2e-2
+    assert np.abs(ours_logits - theirs).max() < tolerance * np.abs(theirs).max()
+
+
+OTHER_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "MXFP4"]
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_every_other_type_goes_through_the_dequantiser(kind, tmp_path):
+    """On random blocks: gguf-py cannot quantise to most of these."""
+    from mlx_llava.checkpoint import gguf as reader
+
+    qtype = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    data = np.random.default_rng(0).integers(0, 256, (3, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("output.weight", data, raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = reader.open_reader(tmp_path / "x.gguf", "llama").tensors
+    model = reader.GGUFModel({}, {}, {}, {}, {}, {}, {})
+    reader._add(model, tmp_path / "x.gguf", tensor, "language_model.lm_head.weight", None)
+    lazy = model.tensors["language_model.lm_head.weight"]
+    with np.errstate(all="ignore"):  # random scales are infinite now and then
+        ours = np.array(lazy.read())
+        theirs = gguf.quants.dequantize(data, qtype).astype(np.float16)
+    assert ours.shape == lazy.shape == (3, 512)
+    assert np.array_equal(ours, theirs, equal_nan=True)
+
+
+def test_gguf_of_llava_16_with_the_new_names(tmp_path):
+    reference = tiny.make_model(layouts.case(next=True))
+    tensors = layouts.state_dict(reference)
+    write_text(tmp_path / "llm.gguf", reference, "F32", tensors)
+    pairs = [n for pair in reference.config.image_grid_pinpoints for n in pair]
+    extra = {"image_grid_pinpoints": pairs, "mm_patch_merge_type": "spatial_unpad"}
+    extra["feature_layer"] = [3]
+    write_vision(tmp_path / "mm.gguf", reference, tensors, 4, swapped=False, **extra)
+    model, processor = load(tmp_path / "llm.gguf", mmproj=tmp_path / "mm.gguf")
+    assert model.config.feature_layers == (3,)
+    assert processor.image_processor.mode == "anyres"
+    inputs = layouts.inputs_of(processor)
+    ours = np.array(model(**inputs))
+    assert np.abs(ours - layouts.reference_logits(reference, inputs)).max() < 1e-4
+
+
+def test_gguf_without_an_output_layer_is_tied(tmp_path):
+    reference = tiny.make_model(layouts.case(tie_word_embeddings=True))
+    tensors = layouts.state_dict(reference)
+    write_text(tmp_path / "llm.gguf", reference, "F16", tensors, tied=True)
+    write_vision(tmp_path / "mm.gguf", reference, tensors, 3, swapped=True)
+    model, processor = load(tmp_path / "llm.gguf", mmproj=tmp_path / "mm.gguf")
+    assert model.config.tie_word_embeddings
+    inputs = layouts.inputs_of(processor)
+    ours = np.array(model(**inputs).astype(mx.float32))
+    theirs = layouts.reference_logits(reference, inputs)
+    assert np.abs(ours - theirs).max() < 2e-2 * np.abs(theirs).max()
+
+
+def test_gguf_tokens_are_sentencepieces(tmp_path):
+    import sentencepiece
+
+    reference = tiny.make_model(layouts.case())
+    tensors = layouts.state_dict(reference)
+    write_text(tmp_path / "llm.gguf", reference, "F16", tensors)
+    write_vision(tmp_path / "mm.gguf", reference, tensors, 3, swapped=True)
+    _, processor = load(tmp_path / "llm.gguf", mmproj=tmp_path / "mm.gguf")
+    spm = sentencepiece.SentencePieceProcessor(model_proto=layouts.sentencepiece_model())
+    for text in ("How many cats?", "  two  spaces", "naïve 🦙\n", ""):
+        assert processor.tokenizer.encode(text) == [1, *spm.encode(text)]
+    assert processor.eos_ids == {2}
+
+
+def test_what_is_no_gguf_pair_is_named(tmp_path):
+    reference = tiny.make_model(layouts.case())
+    tensors = layouts.state_dict(reference)
+    write_text(tmp_path / "llm.gguf", reference, "F16", tensors)
+    write_vision(tmp_path / "mm.gguf", reference, tensors, 3, swapped=True)
+    with pytest.raises(ValueError, match="needs its mmproj too: --mmproj"):
+        load(tmp_path / "llm.gguf")
+    with pytest.raises(ValueError, match="is a GGUF of 'clip', expected 'llama'"):
+        load(tmp_path / "mm.gguf", mmproj=tmp_path / "mm.gguf")
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        load(tmp_path / "text.gguf", mmproj=tmp_path / "mm.gguf")
