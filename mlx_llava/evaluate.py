@@ -17,11 +17,15 @@ from typing import Any
 
 from mlx_llava.batch import batch_generate
 from mlx_llava.command import command
+from mlx_llava.files import is_file
 from mlx_llava.hub import EMBEDDED
+from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
 from mlx_llava.loading import add_model_arguments, load_model
-from mlx_llava.scores import SCORERS, read_lines
+from mlx_llava.scores import SCORERS
 from mlx_llava.tokenizer import IMAGE_TOKEN
 
+#: What a line of an answer file begins with.
+_BEGIN = '{"question_id": '
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -59,33 +63,34 @@ def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
         suffix (str): What to end every text with.
 
     Returns:
-        list of dict: As in the file, with the ``prompt`` that answer files repeat.
+        list of dict: As in the file, with the ``prompt`` that answer files repeat, and the
+        ``place`` in the file.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or it is empty.
     """
-    if path.suffix == ".jsonl":
-        questions = read_lines(path)
-    else:
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            questions = [_read_conversation(entry) for entry in entries]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path} is not ScienceQA's question file: {error!r}.") from error
-    for number, question in enumerate(questions, 1):
-        if not isinstance(question, dict) or not {"question_id", "text"} <= question.keys():
-            raise ValueError(f"Question {number} of {path} has no question_id and text.")
-        question["text"] += suffix
-        question["prompt"] = question.get("prompt", "") + question["text"]
+    questions = [_read_question(record, str(place), suffix) for place, record in read_records(path)]
+    if not questions:
+        raise ValueError(f"{path} holds no question.")
     return questions
 
 
-def _read_conversation(entry: dict[str, Any]) -> dict[str, Any]:
-    text = entry["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
-    has_image = "image" in entry
-    image = {"image": entry["image"]} if has_image else {}
-    mark = f"{IMAGE_TOKEN}\n" if has_image else ""
-    return {"question_id": entry["id"], "text": text, "prompt": mark, **image}
+def _read_question(record: Any, place: str, suffix: str) -> dict[str, Any]:
+    if isinstance(record, dict) and "answer_id" in record:
+        raise ValueError(f"{place} is an answer, expected a question.")
+    image = field(record, "image", (str, type(None)), place, default=None)
+    if "conversations" in record:
+        turns = field(record, "conversations", list, place)
+        question_id = field(record, "id", (str, int), place)
+        text = field(turns[0] if turns else {}, "value", str, f"{place}, first turn")
+        text = text.replace(IMAGE_TOKEN, "").strip()
+        mark = f"{IMAGE_TOKEN}\n" if image else ""
+    else:
+        question_id = field(record, "question_id", (str, int), place)
+        text, mark = field(record, "text", str, place), ""
+    text += suffix
+    own = {"question_id": question_id, "text": text, "prompt": mark + text, "image": image}
+    return {**record, **own, "place": place}
 
 
 def choose_chunk(items: Sequence[Any], num_chunks: int, index: int) -> Sequence[Any]:
@@ -132,14 +137,40 @@ def answer_all(
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The answers that are there; a last line that was cut off is taken out of the file."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    return read_lines(path)
+    """The answers that are there; a last line that was cut off is none.
+
+    Raises:
+        ValueError: A line is no answer.
+    """
+    answers = []
+    for place, answer in read_own_lines(path, _BEGIN):
+        field(answer, "question_id", (str, int), place)
+        for key in ("prompt", "text"):
+            field(answer, key, str, place)
+        answers.append(answer)
+    return answers
+
+
+def _check_images(questions: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Raises FileNotFoundError for a picture that is missing, before hours of answering."""
+    for question in questions:
+        if question["image"] and not is_file(folder / question["image"]):
+            raise FileNotFoundError(
+                f"{question['place']}: there is no picture {question['image']:.200} in {folder}."
+            )
+
+
+def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Adds the answers of some questions to the answer file, as they are made."""
+    from tqdm import tqdm
+
+    args.answers.parent.mkdir(parents=True, exist_ok=True)
+    mend_lines(args.answers, _BEGIN)
+    with args.answers.open("a", encoding="utf-8", newline="\n") as file:
+        new = answer_all(questions, args)
+        for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
 
 
 @command
@@ -151,30 +182,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
     questions = read_questions(args.questions, suffix)
     chunk = choose_chunk(questions, args.num_chunks, args.chunk_idx)
-    answers = read_answers(args.answers)
-    answered = {identity(answer) for answer in answers}
+    answered = {identity(answer) for answer in read_answers(args.answers)}
     open_questions = [question for question in chunk if identity(question) not in answered]
     if open_questions:
-        from tqdm import tqdm
-
-        args.answers.parent.mkdir(parents=True, exist_ok=True)
-        with args.answers.open("a", encoding="utf-8") as file:
-            new = answer_all(open_questions, args)
-            for answer in tqdm(new, total=len(open_questions), desc="answering", disable=None):
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                file.flush()
-                answers.append(answer)
+        _check_images(open_questions, args.image_folder)
+        _write_answers(open_questions, args)
     if args.score:
-        place = {identity(question): i for i, question in enumerate(questions)}
-        missing = place.keys() - {identity(answer) for answer in answers}
+        texts = {identity(answer): answer["text"] for answer in read_answers(args.answers)}
+        missing = {identity(question) for question in questions} - texts.keys()
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(questions)} questions have no answer in {args.answers}; "
                 "answer all chunks into it, or concatenate their files, before --score."
             )
-        answers = [answer for answer in answers if identity(answer) in place]
-        answers.sort(key=lambda answer: place[identity(answer)])
-        figures = SCORERS[args.score](questions, answers, args.annotations)
+        answers = [{**question, "text": texts[identity(question)]} for question in questions]
+        figures = SCORERS[args.score](answers, args.annotations)
         print(json.dumps({"questions": len(questions), **figures}, indent=2))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_llava.files import whole_file
 
 _BOM = "\ufeff"
+_REQUIRED = object()
 _WHITE = " \t\r\n"
 #: An escaped half of a pair, which may stand alone (RFC 8259, 8.2).
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -178,12 +179,22 @@ def read_records(path: Path) -> Iterator[tuple[Place, Any]]:
         for index, value in enumerate(parse(text, name)):
             yield Place(name, "index", index), value
         return
+    yield from _parse_lines(text, name)
+
+
+def _parse_lines(text: str, name: str) -> Iterator[tuple[Place, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.removeprefix(_BOM).strip(_WHITE):
             yield Place(name, "line", number), parse(line, name, number)
 
 
-def field(record: Any, key: str, kinds: type | tuple[type, ...], place: object) -> Any:
+def field(
+    record: Any,
+    key: str,
+    kinds: type | tuple[type, ...],
+    place: object,
+    default: Any = _REQUIRED,
+) -> Any:
     """What a record has under a key.
 
     Args:
@@ -191,15 +202,19 @@ def field(record: Any, key: str, kinds: type | tuple[type, ...], place: object) 
         key (str): The key.
         kinds (type or tuple of type): What its value may be, of JSON's types.
         place: Where the record stands, for errors.
+        default (optional): What a key that is not there means.
 
     Raises:
-        ValueError: It is no object, lacks the key, or has a value of another kind.
+        ValueError: It is no object, lacks a key that has no default, or has a value of another
+            kind.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(record, Mapping):
         raise ValueError(f"{place} holds {_kind(record)}, expected an object with {key}.")
+    if key not in record and default is not _REQUIRED:
+        return default
     if key not in record:
-        raise ValueError(f"{place} has no {key}; it has {', '.join(record) or 'nothing':.200}.")
+        raise ValueError(f"{place} has no {key:.80}; it has {', '.join(record) or 'nothing':.200}.")
     value = record[key]
     if type(value) not in kinds:
         expected = " or ".join(_KINDS[kind] for kind in kinds)
@@ -213,7 +228,7 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def read_own_lines(path: Path, head: str) -> list[Any]:
+def read_own_lines(path: Path, head: str) -> list[tuple[Place, Any]]:
     """The records of a file that this package adds lines to; none where there is no file.
 
     Args:
@@ -221,12 +236,13 @@ def read_own_lines(path: Path, head: str) -> list[Any]:
         head (str): What each line begins with. A last line that begins so, and was cut off while
             it was written, is no record.
 
+    Returns:
+        list of tuple: As `read_records`.
+
     Raises:
         ValueError: A line is no JSON.
     """
-    text = decode(_whole_lines(path, head), str(path))
-    lines = enumerate(text.split("\n"), 1)
-    return [parse(line, str(path), number) for number, line in lines if line.strip(_WHITE)]
+    return list(_parse_lines(decode(_whole_lines(path, head), str(path)), str(path)))
 
 
 def mend_lines(path: Path, head: str) -> None:

@@ -92,8 +92,8 @@ def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
         raise ValueError(f"{place} has unknown keys {', '.join(unknown):.200}; known: {known}.")
     if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
         raise ValueError(f"{place} has a list as prompt that holds more than messages.")
-    images = field({"images": None, **data}, "images", (str, list, type(None)), place)
+    images = field(data, "images", (str, list, type(None)), place, default=None)
     if isinstance(images, list) and not all(isinstance(image, str) for image in images):
         raise ValueError(f"{place} has a list as images that holds more than texts.")
-    field({"id": None, **data}, "id", (str, int, float, bool, type(None)), place)
+    field(data, "id", (str, int, float, bool, type(None)), place, default=None)
     return data

@@ -1,17 +1,20 @@
 """How answers are scored: LLaVA 1.5's benchmarks by their original rules, quirks included.
 
-Every scorer takes questions, answers (LLaVA's answer files) and the benchmark's own annotation
-file or folder, and returns figures by name. Rates are between 0 and 1.
+Every scorer takes what was answered - the records of a question file, each with its ``place``, its
+``prompt``, and the answer as ``text`` - and the benchmark's own annotation file or folder. It
+returns figures by name; rates are between 0 and 1. It raises ValueError with the place of whatever
+is missing, of another kind, or belongs to other questions.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
+
+from mlx_llava.json_files import Place, field, read_json, read_records
 
 Record: TypeAlias = "Mapping[str, Any]"
 Figures: TypeAlias = "dict[str, float]"
@@ -87,40 +90,81 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / 10
 
 
-def score_exact(questions: Sequence[Record], answers: Sequence[Record], _: Path | None) -> Figures:
+def score_exact(answers: Sequence[Record], _: Path | None) -> Figures:
     """Exact matches with each question's own ``answer``, in all and by ``category``."""
-    given = {answer["question_id"]: answer["text"].strip() for answer in answers}
     hits = defaultdict(list)
-    for question in questions:
-        if "answer" not in question:
-            raise ValueError(f"Question {question['question_id']} has no answer to compare with.")
-        hit = given.get(question["question_id"]) == question["answer"]
+    for answer in answers:
+        hit = answer["text"].strip() == field(answer, "answer", str, answer["place"])
+        category = field(answer, "category", str, answer["place"], default="no category")
         hits["accuracy"].append(hit)
-        hits[f"accuracy, {question.get('category', 'no category')}"].append(hit)
+        hits[f"accuracy, {category}"].append(hit)
     return {name: _mean(values) for name, values in hits.items()}
 
 
-def score_pope(
-    questions: Sequence[Record], answers: Sequence[Record], annotations: Path | None
-) -> Figures:
+def score_pope(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """POPE: is an object there? (eval_pope.py)
 
     A first sentence that holds No, not or no is a no, anything else a yes. Labels are those of
-    ``coco_pope_CATEGORY.json``, matched by order.
+    ``coco_pope_CATEGORY.json``. The original matches them by their order; here they are matched
+    by picture and question, and are refused unless they are those of the same questions.
     """
     figures: Figures = {}
-    category_of = {question["question_id"]: question["category"] for question in questions}
     files = sorted(_needed(annotations).glob("coco_pope_*.json"))
     if not files:
         raise ValueError(f"{annotations} has no coco_pope_CATEGORY.json.")
+    by_category = defaultdict(list)
+    for answer in answers:
+        by_category[field(answer, "category", str, answer["place"])].append(answer)
     for file in files:
         category = file.stem.removeprefix("coco_pope_")
-        labels = [record["label"] != "no" for record in read_lines(file)]
-        own = [answer for answer in answers if category_of[answer["question_id"]] == category]
-        said = [_says_yes(answer["text"]) for answer in own]
-        figures |= {f"{name}, {category}": value for name, value in _yes_no(said, labels).items()}
+        own = _by_pope_question((a["place"], a, a["prompt"]) for a in by_category.pop(category, []))
+        records = [(place, r, field(r, "text", str, place)) for place, r in read_records(file)]
+        labels = _by_pope_question(records)
+        if len(own) != len(labels):
+            raise ValueError(
+                f"{file} has {len(labels):,} labels, but the questions of the category {category} "
+                f"are {len(own):,}; LLaVA's questions belong to POPE's commit e3e3926."
+            )
+        said, truth = [], []
+        for key, (place, answer) in own.items():
+            if key not in labels:
+                raise ValueError(f"{place} asks {key[1]!r:.80} of {key[0]}; {file} does not.")
+            said.append(_says_yes(answer["text"]))
+            truth.append(_pope_label(*labels[key]))
+        figures |= {f"{name}, {category}": value for name, value in _yes_no(said, truth).items()}
+    for category, unknown in by_category.items():
+        raise ValueError(
+            f"{unknown[0]['place']} has the category {category!r:.80}, of which {annotations} has "
+            "no labels."
+        )
     f1 = [value for name, value in figures.items() if name.startswith("f1")]
     return {**figures, "f1": _mean(f1)}
+
+
+def _by_pope_question(
+    records: Iterable[tuple[object, Record, str]],
+) -> dict[tuple[str, str], tuple[object, Record]]:
+    """Records with their places by picture and question; each may stand there once.
+
+    The question is the first line of a prompt. POPE's commit e3e3926 spells some with "imange".
+    """
+    found: dict[tuple[str, str], tuple[object, Record]] = {}
+    for place, record, text in records:
+        image = PurePosixPath(field(record, "image", str, place)).name
+        question = text.strip().split("\n")[0].strip().lower().replace("imange", "image")
+        if (image, question) in found:
+            raise ValueError(
+                f"{place} is the same as {found[image, question][0]}: {question!r:.80}"
+            )
+        found[image, question] = place, record
+    return found
+
+
+def _pope_label(place: object, record: Record) -> bool:
+    label = field(record, "label", str, place)
+    if label not in ("yes", "no"):
+        raise ValueError(f"{place} has the label {label!r:.40}, expected yes or no.")
+    return label == "yes"
 
 
 def _says_yes(text: str) -> bool:
@@ -129,7 +173,7 @@ def _says_yes(text: str) -> bool:
 
 
 def _yes_no(said: Sequence[bool], labels: Sequence[bool]) -> Figures:
-    pairs = list(zip(said, labels, strict=False))
+    pairs = list(zip(said, labels, strict=True))
     hits = sum(yes and label for yes, label in pairs)
     precision = _ratio(hits, sum(yes for yes, _ in pairs))
     recall = _ratio(hits, sum(label for _, label in pairs))
@@ -142,25 +186,27 @@ def _yes_no(said: Sequence[bool], labels: Sequence[bool]) -> Figures:
     }
 
 
-def score_scienceqa(
-    _: Sequence[Record], answers: Sequence[Record], annotations: Path | None
-) -> Figures:
+def score_scienceqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """ScienceQA's test split: right letters, of all and of those with a picture.
 
     (eval_science_qa.py; the folder holds problems.json and pid_splits.json.) A question that
     was not answered counts as wrong, and as one without a picture.
     """
-    folder = _needed(annotations)
-    problems = json.loads((folder / "problems.json").read_text(encoding="utf-8"))
-    splits = json.loads((folder / "pid_splits.json").read_text(encoding="utf-8"))
+    problems_file = _needed(annotations) / "problems.json"
+    splits_file = _needed(annotations) / "pid_splits.json"
+    problems = _object(problems_file)
+    test = field(_object(splits_file), "test", list, splits_file)
     given = {str(answer["question_id"]): answer for answer in answers}
+    _check_overlap(given, test, splits_file)
     hits, with_image = [], []
-    for index in splits["test"]:
+    for index in test:
+        problem = field(problems, str(index), dict, problems_file)
+        place = f"{problems_file}, problem {index}"
+        choices = OPTIONS[: len(field(problem, "choices", list, place))]
         answer = given.get(str(index), {"text": "FAILED", "prompt": "Unknown"})
-        problem = problems[index]
         letter = _chosen_letter(answer["text"])
-        choices = OPTIONS[: len(problem["choices"])]
-        hits.append(letter in choices and choices.index(letter) == problem["answer"])
+        right = field(problem, "answer", int, place)
+        hits.append(letter in choices and choices.index(letter) == right)
         if "<image>" in answer["prompt"]:
             with_image.append(hits[-1])
     return {"accuracy": _mean(hits), "image accuracy": _mean(with_image)}
@@ -176,25 +222,26 @@ def _chosen_letter(text: str) -> str:
     return said[0] if len(said) == 1 else "FAILED"
 
 
-def score_textvqa(
-    _: Sequence[Record], answers: Sequence[Record], annotations: Path | None
-) -> Figures:
+def score_textvqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """TextVQA: `vqa_accuracy`, joined on the picture and the question in the prompt.
 
     (eval_textvqa.py; the file is TextVQA_0.5.1_val.json.)
     """
-    data = json.loads(_needed(annotations).read_text(encoding="utf-8"))["data"]
-    humans = {(item["image_id"], item["question"].lower()): item["answers"] for item in data}
+    humans = {}
+    for place, item in _items(annotations, "data"):
+        question = field(item, "question", str, place).lower()
+        said = field(item, "answers", list, place)
+        humans[field(item, "image_id", (str, int), place), question] = _ten_texts(said, place)
     scores = []
     for answer in answers:
-        key = (answer["question_id"], _textvqa_question(answer["prompt"]))
+        key = (answer["question_id"], _textvqa_question(answer["prompt"], answer["place"]))
         if key not in humans:
-            raise ValueError(f"{annotations} has no question {key[1]!r} about {key[0]}.")
+            raise ValueError(f"{annotations} has no question {key[1]!r:.80} about {key[0]}.")
         scores.append(vqa_accuracy(answer["text"], humans[key]))
     return {"accuracy": _mean(scores)}
 
 
-def _textvqa_question(prompt: str) -> str:
+def _textvqa_question(prompt: str, place: object) -> str:
     """The question inside a prompt with OCR tokens, in lower case."""
     lines = prompt.split("\n")
     legacy = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
@@ -204,21 +251,27 @@ def _textvqa_question(prompt: str) -> str:
         return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
     if len(lines) == 2:
         return lines[0].lower()
-    raise ValueError(f"The prompt {prompt!r} has none of TextVQA's forms (2 or 3 lines).")
+    raise ValueError(f"{place}: {prompt!r:.80} has none of TextVQA's forms (2 or 3 lines).")
 
 
-def score_gqa(_: Sequence[Record], answers: Sequence[Record], annotations: Path | None) -> Figures:
+def score_gqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """GQA: exact matches after LLaVA's conversion (convert_gqa_for_eval.py; GQA's eval.py).
 
     The file is testdev_balanced_questions.json; every balanced question must be answered.
     """
-    questions = json.loads(_needed(annotations).read_text(encoding="utf-8"))
+    path = _needed(annotations)
     given = {str(answer["question_id"]): gqa_prediction(answer["text"]) for answer in answers}
-    balanced = {key: value for key, value in questions.items() if value.get("isBalanced", True)}
-    missing = balanced.keys() - given.keys()
+    truth = {}
+    for key, item in _object(path).items():
+        place = f"{path}, question {key:.80}"
+        answer = field(item, "answer", str, place)
+        if field(item, "isBalanced", bool, place, default=True):
+            truth[key] = answer
+    _check_overlap(given, truth, path)
+    missing = truth.keys() - given.keys()
     if missing:
-        raise ValueError(f"{len(missing)} of {len(balanced)} questions have no answer.")
-    return {"accuracy": _mean([given[key] == item["answer"] for key, item in balanced.items()])}
+        raise ValueError(f"{len(missing)} of {len(truth)} questions of {path} have no answer.")
+    return {"accuracy": _mean([given[key] == answer for key, answer in truth.items()])}
 
 
 def gqa_prediction(text: str) -> str:
@@ -226,24 +279,23 @@ def gqa_prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def score_vqa(_: Sequence[Record], answers: Sequence[Record], annotations: Path | None) -> Figures:
+def score_vqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """VQAv2-style accuracy: `vqa_accuracy`, joined on the question's id.
 
     The file is v2_mscoco_val2014_annotations.json. A question without an answer scores 0, as
     LLaVA's conversion submits an empty text for it (convert_vqav2_for_submission.py).
     """
-    data = json.loads(_needed(annotations).read_text(encoding="utf-8"))["annotations"]
+    humans = {}
+    for place, item in _items(annotations, "annotations"):
+        said = [field(human, "answer", str, place) for human in field(item, "answers", list, place)]
+        humans[str(field(item, "question_id", (str, int), place))] = _ten_texts(said, place)
     given = {str(answer["question_id"]): answer["text"] for answer in answers}
-    scores = [
-        vqa_accuracy(
-            given.get(str(item["question_id"]), ""), [human["answer"] for human in item["answers"]]
-        )
-        for item in data
-    ]
+    _check_overlap(given, humans, _needed(annotations))
+    scores = [vqa_accuracy(given.get(key, ""), texts) for key, texts in humans.items()]
     return {"accuracy": _mean(scores)}
 
 
-Scorer: TypeAlias = "Callable[[Sequence[Record], Sequence[Record], Path | None], Figures]"
+Scorer: TypeAlias = "Callable[[Sequence[Record], Path | None], Figures]"
 SCORERS: Mapping[str, Scorer] = {
     "exact": score_exact,
     "gqa": score_gqa,
@@ -254,19 +306,33 @@ SCORERS: Mapping[str, Scorer] = {
 }
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The objects of a JSON-lines file.
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds that must be there."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
+    return read_json(path)
 
-    Raises:
-        ValueError: A line is no JSON.
-    """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} has no JSON in line {number}: {error}.") from error
-    return records
+
+def _items(annotations: Path | None, key: str) -> list[tuple[Place, Any]]:
+    """The items of the list that a file has under a key, with their places."""
+    path = _needed(annotations)
+    items = field(_object(path), key, list, path)
+    return [(Place(str(path), f"{key}, index", i), item) for i, item in enumerate(items)]
+
+
+def _ten_texts(answers: list[Any], place: object) -> list[str]:
+    if len(answers) != 10 or not all(isinstance(text, str) for text in answers):
+        raise ValueError(f"{place} has {len(answers)} answers, expected 10 texts.")
+    return answers
+
+
+def _check_overlap(given: Iterable[str], truth: Iterable[Any], path: Path) -> None:
+    """Raises ValueError where no question that was answered is one of the benchmark's."""
+    given, truth = {*given}, {str(key) for key in truth}
+    if not given & truth:
+        raise ValueError(
+            f"None of the {len(given):,} answered questions is among the {len(truth):,} of {path}."
+        )
 
 
 def _needed(annotations: Path | None) -> Path:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from mlx_llava import evaluate, load  # noqa: F401 - load first, for its BLAS
-from mlx_llava.scores import read_lines
+from mlx_llava.json_files import read_records
 
 import shapes  # isort: skip
 
@@ -53,7 +53,7 @@ def measure(model: Path, folder: Path, split: str, questions: int, seed: int) ->
         if evaluate.main(arguments):
             raise SystemExit(f"{model} cannot be measured")
     rates = json.loads(out.getvalue())
-    asked = [question["category"] for question in read_lines(folder / "question.jsonl")]
+    asked = [question["category"] for _, question in read_records(folder / "question.jsonl")]
     counts = {"all": (round(rates["accuracy"] * len(asked)), len(asked))}
     for type_ in shapes.TYPES:
         count = asked.count(type_)

@@ -130,9 +130,22 @@ def test_scienceqa_is_asked_as_the_original_does(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"question_id": 1}', "Question 1 of"),
-        ("[3", "no JSON in line 1"),
-        ('{"question_id": 1, "text": "Q", "image": "gone.png"}', "gone.png"),
+        ('{"question_id": 1}', "q.jsonl, line 1 has no text; it has question_id."),
+        ("[3", "q.jsonl is not valid JSON (line 1): Expecting ',' delimiter"),
+        ("", "q.jsonl holds no question"),
+        (
+            '{"question_id": 1, "text": "Q", "image": "gone.png"}',
+            "line 1: there is no picture gone",
+        ),
+        ('{"question_id": 1, "text": "Q", "image": "a\\u0000"}', "line 1: there is no picture a"),
+        ('[{"question_id": 1, "text": "Q", "image": ["a.png"]}]', "index 0 has a list as image"),
+        ('{"question_id": 1, "text": "Q", "image": 391895}', "a whole number (391895) as image"),
+        ('{"question_id": [1], "text": "Q"}', "line 1 has a list as question_id, expected a text"),
+        ('{"question_id": NaN, "text": "Q"}', "line 1 has a number (NaN) as question_id"),
+        ('{"question_id": 1, "text": 5}', "line 1 has a whole number (5) as text, expected a text"),
+        ('{"question_id": 1, "text": "Q", "answer_id": ""}', "is an answer, expected a question"),
+        ('{"annotations": []}', "line 1 has no question_id; it has annotations"),
+        ('[{"id": 1, "conversations": []}]', "index 0, first turn has no value"),
     ],
 )
 def test_mistakes_are_one_line(content, message, folder, capsys):
@@ -141,6 +154,32 @@ def test_mistakes_are_one_line(content, message, folder, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_question_file_is_read_as_people_have_it(folder):
+    """A byte-order mark, and a line's separator within a text; and so is what is written of it."""
+    (folder / "q.jsonl").write_text('\ufeff{"question_id": 1, "text": "A\u2028B\x85"}\n')
+    assert run(folder, "-m", "2") == 0
+    before = (folder / "a.jsonl").read_bytes()
+    assert run(folder) == 0
+    assert (folder / "a.jsonl").read_bytes() == before
+    assert json.loads(before)["prompt"] == "A\u2028B\x85"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question_id": 1, "text": "red"}', "a.jsonl, line 1 has no prompt"),
+        ('{"question_id": 1, "prompt": "Q", "text": null}', "has null as text, expected a text"),
+        ("Dear diary", "a.jsonl is not valid JSON (line 1)"),
+        ("[]\n", "holds a list, expected an object with question_id"),
+    ],
+)
+def test_a_file_of_something_else_is_no_answer_file(content, message, folder, capsys):
+    (folder / "a.jsonl").write_text(content)
+    assert run(folder) == 2
+    assert message in capsys.readouterr().err
+    assert (folder / "a.jsonl").read_text() == content
 
 
 def test_batch_generate_stops_each_row_at_its_own_end(loaded):

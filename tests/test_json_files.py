@@ -129,7 +129,7 @@ def test_own_lines_go_on_after_a_kill_and_nothing_else_is_lost(tmp_path):
         (whole[:-1], whole),  # only its end is missing
     ):
         path.write_bytes(data)
-        assert [line["step"] for line in read_own_lines(path, head)] == [1, 2]
+        assert [line["step"] for _, line in read_own_lines(path, head)] == [1, 2]
         assert path.read_bytes() == data
         mend_lines(path, head)
         assert path.read_bytes() == mended

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_llava.scores import SCORERS, gqa_prediction, normalise, read_lines, vqa_accuracy
+from mlx_llava.scores import SCORERS, gqa_prediction, normalise, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,21 @@ def test_ten_people_are_needed():
         vqa_accuracy("yes", ["yes"] * 9)
 
 
-def answer(question_id, text, prompt="Q"):
-    return {"question_id": question_id, "text": text, "prompt": prompt}
+def answer(question_id, text, prompt="Q", **question):
+    """A question of a file, with what was answered."""
+    place = f"q.jsonl, line {question_id}"
+    own = {"question_id": question_id, "text": text, "prompt": prompt, "place": place}
+    return {**own, **question}
+
+
+def pope_labels(folder, **labels):
+    """Label files as POPE has them; each label is one of a picture and a question."""
+    for category, records in labels.items():
+        lines = [
+            json.dumps({"question_id": 99, "image": image, "text": text, "label": label}) + "\n"
+            for image, text, label in records
+        ]
+        (folder / f"coco_pope_{category}.json").write_text("".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -75,23 +88,42 @@ def answer(question_id, text, prompt="Q"):
     ],
 )
 def test_pope_reads_yes_and_no(text, yes, tmp_path):
-    (tmp_path / "coco_pope_random.json").write_text('{"label": "yes"}\n')
-    questions = [{"question_id": 1, "category": "random"}]
-    figures = SCORERS["pope"](questions, [answer(1, text)], tmp_path)
+    pope_labels(tmp_path, random=[("a.jpg", "Q", "yes")])
+    own = answer(1, text, image="a.jpg", category="random")
+    figures = SCORERS["pope"]([own], tmp_path)
     assert figures["accuracy, random"] == yes
     assert figures["yes ratio, random"] == yes
 
 
-def test_pope_counts_by_order_in_each_category(tmp_path):
-    labels = {"random": ["yes", "yes", "no", "no", "no"], "popular": ["yes"]}
-    for name, own in labels.items():
-        lines = "".join(json.dumps({"question_id": 99, "label": label}) + "\n" for label in own)
-        (tmp_path / f"coco_pope_{name}.json").write_text(lines)
-    questions = [{"question_id": i, "category": "random"} for i in range(5)]
-    questions.insert(2, {"question_id": 5, "category": "popular"})
-    said = {0: "yes", 1: "no", 2: "yes", 3: "no", 4: "no", 5: "yes"}
-    answers = [answer(q["question_id"], said[q["question_id"]]) for q in questions]
-    figures = SCORERS["pope"](questions, answers, tmp_path)
+POPE = {
+    "random": [(f"{i}.jpg", "Is there a cat in the image?", "yes") for i in range(2)]
+    + [(f"{i}.jpg", "Is there a dog in the imange?", "no") for i in range(3)],
+    "popular": [("0.jpg", "Is there a cat in the image?", "yes")],
+}
+
+
+def pope_answers(said: dict[tuple, str]) -> list[dict]:
+    """Answers in another order than the labels, to questions as LLaVA writes them."""
+    return [
+        answer(i, text, f"Is there a {what} in the image?\nAnswer in one word.", image=image)
+        | {"category": category}
+        for i, ((category, image, what), text) in enumerate(reversed(said.items()))
+    ]
+
+
+SAID = {
+    ("random", "0.jpg", "cat"): "yes",
+    ("random", "val2014/1.jpg", "cat"): "no",
+    ("random", "0.jpg", "dog"): "yes",
+    ("random", "1.jpg", "dog"): "no",
+    ("random", "2.jpg", "dog"): "no",
+    ("popular", "0.jpg", "cat"): "yes",
+}
+
+
+def test_pope_counts_in_each_category_by_picture_and_question(tmp_path):
+    pope_labels(tmp_path, **POPE)
+    figures = SCORERS["pope"](pope_answers(SAID), tmp_path)
     assert figures["accuracy, random"] == 3 / 5
     assert figures["precision, random"] == figures["recall, random"] == 1 / 2
     assert figures["f1, random"] == 1 / 2
@@ -99,7 +131,52 @@ def test_pope_counts_by_order_in_each_category(tmp_path):
     assert figures["f1, popular"] == 1
     assert figures["f1"] == 3 / 4  # the published figure is the mean of the categories
     with pytest.raises(ValueError, match="give --annotations"):
-        SCORERS["pope"](questions, answers, None)
+        SCORERS["pope"](pope_answers(SAID), None)
+
+
+OTHER_POPE = {
+    "a label more": (
+        {"random": [*POPE["random"], ("9.jpg", "Q", "no")]},
+        {},
+        "random.json has 6 labels, but the questions of the category random are 5; LLaVA's",
+    ),
+    "no question": ({}, {("popular", "0.jpg", "cat"): None}, "category popular are 0"),
+    "another question": (
+        {"popular": [("0.jpg", "Is there a bus in the image?", "no")]},
+        {},
+        r"q.jsonl, line 0 asks 'is there a cat in the image\?' of 0.jpg; .*popular.json does not",
+    ),
+    "another picture": ({"popular": [("1.jpg", *POPE["popular"][0][1:])]}, {}, "of 0.jpg; "),
+    "another category": (
+        {},
+        {("odd", "0.jpg", "cat"): "yes"},
+        "q.jsonl, line 0 has the category 'odd', of which .* has no labels",
+    ),
+    "a label twice": (
+        {"popular": [*POPE["popular"], *POPE["popular"]]},
+        {},
+        "popular.json, line 2 is the same as .*line 1: 'is there a cat",
+    ),
+    "a question twice": (
+        {"popular": [*POPE["popular"], ("7.jpg", "Q", "no")]},
+        {("popular", "x/0.jpg", "cat"): "yes"},
+        "q.jsonl, line 1 is the same as q.jsonl, line 0: 'is there a cat",
+    ),
+    "no yes and no no": (
+        {"popular": [(*POPE["popular"][0][:2], "No")]},
+        {},
+        "line 1 has the label 'No', expected yes or no",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_POPE)
+def test_pope_is_refused_for_labels_of_other_questions(name, tmp_path):
+    labels, said, message = OTHER_POPE[name]
+    pope_labels(tmp_path, **{**POPE, **labels})
+    answers = pope_answers({key: text for key, text in {**SAID, **said}.items() if text})
+    with pytest.raises(ValueError, match=message):
+        SCORERS["pope"](answers, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +200,7 @@ def test_scienceqa_reads_letters(text, right, tmp_path):
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["7"]}))
     answers = [answer("7", text, "<image>\nQ")]
-    assert SCORERS["scienceqa"]([], answers, tmp_path) == {
+    assert SCORERS["scienceqa"](answers, tmp_path) == {
         "accuracy": right,
         "image accuracy": right,
     }
@@ -139,7 +216,7 @@ def test_scienceqa_tells_pictures_apart_and_counts_what_is_missing(tmp_path):
         answer(2, "C"),
         answer(3, "A. x"),
     ]
-    figures = SCORERS["scienceqa"]([], answers, tmp_path)
+    figures = SCORERS["scienceqa"](answers, tmp_path)
     assert figures == {"accuracy": 3 / 5, "image accuracy": 1 / 2}
 
 
@@ -158,11 +235,11 @@ def test_textvqa_finds_the_question_in_the_prompt(prompt, tmp_path):
     path = tmp_path / "val.json"
     path.write_text(json.dumps({"data": data}))
     answers = [answer("x", "Nokia", prompt)]
-    assert SCORERS["textvqa"]([], answers, path)["accuracy"] == pytest.approx(0.9)
+    assert SCORERS["textvqa"](answers, path)["accuracy"] == pytest.approx(0.9)
     with pytest.raises(ValueError, match="has no question 'what brand"):
-        SCORERS["textvqa"]([], [answer("y", "Nokia", prompt)], path)
+        SCORERS["textvqa"]([answer("y", "Nokia", prompt)], path)
     with pytest.raises(ValueError, match="none of TextVQA's forms"):
-        SCORERS["textvqa"]([], [answer("x", "Nokia", "What brand?")], path)
+        SCORERS["textvqa"]([answer("x", "Nokia", "What brand?")], path)
 
 
 def test_gqa_is_an_exact_match_of_the_balanced_questions(tmp_path):
@@ -175,9 +252,9 @@ def test_gqa_is_an_exact_match_of_the_balanced_questions(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(questions))
     answers = [answer(i, text) for i, text in enumerate(["Yes.", "yes", "no", "yes it is"])]
-    assert SCORERS["gqa"]([], answers, path) == {"accuracy": 2 / 4}
-    with pytest.raises(ValueError, match="1 of 4 questions have no answer"):
-        SCORERS["gqa"]([], answers[1:], path)
+    assert SCORERS["gqa"](answers, path) == {"accuracy": 2 / 4}
+    with pytest.raises(ValueError, match=r"1 of 4 questions of .*questions.json have no answer"):
+        SCORERS["gqa"](answers[1:], path)
 
 
 def test_vqa_is_joined_by_id_and_counts_what_is_missing(tmp_path):
@@ -192,23 +269,22 @@ def test_vqa_is_joined_by_id_and_counts_what_is_missing(tmp_path):
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps({"annotations": data}))
     answers = [answer(1, "2"), answer(2, "Red")]
-    accuracy = SCORERS["vqa"]([], answers, path)["accuracy"]
+    accuracy = SCORERS["vqa"](answers, path)["accuracy"]
     assert accuracy == pytest.approx((1 + 0.6 + 0) / 3)
 
 
 def test_exact_matches_by_category():
-    questions = [
-        {"question_id": 1, "answer": "red", "category": "colour"},
-        {"question_id": 2, "answer": "two", "category": "count"},
-        {"question_id": 3, "answer": "one", "category": "count"},
+    answers = [
+        answer(1, "red ", answer="red", category="colour"),
+        answer(2, "Two", answer="two", category="count"),
+        answer(2, "one", "R", answer="one", category="count"),  # of the same picture
+        answer(3, "x", answer="x"),
     ]
-    figures = SCORERS["exact"](questions, [answer(1, "red "), answer(2, "Two")], None)
-    assert figures == {"accuracy": 1 / 3, "accuracy, colour": 1, "accuracy, count": 0}
-    with pytest.raises(ValueError, match="Question 4 has no answer to compare with"):
-        SCORERS["exact"]([{"question_id": 4}], [], None)
-
-
-def test_a_line_that_is_no_json_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a"\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl has no JSON in line 3"):
-        read_lines(tmp_path / "a.jsonl")
+    assert SCORERS["exact"](answers, None) == {
+        "accuracy": 3 / 4,
+        "accuracy, colour": 1,
+        "accuracy, count": 1 / 2,
+        "accuracy, no category": 1,
+    }
+    with pytest.raises(ValueError, match="q.jsonl, line 4 has no answer; it has question_id"):
+        SCORERS["exact"]([answer(4, "x")], None)
