@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-import glob
 import io
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
 from mlx_llava.batch import BATCH_SIZE, BatchGenerator
-from mlx_llava.command import command
+from mlx_llava.command import command, one_line
 from mlx_llava.decoding import Options
 from mlx_llava.files import whole_file
-from mlx_llava.image import FORMATS
 from mlx_llava.json_files import parse
 from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
+from mlx_llava.picture_files import find_pictures
 from mlx_llava.prompts_file import answer_prompts
 
 PROMPT = "Describe the picture."
@@ -33,79 +30,64 @@ PROMPT = "Describe the picture."
 BESIDE = "txt"
 
 
-def find_pictures(places: Sequence[str], recursive: bool = False) -> list[str]:
-    """The pictures of folders and patterns, each once, those of a place in order of their names.
-
-    Args:
-        places (list of str): Folders, files, and patterns as ``photos/*.jpg``, in which ``**``
-            stands for any folders.
-        recursive (bool): Looks into the folders of folders.
-
-    Raises:
-        ValueError: A place has no picture.
-    """
-    found: dict[str, None] = {}
-    for place in places:
-        path = Path(place).expanduser()
-        if path.is_file():
-            pictures = [str(path)]
-        else:
-            names = "**/*" if recursive else "*"
-            pattern = f"{glob.escape(str(path))}/{names}" if path.is_dir() else str(path)
-            files = glob.iglob(pattern, recursive=True)  # noqa: PTH207 - Path's has no absolute ones
-            pictures = sorted(str(Path(file)) for file in files if _is_picture(Path(file)))
-        if not pictures:
-            hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
-            raise ValueError(f"There is no picture in {place}{hint}.")
-        found.update(dict.fromkeys(pictures))
-    return list(found)
-
-
-@cache
-def _endings() -> set[str]:
-    """What the names of pictures end in."""
-    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    return known | {".heic", ".heif"}
-
-
-def _is_picture(file: Path) -> bool:
-    """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
-    is_hidden = file.name.startswith(".")
-    return file.suffix.lower() in _endings() and not is_hidden and file.is_file()
-
-
 class Captions(Protocol):
     """Where captions are kept."""
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file that is no picture may be one of these."""
+        ...
 
     def done(self) -> set[str]:
         """The pictures that have one."""
         ...
 
     def mend(self) -> None:
-        """Takes away what a kill has left half written."""
+        """Takes away what a kill has left half written.
+
+        Raises:
+            ValueError: There is something that this command did not write.
+        """
         ...
 
     def write(self, picture: str, text: str) -> None:
-        """Keeps a caption for good."""
+        """Keeps a caption for good.
+
+        Raises:
+            NotWrittenError: This caption alone cannot be kept.
+        """
         ...
+
+
+class NotWrittenError(Exception):
+    """One caption cannot be kept; the others may."""
 
 
 class _Records:
     """A file of records, each of whole lines, the last of which a kill may have cut."""
 
+    unit = "lines"
+
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def holds(self, file: Path) -> bool:
+        """See `Captions`."""
+        return self.path.exists() and file.samefile(self.path)
 
     def is_whole(self, _record: str) -> bool:
         """Whether some whole lines are a record, and not the beginning of one."""
         return True
+
+    def begins(self, number: int) -> str:
+        """What a record begins with, by its number from 0."""
+        raise NotImplementedError
 
     def records(self) -> list[str]:
         """The whole records."""
         if not self.path.exists():
             return []
         text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
-        records, record = [], ""
+        records, record = list[str](), ""
         for line in text.split("\n")[:-1]:
             record += line + "\n"
             if self.is_whole(record):
@@ -113,12 +95,22 @@ class _Records:
                 record = ""
         return records
 
+    def not_ours(self) -> ValueError:
+        """The error for a file of somebody else's."""
+        return ValueError(f"{self.path} holds {self.unit} that this command did not write.")
+
     def mend(self) -> None:
         """See `Captions`."""
-        content = "".join(self.records()).encode("utf-8", errors="surrogateescape")
-        if self.path.exists() and self.path.stat().st_size != len(content):
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        records = [r.encode("utf-8", errors="surrogateescape") for r in self.records()]
+        beginnings = [self.begins(number).encode() for number in range(len(records) + 1)]
+        cut = whole[sum(map(len, records)) :]
+        is_ours = all(map(bytes.startswith, records, beginnings))
+        if not is_ours or not (cut.startswith(beginnings[-1]) or beginnings[-1].startswith(cut)):
+            raise self.not_ours()
+        if cut:
             with whole_file(self.path) as beside:
-                beside.write_bytes(content)
+                beside.write_bytes(b"".join(records))
 
     def append(self, text: str) -> None:
         """Adds a record."""
@@ -136,9 +128,16 @@ class Lines(_Records):
     def done(self) -> set[str]:
         """See `Captions`."""
         try:
-            return {parse(line, str(self.path))["image"] for line in self.records()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} holds lines that this command did not write.") from error
+            lines = [parse(line, str(self.path)) for line in self.records()]
+        except ValueError as error:
+            raise self.not_ours() from error
+        if not all(isinstance(line, dict) and tuple(line) == ("image", self.key) for line in lines):
+            raise self.not_ours()
+        return {line["image"] for line in lines}
+
+    def begins(self, _number: int) -> str:
+        """See `_Records`."""
+        return '{"image": "'
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
@@ -149,18 +148,23 @@ class Lines(_Records):
 class Table(_Records):
     """A CSV file with the columns ``image`` and ``text``."""
 
+    unit = "rows"
     columns = ("image", "text")
 
     def is_whole(self, record: str) -> bool:
         """Whether no quotation is open."""
         return record.count('"') % 2 == 0
 
+    def begins(self, number: int) -> str:
+        """See `_Records`."""
+        return '"' if number else '"image","text"\n'
+
     def done(self) -> set[str]:
         """See `Captions`."""
         rows = list(csv.reader(io.StringIO("".join(self.records()), newline="")))
         head = tuple(rows[0]) if rows else self.columns
         if head != self.columns or any(len(row) != 2 for row in rows):
-            raise ValueError(f"{self.path} holds rows that this command did not write.")
+            raise self.not_ours()
         return {row[0] for row in rows[1:]}
 
     def write(self, picture: str, text: str) -> None:
@@ -178,6 +182,10 @@ class TextFiles:
     def __init__(self, pictures: Sequence[str]) -> None:
         self.pictures = pictures
 
+    def holds(self, file: Path) -> bool:
+        """See `Captions`."""
+        return file.suffix == ".txt"
+
     def done(self) -> set[str]:
         """See `Captions`."""
         return {picture for picture in self.pictures if _text_file(picture).exists()}
@@ -187,8 +195,14 @@ class TextFiles:
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
-        with whole_file(_text_file(picture)) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
+        path = _text_file(picture)
+        if os.path.lexists(path):  # by somebody else, or under another case of letters
+            raise NotWrittenError(f"There is {path} already.")
+        try:
+            with whole_file(path) as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise NotWrittenError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _text_file(picture: str) -> Path:
@@ -260,7 +274,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    pictures = find_pictures(args.pictures, args.recursive)
+    others: set[Path] = set()
+    pictures = find_pictures(args.pictures, args.recursive, others)
     captions = open_captions(args.out, pictures)
     errors = Lines(
         Path("captions" if args.out == BESIDE else args.out).with_suffix(".errors.jsonl"), "error"
@@ -279,17 +294,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
     with bar:
         for picture, line in caption_all(rest, args):
-            if "error" in line:
-                errors.write(picture, line["error"])
-                broken.add(picture)
-            else:
+            try:
+                if "error" in line:
+                    raise NotWrittenError(line["error"])
                 captions.write(picture, line["text"].strip())
+            except NotWrittenError as error:
+                errors.write(picture, one_line(error))
+                broken.add(picture)
             bar.update()
     failed = broken & {*pictures}
+    written = len(rest) - len(failed & {*rest})
+    others = {file for file in others if not (captions.holds(file) or errors.holds(file))}
+    print(_summary(written, len(pictures) - len(rest), len(failed), others), file=sys.stderr)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."
         )
+
+
+def _summary(written: int, before: int, failed: int, others: Iterable[Path]) -> str:
+    """What has become of everything that was found."""
+    kinds = Counter(map(_kind, others))
+    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    counts = {"written": written, "done before": before, "failed": failed}
+    parts = [f"{count} {what}" for what, count in counts.items() if count or what == "written"]
+    return ", ".join([*parts, f"{kinds.total()} skipped" + (f" ({skipped})" if skipped else "")])
+
+
+def _kind(file: Path) -> str:
+    """What a file is that is not captioned, in a word."""
+    if not file.exists():
+        return "broken link"
+    return "closed folder" if file.is_dir() else file.suffix.lower() or "without ending"
 
 
 def caption_all(

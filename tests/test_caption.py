@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_llava import generate, load
-from mlx_llava.caption import PROMPT, Lines, Table, find_pictures, in_order, main
-from tests.conftest import ROOT
+from mlx_llava.caption import PROMPT, Lines, Table, in_order, main
+from mlx_llava.picture_files import find_pictures
+from tests.conftest import ROOT, shared_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import shapes
@@ -179,6 +181,85 @@ def test_pictures_are_found_once_and_in_order(tmp_path):
     found = find_pictures(["[1].gif", "c/**/*", "*.png", "a.png"])
     assert found == ["[1].gif", "c/d.webp", "c/e/f.heic", "a.png"]
     assert len(find_pictures([str(tmp_path)], recursive=True)) == 5
+
+
+def test_links_are_followed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/2024/a.png", "photos/2025/b.png", "elsewhere/c.png", "photos/b.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    for link, target in {
+        "photos/2024/all": "..",
+        "photos/2025/all": "../../photos",
+        "photos/1": "../elsewhere",
+        "photos/first": "../elsewhere",
+        "photos/a.png": "2024/a.png",
+        "photos/2025/twice.png": "../2024/a.png",
+        "photos/2024/itself": "itself",
+        "photos/2024/gone.png": "nowhere",
+    }.items():
+        Path(link).symlink_to(target)
+    own = ["photos/2024/a.png", "photos/2025/b.png", "photos/b.png"]
+    skipped: set[Path] = set()
+    assert find_pictures(["photos"], True, skipped) == ["photos/1/c.png", *own]
+    assert {str(path) for path in skipped} == {"photos/2024/gone.png", "photos/2024/itself"}
+    for pattern in ("photos/**/*.png", "photos/**", "**/photos/**/**/*"):
+        assert sorted(find_pictures([pattern])) == ["photos/1/c.png", *own]
+    assert find_pictures(["photos"]) == ["photos/a.png", "photos/b.png"]
+    assert find_pictures(["photos/2024/all/a.png", "photos/2024"]) == ["photos/2024/all/a.png"]
+
+
+def test_a_reported_loop_is_one_picture():
+    photos = shared_data("reports/caption_link_loop/photos")
+    assert find_pictures([str(photos)], True) == [str(photos / "2024" / "a.png")]
+
+
+def test_one_text_that_cannot_be_written_is_one_error(drawings, capsys):
+    picture = drawings / "images" / "000001.png"
+    names = ["a.png", "x" * 251 + ".png", "\N{OX}" * 62 + ".jpeg", "z.png"]
+    for name in names:
+        shutil.copy(picture, name)
+    for name in ("clip.mov", "photo.raw", "other.mov", "README"):
+        Path(name).touch()
+    Path("a.txt").symlink_to("nowhere")
+    assert main([".", "--out", "txt", "-m", "2"]) == 2
+    *_, counts, error = capsys.readouterr().err.splitlines()
+    assert counts == "3 written, 1 failed, 4 skipped (2 .mov, 1 .raw, 1 without ending)"
+    assert error == "error: 1 of 4 pictures have no caption; captions.errors.jsonl says why."
+    line = json.loads(Path("captions.errors.jsonl").read_text())
+    assert line == {"image": "a.png", "error": "There is a.txt already."}
+    assert Path("a.txt").readlink() == Path("nowhere")
+    for name in names[1:]:
+        Path(name).with_suffix(".txt").unlink()
+    assert main([".", "--out", "txt", "-m", "2", "--resume"]) == 2
+    assert "3 written, 1 done before, 1 failed" in capsys.readouterr().err
+    assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("their.jsonl", '[{"image": "a.png", "text": "no end"}]'),
+        ("their.jsonl", '{"question_id": 1, "image": "a.png", "text": "What is it?"}\n'),
+        ("their.jsonl", '{"image": "a.png", "text": "mine", "split": "train"}\n'),
+        ("their.jsonl", '{"image":"a.png","text":"mine"}\n'),
+        ("their.jsonl", "notes without an end"),
+        ("their.csv", "image,text\na.png,mine\n"),
+        ("their.csv", "image,text"),
+        ("their.csv", '"image","text"\na.png,mine\n'),
+        ("their.csv", '"image","caption"\n'),
+        ("captions.errors.jsonl", '{"image": "a.png", "text": "mine"}\n'),
+    ],
+)
+def test_what_somebody_else_wrote_is_not_gone_on_with(name, content, drawings, capsys):
+    Path(name).write_text(content)
+    out = name if name.startswith("their") else "captions.csv"
+    arguments = [str(drawings / "images" / "000001.png"), "--out", out]
+    for more in ([], ["--resume"]):
+        assert main([*arguments, *more]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert Path(name).read_text() == content
+    assert [path.name for path in Path().iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

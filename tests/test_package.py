@@ -28,7 +28,7 @@ LAYERS = (
         "limits",
         "sampling",
     },
-    {"config_checks", "display", "json_files", "kernels", "remote"},
+    {"config_checks", "display", "json_files", "kernels", "picture_files", "remote"},
     {
         "scores",
         "folders",

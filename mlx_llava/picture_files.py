@@ -1,0 +1,131 @@
+"""The pictures of folders and patterns, each once, whatever links lead to them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from mlx_llava.image import FORMATS
+
+
+def find_pictures(
+    places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
+) -> list[str]:
+    """The pictures of folders and patterns, those of a place in order of their names.
+
+    Links are followed, and a picture that several lead to is found once, by its own name if that
+    is in the place.
+
+    Args:
+        places (list of str): Folders, files, and patterns as ``photos/*.jpg``, in which ``**``
+            stands for any folders.
+        recursive (bool): Looks into the folders of folders.
+        skipped (set of Path, optional): Takes the files that are no pictures by their names, links
+            that lead nowhere, and folders that cannot be read.
+
+    Raises:
+        ValueError: A place has no picture.
+    """
+    found: dict[str, str] = {}
+    skipped = set() if skipped is None else skipped
+    for place in places:
+        path = Path(os.path.expanduser(place))  # noqa: PTH111 - Path's raises RuntimeError
+        files = [path] if path.is_file() else _find_files(path, recursive, skipped)
+        new: dict[str, str] = {}
+        for file in sorted(files, key=lambda file: (_links(file), str(file))):
+            new.setdefault(os.path.realpath(file), str(file))
+        if not new:
+            hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
+            raise ValueError(f"There is no picture in {place}{hint}.")
+        for real, name in sorted(new.items(), key=lambda item: item[1]):
+            found.setdefault(real, name)
+    return list(found.values())
+
+
+def _links(file: Path) -> int:
+    """How many links a name leads through."""
+    return sum(part.is_symlink() for part in (file, *file.parents))
+
+
+def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
+    """The pictures of a folder or a pattern."""
+    if path.is_dir():
+        matching = _match(path, ["**", "*"] if recursive else ["*"], skipped)
+    else:
+        start = Path(path.anchor)
+        matching = _match(start, path.parts[1:] if path.anchor else path.parts, skipped)
+    for file in matching:
+        mode = _mode(file)
+        if has_picture_name(file) and stat.S_ISREG(mode):
+            yield file
+        elif not stat.S_ISDIR(mode):
+            skipped.add(file)
+
+
+def _match(folder: Path, parts: Sequence[str], skipped: set[Path]) -> Iterator[Path]:
+    """What matches the parts of a pattern below a folder."""
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        for below in _folders(folder, skipped):
+            yield from _match(below, rest or ["*"], skipped)
+        return
+    for path in _entries(folder, first, skipped):
+        if not rest:
+            yield path
+        elif stat.S_ISDIR(_mode(path)):
+            yield from _match(path, rest, skipped)
+
+
+def _folders(folder: Path, skipped: set[Path]) -> Iterator[Path]:
+    """A folder and all below it, each once, those behind links last."""
+    seen: set[tuple[int, int]] = set()
+    own, linked = [folder], list[Path]()
+    while own or linked:
+        here = own.pop() if own else linked.pop(0)
+        found = here.stat()
+        if (found.st_dev, found.st_ino) in seen:
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield here
+        below = [path for path in _entries(here, "*", skipped) if stat.S_ISDIR(_mode(path))]
+        own += [path for path in below if not path.is_symlink()]
+        linked += [path for path in below if path.is_symlink()]
+
+
+def _entries(folder: Path, pattern: str, skipped: set[Path]) -> list[Path]:
+    """What is in a folder under a name or a pattern; hidden files match only a hidden pattern."""
+    if not any(letter in pattern for letter in "*?["):
+        return [folder / pattern] if os.path.lexists(folder / pattern) else []
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        skipped.add(folder)
+        return []
+    hidden = pattern.startswith(".")
+    return [folder / n for n in names if fnmatchcase(n, pattern) and n.startswith(".") == hidden]
+
+
+def _mode(path: Path) -> int:
+    """What a path leads to, as `stat.S_ISREG` and the like tell; 0 where it leads nowhere."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+@cache
+def _endings() -> set[str]:
+    """What the names of pictures end in."""
+    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    return known | {".heic", ".heif"}
+
+
+def has_picture_name(file: Path) -> bool:
+    """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
+    return file.suffix.lower() in _endings() and not file.name.startswith(".")
