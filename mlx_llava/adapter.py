@@ -7,8 +7,9 @@ decoder's blocks and trains the projector beside it (scripts/v1_5/finetune_lora.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_llava.checkpoint.safetensors import read_file
-from mlx_llava.json_files import read_json, write_json
+from mlx_llava.checkpoint.adapters import read_adapter
+from mlx_llava.checkpoint.lora import LowRank, add_low_rank
+from mlx_llava.json_files import write_json
 from mlx_llava.llava import Llava
-from mlx_llava.quantized import plain_weight
+from mlx_llava.quantized import is_quantized, plain_weight, with_weight
 
 WEIGHTS = "adapters.safetensors"
 
+_BLOCKS = "language_model.model.layers."
 #: The linear layers of a decoder block.
 TARGETS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -32,7 +35,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder says about itself.
+    """What an adapter folder of ours says about itself.
 
     Attributes:
         base_model: the checkpoint that it was trained on.
@@ -60,18 +63,6 @@ class Adapter:
         data = {**asdict(self), "scale": self.scale}
         keys = data.keys() if self.stage == "lora" else ("base_model", "stage")
         return {key: data[key] for key in keys}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Adapter:
-        """Reads adapter_config.json; raises ValueError where it is not one of ours."""
-        known = {field.name for field in fields(cls)}
-        if not {"base_model", "stage"} <= data.keys() or data["stage"] not in ("projector", "lora"):
-            raise ValueError(
-                "adapter_config.json names no base_model and stage (projector or lora); this "
-                "is no adapter of mlx_llava. Give a PEFT adapter as --model with --base."
-            )
-        values = {key: value for key, value in data.items() if key in known}
-        return cls(**{**values, "targets": tuple(values.get("targets", TARGETS))})
 
 
 def add_lora(model: Llava, adapter: Adapter) -> None:
@@ -106,41 +97,85 @@ def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, mx.array]
     write_json(folder / "adapter_config.json", adapter.to_dict())
 
 
-def load_adapter(model: Llava, folder: str | Path) -> Adapter:
+def load_adapter(model: Llava, folder: str | Path) -> list[str]:
     """Puts a trained adapter on a model.
+
+    LoRA stays beside the linear layers of the decoder's blocks. What else it changes (DoRA's
+    layers, embeddings, the tower) becomes new weights, plain ones in the place of quantised ones.
 
     Args:
         model (Llava): The model that it was trained on; is changed.
-        folder (str or Path): What `mlx_llava.train` wrote.
+        folder (str or Path): What `mlx_llava.train`, PEFT, mlx-lm or mlx-vlm wrote.
+
+    Returns:
+        list of str: The quantised layers that became plain.
 
     Raises:
         FileNotFoundError: There is no adapter in the folder.
-        ValueError: It was trained on a model of another shape.
+        ValueError: It was trained on a model of another shape, or it is of another kind.
     """
-    folder = Path(folder)
-    if not (folder / WEIGHTS).exists() or not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS} with adapter_config.json; give the folder that "
-            "mlx_llava.train wrote."
-        )
-    adapter = Adapter.from_dict(read_json(folder / "adapter_config.json"))
-    if adapter.stage == "lora":
-        add_lora(model, adapter)
-    weights, _ = read_file(folder / WEIGHTS)
-    expected = dict(tree_flatten(model.parameters()))
-    wrong = [
-        f"{name} {tensor.shape}"
-        for name, tensor in weights.items()
-        if name not in expected or expected[name].shape != tensor.shape
-    ]
+    lora = read_adapter(Path(folder))
+    for warning in lora.warnings:
+        warnings.warn(warning, stacklevel=2)
+    lora.check_tied(model.config.tie_word_embeddings)
+    quantized = _quantized(model)
+    _set_weights(model, {name: tensor.read() for name, tensor in lora.trained.items()}, folder)
+    modules = dict(model.named_modules())
+    merged, beside = {}, {}
+    for name, change in lora.changes.items():
+        path = name.removesuffix(".weight")
+        layer = modules.get(path, nn.Module())
+        weights = [plain_weight(layer)] if "weight" in layer else []
+        lora.check_place(name, weights[0].shape if weights else None)
+        if change.magnitude is None and path.startswith(_BLOCKS):
+            beside[path] = _lora_layer(layer, change)
+        else:
+            weights += [part.read() for part in change.parts()]
+            merged[name] = add_low_rank(weights, change.scale)
+    _set_weights(model, merged, folder)
+    model.update_modules(tree_unflatten(list(beside.items())))
+    model.eval()
+    return sorted(quantized - _quantized(model) - {f"{path}.linear" for path in beside})
+
+
+def _quantized(model: nn.Module) -> set[str]:
+    """The layers whose weights are made of codes."""
+    return {path for path, layer in model.named_modules() if is_quantized(layer)}
+
+
+def _lora_layer(layer: nn.Module, change: LowRank) -> nn.Module:
+    """A linear layer with a change beside it."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    adapted = LoRALinear.from_base(layer, r=change.rank, scale=change.scale)
+    adapted.lora_a, adapted.lora_b = change.down.read().T, change.up.read().T
+    return adapted
+
+
+def _set_weights(model: Llava, weights: Mapping[str, mx.array], folder: str | Path) -> None:
+    """Puts weights into a model, plain ones in the place of quantised ones.
+
+    Raises:
+        ValueError: The model has no such weight, or one of another shape.
+    """
+    modules, expected = dict(model.named_modules()), dict(tree_flatten(model.parameters()))
+    wrong, plain = [], {}
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        layer = modules.get(path)
+        stored = expected.get(name)
+        if layer is not None and is_quantized(layer) and leaf == "weight":
+            plain[path] = with_weight(layer, weight)
+            stored = plain_weight(layer)
+        if stored is None or weight.shape != stored.shape:
+            wrong.append(f"{name} {weight.shape}")
     if wrong:
         raise ValueError(
-            f"{folder} was trained on {adapter.base_model}, which has another shape: "
-            f"{len(wrong)} of {len(weights)} tensors do not fit, the first is {wrong[0]}."
+            f"{folder} was trained on a model of another shape: {len(wrong)} of {len(weights)} "
+            f"tensors do not fit, the first is {wrong[0]}."
         )
-    model.load_weights([(name, tensor.read()) for name, tensor in weights.items()], strict=False)
-    model.eval()
-    return adapter
+    model.update_modules(tree_unflatten(list(plain.items())))
+    model.load_weights(list(weights.items()), strict=False)
 
 
 def merge_adapter(model: Llava) -> list[str]:
@@ -154,17 +189,9 @@ def merge_adapter(model: Llava) -> list[str]:
     from mlx_lm.tuner.lora import LoRALinear
 
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear)]
-    model.update_modules(tree_unflatten([(path, _merged(layer)) for path, layer in layers]))
+    merged = []
+    for path, layer in layers:
+        parts = [plain_weight(layer.linear), layer.lora_b.T, layer.lora_a.T]
+        merged.append((path, with_weight(layer.linear, add_low_rank(parts, layer.scale))))
+    model.update_modules(tree_unflatten(merged))
     return [path for path, layer in layers if isinstance(layer.linear, nn.QuantizedLinear)]
-
-
-def _merged(layer: Any) -> nn.Linear:
-    """A LoRA layer as one linear layer, summed in float32."""
-    base = layer.linear
-    weight = plain_weight(base)
-    delta = layer.scale * (layer.lora_a.astype(mx.float32) @ layer.lora_b.astype(mx.float32)).T
-    merged = nn.Linear(1, 1, bias=False)
-    merged.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
-    if "bias" in base:
-        merged.bias = base.bias
-    return merged

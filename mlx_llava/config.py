@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from mlx_llava.activations import ACTIVATIONS
 from mlx_llava.config_checks import Section, build, names_of, refuse_empty, refuse_value
 from mlx_llava.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
-from mlx_llava.rope_config import read_rope, unknown_rope_keys
+from mlx_llava.rope_config import check_factors, read_rope, unknown_rope_keys
 
 #: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
 _CLIP_L_336 = {
@@ -124,6 +124,7 @@ class TextConfig:
         config = build(cls, data, where)
         refuse_empty(config, where)
         config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
+        check_factors(config.rope_scaling, config.dims_per_head)
         if config.num_attention_heads % config.kv_heads:
             heads = f"divisors of num_attention_heads={config.num_attention_heads}"
             refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
@@ -371,14 +372,19 @@ def _image_token(data: Mapping[str, Any]) -> int:
 
 def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
     """The ends of answer of the whole model, or of its text model."""
-    ids = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    ids = data.get("eos_token_id")
+    if ids is None:
+        ids = (data.get("text_config") or {}).get("eos_token_id")
+    ends = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(end) is int for end in ends):
+        refuse_value("config.json", "eos_token_id", ids, "an id or a list of ids")
+    return tuple(ends)
 
 
 def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """MLX's ``quantization``; another library's ``quantization_config`` is refused."""
     found = data.get("quantization") or data.get("quantization_config")
-    if found is None:
+    if not found:
         return None
     if "quant_method" in found or "bits" not in found:
         method = found.get("quant_method", "unknown")

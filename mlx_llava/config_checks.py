@@ -23,10 +23,12 @@ def _pattern(names: str) -> re.Pattern[str]:
 
 
 def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
-    """Whether a value, or each of a list's, is among others; true is not 1."""
-    if isinstance(value, (list, dict)):
+    """Whether a value, or each of a list's, is among others or empty; true is not 1."""
+    if isinstance(value, list):
         return all(_is_one_of(item, neutral) for item in value)
-    return any(value == other and (value is True) == (other is True) for other in neutral)
+    return value == {} or any(
+        value == other and (value is True) == (other is True) for other in neutral
+    )
 
 
 @dataclass(frozen=True)

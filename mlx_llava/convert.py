@@ -21,7 +21,6 @@ from mlx_llava.folders import MANIFEST, check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.load import (
     find_and_open,
-    layer_settings,
     load,
     make_processor,
     write_settings,
@@ -29,6 +28,7 @@ from mlx_llava.load import (
 from mlx_llava.plan import MODES, RECIPES, Plan, Quantization, make_plan
 from mlx_llava.precision import DTYPES
 from mlx_llava.processor import Processor
+from mlx_llava.quantized import layer_settings
 from mlx_llava.version import __version__
 
 

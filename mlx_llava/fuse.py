@@ -19,8 +19,8 @@ from mlx_llava.adapter import load_adapter, merge_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.folders import check_target
 from mlx_llava.hub import embedded_model
-from mlx_llava.load import layer_settings, load, save
-from mlx_llava.quantized import is_quantized
+from mlx_llava.load import load, save
+from mlx_llava.quantized import is_quantized, layer_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help="what was trained (default: the embedded model)")
-    add("--adapter-path", required=True, metavar="DIR", help="what mlx_llava.train wrote")
+    add(
+        "--adapter-path",
+        required=True,
+        metavar="DIR",
+        help="what mlx_llava.train, PEFT, mlx-lm or mlx-vlm wrote",
+    )
     add("--output", default="fused", help="the folder to make (default: %(default)s)")
     add("--requantize", action="store_true", help="quantise again what was quantised")
     add("--force", action="store_true", help="replace the folder if it is a model's")
@@ -56,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep += [args.base, args.vision_tower, args.mmproj]
     check_target(Path(args.output), "model", args.force, keep)
     model, processor = load(args.model, as_stored=True, **source_options(args))
-    load_adapter(model, args.adapter_path)
-    changed = merge_adapter(model)
+    changed = load_adapter(model, args.adapter_path)
+    changed += merge_adapter(model)
     if args.requantize and not changed:
         raise ValueError("--requantize: the adapter changed no quantised layer.")
     if args.requantize:

@@ -42,20 +42,22 @@ HARMLESS = (
     """
     *_loss_coef *_token_id *_token_ids *_token_index *dropout* *pdrop drop_path_rate
     ffn_dim_multiplier ignore_index image_seq_length image_token image_token_len initializer_*
-    layerdrop logit_scale_init_value loss_type multiple_of num_additional_image_tokens
-    num_logits_to_keep output_router_logits padding_idx pretraining_tp projection_dim
-    quantization_config text_config_dict vision_config_dict vision_use_head vocab_size
+    layerdrop logit_scale_init_value loss_type max_window_layers multiple_of
+    num_additional_image_tokens num_logits_to_keep output_router_logits padding_idx
+    pretraining_tp projection_dim quantization_config text_config_dict vision_config_dict
+    vision_use_head vocab_size
     """
     # trainers
     """
     *_lr *_lr_multiplier *_pretrained add_faster_video add_time_instruction delay_load
-    faster_token_stride force_sample freeze_* frames_upbound gradient_checkpointing
+    faster_token_stride force_sample frame_* frames_upbound freeze_* gradient_checkpointing*
     image_crop_resolution image_split_resolution lora_* max_num_frames max_num_images
-    max_sequence_length mm_hidden_size mm_newline_position mm_perceiver_* mm_qformer_*
-    mm_spatial_pool_* mm_tunable_parts mm_use_im_patch_token model_max_length num_frames
-    pos_skipping_range pretrain_mm_mlp_adapter s2_scales sep_image_conv_front tokenizer_*
-    tune_* unfreeze_* use_flash_attention* use_flash_attn* use_mm_proj use_pos_skipping
-    vision_tower vision_tower_cfg with_vision_tower
+    max_num_pixels max_sequence_length mm_hidden_size mm_newline_position mm_perceiver_*
+    mm_pooling_position mm_qformer_* mm_spatial_pool_* mm_tunable_parts mm_use_im_patch_token
+    modality_max_length model_max_length num_frames pos_skipping_range pretrain_* resume_*
+    s2_scales sep_image_conv_front tokenizer_* tune_* unfreeze_* use_flash_attention*
+    use_flash_attn* use_mm_proj use_pos_skipping video_* vision_tower vision_tower_cfg
+    with_vision_tower
     """
     # converters
     "skip_vision skip_vision_* unsloth_*"
@@ -102,9 +104,9 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (
         "another scale of embeddings, attention or logits",
         _OFF,
-        """attention_scale attn_scale attn_temperature* dim_model_base embed_scale
-        embedding_scale floor_scale log_scaling* normalize_embedding* *query_pre_attn_scalar
-        scale_attn_by_inverse* scale_embedding* use_mup""",
+        """*query_pre_attn_scalar attention_multiplier attention_scale attn_scale
+        attn_temperature* dim_model_base embed_scale embedding_scale floor_scale log_scaling*
+        normalize_embedding* scale_attn_by_inverse* scale_embedding* use_mup""",
     ),
     (
         "experts",

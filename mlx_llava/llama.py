@@ -24,13 +24,15 @@ def rope_frequencies(config: TextConfig) -> mx.array:
     """The rotation periods over 2 pi of each pair of dimensions, (head width / 2,).
 
     ``linear`` stretches all of them; ``llama3`` stretches the long ones and blends between
-    (Llama 3.1; transformers' modeling_rope_utils.py, _compute_llama3_parameters).
+    (Llama 3.1); ``longrope`` has a factor for each (transformers' modeling_rope_utils.py).
     """
     dims = config.dims_per_head
     periods = config.rope_theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     scaling = config.rope_scaling
     if scaling is None:
         return periods
+    if scaling["rope_type"] == "longrope":
+        return periods * mx.array(scaling["long_factor"], mx.float32)
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return periods * factor

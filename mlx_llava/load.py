@@ -28,7 +28,7 @@ from mlx_llava.memory import check_weights
 from mlx_llava.precision import cast, suit_device
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
-from mlx_llava.quantized import PermutedQuantizedLinear
+from mlx_llava.quantized import PermutedQuantizedLinear, layer_settings
 from mlx_llava.templates import get_template
 
 _ENCODER = "vision_tower.vision_model.encoder.layers."
@@ -57,7 +57,8 @@ def load(
     Args:
         path_or_repo (str or Path, optional): A folder, a GGUF file, or a repository on the
             Hugging Face hub. Default: the embedded model, which knows coloured shapes.
-        adapter_path (str or Path, optional): What `mlx_llava.train` made of it.
+        adapter_path (str or Path, optional): What `mlx_llava.train`, PEFT, mlx-lm or mlx-vlm made
+            of it: a folder, or a repository.
         revision (str, optional): A branch, tag or commit of the repository.
         offline (bool): Uses only what was downloaded before.
         dtype (str, optional): ``float32``, ``float16`` or ``bfloat16`` for all weights.
@@ -96,7 +97,7 @@ def load(
     for warning in checkpoint.warnings:
         warnings.warn(warning, stacklevel=2)
     if adapter_path is not None:
-        load_adapter(model, adapter_path)
+        load_adapter(model, find_checkpoint(adapter_path, None, offline))
     configure_device()
     if dtype is None and not as_stored:
         suit_device(model)
@@ -202,14 +203,6 @@ def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]
         if f"{path}.input_permutation" in names
     }
     model.update_modules(tree_unflatten(list(permuted.items())))
-
-
-def layer_settings(quantization: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The bits, group_size and mode of a layer: its own, or those of all."""
-    keys = ("bits", "group_size", "mode")
-    common = {key: quantization[key] for key in keys if key in quantization}
-    own = quantization.get(path)
-    return {**common, **own} if isinstance(own, dict) else common
 
 
 def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:

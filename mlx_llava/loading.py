@@ -22,7 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds which model to load, and how."""
     add = parser.add_argument
     add("--model", help="a folder, a GGUF file, or a hub repository (default: embedded)")
-    add("--adapter-path", metavar="DIR", help="what mlx_llava.train made of the model")
+    add("--adapter-path", metavar="DIR", help="what was trained of the model, here or with PEFT")
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
     add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +11,9 @@ import mlx.nn as nn
 
 from mlx_llava.checkpoint.layout import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint
-from mlx_llava.checkpoint.tensors import LazyTensor, Output, combine, output
-from mlx_llava.load import check_tensors, empty_model, layer_settings
+from mlx_llava.checkpoint.plain import plain_tensors
+from mlx_llava.checkpoint.tensors import LazyTensor, Output, output
+from mlx_llava.load import check_tensors, empty_model
 from mlx_llava.precision import read_dtype
 
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
@@ -98,7 +98,7 @@ def make_plan(
     check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)
     tensors, config = checkpoint.tensors, checkpoint.config
     if dequantize and config.quantization is not None:
-        tensors = _dequantize(tensors, config.quantization)
+        tensors = plain_tensors(tensors, config.quantization)
         config = replace(config, quantization=None)
     if dtype is not None:
         wanted = read_dtype(dtype)
@@ -185,28 +185,3 @@ def _quantized(path: str, tensor: LazyTensor, settings: Mapping[str, Any]) -> Ou
         lambda: quantize(tensor.read()),
         tensor.source,
     )
-
-
-def _dequantize(
-    tensors: Mapping[str, LazyTensor], quantization: Mapping[str, Any]
-) -> dict[str, LazyTensor]:
-    """Plain weights in place of codes, in the precision of their scales."""
-    result = dict(tensors)
-    for name in tensors:
-        if not name.endswith(".scales"):
-            continue
-        path = name.removesuffix(".scales")
-        settings = layer_settings(quantization, path)
-        parts = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
-        present = [result.pop(part) for part in parts if part in result]
-        order = result.pop(f"{path}.input_permutation", None)
-        plain = combine(present, partial(_plain, settings=settings))
-        if order is not None:
-            plain = combine([plain, order], lambda arrays: arrays[0][:, mx.argsort(arrays[1])])
-        result[f"{path}.weight"] = plain
-    return result
-
-
-def _plain(arrays: list[mx.array], settings: Mapping[str, Any]) -> mx.array:
-    weight, scales, *biases = arrays
-    return mx.dequantize(weight, scales, biases[0] if biases else None, **settings)

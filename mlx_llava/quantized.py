@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -28,6 +31,14 @@ class PermutedQuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x[..., self.input_permutation])
+
+
+def layer_settings(quantization: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The bits, group_size and mode of a layer: its own, or those of all."""
+    keys = ("bits", "group_size", "mode")
+    common = {key: quantization[key] for key in keys if key in quantization}
+    own = quantization.get(path)
+    return {**common, **own} if isinstance(own, dict) else common
 
 
 def plain_weight(layer: nn.Module) -> mx.array:
@@ -62,16 +73,21 @@ def float_dtype(layer: nn.Module, default: mx.Dtype) -> mx.Dtype:
     return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), default)
 
 
+def with_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """A plain layer like another, its bias included, that has this weight."""
+    is_linear = isinstance(layer, (nn.Linear, nn.QuantizedLinear))
+    plain = Linear(1, 1, bias="bias" in layer) if is_linear else Embedding(1, 1)
+    plain.weight = weight
+    if "bias" in layer:
+        plain.bias = layer.bias
+    return plain
+
+
 def dequantize(model: nn.Module, dtype: mx.Dtype) -> None:
     """Puts a plain layer in the place of every quantised one."""
-    plain = []
-    for path, layer in model.named_modules():
-        if is_quantized(layer):
-            new = (Linear if isinstance(layer, nn.QuantizedLinear) else Embedding)(1, 1)
-            new.update({"weight": plain_weight(layer).astype(dtype)})
-            if isinstance(new, Linear):
-                new.pop("bias")
-                if "bias" in layer:
-                    new.bias = layer.bias
-            plain.append((path, new))
+    plain = [
+        (path, with_weight(layer, plain_weight(layer).astype(dtype)))
+        for path, layer in model.named_modules()
+        if is_quantized(layer)
+    ]
     model.update_modules(tree_unflatten(plain))

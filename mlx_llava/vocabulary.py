@@ -1,4 +1,4 @@
-"""Vocabularies of other formats -> tokenizer.json: SentencePiece's, and llama.cpp's two kinds."""
+"""SentencePiece's vocabularies, in its own files and in llama.cpp's -> tokenizer.json."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import Any
 
 #: SentencePiece's kinds of pieces (sentencepiece_model.proto), which llama.cpp keeps.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-#: Llama 3's way to cut text before BPE (tokenizer.json of Meta-Llama-3-8B).
-_LLAMA_3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def spec_from_pieces(
     unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
     return {
         "version": "1.0",
-        "added_tokens": _added_tokens(pieces, added_tokens),
+        "added_tokens": special_pieces(pieces, added_tokens),
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, space_to_bar]},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -100,49 +94,7 @@ def spec_from_pieces(
     }
 
 
-def spec_from_byte_bpe(pieces: Sequence[Piece], merges: Sequence[str], pre: str) -> dict[str, Any]:
-    """Writes a byte-level BPE (Llama 3) as a tokenizer.json.
-
-    Args:
-        pieces (list of Piece): The vocabulary.
-        merges (list of str): Pairs, separated by a space, the first merge first.
-        pre (str): llama.cpp's name for the way to cut text.
-
-    Raises:
-        ValueError: That way is not known here.
-    """
-    if pre not in ("llama-bpe", "llama3", "llama-v3"):
-        raise ValueError(f"tokenizer.ggml.pre={pre!r} is not supported, only Llama 3's.")
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": _LLAMA_3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    return {
-        "version": "1.0",
-        "added_tokens": _added_tokens(pieces, {}),
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {p.text: i for i, p in enumerate(pieces) if p.kind == NORMAL},
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
-    }
-
-
-def _added_tokens(pieces: Sequence[Piece], more: Mapping[str, int]) -> list[dict[str, Any]]:
+def special_pieces(pieces: Sequence[Piece], more: Mapping[str, int]) -> list[dict[str, Any]]:
     """A control piece is a token of its own; a user-defined one counts as text."""
     special = {
         piece.text: (i, piece.kind != USER_DEFINED)

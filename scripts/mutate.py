@@ -16,7 +16,7 @@ TESTS = (
     *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
     *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
     *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
-    *("tests/test_structured.py", "tests/test_sampling.py"),
+    *("tests/test_structured.py", "tests/test_sampling.py", "tests/test_adapters.py"),
     *("tests/test_server.py", "tests/test_attacks.py"),
 )
 
@@ -65,7 +65,13 @@ MUTATIONS = (
     ("optimiser's state forgotten", "tuner/trainer", '_ordered(arrays["trained"]), arrays["optimizer"]', '_ordered(arrays["trained"]), self.optimizer_state'),
     ("weights kept in 16 bits", "tuner/trainer", "lambda array: array.astype(mx.float32), parameters", "lambda array: array, parameters"),
     ("processes do not share", "tuner/trainer", "indices[self.group.rank() :: self.group.size()]", "indices"),
-    ("scale of LoRA forgotten in the sum", "adapter", "delta = layer.scale * (", "delta = ("),
+    ("scale of LoRA forgotten in the sum", "checkpoint/lora", "weight + scale * (up @ down)", "weight + (up @ down)"),
+    ("length of DoRA's columns, not rows", "checkpoint/lora", "axis = 1 if", "axis = 0 if"),
+    ("alpha of one module forgotten", "checkpoint/peft", '_of_module(settings.get("alpha_pattern"), module,', "_of_module({}, module,"),
+    ("pattern found anywhere in a name", "checkpoint/peft", '({pattern})$", module)', '({pattern})", module)'),
+    ("rank-stabilised scale not taken", "checkpoint/peft", 'math.sqrt(rank) if settings.get("use_rslora") else rank', "rank"),
+    ("matrices of mlx-lm not transposed", "checkpoint/mlx_lora", "a, b = b.then(lambda array: array.T), a.then(lambda array: array.T)", "pass"),
+    ("PiSSA on the base itself", "checkpoint/peft", '"gaussian", "eva"', '"pissa_niter_4", "gaussian", "eva"'),
     ("future seen within a block", "kernels", "where=later[:rows, :rows]", "where=False"),
     ("scores not scaled", "kernels", "queries[row, mine, block] * scale", "queries[row, mine, block]"),
     ("quick GELU of another slope", "kernels", "slope=1.702)", "slope=1.7)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import mlx.core as mx
@@ -153,6 +154,28 @@ ROPES = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "longrope": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1 + i / 7 for i in range(64)],
+            "long_factor": [1 + i / 7 for i in range(64)],
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": 2048,
+        },
+    },
+}
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES["llama3_original_outside"] = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192},
+}
+ROPES["llama3_original_nowhere"] = {"max_position_embeddings": 512, "rope_scaling": LLAMA3}
+ROPES["original_without_scaling"] = {"original_max_position_embeddings": 64, "rope_scaling": None}
+ROPES["both_spellings"] = {
+    "rope_scaling": {"type": "linear", "factor": 4.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
 }
 
 
@@ -161,7 +184,7 @@ def test_rope_frequencies_are_those_of_transformers(name):
     hf = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theirs = LlamaRotaryEmbedding(hf.LlamaConfig(**ROPES[name])).inv_freq.numpy()
+    theirs = LlamaRotaryEmbedding(hf.LlamaConfig(**copy.deepcopy(ROPES[name]))).inv_freq.numpy()
     ours = 1 / np.array(rope_frequencies(text(**ROPES[name])), np.float64)
     assert np.abs(ours / theirs - 1).max() < 1e-6
 
@@ -199,6 +222,7 @@ def test_ends_of_answer():
     for data, expected in (
         ({"eos_token_id": 7}, (7,)),
         ({"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": None, "text_config": {"eos_token_id": [5, 6]}}, (5, 6)),
         ({"text_config": {"eos_token_id": 5}}, (5,)),
         ({}, ()),
     ):
@@ -214,6 +238,14 @@ REFUSED = {
     "unknown_vision": ({"vision_config": {"use_rope": 1}}, "vision_config .* use_rope=1"),
     "unknown_rope": ({"text_config": {"rope_scaling": {"beta_fast": 3}}}, "beta_fast=3"),
     "yarn": ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}, "'yarn'"),
+    "other_factors": (
+        {
+            "text_config": {
+                "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "long_factor": [2]}
+            }
+        },
+        "longrope.* 64 factors, the same for short and long prompts",
+    ),
     "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
     "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),
     "act": ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
@@ -242,6 +274,7 @@ REFUSED = {
     "merge": ({"mm_patch_merge_type": "unpad"}, "mm_patch_merge_type='unpad'"),
     "pinpoints": ({"image_grid_pinpoints": "(1x1)"}, "no range of grids"),
     "pinpoint_text": ({"image_grid_pinpoints": "[[1, 2"}, "no list of pairs"),
+    "ends": ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
     "convention": ({"anyres_convention": "mine"}, "anyres_convention='mine'"),
 }
 

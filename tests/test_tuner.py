@@ -636,8 +636,5 @@ def test_an_adapter_of_another_model_is_refused(folder):
     data["text_config"] |= {"hidden_size": 64, "head_dim": 16}
     with pytest.raises(ValueError, match=r"another shape: \d of \d tensors do not fit"):
         load_adapter(Llava(LlavaConfig.from_dict(data)), adapter)
-    with pytest.raises(FileNotFoundError, match=r"no adapters\.safetensors"):
+    with pytest.raises(FileNotFoundError, match="has no adapter in it"):
         load(LLAVA, adapter_path=folder)
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="no adapter of mlx_llava"):
-        load(LLAVA, adapter_path=adapter)

@@ -1,24 +1,19 @@
-"""Parts of checkpoints: deltas, LoRA, stand-alone projectors, put on their base.
-
-All take and give tensors by canonical name.
-"""
+"""Parts of checkpoints: deltas, adapters, stand-alone projectors, by canonical name."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_llava.checkpoint import mlx_lora, peft
 from mlx_llava.checkpoint.folder import read_file
-from mlx_llava.checkpoint.layout import canonical_name
+from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora
 from mlx_llava.checkpoint.tensors import LazyTensor, combine
-from mlx_llava.json_files import read_json
+from mlx_llava.json_files import read_json, sensible_values
 
-PROJECTOR = "multi_modal_projector."
-_LORA_KEY = re.compile(r"^(.*)\.lora_([AB])(?:\.default)?\.weight$")
+PROJECTOR_FILE = "mm_projector.bin"
 _GROWING = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -64,72 +59,53 @@ def _add_rows(arrays: list[mx.array]) -> mx.array:
     return delta.at[:rows, :columns].add(base.astype(delta.dtype))
 
 
-def find_lora_file(folder: Path) -> Path:
-    """The adapter's weights.
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold an adapter's weights."""
+    names = (*peft.WEIGHTS, *mlx_lora.WEIGHTS)
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def read_adapter(folder: Path) -> Lora:
+    """Reads a LoRA folder of PEFT's, LLaVA's, mlx-lm's, mlx-vlm's or our own.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: It has no weights, or no adapter_config.json.
+        ValueError: It is of another kind, or broken.
     """
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has no adapter_model.safetensors or adapter_model.bin.")
+    settings, files = read_json(folder / CONFIG), adapter_files(folder)
+    if not files:
+        names = ", ".join((*peft.WEIGHTS, *mlx_lora.WEIGHTS))
+        raise FileNotFoundError(f"{folder} has no adapter in it, none of {names}.")
+    if not settings:
+        raise FileNotFoundError(
+            f"{folder} has {files[0].name}, but no {CONFIG} that says how strong it is; it stands "
+            "beside the weights where they were trained."
+        )
+    with sensible_values(folder):
+        if files[0].name in mlx_lora.WEIGHTS:
+            return mlx_lora.read_mlx(files[0], settings)
+        return peft.read_peft(folder, files[0], settings)
 
 
-def apply_lora(base: Mapping[str, LazyTensor], folder: Path) -> dict[str, LazyTensor]:
-    """Merges a LoRA folder of peft and LLaVA into its base (builder.py).
-
-    W + scale B A is computed in float32; what was trained in full replaces the base's.
-
-    Raises:
-        ValueError: The adapter does not fit the base.
-    """
-    settings = read_json(folder / "adapter_config.json")
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    result = dict(base)
-    trained = folder / "non_lora_trainables.bin"
-    if trained.exists():
-        for key, tensor in read_file(trained)[0].items():
-            result[_name_below_peft(key)] = tensor
-    pairs: dict[str, dict[str, LazyTensor]] = {}
-    for key, tensor in read_file(find_lora_file(folder))[0].items():
-        match = _LORA_KEY.match(key)
-        if not match:
-            raise ValueError(f"{tensor.source} is no part of a LoRA that can be merged.")
-        pairs.setdefault(_name_below_peft(match[1] + ".weight"), {})[match[2]] = tensor
-    for name, pair in pairs.items():
-        if set(pair) != {"A", "B"} or name not in result:
-            raise ValueError(f"The adapter changes {name}, which the base does not have.")
-        down, up, weight = pair["A"], pair["B"], result[name]
-        if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"The adapter changes {name} by {up.shape} x {down.shape}, but the base's is "
-                f"{weight.shape}; it belongs to another base."
-            )
-        result[name] = combine([weight, up, down], lambda arrays: _merge(arrays, scale))
-    return result
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    if not path.is_dir():
+        return False
+    files = {*adapter_files(path)}
+    others = {*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")} - files
+    return (path / CONFIG).exists() or (bool(files) and not others)
 
 
-def _merge(arrays: list[mx.array], scale: float) -> mx.array:
-    weight, up, down = (array.astype(mx.float32) for array in arrays)
-    return (weight + scale * (up @ down)).astype(arrays[0].dtype)
-
-
-def _name_below_peft(key: str) -> str:
-    """The canonical name of a tensor that peft saved below base_model.model."""
-    return canonical_name(key.removeprefix("base_model.model."))
-
-
-def read_projector(path: Path) -> dict[str, LazyTensor]:
-    """A stand-alone mm_projector.bin; token rows that may come with it are left out.
+def read_projector(path: Path) -> Lora:
+    """A stand-alone mm_projector.bin, or the one in a folder; other tensors are left out.
 
     Raises:
         ValueError: There is no projector in it.
     """
+    path = path if path.is_file() else path / PROJECTOR_FILE
     tensors, _ = read_file(path)
-    named = {_name_below_peft(key): tensor for key, tensor in tensors.items()}
+    named = {peft.name_below_peft(key): tensor for key, tensor in tensors.items()}
     found = {name: tensor for name, tensor in named.items() if name.startswith(PROJECTOR)}
     if not found:
         raise ValueError(f"{path} holds no projector.")
-    return found
+    return Lora({}, found)

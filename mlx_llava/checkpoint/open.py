@@ -14,8 +14,9 @@ import mlx.core as mx
 
 from mlx_llava.checkpoint import adapters, gptq, original
 from mlx_llava.checkpoint.folder import find_files, read_folder
-from mlx_llava.checkpoint.gguf import read_pair
+from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
+from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.config import LlavaConfig, unknown_keys
 from mlx_llava.config_checks import unknown_warning
@@ -24,7 +25,6 @@ from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 _LM_HEAD = "language_model.lm_head."
-_PROJECTOR_FILE = "mm_projector.bin"
 
 
 @dataclass
@@ -76,13 +76,13 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
         FileNotFoundError: A file is missing.
         ValueError: It is broken, not supported, or a part of it is not given.
     """
-    if path.suffix == ".gguf" or parts.mmproj:
+    if path.suffix == ".gguf" or parts.mmproj or _is_gguf(path):
         return _open_gguf(path, parts)
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
     folder = path if path.is_dir() else path.parent
     data = read_json(folder / "config.json")
-    if path.is_file() or (path / "adapter_config.json").exists() or _is_projector(path):
+    if path.is_file() or adapters.is_adapter(path) or _is_projector(path):
         return _open_adapter(path, data, parts)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json.")
@@ -228,9 +228,15 @@ def _read_base(folder: Path) -> dict[str, LazyTensor]:
     return canonical_tensors(tensors, is_mlx).tensors
 
 
+def _is_gguf(path: Path) -> bool:
+    """Whether a folder holds GGUF files and no other weights."""
+    others = (*path.glob("*.safetensors"), *path.glob("*.bin"))
+    return bool(gguf_files(path)) and not others
+
+
 def _is_projector(path: Path) -> bool:
     """Whether a folder holds a stand-alone projector and no model."""
-    if not (path / _PROJECTOR_FILE).exists():
+    if not (path / adapters.PROJECTOR_FILE).exists():
         return False
     try:
         find_files(path)
@@ -241,39 +247,63 @@ def _is_projector(path: Path) -> bool:
 
 def _open_adapter(path: Path, data: dict[str, Any], parts: Parts) -> Checkpoint:
     """A LoRA or a projector on a base: a LLaMA, or a whole LLaVA."""
-    is_lora = (path / "adapter_config.json").exists()
+    is_lora = adapters.is_adapter(path)
     kind = "LoRA" if is_lora else "projector"
     if not parts.base:
-        raise ValueError(f"{path} is a {kind}; give the model that it belongs to with --base.")
+        base = read_json(path / CONFIG).get("base_model_name_or_path")
+        named = f" ({CONFIG} names {base})" if base else ""
+        raise ValueError(
+            f"{path} is a {kind}; give the model that it belongs to with --base{named}."
+        )
+    part = adapters.read_adapter(path) if is_lora else adapters.read_projector(path)
     folder = parts.find(parts.base)
     base_data = read_json(folder / "config.json")
-    base = _read_base(folder)
-    warnings = []
-    if is_lora:
-        weights = adapters.apply_lora(base, path)
-    else:
-        projector = adapters.read_projector(path if path.is_file() else path / _PROJECTOR_FILE)
-        kept = {name: t for name, t in base.items() if not name.startswith(adapters.PROJECTOR)}
-        weights = kept | projector
-        if data.get("tune_mm_mlp_adapter") and len(kept) < len(base):
-            warnings.append(
-                "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "
-                "a projector of its own; together they cannot see."
+    if original.is_original({**base_data, **data}):
+        checkpoint = _open_on_original(path, {**base_data, **data}, part, folder, parts)
+    elif "llava" in str(base_data.get("model_type")):
+        checkpoint = open_checkpoint(folder, replace(parts, base=None))
+        part.check_tied(checkpoint.config.tie_word_embeddings)
+        merged = merge_lora(checkpoint.tensors, part, checkpoint.config.quantization)
+        plain = sum(name.endswith(".scales") for name in checkpoint.tensors.keys() - merged.keys())
+        if plain:
+            checkpoint.warnings.append(
+                f"{plain} quantised layers became plain; --model {folder} --adapter-path {path} "
+                "leaves them as they are."
             )
-    data = {**base_data, **data}
-    if not original.is_original(data):
-        raise ValueError(f"{path} needs a config.json with LLaVA's mm_ keys, in it or in its base.")
-    checkpoint = _open_original(path, data, weights, parts, tokenizer_folder=folder)
+        checkpoint.tensors = merged
+    else:
+        raise ValueError(
+            f"{path} needs a base that is a LLaVA, or a config.json with LLaVA's mm_ keys; "
+            f"{folder} has model_type={base_data.get('model_type')!r}."
+        )
     checkpoint.layout = f"{kind} on {folder.name}"
-    checkpoint.warnings += warnings
+    checkpoint.warnings += part.warnings
+    return checkpoint
+
+
+def _open_on_original(
+    path: Path, data: dict[str, Any], part: Lora, folder: Path, parts: Parts
+) -> Checkpoint:
+    """A part on a LLaMA or an original LLaVA, whose vocabulary it was trained with."""
+    base = _read_base(folder)
+    has_projector = any(name.startswith(PROJECTOR) for name in base)
+    checkpoint = _open_original(path, data, merge_lora(base, part), parts, tokenizer_folder=folder)
+    if data.get("tune_mm_mlp_adapter") and has_projector and not part.changes:
+        checkpoint.warnings.append(
+            "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "
+            "a projector of its own; together they cannot see."
+        )
     return checkpoint
 
 
 def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
-    """llama.cpp's pair of files."""
-    if not parts.mmproj:
+    """llama.cpp's pair of files, named or in one folder."""
+    mmproj = parts.find(parts.mmproj) if parts.mmproj else None
+    if path.is_dir():
+        path, mmproj = find_pair(path, mmproj)
+    if mmproj is None:
         raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
-    model = read_pair(path, parts.find(parts.mmproj))
+    model = read_pair(path, mmproj)
     config = LlavaConfig.from_dict(model.config)
     if model.settings:
         config = replace(config, quantization=_quantization(model.settings))
@@ -290,7 +320,9 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
         tensors=tensors,
         tokenizer=tokenizer,
         image_processor=model.image_processor,
+        eos_ids=model.eos_ids,
         dropped=model.dropped,
+        warnings=model.warnings,
     )
 
 

@@ -166,10 +166,17 @@ def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
     if not tower:
         raise ValueError(f"{folder} has no CLIP vision tower.")
-    data = read_json(folder / "config.json")
-    # CLIPConfig lets the older key win.
-    vision = {**(data.get("vision_config") or {}), **(data.get("vision_config_dict") or {})} or data
-    return tower, {**vision, "model_type": "clip_vision_model"} if vision else tower_config(tower)
+    return tower, tower_settings(read_json(folder / "config.json")) or tower_config(tower)
+
+
+def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``vision_config`` of a CLIP repository's config.json: of a whole CLIP or of its tower.
+
+    As in CLIPConfig, ``vision_config_dict`` wins.
+    """
+    parts = (data.get("vision_config") or {}, data.get("vision_config_dict") or {})
+    vision = {**parts[0], **parts[1]} or dict(data)
+    return vision and {**vision, "model_type": "clip_vision_model"}
 
 
 def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:

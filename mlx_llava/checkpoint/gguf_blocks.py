@@ -1,0 +1,141 @@
+"""llama.cpp's blocks of quantised weights -> MLX's affine quantisation, or plain numbers.
+
+Q4_0, Q4_1, Q8_0 and Q4_K say w = scale q + bias for every 32 weights, as MLX does, so their codes
+are kept bit for bit. MLX has no layout for the other types; gguf's dequantiser reads those.
+Formats: llama.cpp, ggml/src/ggml-common.h, and gguf-py, gguf/quants.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+#: A file's rows as 16-bit words, (rows, blocks, words of a block).
+Words = npt.NDArray[np.uint16]
+Bytes = npt.NDArray[np.uint8]
+
+#: How much is worked on at a time: what stays in a processor's cache is several times faster.
+_BYTES_AT_ONCE = 1 << 18
+_NUMBERS_AT_ONCE = 1 << 18
+GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A type of blocks that MLX's quantisation says as well.
+
+    Attributes:
+        bits: of each code.
+        nbytes: of each block.
+        dtype: of scales and biases; float32 where a scale is the product of two numbers.
+        codes: words -> MLX's bytes, (rows, bytes).
+        affine: words -> scales and biases, (rows, groups) each.
+    """
+
+    bits: int
+    nbytes: int
+    dtype: mx.Dtype
+    codes: Callable[[Words], Bytes]
+    affine: Callable[[Words], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+
+    def read_codes(self, data: Bytes) -> mx.array:
+        """The codes (rows, inputs x bits / 32), uint32, of raw rows (rows, bytes)."""
+        parts = [self.codes(self._words(part)) for part in _parts(data, _BYTES_AT_ONCE)]
+        return mx.array(np.concatenate(parts).view(np.uint32))
+
+    def read_affine(self, data: Bytes) -> tuple[mx.array, mx.array]:
+        """Scales and biases (rows, inputs / 32) of raw rows (rows, bytes)."""
+        scales, biases = self.affine(self._words(data))
+        return mx.array(scales), mx.array(biases)
+
+    def _words(self, data: Bytes) -> Words:
+        words = np.ascontiguousarray(data).view(np.uint16)
+        return words.reshape(len(data), -1, self.nbytes // 2)
+
+
+def dequantize(data: Bytes, kind: GGMLQuantizationType, dtype: mx.Dtype) -> mx.array:
+    """Plain numbers of raw rows (rows, bytes) of any type, a part at a time."""
+    from gguf.quants import dequantize
+
+    parts = []
+    for part in _parts(data, _NUMBERS_AT_ONCE):
+        parts.append(mx.array(dequantize(part, kind)).astype(dtype))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
+
+
+def _parts(data: Bytes, nbytes: int) -> Iterator[Bytes]:
+    """The rows, as many at a time as `nbytes` hold."""
+    step = max(1, nbytes // data.shape[1])
+    return (data[start : start + step] for start in range(0, len(data), step))
+
+
+def _halves(packed: Words) -> Bytes:
+    """4-bit codes, of which each byte holds one of the first half and one of the second.
+
+    MLX's bytes hold two neighbours each, the first one low.
+    """
+    packed = np.ascontiguousarray(packed)
+    low, high = packed & np.uint16(0x0F0F), packed >> np.uint16(4) & np.uint16(0x0F0F)
+    codes = np.empty((*packed.shape[:-1], 2, packed.shape[-1]), np.uint8)
+    codes[..., 0, :] = low | low >> np.uint16(4)
+    codes[..., 1, :] = high | high >> np.uint16(4)
+    return codes.reshape(len(packed), -1)
+
+
+def _half(words: Words) -> npt.NDArray[np.float16]:
+    """One float16 a block."""
+    return np.ascontiguousarray(words).view(np.float16)
+
+
+def _q4_0(words: Words) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    scales = _half(words[..., 0])
+    return scales, scales * np.float16(-8)
+
+
+def _q4_1(words: Words) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    return _half(words[..., 0]), _half(words[..., 1])
+
+
+def _q8_0_codes(words: Words) -> Bytes:
+    """int8 -> uint8: 0 becomes 128."""
+    codes = np.ascontiguousarray(words[..., 1:] ^ np.uint16(0x8080))
+    return codes.reshape(len(codes), -1).view(np.uint8)
+
+
+def _q8_0(words: Words) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    scales = _half(words[..., 0])
+    return scales, scales * np.float16(-128)
+
+
+def _q4_k_codes(words: Words) -> Bytes:
+    """Four times 32 bytes, each of which hold two groups."""
+    return _halves(words[..., 8:].reshape(len(words), -1, 16))
+
+
+def _q4_k(words: Words) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Eight groups' 6-bit scales and minima, in 12 bytes, times the block's own."""
+    packed = np.ascontiguousarray(words[..., 2:8]).view(np.uint8)
+    first, second, mixed = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([first & 63, mixed & 15 | first >> 6 << 4], axis=-1)
+    minima = np.concatenate([second & 63, mixed >> 4 | second >> 6 << 4], axis=-1)
+    outer = _half(words[..., :2]).astype(np.float32)
+    shape = (len(words), -1)
+    return (outer[..., :1] * scales).reshape(shape), (-outer[..., 1:] * minima).reshape(shape)
+
+
+#: By gguf's name of the type.
+BLOCKS: dict[str, Blocks] = {
+    "Q4_0": Blocks(4, 18, mx.float16, lambda words: _halves(words[..., 1:]), _q4_0),
+    "Q4_1": Blocks(4, 20, mx.float16, lambda words: _halves(words[..., 2:]), _q4_1),
+    "Q8_0": Blocks(8, 34, mx.float16, _q8_0_codes, _q8_0),
+    "Q4_K": Blocks(4, 144, mx.float32, _q4_k_codes, _q4_k),
+}
