@@ -114,6 +114,7 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
     """A side, or (height, width), from the spellings of preprocessor_config.json."""
     if isinstance(size, int):
         return size
+    size = {name: pixels for name, pixels in size.items() if pixels is not None}
     if set(size) == {"shortest_edge"}:
         return size["shortest_edge"]
     if set(size) == {"height", "width"}:
@@ -160,7 +161,7 @@ class ImageProcessor:
         Raises:
             ValueError: A setting is not supported or does not fit the model.
         """
-        data = dict(data or {})
+        data = {key: value for key, value in (data or {}).items() if value is not None}
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
             if data.get(key, True) is False:
                 raise ValueError(f"The image processor has {key}=false, which is not supported.")
