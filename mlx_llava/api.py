@@ -25,6 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
+from mlx_llava.api_errors import ApiError, busy
 from mlx_llava.command import one_line
 from mlx_llava.decoding import ContextError, Options
 from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
@@ -32,14 +33,7 @@ from mlx_llava.guard import error_response
 from mlx_llava.image import PixelsError, load_image
 from mlx_llava.limits import Limits
 from mlx_llava.metrics import Metrics
-from mlx_llava.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Wanted,
-    busy,
-    read_request,
-)
+from mlx_llava.protocol import ChatRequest, CompletionRequest, Wanted, read_request
 from mlx_llava.replies import ChatShape, CompletionShape, Shape, Usage
 from mlx_llava.sources import Sources
 
@@ -154,7 +148,7 @@ class Api:
             ApiError: It is refused, or fails before the first word.
         """
         _check_content_type(request)
-        wanted = read_request(await request.body(), kind)
+        wanted = await run_sync(read_request, await request.body(), kind)
         self._check_model(wanted.model)
         has_logprobs = wanted.told_logprobs is not None
         shape = shape_of(wanted.model, has_logprobs, wanted.tells_usage)

@@ -8,7 +8,7 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_llava.protocol import ApiError, busy
+from mlx_llava.api_errors import ApiError, busy
 
 #: How many bodies of the greatest length may be held at a time, in whatever number of pieces.
 BODIES = 4

@@ -1,197 +1,74 @@
-"""What OpenAI's clients send, checked (platform.openai.com/docs/api-reference).
+"""The requests of OpenAI's clients, checked (platform.openai.com/docs/api-reference).
 
-A parameter is honoured or refused by its name. Ignored are those that ask nothing of the answer.
+A parameter is honoured, or refused by its name (parameters.py). Ignored are those that ask
+nothing of the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import from_json
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
+from mlx_llava.answer_formats import AnswerFormat
+from mlx_llava.api_errors import ApiError
+from mlx_llava.api_messages import MAX_MESSAGES, Lenient, Message, check_fields, conversation
 from mlx_llava.decoding import Options
-from mlx_llava.structured import ANY_OBJECT
+from mlx_llava.json_bodies import read_json
+from mlx_llava.parameters import check_parameters
 
-#: Parameters that can only have the values that change nothing.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-#: Parameters that ask nothing of the answer. Tools are offers, which no LLaVA takes: that one
-#: must be called, is refused with `tool_choice`.
-IGNORED = frozenset(
-    ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "tools", "user")
-)
-#: What OpenAI's answers hold beside text; clients send it back within the conversation.
-NO_TEXT = ("annotations", "audio", "function_call", "refusal", "tool_calls")
-RETRY_SECONDS = 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
-MAX_SCHEMA_LENGTH = 100_000
-MAX_MESSAGES = 1000
 MAX_PROMPTS = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-class ApiError(Exception):
-    """What is answered in place of an answer.
-
-    Attributes:
-        status: of HTTP.
-        headers: further ones.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self._fields = {"message": message, "type": kind, "param": param, "code": code}
-
-    def body(self) -> dict[str, Any]:
-        """The object that clients read."""
-        return {"error": self._fields}
+def _unless_limited(tokens: int) -> int:
+    """Takes -1 for no limit but the model's context, as llama.cpp and LM Studio do."""
+    if tokens == -1:
+        return sys.maxsize
+    if tokens < 1:
+        message = "Input should be greater than or equal to 1, or -1 for no limit"
+        raise PydanticCustomError("max_tokens", message)
+    return tokens
 
 
-def busy(message: str) -> ApiError:
-    """Asks to come again."""
-    kind, code = "rate_limit_error", "rate_limit_exceeded"
-    headers = {"Retry-After": str(RETRY_SECONDS)}
-    return ApiError(429, message, kind=kind, code=code, headers=headers)
+def _as_seed(number: int) -> int:
+    """Takes any whole number, where MLX takes those of 64 bits."""
+    return number % 2**64
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def _or_off(count: int) -> int:
+    """Takes -1 for all, as vLLM does."""
+    return max(count, 0)
 
 
-class TextPart(_Strict):
-    """A text of a message."""
-
-    type: Literal["text"]
-    text: str
+MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
 
 
-class ImageUrl(_Strict):
-    """Where a picture is; the model always sees all that it can of it."""
+class StreamOptions(Lenient):
+    """What a stream tells; a whole answer always tells it."""
 
-    url: str
-    detail: Literal["auto", "high"] = "auto"
-
-
-class ImagePart(_Strict):
-    """A picture of a message."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
+    include_usage: bool | None = None
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-class Message(_Strict):
-    """A message, its content always in parts."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: list[Part]
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _in_parts(cls, content: Any) -> Any:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class JsonSchema(_Strict):
-    """A schema and its name; answers always follow it to the letter."""
-
-    name: str
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-    @field_validator("schema_")
-    @classmethod
-    def _is_short(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
-            raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
-        return schema
-
-
-class TextFormat(_Strict):
-    """Any text."""
-
-    type: Literal["text"]
-
-    def schema_of_answers(self) -> dict[str, Any] | None:
-        """What an answer must follow, if anything."""
-        return None
-
-
-class JsonFormat(_Strict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-    def schema_of_answers(self) -> dict[str, Any] | None:
-        """See `TextFormat`."""
-        return ANY_OBJECT
-
-
-class SchemaFormat(_Strict):
-    """JSON of a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-    def schema_of_answers(self) -> dict[str, Any] | None:
-        """See `TextFormat`."""
-        return self.json_schema.schema_
-
-
-class StreamOptions(_Strict):
-    """What a stream tells."""
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class _Request(_Strict):
+class _Request(Lenient):
     """What both kinds of requests have; `top_k` and what follows are not OpenAI's."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     n: int = Field(1, ge=1, le=128)
     stop: list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]] = Field([], max_length=MAX_STOPS)
-    seed: int | None = None
+    seed: Annotated[int, AfterValidator(_as_seed)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=0)
+    stream_options: StreamOptions = StreamOptions()
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(_or_off)] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
@@ -205,7 +82,7 @@ class _Request(_Strict):
     @property
     def tells_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream_options.include_usage)
 
     def options(self, defaults: Options) -> Options:
         """How to answer, where the server's defaults are for what is not said."""
@@ -221,28 +98,26 @@ class _Request(_Strict):
         options = replace(defaults, **{k: v for k, v in given.items() if v is not None})
         if self.top_p == 0:  # the likeliest token alone; for `Options` it would be all tokens
             options = replace(options, temp=0)
-        return replace(options, stop=(*defaults.stop, *self.stop))
+        return replace(options, stop=(*defaults.stop, *filter(None, self.stop)))
 
     def seeded(self, options: Options) -> list[Options]:
         """The options of each of the `n` answers, which a seed must not make equal."""
         if options.seed is None:
             return [options] * self.n
-        return [replace(options, seed=(options.seed + i) % 2**64) for i in range(self.n)]
+        return [replace(options, seed=_as_seed(options.seed + i)) for i in range(self.n)]
 
 
 class ChatRequest(_Request):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: (
-        Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None
-    ) = None
+    response_format: AnswerFormat | None = None
 
     def options(self, defaults: Options) -> Options:
-        """See `_Request`."""
+        """See `_Request`; of two lengths, the newer parameter's is taken."""
         options = super().options(defaults)
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
@@ -257,37 +132,15 @@ class ChatRequest(_Request):
 
     def pictures(self) -> list[str]:
         """The URLs of all pictures in order."""
-        return [
-            part.image_url.url
-            for message in self.messages
-            for part in message.content
-            if isinstance(part, ImagePart)
-        ]
+        return [url for message in self.messages for url in message.pictures()]
 
     def texts(self) -> list[str]:
         """All texts in order."""
-        return [
-            part.text
-            for message in self.messages
-            for part in message.content
-            if isinstance(part, TextPart)
-        ]
+        return [text for message in self.messages for text in message.texts()]
 
     def conversation(self, pictures: Sequence[Any]) -> list[dict[str, Any]]:
         """The messages for `Processor`, with the pictures in their places."""
-        following = iter(pictures)
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, TextPart)
-                    else {"type": "image", "image": next(following)}
-                    for part in message.content
-                ],
-            }
-            for message in self.messages
-        ]
+        return conversation(self.messages, pictures)
 
 
 class CompletionRequest(_Request):
@@ -320,56 +173,22 @@ def read_request(body: bytes, kind: type[Wanted]) -> Wanted:
     Raises:
         ApiError: It is no JSON, lacks something, or asks for what there is not.
     """
-    try:
-        data = from_json(body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        raise ApiError(400, f"The body is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ApiError(400, "The body must be a JSON object.")
-    data = {key: value for key, value in data.items() if value is not None and key not in IGNORED}
-    _drop_neutral(data)
-    messages = data.get("messages")
-    if isinstance(messages, list):
-        data["messages"] = [_without_nothing(message) for message in messages]
+    data = {key: value for key, value in read_json(body).items() if value is not None}
+    check_parameters(data)
+    check_fields(data.get("messages"))
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
         raise _refusal(error) from error
-    _check_pairs(request)
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
     return request
-
-
-def _without_nothing(message: Any) -> Any:
-    """A message without the fields that are null or, beside its text, empty."""
-    if not isinstance(message, dict):
-        return message
-    return {
-        key: value
-        for key, value in message.items()
-        if key == "content" or not (value is None or (key in NO_TEXT and not value))
-    }
-
-
-def _drop_neutral(data: dict[str, Any]) -> None:
-    for name in data.keys() & NEUTRAL.keys():
-        value = data.pop(name)
-        if value not in NEUTRAL[name]:
-            known = " or ".join(map(repr, NEUTRAL[name])) or "null"
-            raise ApiError(
-                400,
-                f"{name} is not supported here; leave it out (or {known}).",
-                param=name,
-                code="unsupported_parameter",
-            )
 
 
 def _refusal(error: ValidationError) -> ApiError:
     """The first thing that is wrong, in one line."""
     first = error.errors(include_url=False)[0]
     param = _path(first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"Unrecognized request argument supplied: {param}"
-        return ApiError(400, message, param=param, code="unknown_parameter")
     if first["type"] == "missing":
         message = f"Missing required parameter: '{param}'."
         return ApiError(400, message, param=param, code="missing_required_parameter")
@@ -388,9 +207,11 @@ def _path(places: tuple[int | str, ...]) -> str:
     )
 
 
-def _check_pairs(request: Wanted) -> None:
-    """Refuses parameters that need another one."""
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
-    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+def _check_chat(request: ChatRequest) -> None:
+    """Refuses what no template writes, and parameters that need another one."""
+    roles = [turn.role for turn in request.messages if turn.role in ("user", "assistant")]
+    if roles[-1:] != ["user"]:
+        found = roles[-1] if roles else "none"
+        raise ApiError(400, f"The last turn must be the user's; found {found}.", param="messages")
+    if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")

@@ -80,8 +80,8 @@ def _at_least(logprobs: mx.array, least: mx.array) -> mx.array:
 
 
 def _seeded(sampler: Sampler, seed: int) -> Sampler:
-    """A sampler that draws as if nothing else did; MLX's seeds lie in 0..2^64 - 1."""
-    key = mx.random.key(seed % 2**64)
+    """A sampler that draws as if nothing else did."""
+    key = mx.random.key(seed)
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key

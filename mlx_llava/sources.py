@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlsplit
 from mlx_llava.image import decode_data_url, is_data_url
 from mlx_llava.remote import MAX_BYTES, fetch
 
+#: How JPEG, PNG, GIF and WebP begin in base64, which some clients send without data: before it.
+_BARE = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 _NO_FILE = "There is no such file in the image root."
 
 
@@ -32,6 +34,8 @@ class Sources:
         Raises:
             ValueError: The source is not allowed, or cannot be read.
         """
+        if url.startswith(_BARE):
+            url = f"data:;base64,{url}"
         if is_data_url(url):
             return decode_data_url(url)
         scheme = url.partition(":")[0].lower() if ":" in url else ""

@@ -17,7 +17,7 @@ TESTS = (
     *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
     *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
     *("tests/test_structured.py", "tests/test_sampling.py", "tests/test_adapters.py"),
-    *("tests/test_server.py", "tests/test_attacks.py"),
+    *("tests/test_clients.py", "tests/test_server.py", "tests/test_attacks.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -106,9 +106,12 @@ MUTATIONS = (
     ("places not given back", "engine", "            self.taken -= count", "            pass"),
     ("one failure ends the thread", "engine", "except Exception as error:\n            logger.exception(\"The model", "except ZeroDivisionError as error:\n            logger.exception(\"The model"),
     ("tokens of a stop text told", "engine", "while out and len", "while False and len"),
-    ("seeds all equal", "protocol", "(options.seed + i)", "(options.seed)"),
+    ("seeds all equal", "protocol", "_as_seed(options.seed + i)", "_as_seed(options.seed)"),
     ("top_p of zero as none", "protocol", "if self.top_p == 0:", "if False:"),
-    ("unknown parameters ignored", "protocol", 'extra="forbid"', 'extra="ignore"'),
+    ("parameters without effect taken", "protocol", "    check_parameters(data)\n", ""),
+    ("parts of messages lost", "protocol", '    check_fields(data.get("messages"))\n', ""),
+    ("any number of keys parsed", "json_bodies", "    _check_structure(body)\n", ""),
+    ("parsed where all wait", "api", "await run_sync(read_request, await request.body(), kind)", "read_request(await request.body(), kind)"),
     ("usage counts a prompt n times", "api", "is_new_prompt=piece.index % self._n == 0", "is_new_prompt=True"),
     ("pixels counted one by one", "api", "pixels += pictures[-1].width * pictures[-1].height", "pass"),
     ("what is left told as the limit", "api", "if pictures and isinstance(error, PixelsError):", "if False:"),

@@ -24,16 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llava import connection, remote, server
+from mlx_llava.api_errors import ApiError
 from mlx_llava.decoding import Options
 from mlx_llava.image import data_url, png
-from mlx_llava.protocol import (
-    IGNORED,
-    NEUTRAL,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    read_request,
-)
+from mlx_llava.parameters import UNSUPPORTED
+from mlx_llava.protocol import ChatRequest, CompletionRequest, read_request
 from mlx_llava.remote import fetch, is_public
 from mlx_llava.sources import Sources, read_below
 from tests.serving import MODEL, receive, serving, user
@@ -480,9 +475,13 @@ class TestBodies:
             assert time.monotonic() - started < 5
 
     def test_deep_json(self, served):
-        for body in (b"[" * 1_000_000, b'{"a":' * 200_000, b'{"messages":' + b"[" * 100_000):
-            reply = post(served, body)
-            refused(reply, 400, "not JSON")
+        for body, words in (
+            (b"[" * 1_000_000, "1,000,000 brackets; the limit is"),
+            (b'{"a":' * 300_000, "300,000 texts; the limit is"),
+            (b'{"a":' * 50_000, "not JSON"),
+            (b'{"messages":' + b"[" * 100_000, "not JSON"),
+        ):
+            refused(post(served, body), 400, words)
         deep = {"type": "object"}
         for _ in range(60):
             deep = {"type": "object", "properties": {"a": deep}}
@@ -721,8 +720,8 @@ JSON = st.recursive(
 )
 FIELDS = sorted(
     {
-        *ChatRequest.model_fields, *CompletionRequest.model_fields, *NEUTRAL, *IGNORED,
-        "repeat_penalty",
+        *ChatRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED,
+        "repeat_penalty", "user",
     }
 )  # fmt: skip
 
