@@ -18,6 +18,8 @@ TESTS = (
     *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
     *("tests/test_structured.py", "tests/test_sampling.py", "tests/test_adapters.py"),
     *("tests/test_clients.py", "tests/test_server.py", "tests/test_attacks.py"),
+    *("tests/test_config.py", "tests/test_known_keys.py", "tests/test_tied_head.py"),
+    "tests/test_original_config.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -30,6 +32,15 @@ MUTATIONS = (
     ("class token after the patches", "clip", "[class_token, patches]", "[patches, class_token]"),
     ("layer norm eps of the default", "clip", "eps=config.layer_norm_eps", "eps=1e-5"),
     ("rope theta 1e4", "rope_config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
+    ("context of llama3 inside its scaling alone", "rope_config", "data.get(key) or rope.get(key) or context", "rope.get(key) or context"),
+    ("keys that change the maths read past", "config_checks", "and not _is_one_of(data[key], neutral)", "and False"),
+    ("true taken for 1", "config_checks", " and (value is True) == (other is True)", ""),
+    ("unknown keys not named", "config_checks", "    if not unknown:\n", "    if True:\n"),
+    ("null ends hide the text model's", "config", "    if ids is None:\n        ids = (data", "    if False:\n        ids = (data"),
+    ("stored head dropped", "checkpoint/open", "if tied and not _is_embedding(checkpoint.tensors):", "if False:"),
+    ("any stored head kept", "checkpoint/open", "return not head or (", "return not head and ("),
+    ("Gemma taken for LLaMA", "checkpoint/original", "if others := words & _OTHER_DECODERS:", "if others := set():"),
+    ("another tower's key left out", "checkpoint/original", "{**parts[0], **parts[1]}", "{**parts[1], **parts[0]}"),
     ("rms norm eps of the default", "llama", "eps = config.hidden_size, config.rms_norm_eps", "eps = config.hidden_size, 1e-6"),
     ("head width from the hidden size", "config", "return self.head_dim or self", "return self"),
     ("interleaved RoPE", "llama", "traditional=False", "traditional=True"),

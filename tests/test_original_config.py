@@ -1,0 +1,149 @@
+"""The original's config.json under other names, with other keys, and CLIP's own beside it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from mlx_llava.checkpoint import original
+from tests.conftest import load_as_stored as load
+
+torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
+tiny = pytest.importorskip("tests.tiny")
+layouts = pytest.importorskip("tests.layouts")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny.make_model(layouts.case())
+
+
+def bare(reference):
+    """The original's tensors without a tower."""
+    tensors = layouts.to_original(layouts.state_dict(reference))
+    return {key: tensor for key, tensor in tensors.items() if "vision_tower" not in key}
+
+
+def same_logits(folder, reference, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, processor = load(folder, **options)
+    inputs = layouts.inputs_of(processor)
+    found = np.array(model(**inputs))[..., : layouts.VOCABULARY]
+    assert np.abs(found - layouts.reference_logits(reference, inputs)).max() < 1e-4
+
+
+RENAMED = {
+    "palo": {"architectures": ["PaloForCausalLM"], "model_type": "palo"},
+    "share4v": {
+        "architectures": ["Share4VLlamaForCausalLM"],
+        "model_type": "share4v",
+        "tune_entire_model": True,
+        "tune_vision_tower": True,
+        "vision_tower_lr": 2e-6,
+    },
+    "llava-next": {
+        "model_type": "llava_llama",
+        "mm_tunable_parts": "mm_mlp_adapter,mm_language_model",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_newline_position": "grid",
+        "pos_skipping_range": 4096,
+        "use_pos_skipping": True,
+        "faster_token_stride": 10,
+    },
+    "dolphin": {"architectures": ["DolphinPromptForCausalLM"], "model_type": "my_llava"},
+    "nameless": {"architectures": None, "model_type": None},
+    "numbers": {"architectures": [3], "model_type": 4},
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_renamed_class_is_read_by_its_keys_and_tensors(reference, name, tmp_path):
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
+    config = layouts.original_config(reference, **RENAMED[name])
+    same_logits(
+        layouts.write_folder(tmp_path / "llava", bare(reference), config),
+        reference,
+        vision_tower=clip,
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"architectures": ["LlavaGemmaForCausalLM"]},
+        {"architectures": None, "model_type": "llava_granite"},
+        {"architectures": ["LlavaQwen2ForCausalLM"]},
+        {"model_type": "llava_phi3"},
+        {"architectures": ["LlavaMixtralForCausalLM"]},
+        {"architectures": ["LlavaErnie4_5ForCausalLM"]},
+        {"model_type": "helium"},
+    ],
+)
+def test_another_decoder_is_refused_by_name(names):
+    name = "Gemma granite Qwen phi Mixtral Ernie helium".split()
+    data = {"hidden_size": 64, "num_attention_heads": 4, **names}
+    with pytest.raises(ValueError, match=f"(?i)the decoder ({'|'.join(name)}) is not supported"):
+        original.read_config(data, {}, 99, "")
+
+
+#: What PreTrainedConfig wrote into each part of CLIP's config.json, before it left defaults out.
+FULL_DUMP = {
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "bad_words_ids": None,
+    "chunk_size_feed_forward": 0,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_encoder_decoder": False,
+    "num_beams": 1,
+    "pruned_heads": {},
+    "return_dict": True,
+    "tie_word_embeddings": True,
+    "top_k": 50,
+    "torch_dtype": None,
+    "transformers_version": "4.16.0.dev0",
+    "use_bfloat16": False,
+}
+
+
+@pytest.mark.parametrize("kind", ["whole", "both", "dict", "tower"])
+def test_the_config_of_openais_clip_is_read(reference, kind, tmp_path):
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
+    vision = json.loads((clip / "config.json").read_text())["vision_config"]
+    vision = {**vision, **FULL_DUMP}
+    top = {"model_type": "clip", "projection_dim": 768, "logit_scale_init_value": 2.6592}
+    text = {"text_config": {**FULL_DUMP, "model_type": "clip_text_model"}}
+    configs = {
+        "whole": {**top, **text, "vision_config": vision},
+        # A sparse vision_config_dict wins over a vision_config that says the defaults.
+        "both": {
+            **top,
+            "vision_config": {**vision, "patch_size": 32, "hidden_size": 768},
+            "vision_config_dict": {key: vision[key] for key in ("patch_size", "hidden_size")},
+        },
+        "dict": {**top, "vision_config": None, "vision_config_dict": vision},
+        "tower": {
+            **vision,
+            "model_type": "clip_vision_model",
+            "architectures": ["CLIPVisionModel"],
+        },
+    }
+    (clip / "config.json").write_text(json.dumps(configs[kind]))
+    config = layouts.original_config(reference)
+    folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
+    same_logits(folder, reference, vision_tower=clip)
+
+
+def test_unknown_keys_are_named_in_one_warning(reference, tmp_path):
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
+    config = layouts.original_config(reference, colour="red", wheels=[4] * 40, doors=None)
+    folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
+    with pytest.warns(UserWarning, match="does not know") as caught:
+        load(folder, vision_tower=clip)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "colour='red', wheels=[4, 4, 4" in message
+    assert len(message) < 300
+    assert "doors" not in message
