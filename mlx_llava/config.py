@@ -347,21 +347,6 @@ def read_pinpoints(
     return tuple((int(height), int(width)) for height, width in pairs)
 
 
-def template_by_shape(config: TextConfig) -> str:
-    """The name of the template that a text model's shape points to.
-
-    The original guesses from the folder's name (cli.py); the shapes of the published
-    checkpoints say the same and survive renaming.
-    """
-    if config.vocab_size >= 128256:
-        return "llava_llama_3"
-    if config.hidden_size == 7168:
-        return "chatml_direct"
-    if config.model_type == "mistral" and config.rope_theta == 1e6:
-        return "mistral_instruct"
-    return "vicuna_v1"
-
-
 def _image_token(data: Mapping[str, Any]) -> int:
     """The placeholder's id, under its old or its new name."""
     given = {data[key] for key in ("image_token_index", "image_token_id") if data.get(key)}

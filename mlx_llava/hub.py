@@ -53,6 +53,19 @@ def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offli
     return folder
 
 
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint is called: its repository in the hub's cache, or its folder.
+
+    A snapshot's folder is named by a hash. A training's ``checkpoint-500`` says as little, so the
+    folder around it is named too, as the original does.
+    """
+    path = (path.parent if path.is_file() else path).absolute()
+    for parent in path.parents:
+        if parent.name.startswith("models--"):
+            return parent.name.removeprefix("models--").replace("--", "/")
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
 def _download(name: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
 

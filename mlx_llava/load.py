@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -29,8 +30,10 @@ from mlx_llava.precision import cast, suit_device
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
 from mlx_llava.quantized import PermutedQuantizedLinear, layer_settings
+from mlx_llava.template_choice import guess_template
 from mlx_llava.templates import get_template
 
+logger = logging.getLogger("mlx_llava")
 _ENCODER = "vision_tower.vision_model.encoder.layers."
 
 
@@ -126,15 +129,24 @@ def find_and_open(
 def make_processor(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> Processor:
-    """The processor of a checkpoint."""
-    settings = checkpoint.image_processor
-    return Processor(
-        checkpoint.config,
+    """The processor of a checkpoint; says in the log where its template is a guess."""
+    settings, config = checkpoint.image_processor, checkpoint.config
+    doubt = checkpoint.template_doubt
+    if not config.conv_mode and not checkpoint.tokenizer.chat_template:
+        doubt = guess_template(config).doubt
+    processor = Processor(
+        config,
         checkpoint.tokenizer,
-        ImageProcessor.from_config(settings, checkpoint.config, image_mode),
+        ImageProcessor.from_config(settings, config, image_mode),
         template=get_template(template) if template else None,
         eos_ids=checkpoint.eos_ids,
     )
+    if doubt and not template:
+        logger.warning(
+            f"No file says which template the model was trained with. {processor.template.name} is "
+            f"taken ({doubt}); --template NAME takes another."
+        )
+    return processor
 
 
 def make_model(checkpoint: Checkpoint) -> Llava:

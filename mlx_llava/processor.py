@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlx_llava import display
 from mlx_llava.anyres import Size, num_tiles
-from mlx_llava.config import LlavaConfig, template_by_shape
+from mlx_llava.config import LlavaConfig
 from mlx_llava.image import ImageSource, load_image
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.prompt import (
@@ -28,6 +28,7 @@ from mlx_llava.prompt import (
     read_messages,
     wrap_images,
 )
+from mlx_llava.template_choice import guess_template
 from mlx_llava.templates import get_template
 from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -97,9 +98,10 @@ class Inputs:
 def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
     """The checkpoint's own template, or the one that its shape points to."""
     if config.conv_mode or not tokenizer.chat_template:
-        return get_template(config.conv_mode or template_by_shape(config.text_config))
+        return get_template(config.conv_mode or guess_template(config).name)
     bos, eos = (_text_of(tokenizer.config.get(key)) for key in ("bos_token", "eos_token"))
-    return JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
+    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
+    return replace(template, stops=template.find_ends(tokenizer.special_tokens))
 
 
 def _text_of(token: Any) -> str:

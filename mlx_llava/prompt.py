@@ -1,14 +1,16 @@
 """Conversations -> the text that a checkpoint was trained on.
 
-A template is one of the original LLaVA's (templates.py has them by name) or the checkpoint's
-own in Jinja, rendered as transformers does it.
+A template is one of the original LLaVA's (templates.py) or the checkpoint's own in Jinja,
+rendered as transformers does it.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,12 @@ from mlx_llava.tokenizer import IM_END, IM_START, IMAGE_TOKEN
 
 if TYPE_CHECKING:
     import jinja2
+
+#: Words that no template has in itself, to see what stands around them.
+_QUESTION, _ANSWER = "Six times seven?", "Forty-two"
+#: What looks like an end mark, as text.
+_TEXT_MARK = r"(?:<[^\s<>]+>|\[[^\s\[\]]+\]|#{2,})"
+_PICTURE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
 
 ROLES = ("system", "user", "assistant")
 
@@ -114,82 +122,6 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 @dataclass(frozen=True)
-class Template(ChatTemplate):
-    """A built-in template, as the pieces that it puts around what is said.
-
-    Attributes:
-        name: the name in LLaVA's conversation.py.
-        system: the system text unless the user gives one.
-        header: what opens the prompt, around ``{system}``.
-        bare_header: what opens it when the system text is empty.
-        user: a question, around ``{text}``.
-        assistant: what announces an answer.
-        answer: a past answer, around ``{text}``.
-        between: what stands between an answer and the next question.
-        stops: texts that end an answer.
-        image_joint: what stands between a picture and the text.
-        examples: turns that precede the conversation.
-        image_turn: pictures get a turn of their own, acknowledged with "Received."
-    """
-
-    name: str
-    system: str
-    header: str
-    user: str
-    assistant: str
-    answer: str
-    stops: tuple[str, ...]
-    bare_header: str = ""
-    between: str = ""
-    image_joint: str = "\n"
-    examples: tuple[Message, ...] = ()
-    image_turn: bool = False
-
-    def pieces(
-        self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Piece, ...]:
-        """Writes the conversation; see `ChatTemplate`."""
-        check_turns(messages)
-        system = self.system
-        if messages[0].role == "system":
-            system, messages = messages[0].text, messages[1:]
-        pieces = [Piece(self.header.replace("{system}", system) if system else self.bare_header)]
-        turns = [*self.examples, *self._images_first(messages)]
-        inserted = len(turns) - len(messages)
-        for i, message in enumerate(turns):
-            if message.role == "assistant":
-                pieces += self._answer(message.text, learned=i >= inserted)
-                continue
-            said = place_images(message, self.image_joint, image_position)
-            between = self.between if i else ""
-            pieces.append(Piece(between + self.user.replace("{text}", said) + self.assistant))
-        return tuple(pieces)
-
-    def _answer(self, text: str, learned: bool) -> list[Piece]:
-        """An answer up to its end mark, and what the template puts after that."""
-        mark = next(stop for stop in self.stops if stop in self.answer)
-        written, after = self.answer.rsplit(mark, 1)
-        return [Piece(written.replace("{text}", text) + mark, learned), Piece(after)]
-
-    def _images_first(self, messages: Sequence[Message]) -> list[Message]:
-        """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
-        first, *rest = messages
-        if not self.image_turn:
-            return [first, *rest]
-        count = first.images + first.text.count(IMAGE_TOKEN)
-        if not count:
-            return [first, *rest]
-        shown = Message("user", f"<Image>{IMAGE_TOKEN}</Image>" * count)
-        text = first.text.replace(IMAGE_TOKEN, "").strip()
-        return [
-            shown,
-            Message("assistant", "Received."),
-            replace(first, text=text, images=0),
-            *rest,
-        ]
-
-
-@dataclass(frozen=True)
 class JinjaTemplate(ChatTemplate):
     """A checkpoint's own chat_template, rendered in Jinja's sandbox."""
 
@@ -221,6 +153,10 @@ class JinjaTemplate(ChatTemplate):
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda x, indent=None: json.dumps(
+            x, ensure_ascii=False, indent=indent
+        )
         try:
             return environment.from_string(self.source)
         except jinja2.TemplateError as error:
@@ -242,7 +178,7 @@ class JinjaTemplate(ChatTemplate):
         if messages[-1].role == "user":
             return (Piece(self._write(messages, image_position, prompting=True)),)
         pieces: list[Piece] = []
-        written = ""
+        written = lent = ""
         for i, message in enumerate(messages, 1):
             if message.role != "assistant":
                 continue
@@ -253,17 +189,49 @@ class JinjaTemplate(ChatTemplate):
                     "The checkpoint's chat template rewrites earlier turns, so its answers "
                     "cannot be told from the rest; choose another with --template."
                 )
-            pieces.append(Piece(prompt[len(written) :]))
-            pieces += self._answer(whole[len(prompt) :], message.text.strip())
+            pieces.append(Piece(prompt[len(written) :].removeprefix(lent)))
+            answer, mark, after = self._answer(whole[len(prompt) :], message.text.strip())
+            lent = "" if mark else self._end
+            pieces += [Piece(answer + (mark or lent), answer=True), Piece(after)]
             written = whole
         return tuple(pieces)
 
-    def _answer(self, written: str, text: str) -> list[Piece]:
-        """An answer up to its end mark, and what the template puts after that."""
+    @property
+    def _end(self) -> str:
+        """The end mark of an answer behind which the template writes none."""
+        return self.stops[0] if self.stops else self.eos
+
+    def _answer(self, written: str, text: str) -> tuple[str, str, str]:
+        """An answer, its end mark if the template writes one, and what stands after that."""
         end = written.rindex(text) + len(text)
-        mark = written[end:].rstrip()
-        learned = written[:end] + (mark or self.eos)
-        return [Piece(learned, answer=True), Piece(written[end + len(mark) :])]
+        after = written[end:]
+        places = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
+        mark = after[: min(places)] if places else after.rstrip()
+        return written[:end], mark, after[len(mark) :]
+
+    def find_ends(self, special_tokens: Collection[str]) -> tuple[str, ...]:
+        """The mark that the template writes after an answer: it ends one, whatever eos is.
+
+        Args:
+            special_tokens (collection of str): The tokenizer's; a mark that is none of them looks
+                like one, as ``</s>``, ``[EOS]`` and ``###`` do.
+        """
+        turns = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+        tokens = sorted(map(re.escape, {*special_tokens} - _PICTURE_TOKENS), key=len, reverse=True)
+        mark = re.compile(rf"\s*({'|'.join([*tokens, _TEXT_MARK])})")
+        try:
+            _, _, after = self._write(turns, "start").rpartition(_ANSWER)
+            if match := mark.match(after):
+                return (match[1],)
+            # Some templates write it only where a question follows; what begins that is no mark.
+            text = self._write([*turns, turns[0]], "start")
+        except ValueError:  # it wants other turns than these
+            return ()
+        before, _, rest = text.partition(_QUESTION)
+        between = rest.rpartition(_ANSWER)[2].partition(_QUESTION)[0]
+        opening = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
+        match = mark.match(between[:opening])
+        return (match[1],) if match else ()
 
     def _write(
         self, messages: Sequence[Message], image_position: str, prompting: bool = False

@@ -2,10 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mlx_llava.prompt import Message, Template
+from mlx_llava.prompt import ChatTemplate, Message, Piece, check_turns, place_images
+from mlx_llava.tokenizer import IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class Template(ChatTemplate):
+    """A built-in template, as the pieces that it puts around what is said.
+
+    Attributes:
+        name: the name in LLaVA's conversation.py.
+        system: the system text unless the user gives one.
+        header: what opens the prompt, around ``{system}``.
+        bare_header: what opens it when the system text is empty.
+        user: a question, around ``{text}``.
+        assistant: what announces an answer.
+        answer: a past answer, around ``{text}``.
+        between: what stands between an answer and the next question.
+        stops: texts that end an answer.
+        image_joint: what stands between a picture and the text.
+        examples: turns that precede the conversation.
+        image_turn: pictures get a turn of their own, acknowledged with "Received."
+    """
+
+    name: str
+    system: str
+    header: str
+    user: str
+    assistant: str
+    answer: str
+    stops: tuple[str, ...]
+    bare_header: str = ""
+    between: str = ""
+    image_joint: str = "\n"
+    examples: tuple[Message, ...] = ()
+    image_turn: bool = False
+
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
+        """Writes the conversation; see `ChatTemplate`."""
+        check_turns(messages)
+        system = self.system
+        if messages[0].role == "system":
+            system, messages = messages[0].text, messages[1:]
+        pieces = [Piece(self.header.replace("{system}", system) if system else self.bare_header)]
+        turns = [*self.examples, *self._images_first(messages)]
+        inserted = len(turns) - len(messages)
+        for i, message in enumerate(turns):
+            if message.role == "assistant":
+                pieces += self._answer(message.text, learned=i >= inserted)
+                continue
+            said = place_images(message, self.image_joint, image_position)
+            between = self.between if i else ""
+            pieces.append(Piece(between + self.user.replace("{text}", said) + self.assistant))
+        return tuple(pieces)
+
+    def _answer(self, text: str, learned: bool) -> list[Piece]:
+        """An answer up to its end mark, and what the template puts after that."""
+        mark = next(stop for stop in self.stops if stop in self.answer)
+        written, after = self.answer.rsplit(mark, 1)
+        return [Piece(written.replace("{text}", text) + mark, learned), Piece(after)]
+
+    def _images_first(self, messages: Sequence[Message]) -> list[Message]:
+        """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
+        first, *rest = messages
+        if not self.image_turn:
+            return [first, *rest]
+        count = first.images + first.text.count(IMAGE_TOKEN)
+        if not count:
+            return [first, *rest]
+        shown = Message("user", f"<Image>{IMAGE_TOKEN}</Image>" * count)
+        text = first.text.replace(IMAGE_TOKEN, "").strip()
+        return [
+            shown,
+            Message("assistant", "Received."),
+            replace(first, text=text, images=0),
+            *rest,
+        ]
+
 
 _CURIOUS = (
     "A chat between a curious {who} and an artificial intelligence assistant. "

@@ -20,6 +20,7 @@ TESTS = (
     *("tests/test_clients.py", "tests/test_server.py", "tests/test_attacks.py"),
     *("tests/test_config.py", "tests/test_known_keys.py", "tests/test_tied_head.py"),
     "tests/test_original_config.py",
+    "tests/test_prompt.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -62,8 +63,11 @@ MUTATIONS = (
     ("loss not shifted", "tuner/losses", "labels = batch.labels[:, 1:]", "labels = batch.labels[:, :-1]"),
     ("padding learned", "tuner/data", "length, IGNORED)", "length, 0)"),
     ("questions learned", "tuner/data", "i if is_answer else IGNORED", "i"),
-    ("end of answer not learned", "prompt", "+ mark, learned), Piece(after)]", ", learned), Piece(mark + after)]"),
-    ("no end where the template has none", "prompt", "(mark or self.eos)", "mark"),
+    ("end of answer not learned", "templates", "+ mark, learned), Piece(after)]", ", learned), Piece(mark + after)]"),
+    ("no end where the template has none", "prompt", "answer + (mark or lent)", "answer + mark"),
+    ("end mark of an own template unknown", "processor", "stops=template.find_ends(tokenizer.special_tokens)", "stops=()"),
+    ("what begins a turn ends answers", "prompt", "mark.match(between[:opening])", "mark.match(between)"),
+    ("Mistral called LLaMA is a Vicuna", "template_choice", '== "mistral" or has_mistral_sizes', '== "mistral"'),
     ("pictures left where they are", "tuner/data", 'text.replace(IMAGE_TOKEN, "").strip()', "text"),
     ("decoder frozen in stage 2", "tuner/stages", "        model.language_model.unfreeze()\n", "        pass\n"),
     ("projector frozen with LoRA", "tuner/stages", 'if options.rates["multi_modal_projector"]:', 'if options.stage != "lora":'),

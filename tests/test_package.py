@@ -54,6 +54,7 @@ LAYERS = (
     {"byte_bpe", "config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
     {
         "prompt",
+        "template_choice",
         "streaming",
         "structured",
         "checkpoint.gguf_blocks",

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mlx_llava.checkpoint.original import read_config
 from mlx_llava.config import LlavaConfig
+from mlx_llava.hub import checkpoint_name
+from mlx_llava.json_files import read_json
 from mlx_llava.processor import Processor, choose_template
 from mlx_llava.prompt import JinjaTemplate, Message, read_messages
+from mlx_llava.streaming import Answer
+from mlx_llava.template_choice import guess_template
 from mlx_llava.templates import TEMPLATES, get_template
-from tests.conftest import PICTURE
+from mlx_llava.tokenizer import Tokenizer
+from tests.conftest import GOLDENS, PICTURE, load, shared_data
 
 USER = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."  # noqa: E501
 HUMAN = USER.replace("curious user", "curious human").replace("user's", "human's")
@@ -231,37 +241,101 @@ def test_malformed_messages_are_named(conversation, message):
         read_messages(conversation, [], lambda text, keep=(): text)
 
 
-SHAPES = {
-    "vicuna_v1": {},
-    "llava_llama_3": {"text_config": {"vocab_size": 128320}},
-    "chatml_direct": {"text_config": {"hidden_size": 7168, "num_attention_heads": 56}},
-    "mistral_instruct": {"text_config": {"model_type": "mistral", "rope_theta": 1e6}},
-    "llava_v0": {"conv_mode": "llava_v0"},
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VICUNA = {"hidden_size": 4096, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+MISTRAL = {"num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 1e6}
+GUESSES = {
+    "1.5": (VICUNA, {}, "", "vicuna_v1", ""),
+    "13b": ({**VICUNA, "hidden_size": 5120, "num_attention_heads": 40}, {}, "", "vicuna_v1", ""),
+    "llama 3": ({"vocab_size": 128320}, {}, "", "llava_llama_3", ""),
+    "34b": ({"hidden_size": 7168, "num_attention_heads": 56}, {}, "", "chatml_direct", ""),
+    "mistral": ({"model_type": "mistral", "rope_theta": 1e6}, {}, "", "mistral_instruct", ""),
+    "mistral called llama": (MISTRAL, {}, "", "mistral_instruct", ""),
+    "bakllava": ({"model_type": "mistral"}, {}, "", "vicuna_v1", "Mistral v0.1"),
+    "mistral v0.1": (
+        {"model_type": "mistral"}, {}, "me/Mistral-7B-Instruct-v0.1", "mistral_instruct", "",
+    ),
+    "llama 2": (VICUNA, {"mm_projector_type": "linear"}, "", "llava_llama_2", "linear layer"),
+    "llama 2 by name": (VICUNA, {}, "liuhaotian/llava-llama-2-13b-chat", "llava_llama_2", ""),
+    "v1 of LLaMA 1": ({}, {"mm_projector_type": "linear"}, "", "vicuna_v1", ""),
+    "v0": ({"vocab_size": 32004}, {"mm_use_im_start_end": True}, "", "llava_v0", ""),
+    "v1": ({"vocab_size": 32003}, {"mm_use_im_start_end": True}, "", "llava_v1", ""),
+    "tiny": ({"hidden_size": 2048}, {}, "llava-llama-21b", "vicuna_v1", "no published LLaVA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GUESSES)
+def test_names_and_numbers_point_to_a_template(case, loaded):
+    text, top, name, expected, doubt = GUESSES[case]
+    config = LlavaConfig.from_dict({"model_type": "llava", "text_config": text, **top})
+    guess = guess_template(config, name)
+    assert guess.name == expected
+    assert doubt in guess.doubt
+    assert bool(doubt) == bool(guess.doubt)
+    tokenizer = copy.copy(loaded[1].tokenizer)
+    tokenizer.chat_template = None
+    assert choose_template(config, tokenizer).name == guess_template(config).name
+    assert choose_template(replace(config, conv_mode="plain"), tokenizer).name == "plain"
+
+
+def test_a_published_llama_2_whose_names_are_lost_is_known_by_its_numbers():
+    data = read_json(shared_data("published/llama-2-renamed") / "config.json")
+    config = read_config(data, {}, data["vocab_size"], "/data/x preview")
+    assert config.conv_mode == "llava_llama_2"
+
+
+def test_a_checkpoint_in_the_hubs_cache_has_its_repositorys_name(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--liuhaotian--llava-llama-2-7b-chat" / "snapshots" / "0f3e"
+    snapshot.mkdir(parents=True)
+    assert checkpoint_name(snapshot) == "liuhaotian/llava-llama-2-7b-chat"
+    assert checkpoint_name(tmp_path / "llava-llama-2" / "checkpoint-500") == (
+        "llava-llama-2/checkpoint-500"
+    )
+    monkeypatch.chdir(snapshot)
+    assert checkpoint_name(Path()) == "liuhaotian/llava-llama-2-7b-chat"
+
+
+def test_a_guess_is_said_with_what_changes_it(tmp_path, caplog):
+    shutil.copytree(GOLDENS / "llava", tmp_path / "x")
+    (tmp_path / "x" / "chat_template.jinja").unlink()
+    load(tmp_path / "x")
+    assert "vicuna_v1 is taken (no published LLaVA has this shape); --template NAME" in caplog.text
+    caplog.clear()
+    load(tmp_path / "x", template="llava_v0")
+    load(GOLDENS / "llava")
+    assert "is taken" not in caplog.text
+
+
+@pytest.mark.parametrize("top", [{}, {"eos_token_id": None}, {"eos_token_id": 7}])
+def test_no_end_of_answer_at_the_top_is_that_of_the_text_model(top):
+    data = {"model_type": "llava", "text_config": {"eos_token_id": [4, 5]}, **top}
+    expected = (7,) if top.get("eos_token_id") else (4, 5)
+    assert LlavaConfig.from_dict(data).eos_token_id == expected
+
+
+NAMED = [{"name": "default", "template": CHATML}, {"name": "tools", "template": "x"}]
+PLACES = {
+    "chat_template.jinja": CHATML,
+    "chat_template.json": {"chat_template": CHATML},
+    "processor_config.json": {"chat_template": CHATML},
+    "tokenizer_config.json": {"chat_template": NAMED},
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_without_a_template_the_checkpoints_shape_chooses(name, loaded):
-    config = LlavaConfig.from_dict({"model_type": "llava", **SHAPES[name]})
-    tokenizer = loaded[1].tokenizer
-    own, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        assert choose_template(config, tokenizer).name == name
-    finally:
-        tokenizer.chat_template = own
-
-
-def test_mistral_v01_is_not_instruct(loaded):
-    """BakLLaVA: Mistral's base model in Vicuna's words."""
-    config = LlavaConfig.from_dict(
-        {"model_type": "llava", "text_config": {"model_type": "mistral"}}
-    )
-    tokenizer = loaded[1].tokenizer
-    own, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        assert choose_template(config, tokenizer).name == "vicuna_v1"
-    finally:
-        tokenizer.chat_template = own
+@pytest.mark.parametrize("place", PLACES)
+def test_a_template_is_found_wherever_transformers_has_put_it(place, tmp_path):
+    folder = shutil.copytree(GOLDENS / "llava", tmp_path / "x")
+    (folder / "chat_template.jinja").unlink()
+    content = PLACES[place]
+    if isinstance(content, dict):
+        content = json.dumps({**read_json(folder / place), **content})
+    (folder / place).write_text(content)
+    _, processor = load(folder)
+    assert processor.template.source == CHATML
+    assert processor.template.stops == ("<|im_end|>",)
 
 
 def with_template(processor: Processor, name: str, **config) -> Processor:
@@ -319,10 +393,6 @@ def test_every_template_has_a_stop():
     assert all(template.stops and all(template.stops) for template in TEMPLATES.values())
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 UNMARKED = (
     "{% for m in messages %}{{ m['role'].upper() }}: {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -345,6 +415,96 @@ def test_the_answers_of_a_checkpoints_own_template(source, expected):
     before = "".join(piece.text for piece in pieces[: [p.answer for p in pieces].index(True)])
     assert before == template.render(ANSWERED[:1])
     assert template.render(TWO_TURNS).count("</s>") == 0
+
+
+LLAMA_3 = (
+    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+PHI_3 = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+BETWEEN = LLAMA_2.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
+HASHES = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n### {% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+WITHOUT = PHI_3.replace("<|end|>", "")
+DEFAULT_SYSTEM = "<|im_start|>system\nBe good.<|im_end|>\n" + CHATML
+ENDS = {
+    LLAMA_3: "<|eot_id|>",
+    PHI_3: "<|end|>",
+    CHATML: "<|im_end|>",
+    DEFAULT_SYSTEM: "<|im_end|>",
+    LLAMA_2: "</s>",
+    BETWEEN: "</s>",
+    STRINGS: "</s>",
+    HASHES: "###",
+    LLAVA_HF: None,
+    UNMARKED: None,
+    WITHOUT: None,  # what begins a turn is no end
+    LLAMA_2.replace("{{ eos_token }}", ""): None,
+    "{{ raise_exception('no') }}": None,
+}
+
+
+@pytest.mark.parametrize("are_special", [True, False])
+@pytest.mark.parametrize("source", ENDS)
+def test_the_marks_of_a_checkpoints_own_template_end_answers(source, are_special):
+    template = JinjaTemplate(source, bos="<s>", eos="</s>")
+    marks = "<s> </s> <|eot_id|> <|end|> <|im_start|> <|im_end|> <|user|> <image>".split()
+    ends = template.find_ends(marks if are_special else [])
+    assert ends == (() if ENDS[source] is None else (ENDS[source],))
+
+
+@pytest.mark.parametrize("source", [LLAMA_3, PHI_3, LLAMA_2, BETWEEN, HASHES])
+def test_what_ends_an_answer_is_learned_once(source):
+    template = JinjaTemplate(source, bos="<s>", eos="</s>")
+    template = replace(template, stops=template.find_ends([]))
+    pieces = template.pieces(ANSWERED)
+    learned = [piece.text for piece in pieces if piece.answer]
+    assert [text.count(ENDS[source]) for text in learned] == [1, 1]
+    assert all(text.endswith(ENDS[source]) for text in learned)
+    text = "".join(piece.text for piece in pieces)
+    assert text.count(ENDS[source]) == template.render(TWO_TURNS).count(ENDS[source]) + 1
+
+
+def test_own_marks_end_answers_whatever_eos_says(loaded):
+    """xtuner/llava-llama-3-8b: eos is <|end_of_text|> in every file of it."""
+    spec, config, own = tokenizer_with("<|end_of_text|>", "<|eot_id|>")
+    config |= {"eos_token": "<|end_of_text|>", "chat_template": LLAMA_3}
+    tokenizer = Tokenizer(spec, config, own["<image>"], LLAMA_3)
+    processor = Processor(loaded[1].config, tokenizer, loaded[1].image_processor)
+    assert {own["<|eot_id|>"], own["<|end_of_text|>"]} <= processor.eos_ids
+    answer = Answer(tokenizer, processor.eos_ids, processor.template.stops, 9)
+    words = tokenizer.encode("a dog")[1:]
+    assert [answer.add(token)[1] for token in [*words, own["<|eot_id|>"]]][-1] == "stop"
+
+
+def test_the_templates_of_published_files_are_understood(loaded):
+    said = read_json(shared_data("published/llama3-own-template") / "tokenizer_config.json")
+    spec, _, own = tokenizer_with("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+    tokenizer = Tokenizer(spec, said, own["<image>"], said["chat_template"])
+    processor = Processor(loaded[1].config, tokenizer, loaded[1].image_processor)
+    assert own["<|eot_id|>"] in processor.eos_ids
+
+
+def tokenizer_with(*tokens: str):
+    """The content of a tokenizer.json and tokenizer_config.json with more special tokens."""
+    folder = GOLDENS / "llava"
+    spec, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    spec["added_tokens"] += [
+        {**spec["added_tokens"][0], "id": 320 + i, "content": token}
+        for i, token in enumerate(tokens)
+    ]
+    return spec, config, {token["content"]: token["id"] for token in spec["added_tokens"]}
 
 
 def test_a_template_that_rewrites_earlier_turns_cannot_be_learned():

@@ -20,7 +20,9 @@ from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.config import LlavaConfig, unknown_keys
 from mlx_llava.config_checks import unknown_warning
+from mlx_llava.hub import checkpoint_name
 from mlx_llava.json_files import read_json
+from mlx_llava.template_choice import guess_template
 from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
 _EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -40,6 +42,7 @@ class Checkpoint:
         eos_ids: ends of answer from generation_config.json.
         dropped: tensors that were left out: source -> reason.
         warnings: what its user should know.
+        template_doubt: why the template in its config may be another.
     """
 
     layout: str
@@ -50,6 +53,7 @@ class Checkpoint:
     eos_ids: tuple[int, ...] = ()
     dropped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    template_doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,10 @@ def _open_original(
         layout += ", delta applied"
     weights, vision, warnings = _with_tower(weights, data, parts)
     rows = weights[_EMBEDDING].shape[0]
-    name = f"{path.name} {data.get('_name_or_path', '')}"
+    named = (path, tokenizer_folder or path)
+    name = " ".join([*map(checkpoint_name, named), str(data.get("_name_or_path"))])
     config = original.read_config(data, vision, rows, name)
+    doubt = guess_template(config, name).doubt
     warnings += unknown_warning(original.unknown_keys(data, vision))
     weights, config, tokenizer = _with_placeholder(
         weights, config, tokenizer_folder or path, is_quantised=bool(packed.settings)
@@ -180,6 +186,7 @@ def _open_original(
             eos_ids=_eos_ids(path),
             dropped=packed.dropped | found.dropped,
             warnings=warnings,
+            template_doubt=doubt,
         )
     )
 

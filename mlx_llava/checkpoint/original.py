@@ -19,9 +19,10 @@ import mlx.core as mx
 from mlx_llava.checkpoint.folder import read_folder
 from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig, template_by_shape
+from mlx_llava.config import LlavaConfig
 from mlx_llava.config import unknown_keys as unknown_hf_keys
 from mlx_llava.json_files import read_json
+from mlx_llava.template_choice import guess_template
 
 TOWER = "vision_tower."
 _EMBEDDINGS = "vision_tower.vision_model.embeddings."
@@ -71,7 +72,7 @@ def read_config(
         data (dict): The original config.json.
         vision (dict): The tower's ``vision_config``.
         vocabulary (int): How many rows the embedding has, whatever config.json says.
-        name (str): The checkpoint's name; only ``llama-2`` in it matters, which no config tells.
+        name (str): All names that it is known by, for `guess_template`.
 
     Raises:
         ValueError: The config names something that is not supported.
@@ -80,7 +81,7 @@ def read_config(
     ends = config.eos_token_id
     if (data.get("bos_token_id"), ends) == (0, (1,)):  # Lightning's ids are wrong; 1 is <s>
         ends = ()
-    return replace(config, conv_mode=_template(config, vocabulary, name), eos_token_id=ends)
+    return replace(config, conv_mode=guess_template(config, name).name, eos_token_id=ends)
 
 
 def translate(
@@ -130,16 +131,6 @@ def unknown_keys(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str
     """What neither the original's config.json nor its tower's should say (config.unknown_keys)."""
     unknown = unknown_hf_keys(translate(data, vision, 0))
     return {key.removeprefix("text_config."): value for key, value in unknown.items()}
-
-
-def _template(config: LlavaConfig, vocabulary: int, name: str) -> str:
-    """The template's name, by the rules of cli.py as far as a config can tell."""
-    if "llama-2" in name.lower():
-        return "llava_llama_2"
-    if config.mm_use_im_start_end:
-        # 13b-delta-v0 and 7b-delta-v0 have a [PAD] beside the three image tokens.
-        return "llava_v0" if vocabulary == 32004 else "llava_v1"
-    return template_by_shape(config.text_config)
 
 
 def image_processor(data: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
