@@ -371,6 +371,8 @@ def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
     found = data.get("quantization") or data.get("quantization_config")
     if not found:
         return None
+    if not isinstance(found, Mapping):
+        refuse_value("config.json", "quantization", found, "an object")
     if "quant_method" in found or "bits" not in found:
         method = found.get("quant_method", "unknown")
         raise ValueError(f"The checkpoint is quantised with {method!r}, which is not MLX's own.")

@@ -86,8 +86,8 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
         _OFF,
         """*_rope_theta *alibi* bias_max_distance interleaved_rope kv_rope* mrope* no_rope* nope_*
         *rel_pos* relative_attention* rope_2d* rope_interleave* rope_local* rope_mode rope_ratio
-        rope_scaling_* rope_theta_* rotary_interleaved use_dynamic_ntk use_logn_attn use_mem_rope
-        xpos*""",
+        rope_scaling_* rope_theta_* rope_traditional rotary_interleaved use_dynamic_ntk
+        use_logn_attn use_mem_rope xpos*""",
     ),
     (
         "another kind of positions",

@@ -266,6 +266,7 @@ REFUSED = {
     "channels": ({"vision_config": {"num_channels": 4}}, "num_channels=4"),
     "patch": ({"vision_config": {"patch_size": 300}}, "patch_size=300"),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+    "quantized": ({"quantization": True}, "quantization=True; .* an object"),
     "text_size": ({"text_config": {"hidden_size": "big"}}, "hidden_size='big'; .* a int"),
     "no_size": ({"text_config": {"num_attention_heads": 0}}, "positive numbers"),
     "negative_size": ({"vision_config": {"image_size": -336}}, "image_size=-336"),

@@ -134,6 +134,7 @@ CHANGES = [
     ("text_config", "partial_rotary_factor", 0.5, 1.0),
     ("text_config", "rotary_pct", 0.25, 1.0),
     ("text_config", "rope_interleave", True, False),
+    ("text_config", "rope_traditional", True, False),
     ("text_config", "rope_local_base_freq", 10000.0, None),
     ("text_config", "no_rope_layers", [1, 1, 0], []),
     ("text_config", "use_rope", False, True),

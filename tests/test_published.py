@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def same_config(data):
     assert list(ours.eos_token_id) == (
         ends if isinstance(ends, list) else [ends][: ends is not None]
     )
+    for use_diff in (True, False):
+        written = json.loads(theirs.to_json_string(use_diff=use_diff))
+        again = LlavaConfig.from_dict(written)
+        assert unknown_keys(written) == {}
+        assert replace(again, eos_token_id=()) == replace(ours, eos_token_id=())
     if ours.is_anyres:
         assert [list(size) for size in ours.image_grid_pinpoints] == theirs.image_grid_pinpoints
 
