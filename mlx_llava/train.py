@@ -22,13 +22,16 @@ from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
 from mlx_llava.hub import EMBEDDED, embedded_model
+from mlx_llava.json_files import read_own_lines
 from mlx_llava.load import load, save
 from mlx_llava.machine import fast_dtype
 from mlx_llava.precision import DTYPES
 from mlx_llava.preprocess import MODES
 from mlx_llava.processor import Processor
-from mlx_llava.tuner.data import Examples, read_samples
+from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.options import STAGES, TrainingOptions
+from mlx_llava.tuner.samples import LeftOut, read_samples, summary
+from mlx_llava.tuner.skipped import Skipped
 from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Report, Trainer
 
@@ -99,17 +102,12 @@ def read_reports(path: Path) -> list[Report]:
     Raises:
         ValueError: The file holds something else.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    *lines, cut = text.split("\n")
-    begin = '{"step": '
-    try:
-        reports = [json.loads(line) for line in lines]
-        is_known = all({*r} == {"step", "valid_loss"} or {*r} >= _REPORTED for r in reports)
-    except (ValueError, TypeError):
-        is_known = False
-    if not is_known or not (cut.startswith(begin) or begin.startswith(cut)):
-        raise ValueError(f"{path} holds lines that mlx_llava.train did not write.")
-    return reports
+    records = read_own_lines(path, '{"step": ')
+    for place, record in records:
+        is_dict = isinstance(record, dict)
+        if not is_dict or ({*record} != {"step", "valid_loss"} and not {*record} >= _REPORTED):
+            raise ValueError(f"{place} is no line that mlx_llava.train wrote.")
+    return [record for _, record in records]
 
 
 class Metrics:
@@ -152,10 +150,13 @@ class Metrics:
             plot_losses(self.reports).savefig(self.path.with_name("loss.png"), dpi=120)
 
 
-def _warn(path: str, problems: Counter[str]) -> None:
-    if problems:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in problems.items())
-        print(f"{path}: {problems.total()} samples were left out: {reasons}", file=sys.stderr)
+def _say(path: str, what: str, counts: Counter[str]) -> None:
+    if counts:
+        print(f"{path}: {what}: {summary(counts)}", file=sys.stderr)
+
+
+def _say_left_out(path: str, reasons: Counter[str]) -> None:
+    _say(path, f"{reasons.total()} samples were left out, see skipped.jsonl", reasons)
 
 
 def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | None]) -> None:
@@ -167,8 +168,8 @@ def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | N
         return
     if metrics.exists():
         raise FileExistsError(f"{folder} holds a run already; --resume goes on with it.")
-    written = [target, folder / "loss.png", *([] if resume else [folder / "checkpoints"])]
-    for path in written:
+    names = ["loss.png", "skipped.jsonl", *([] if resume else ["checkpoints"])]
+    for path in (target, *(folder / name for name in names)):
         if os.path.lexists(path):
             raise FileExistsError(
                 f"{path} exists already, of no run of this command; choose another --output."
@@ -208,13 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     mx.random.seed(options.seed)
     prepare(model, options, adapter)
     data: dict[str, Examples] = {}
+    left_out: list[LeftOut] = []
     for name in ("data", "valid"):
         if given[name]:
-            samples, problems = read_samples(
-                given[name], args.image_folder, processor.tokenizer.protect
-            )
-            data[name] = Examples(samples, processor, options.max_length)
-            _warn(given[name], problems if is_main else Counter())
+            path, protect = given[name], processor.tokenizer.protect
+            reading = read_samples(path, args.image_folder, protect)
+            data[name] = Examples(reading.samples, processor, options.max_length)
+            if is_main:
+                left_out += reading.left_out
+                _say_left_out(path, Counter(left.error.reason for left in reading.left_out))
+                _say(path, "keys that are not read, with the number of samples", reading.unread)
     trainer = Trainer(model, data["data"], data.get("valid"), options, folder)
     if args.resume:
         trainer.resume()
@@ -223,12 +227,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(folder / "metrics.jsonl", trainer.step, trainer.steps)
+    skipped = Skipped(folder / "skipped.jsonl")
+    for left in left_out:
+        skipped(left)
+    for examples in data.values():
+        examples.on_left_out = skipped
     try:
         trainer.run(metrics)
     finally:
         metrics.close()
     for name, examples in data.items():
-        _warn(given[name], examples.problems)
+        _say_left_out(given[name], examples.problems)
     write_result(folder / kind, trainer, processor, adapter, keep)
     print(folder / kind)
 

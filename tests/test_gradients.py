@@ -18,9 +18,10 @@ from mlx_llava import load  # noqa: E402
 from mlx_llava.adapter import Adapter  # noqa: E402
 from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_name  # noqa: E402
 from mlx_llava.quantized import plain_weight  # noqa: E402
-from mlx_llava.tuner.data import IGNORED, Examples, read_samples  # noqa: E402
+from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
 from mlx_llava.tuner.losses import answer_loss  # noqa: E402
 from mlx_llava.tuner.options import TrainingOptions  # noqa: E402
+from mlx_llava.tuner.samples import read_samples  # noqa: E402
 from mlx_llava.tuner.stages import prepare  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -59,9 +60,9 @@ def write_samples(folder: Path) -> Path:
 
 
 def make_batch(folder: Path, processor):
-    samples, problems = read_samples(write_samples(folder), folder, processor.tokenizer.protect)
-    assert not problems
-    batch = Examples(samples, processor, 4096).batch(range(3))
+    reading = read_samples(write_samples(folder), folder, processor.tokenizer.protect)
+    assert not reading.left_out
+    batch = Examples(reading.samples, processor, 4096).batch(range(3))
     assert batch.input_ids.shape[0] == 3
     assert (np.array(batch.labels) != IGNORED).sum(axis=1).min() > 1
     return batch
@@ -194,7 +195,7 @@ def test_a_later_token_never_changes_an_earlier_logit(loaded):
 def test_a_padded_batch_has_the_losses_of_its_rows_alone(name, tmp_path):
     tiny.save(CASES[name], tmp_path)
     model, processor = load(tmp_path, template="vicuna_v1")
-    samples, _ = read_samples(write_samples(tmp_path), tmp_path, processor.tokenizer.protect)
+    samples = read_samples(write_samples(tmp_path), tmp_path, processor.tokenizer.protect).samples
     examples = Examples(samples, processor, 4096)
     model.train()
     together, count = answer_loss(model, examples.batch(range(3)))

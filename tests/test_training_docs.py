@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_llava.tuner.data import read_samples
+from mlx_llava.tuner.samples import read_samples
 from tests.conftest import PICTURE, ROOT
 
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -61,6 +61,7 @@ def test_the_data_of_the_page_is_read(tmp_path):
     (data,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "train.json").write_text(data)
     (tmp_path / "dog.jpg").write_bytes(PICTURE.read_bytes())
-    (sample,), problems = read_samples(tmp_path / "train.json", tmp_path, lambda text: text)
+    (sample,), left_out, unread = read_samples(tmp_path / "train.json", tmp_path, lambda text: text)
     assert [message.text for message in sample.messages] == ["What is this?", "A dog."]
-    assert not problems
+    assert not left_out
+    assert not unread

@@ -25,9 +25,10 @@ from mlx_llava.fuse import main as fuse
 from mlx_llava.generate import main as generate_main
 from mlx_llava.processor import Processor
 from mlx_llava.templates import TEMPLATES
-from mlx_llava.tuner.data import IGNORED, Examples, Sample, order, read_samples
+from mlx_llava.tuner.data import IGNORED, Examples, order
 from mlx_llava.tuner.optimizer import make_optimizer, make_schedule
 from mlx_llava.tuner.options import TrainingOptions
+from mlx_llava.tuner.samples import Sample, read_samples
 from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Trainer
 from tests.conftest import GOLDENS, PICTURE, ROOT
@@ -58,9 +59,9 @@ def folder(tmp_path) -> Path:
 
 
 def examples(folder: Path, processor: Processor, max_length: int = 512) -> Examples:
-    samples, problems = read_samples(folder / "train.json", folder, processor.tokenizer.protect)
-    assert not problems
-    return Examples(samples, processor, max_length)
+    reading = read_samples(folder / "train.json", folder, processor.tokenizer.protect)
+    assert not reading.left_out
+    return Examples(reading.samples, processor, max_length)
 
 
 # --- what is learned ---
@@ -113,31 +114,6 @@ def test_the_prompt_of_an_answer_is_the_prompt_that_generation_sees(tmp_path, lo
     assert ids[-1] == processor.tokenizer.eos_id
 
 
-@pytest.mark.parametrize(
-    ("entry", "reason"),
-    [
-        (sample("<image>\nQ", "A", image="gone.png"), "image is missing"),
-        (sample("Q", "A", image="a.png"), "marks and images differ in number"),
-        (sample("<image>\nQ", "A"), "marks and images differ in number"),
-        (sample("Q", "A", "Q"), "turns do not alternate"),
-        ({"conversations": [{"from": "gpt", "value": "A"}]}, "turns do not alternate"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "not LLaVA's format"),
-        ({"messages": []}, "not LLaVA's format"),
-        (7, "not LLaVA's format"),
-    ],
-)
-def test_samples_that_cannot_be_used_are_counted(entry, reason, folder, loaded):
-    good = sample("Q", "A")
-    (folder / "train.json").write_text("\n".join(json.dumps(e) for e in (good, entry, good)))
-    protect = loaded[1].tokenizer.protect
-    samples, problems = read_samples(folder / "train.json", folder, protect)
-    assert len(samples) == 2
-    assert problems == {reason: 1}
-    (folder / "train.json").write_text(json.dumps([entry]))
-    with pytest.raises(ValueError, match=f"no sample that can be used: {reason}"):
-        read_samples(folder / "train.json", folder, protect)
-
-
 def test_a_leading_answer_is_skipped_and_pictures_move_to_the_front(folder, loaded):
     entry = {
         "image": ["a.png", "b.png"],
@@ -150,7 +126,7 @@ def test_a_leading_answer_is_skipped_and_pictures_move_to_the_front(folder, load
         ],
     }
     (folder / "train.json").write_text(json.dumps([entry]))
-    (only,), _ = read_samples(folder / "train.json", folder, loaded[1].tokenizer.protect)
+    (only,) = read_samples(folder / "train.json", folder, loaded[1].tokenizer.protect).samples
     assert [(m.role, m.text, m.images) for m in only.messages] == [
         ("user", "Look:  what?", 1),
         ("assistant", "A", 0),
@@ -167,11 +143,20 @@ def test_broken_pictures_and_long_rows_are_counted(folder, loaded):
     assert own.batch(range(10)).input_ids.shape[0] == 5
     assert own.problems == {"image is broken": 5}
     assert own.batch([1]) is None
-    short = examples(folder, loaded[1], max_length=12)
-    batch = short.batch([0, 2, 4])
-    assert short.problems == {"image beyond the longest length": 1}
+    Image.open(PICTURE).save(folder / "a.png")
+    short = examples(folder, loaded[1], max_length=24)
+    batch = short.batch([0, 1, 3, 4])
+    assert short.problems == {
+        "image beyond the longest length": 1,
+        "no answer within the longest length": 1,
+    }
     assert batch.input_ids.shape == (2, 32)
-    assert mx.all(batch.input_ids[:, 12:] == 0)
+    assert mx.all(batch.input_ids[:, 24:] == 0)
+    told = []
+    short.on_left_out = told.append
+    short.batch([1, 3])  # known from the epoch before
+    short.batch([7])
+    assert [str(left_out.place) for left_out in told] == [f"{folder / 'train.json'}, index 7"]
 
 
 def test_an_epoch_has_every_sample_once_in_batches_of_one_kind_and_length():

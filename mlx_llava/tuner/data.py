@@ -1,4 +1,4 @@
-"""LLaVA's training files -> batches of token ids, labels and pixels.
+"""Conversations to learn -> batches of token ids, labels and pixels.
 
 B rows, L tokens (the longest row, rounded up; shorter ones are padded on the right, where the
 causal mask lets no token look), N tiles.
@@ -7,12 +7,10 @@ The rules are those of the original LLaVA (llava/train/train.py).
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +21,7 @@ from mlx_llava.anyres import Size
 from mlx_llava.image import load_image
 from mlx_llava.processor import Processor
 from mlx_llava.prompt import Message
-from mlx_llava.tokenizer import IMAGE_TOKEN
+from mlx_llava.tuner.samples import LeftOut, Sample, UnusableError
 
 #: What a token that is not learned has for a label, as in PyTorch.
 IGNORED = -100
@@ -31,25 +29,6 @@ IGNORED = -100
 LENGTH_STEP = 32
 #: Batches that are sorted by length together (train.py, get_length_grouped_indices).
 GROUPED_BATCHES = 50
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation.
-
-    Attributes:
-        messages: its turns; pictures stand first in theirs.
-        images: its pictures' files in reading order.
-    """
-
-    messages: tuple[Message, ...]
-    images: tuple[Path, ...]
-
-    @property
-    def length(self) -> int:
-        """The number of characters, to group by."""
-        return sum(len(message.text) for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -69,82 +48,12 @@ class Batch:
     image_sizes: tuple[Size, ...] | None
 
 
-def read_samples(
-    path: str | Path, image_folder: str | Path, protect: Callable[[str], str]
-) -> tuple[list[Sample], Counter[str]]:
-    """Reads LLaVA's training JSON: a list, or one object a line, of ``conversations``.
-
-    As in the original, a conversation begins with its first human turn, and the pictures of a
-    turn are moved to its front. A sample that cannot be used is left out.
-
-    Args:
-        path (str or Path): The file.
-        image_folder (str or Path): What its image paths are relative to.
-        protect (callable): `Tokenizer.protect`.
-
-    Returns:
-        The samples, and how many were left out for each reason.
-
-    Raises:
-        ValueError: The file is no JSON, or nothing in it can be used.
-    """
-    entries = _read_entries(Path(path))
-    samples, problems = [], Counter[str]()
-    for entry in entries:
-        try:
-            samples.append(_read_sample(entry, Path(image_folder), protect))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems[str(error) if isinstance(error, ValueError) else "not LLaVA's format"] += 1
-    if not samples:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in problems.items())
-        raise ValueError(f"{path} has no sample that can be used: {reasons or 'it is empty'}.")
-    return samples, problems
-
-
-def _read_entries(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            entries: list[Any] = json.loads(text)
-            return entries
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}.") from error
-
-
-def _read_sample(
-    entry: Mapping[str, Any], image_folder: Path, protect: Callable[[str], str]
-) -> Sample:
-    names = entry.get("image") or []
-    images = [image_folder / name for name in ([names] if isinstance(names, str) else names)]
-    turns = list(entry["conversations"])
-    while turns and _ROLES.get(turns[0]["from"]) != "user":
-        turns.pop(0)
-    messages = [_read_turn(turn, protect) for turn in turns]
-    expected = ["user", "assistant"] * (len(messages) // 2)
-    if not messages or [message.role for message in messages] != expected:
-        raise ValueError("turns do not alternate")
-    marks = sum(message.images for message in messages)
-    if marks != len(images):
-        raise ValueError("marks and images differ in number")
-    if not all(image.is_file() for image in images):
-        raise ValueError("image is missing")
-    return Sample(tuple(messages), tuple(images))
-
-
-def _read_turn(turn: Mapping[str, Any], protect: Callable[[str], str]) -> Message:
-    role, text = _ROLES[turn["from"]], turn["value"]
-    if role == "assistant":
-        return Message(role, protect(text))
-    count = text.count(IMAGE_TOKEN)
-    return Message(role, protect(text.replace(IMAGE_TOKEN, "").strip()), images=count)
-
-
 class Examples:
     """Samples, tokenised and with their pictures, when a batch is asked for.
 
     Attributes:
-        problems: how often a sample was left out of its batch, for each reason.
+        left_out: the samples that were left out of their batches, by index.
+        on_left_out: is told of each, once.
     """
 
     def __init__(self, samples: Sequence[Sample], processor: Processor, max_length: int) -> None:
@@ -158,7 +67,13 @@ class Examples:
         self.samples = samples
         self.processor = processor
         self.max_length = min(max_length, processor.context_length)
-        self.problems: Counter[str] = Counter()
+        self.left_out: dict[int, LeftOut] = {}
+        self.on_left_out: Callable[[LeftOut], None] = lambda _left_out: None
+
+    @property
+    def problems(self) -> Counter[str]:
+        """How many samples were left out for each reason."""
+        return Counter(left_out.error.reason for left_out in self.left_out.values())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -167,24 +82,39 @@ class Examples:
         """The ids, the labels and the pictures of a sample.
 
         Raises:
-            ValueError: A picture is broken or does not fit into the length.
+            UnusableError: A picture is broken or does not fit into the length, the template cannot
+                write the sample, or there is nothing to learn in it.
         """
         processor = self.processor
-        pictures = [load_image(path) for path in sample.images]
+        try:
+            pictures = [load_image(path) for path in sample.images]
+        except (ValueError, OSError) as error:
+            raise UnusableError("image is broken", str(error)) from error
         sizes = [(picture.height, picture.width) for picture in pictures]
         counts = [processor.image_processor.num_tokens(size) for size in sizes]
-        messages = sample.messages
-        if processor.template.name == "plain":  # the original drops the question
-            messages = tuple(
-                Message(m.role, "", m.images) if m.role == "user" else m for m in messages
-            )
-        ids, learned = processor.learnable(processor.template.pieces(messages), counts)
-        labels = [i if is_answer else IGNORED for i, is_answer in zip(ids, learned, strict=True)]
+        try:
+            pieces = processor.template.pieces(self._messages(sample))
+            ids, learned = processor.learnable(pieces, counts)
+        except ValueError as error:
+            raise UnusableError("the template cannot write it", str(error)) from error
         if processor.config.image_token_index in ids[self.max_length :]:
-            raise ValueError("image beyond the longest length")
+            raise UnusableError("image beyond the longest length", self._excess(ids))
+        if True not in learned[: self.max_length]:
+            raise UnusableError("no answer within the longest length", self._excess(ids))
+        labels = [i if is_answer else IGNORED for i, is_answer in zip(ids, learned, strict=True)]
         # Nothing is learned from what comes after the last answer.
         length = min(self.max_length, len(ids) - learned[::-1].index(True))
         return ids[:length], labels[:length], pictures
+
+    def _excess(self, ids: Sequence[int]) -> str:
+        return f"{len(ids)} tokens, of which {self.max_length} are read"
+
+    def _messages(self, sample: Sample) -> Sequence[Message]:
+        """The turns; of the template ``plain`` the original learns nothing but the answers."""
+        if self.processor.template.name != "plain":
+            return sample.messages
+        spoken = [message for message in sample.messages if message.role != "system"]
+        return [Message(m.role, "", m.images) if m.role == "user" else m for m in spoken]
 
     def batch(self, indices: Sequence[int]) -> Batch | None:
         """The rows of some samples; None if none of them can be used."""
@@ -193,9 +123,8 @@ class Examples:
         for index in indices:
             try:
                 ids, labels, own = self.row(self.samples[index])
-            except (ValueError, OSError) as error:
-                beyond = "beyond" in str(error)
-                self.problems[str(error) if beyond else "image is broken"] += 1
+            except UnusableError as error:
+                self._leave_out(index, error)
                 continue
             rows.append((ids, labels))
             pictures += own
@@ -211,6 +140,11 @@ class Examples:
             pixel_values=mx.array(image_processor(pictures)) if pictures else None,
             image_sizes=sizes if pictures and image_processor.mode == "anyres" else None,
         )
+
+    def _leave_out(self, index: int, error: UnusableError) -> None:
+        if index not in self.left_out:
+            self.left_out[index] = LeftOut(self.samples[index].place, error)
+            self.on_left_out(self.left_out[index])
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filling: int) -> npt.NDArray[np.int32]:

@@ -1,0 +1,272 @@
+"""Training files as people have them -> conversations to learn.
+
+LLaVA's own JSON, ShareGPT's and OpenAI's messages: ``conversations`` of ``from`` and ``value``, or
+``messages`` of ``role`` and ``content``. The rules are those of the original LLaVA
+(llava/train/train.py), which knows neither system turns nor several pictures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_llava.files import is_file
+from mlx_llava.json_files import Place, read_records
+from mlx_llava.prompt import Message
+from mlx_llava.tokenizer import IMAGE_TOKEN
+
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt"), "assistant"),
+    "system": "system",
+}
+_SYSTEM_KEYS = ("system", "system_prompt")
+_TURN_KEYS = ("conversations", "messages")
+_READ = {"id", "image", "images", *_SYSTEM_KEYS}
+_UNSUPPORTED = ("video", "videos", "audio", "audios")
+_NOWHERE = Place("memory", "index", 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        messages: its turns; pictures stand first in theirs.
+        images: its pictures' files in reading order.
+        place: where it stands in its file.
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...]
+    place: Place = _NOWHERE
+
+    @property
+    def length(self) -> int:
+        """The number of characters, to group by."""
+        return sum(len(message.text) for message in self.messages)
+
+
+class UnusableError(ValueError):
+    """A sample cannot be learned.
+
+    Attributes:
+        reason: why, in the same words for all samples of its kind.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail:.200}" if detail else reason)
+        self.reason = reason
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not learned."""
+
+    place: Place
+    error: UnusableError
+
+
+class Reading(NamedTuple):
+    """What a training file holds.
+
+    Attributes:
+        samples: what can be learned.
+        left_out: what cannot.
+        unread: keys that hold text or files and are not read, and in how many samples.
+    """
+
+    samples: list[Sample]
+    left_out: list[LeftOut]
+    unread: Counter[str]
+
+
+def read_samples(
+    path: str | Path, image_folder: str | Path, protect: Callable[[str], str]
+) -> Reading:
+    """Reads a training file: a list, or one object a line.
+
+    As in the original, a conversation begins with its first human turn, and the pictures of a
+    turn are moved to its front. Pictures without any mark go to the first. A system turn or key
+    takes the place of the template's system text, unless it is empty. A sample that cannot be
+    used is left out.
+
+    Args:
+        path (str or Path): The file.
+        image_folder (str or Path): What its image paths are relative to.
+        protect (callable): `Tokenizer.protect`.
+
+    Raises:
+        ValueError: The file is no JSON, or nothing in it can be used.
+    """
+    reading = Reading([], [], Counter())
+    for place, entry in read_records(Path(path)):
+        try:
+            sample = _read_sample(entry, Path(image_folder), protect)
+        except UnusableError as error:
+            reading.left_out.append(LeftOut(place, error))
+        else:
+            reading.samples.append(replace(sample, place=place))
+            reading.unread.update(set(_unread(entry)))
+    if not reading.samples:
+        reasons = summary(Counter(left.error.reason for left in reading.left_out))
+        first = "; first, {}: {}".format(*reading.left_out[0]) if reading.left_out else ""
+        raise ValueError(
+            f"{path} has no sample that can be used: {reasons or 'it is empty'}{first}."
+        )
+    return reading
+
+
+def summary(counts: Counter[str]) -> str:
+    """Counts in words."""
+    return ", ".join(f"{what} ({count})" for what, count in counts.items())
+
+
+def _read_sample(entry: Any, image_folder: Path, protect: Callable[[str], str]) -> Sample:
+    if not isinstance(entry, Mapping):
+        raise UnusableError("not an object")
+    _refuse_unsupported(entry)
+    turns = [_read_turn(turn, protect) for turn in entry[_turns_key(entry)]]
+    system = _system(entry, turns, protect)
+    turns = turns[1:] if turns and turns[0][0].role == "system" else turns
+    while turns and turns[0][0].role == "assistant":
+        turns = turns[1:]
+    messages = [message for message, _ in turns]
+    roles = [message.role for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise UnusableError("turns do not alternate", ", ".join(roles))
+    names = _image_names(entry)
+    marks = [name for _, own in turns for name in own]
+    if names and not marks:
+        messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
+    unnamed = marks.count(None)
+    if unnamed != len(names):
+        detail = f"{unnamed} marks, {len(names)} images"
+        raise UnusableError("marks and images differ in number", detail)
+    beside = iter(names)
+    images = [image_folder / (next(beside) if name is None else name) for name in marks]
+    for image in images:
+        if not is_file(image):
+            raise UnusableError("image is missing", str(image))
+    return Sample((*system, *messages), tuple(images))
+
+
+def _refuse_unsupported(entry: Mapping[str, Any]) -> None:
+    for key in _UNSUPPORTED:
+        if entry.get(key):
+            raise UnusableError(f"{key} is not supported")
+
+
+def _turns_key(entry: Mapping[str, Any]) -> str:
+    for key in _TURN_KEYS:
+        if isinstance(entry.get(key), list):
+            return key
+    raise UnusableError("no list of conversations or messages", ", ".join(entry))
+
+
+def _read_turn(turn: Any, protect: Callable[[str], str]) -> tuple[Message, list[str | None]]:
+    """A turn, and for each of its pictures the file, or None for the next beside the turns."""
+    if not isinstance(turn, Mapping):
+        raise UnusableError("a turn is not an object")
+    _refuse_unsupported(turn)
+    speaker, content = (
+        turn.get(_key(turn, "from", "role")),
+        turn.get(_key(turn, "value", "content")),
+    )
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise UnusableError("a turn has an unknown role", repr(speaker))
+    text, images = _read_content(content)
+    if role != "user":
+        if images:
+            raise UnusableError("a picture in a turn that is not the user's")
+        return Message(role, protect(text)), []
+    if IMAGE_TOKEN in text:
+        images += [None] * text.count(IMAGE_TOKEN)
+        text = text.replace(IMAGE_TOKEN, "").strip()
+    return Message(role, protect(text), images=len(images)), images
+
+
+def _key(turn: Mapping[str, Any], *names: str) -> str:
+    return next((name for name in names if name in turn), names[0])
+
+
+def _read_content(content: Any) -> tuple[str, list[str | None]]:
+    """The text of a turn, and the pictures that stand beside it as parts."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise UnusableError("a turn has no text", repr(content))
+    texts: list[str] = []
+    images: list[str | None] = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            images.append(_part_image(part))
+        else:
+            named = isinstance(kind, str) and kind.removesuffix("_url") in _UNSUPPORTED
+            reason = f"{kind} is not supported" if named else "a part is neither text nor image"
+            raise UnusableError(reason, "" if named else repr(part))
+    return "\n".join(texts), images
+
+
+def _part_image(part: Mapping[str, Any]) -> str | None:
+    keys = ("image", "image_url", "path", "url")
+    source = next((part[key] for key in keys if part.get(key)), None)
+    source = source.get("url") if isinstance(source, Mapping) else source
+    if source is not None and not isinstance(source, str):
+        raise UnusableError("an image is no file's name", repr(source))
+    return source
+
+
+def _system(
+    entry: Mapping[str, Any],
+    turns: Sequence[tuple[Message, Any]],
+    protect: Callable[[str], str],
+) -> list[Message]:
+    """The system turn, if there is text for one."""
+    texts = [protect(_text(entry[key])) for key in _SYSTEM_KEYS if entry.get(key)]
+    texts += [message.text for message, _ in turns[:1] if message.role == "system"]
+    found = {text for text in texts if text.strip()}
+    if len(found) > 1:
+        raise UnusableError("more than one system text")
+    return [Message("system", text) for text in found]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UnusableError("the system text is no text", repr(value))
+    return value
+
+
+def _image_names(entry: Mapping[str, Any]) -> list[str]:
+    """The files that a sample names beside its turns."""
+    given = [entry[key] for key in ("image", "images") if entry.get(key)]
+    lists = [[names] if isinstance(names, str) else names for names in given]
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UnusableError("an image is no file's name", repr(names))
+    if len(lists) == 2 and lists[0] != lists[1]:
+        raise UnusableError("image and images differ")
+    return lists[0] if lists else []
+
+
+def _unread(entry: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that hold text or files and are not read."""
+    turns = _turns_key(entry)
+    yield from _telling(entry, {*_READ, turns})
+    for turn in entry[turns]:
+        own = {_key(turn, "from", "role"), _key(turn, "value", "content")}
+        yield from (f"{turns}.{key}" for key in _telling(turn, own))
+
+
+def _telling(data: Mapping[str, Any], known: set[str]) -> list[str]:
+    return [
+        key
+        for key, value in data.items()
+        if key not in known and isinstance(value, (str, list, dict)) and value
+    ]

@@ -1,0 +1,313 @@
+"""Training files of any kind: what is learned of them, and that nothing is lost silently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_llava import load
+from mlx_llava.processor import Processor
+from mlx_llava.prompt import JinjaTemplate, Message
+from mlx_llava.templates import TEMPLATES
+from mlx_llava.train import main
+from mlx_llava.tuner.data import IGNORED, Examples
+from mlx_llava.tuner.samples import Reading, read_samples
+from tests.conftest import GOLDENS, PICTURE, shared_data
+
+LLAVA = GOLDENS / "llava"
+PIRATE = "You are a pirate."
+QUESTION = {"from": "human", "value": "<image>\nWhat?"}
+ANSWER = {"from": "gpt", "value": "red"}
+TURNS = [QUESTION, ANSWER]
+
+
+def sample(*turns: dict, **keys) -> dict:
+    return {"id": "1", "image": "a.png", "conversations": list(turns or TURNS), **keys}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("a.png", "b.png"):
+        Image.open(PICTURE).save(tmp_path / name)
+    return tmp_path
+
+
+def read(folder: Path, *entries, protect=str, lines: bool = False) -> Reading:
+    text = "\n".join(map(json.dumps, entries)) if lines else json.dumps(entries)
+    (folder / "train.json").write_text(text)
+    return read_samples(folder / "train.json", folder, protect)
+
+
+MESSAGES = (Message("user", "What?", images=1), Message("assistant", "red"))
+LEARNED_PIRATE = (Message("system", PIRATE), *MESSAGES)
+PART = {"type": "image"}
+SAME = {
+    "llava": (sample(), MESSAGES),
+    "roles of OpenAI": (
+        sample({"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "red"}),
+        MESSAGES,
+    ),
+    "messages": (
+        {
+            "messages": [
+                {"role": "system", "content": PIRATE},
+                {"role": "user", "content": "<image>What?"},
+                {"role": "assistant", "content": "red"},
+            ],
+            "images": ["a.png"],
+        },
+        LEARNED_PIRATE,
+    ),
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [PART, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+            ],
+            "images": "a.png",
+        },
+        MESSAGES,
+    ),
+    "parts with files": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "What?"},
+                        {"type": "image_url", "image_url": {"url": "a.png"}},
+                    ],
+                },
+                {"role": "Assistant", "content": "red"},
+            ]
+        },
+        MESSAGES,
+    ),
+    "bot": (sample(QUESTION, {"from": "bot", "value": "red"}), MESSAGES),
+    "system turn": (sample({"from": "system", "value": PIRATE}, *TURNS), LEARNED_PIRATE),
+    "system key": (sample(system=PIRATE), LEARNED_PIRATE),
+    "system_prompt key": (sample(system_prompt=PIRATE), LEARNED_PIRATE),
+    "system twice": (
+        sample({"from": "system", "value": PIRATE}, *TURNS, system=PIRATE),
+        LEARNED_PIRATE,
+    ),
+    "no system text": (sample({"from": "system", "value": " "}, *TURNS, system=""), MESSAGES),
+    "greeting": (sample({"from": "gpt", "value": "Hi"}, *TURNS), MESSAGES),
+    "no mark": (sample({"from": "human", "value": "What?"}, ANSWER), MESSAGES),
+    "images, no mark": (
+        sample({"from": "human", "value": "What?"}, ANSWER, image=None, images=["a.png"]),
+        MESSAGES,
+    ),
+    "image list": (sample(image=["a.png"]), MESSAGES),
+    "image and images": (sample(images=["a.png"]), MESSAGES),
+}
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("name", SAME)
+def test_one_conversation_in_all_ways_to_write_it(name, lines, folder):
+    entry, messages = SAME[name]
+    reading = read(folder, entry, lines=lines)
+    assert not reading.left_out
+    assert not reading.unread
+    (only,) = reading.samples
+    assert only.messages == messages
+    assert only.images == (folder / "a.png",)
+
+
+def test_two_pictures_without_marks_go_first_in_order(folder):
+    entry = sample({"from": "human", "value": "What?"}, ANSWER, image=["b.png", "a.png"])
+    (only,) = read(folder, entry).samples
+    assert only.messages[0] == Message("user", "What?", images=2)
+    assert only.images == (folder / "b.png", folder / "a.png")
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, None])
+def test_the_system_text_is_the_templates(name, folder):
+    _, processor = load(LLAVA, template=name)
+    protect = processor.tokenizer.protect
+    plain, pirate = read(folder, sample(), sample(system=PIRATE), protect=protect).samples
+    own = Examples([plain, pirate], processor, 10_000)
+    own.max_length = 10_000  # more than the model's context: vicuna_v0 has long examples
+    (ids, labels, _), (other_ids, other_labels, _) = map(own.row, own.samples)
+    if name == "plain":  # nothing but the caption is learned
+        assert (ids, labels) == (other_ids, other_labels)
+        return
+    told = [Message("system", protect(PIRATE)), *plain.messages]
+    expected, _ = processor.learnable(processor.template.pieces(told), [16])
+    assert other_ids == expected[: len(other_ids)]
+    assert other_ids != ids
+    assert PIRATE in processor.tokenizer.decode(other_ids)
+    answers = [[i for i in row if i != IGNORED] for row in (labels, other_labels)]
+    assert answers[0] == answers[1]
+
+
+LEFT_OUT = {
+    "not an object": 7,
+    "no list of conversations or messages: id, caption": {"id": 1, "caption": "x"},
+    "a turn is not an object": {"conversations": ["Q", "A"]},
+    "a turn has an unknown role: 'tool'": sample(*TURNS, {"from": "tool", "value": "x"}),
+    "a turn has an unknown role: None": sample({"value": "x"}),
+    "a turn has no text: 3": sample({"from": "human", "value": 3}),
+    "turns do not alternate: user, user": sample(QUESTION, QUESTION),
+    "turns do not alternate: user, assistant, system": sample(
+        *TURNS, {"from": "system", "value": ""}
+    ),
+    "turns do not alternate": sample(ANSWER),
+    "image is missing: {}/gone.png": sample(image="gone.png"),
+    "image is missing: {}/a\0": sample(image="a\0"),
+    "marks and images differ in number: 1 marks, 0 images": sample(image=None),
+    "marks and images differ in number: 1 marks, 2 images": sample(image=["a.png", "b.png"]),
+    "image and images differ": sample(images=["b.png"]),
+    "an image is no file's name: 391895": sample(image=391895),
+    "video is not supported": sample(image=None, video="v.mp4"),
+    "videos is not supported": sample(videos=["v.mp4"]),
+    "video_url is not supported": sample({"role": "user", "content": [{"type": "video_url"}]}),
+    "a part is neither text nor image: {'type': 'text'}": sample(
+        {"role": "user", "content": [{"type": "text"}]}
+    ),
+    "more than one system text": sample({"from": "system", "value": "x"}, *TURNS, system="y"),
+    "the system text is no text: 3": sample(system=3),
+    "a picture in a turn that is not the user's": sample(
+        QUESTION, {"role": "assistant", "content": [{"type": "image"}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("why", LEFT_OUT)
+def test_what_cannot_be_used_is_left_out_with_its_place_and_why(why, folder):
+    entry = LEFT_OUT[why]
+    why = why.replace("{}", str(folder)) if "missing" in why else why
+    reading = read(folder, sample(), entry, sample())
+    assert len(reading.samples) == 2
+    ((place, error),) = reading.left_out
+    assert (str(place), str(error)) == (f"{folder / 'train.json'}, index 1", why)
+    with pytest.raises(ValueError, match="has no sample that can be used: .*; first, .* line 1: "):
+        read(folder, entry, lines=True)
+
+
+def test_keys_that_say_something_and_are_not_read_are_counted(folder):
+    turns = ({**QUESTION, "reasoning": "hm", "weight": 1}, ANSWER)
+    reading = read(folder, sample(*turns, caption="x", note=""), sample(caption="y", boxes=[1]))
+    assert reading.unread == {"caption": 2, "boxes": 1, "conversations.reasoning": 1}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.sampled_from(["a.png", "user", "<image>", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "url", "role", "value"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+TURN = st.dictionaries(st.sampled_from(["from", "value", "role", "content"]), VALUES)
+ENTRIES = VALUES | st.dictionaries(
+    st.sampled_from(["image", "images", "system", "video", "messages"]), VALUES
+).flatmap(
+    lambda keys: st.lists(TURN | VALUES | st.sampled_from(TURNS), max_size=4).map(
+        lambda turns: {**keys, "conversations": turns}
+    )
+)
+
+
+@given(entry=ENTRIES)
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_json_is_a_sample_or_left_out(entry, folder):
+    reading = read(folder, sample(), entry)
+    assert len(reading.samples) + len(reading.left_out) == 2
+
+
+def test_a_template_that_drops_the_system_text_is_no_broken_picture(folder, loaded):
+    _, processor = loaded
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    deaf = Processor(
+        processor.config,
+        processor.tokenizer,
+        processor.image_processor,
+        template=JinjaTemplate(source, eos="</s>"),
+        eos_ids=processor.eos_ids,
+    )
+    reading = read(folder, sample(system=PIRATE), sample(image="b.png"), sample())
+    (folder / "b.png").write_bytes(b"no picture")
+    own = Examples(reading.samples, deaf, 512)
+    assert own.batch([0, 1, 2]).input_ids.shape[0] == 1
+    assert own.problems == {"the template cannot write it": 1, "image is broken": 1}
+    assert "drops the system's text" in str(own.left_out[0].error)
+
+
+def train(folder: Path, *more: str) -> int:
+    return main(
+        [
+            *("--model", str(LLAVA), "--stage", "projector", "--data", str(folder / "train.jsonl")),
+            *("--image-folder", str(folder), "--output", str(folder / "run")),
+            *("--steps", "2", "--batch-size", "2", "--save-every", "1", *more),
+        ]
+    )
+
+
+def test_a_run_lists_what_it_leaves_out_once(folder, capsys):
+    (folder / "b.png").write_bytes(b"no picture")
+    long = sample({"from": "human", "value": "What?\u2028" * 9}, ANSWER, image=None, caption="x")
+    entries = [sample(), sample(image="b.png"), sample(image="gone.png"), long, 7]
+    text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (folder / "train.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    assert train(folder) == 0
+    error = capsys.readouterr().err
+    assert (
+        "2 samples were left out, see skipped.jsonl: image is missing (1), not an object (1)"
+        in error
+    )
+    assert "keys that are not read, with the number of samples: caption (1)" in error
+    assert "1 samples were left out, see skipped.jsonl: image is broken (1)" in error
+    listed = (folder / "run" / "skipped.jsonl").read_text()
+    records = [json.loads(line) for line in listed.splitlines()]
+    assert [record["line"] for record in records] == [5, 9, 3]
+    assert records[0]["file"] == str(folder / "train.jsonl")
+    assert records[0]["why"] == f"image is missing: {folder / 'gone.png'}"
+    assert records[2]["why"].startswith("image is broken: ")
+    assert train(folder, "--steps", "2", "--resume") == 0
+    assert (folder / "run" / "skipped.jsonl").read_text() == listed
+
+
+REPORTED = {
+    "system_key": True,
+    "system_prompt_key": True,
+    "system_turn": True,
+    "images_key_no_mark": False,
+    "user_assistant": False,
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_samples_of_reports_are_learned(name, folder):
+    path = shared_data(f"reports/train_silent_keys/{name}.json")
+    (only,), left_out, unread = read_samples(path, folder, str)
+    assert only.messages == (LEARNED_PIRATE if REPORTED[name] else MESSAGES)
+    assert not left_out
+    assert not unread
+
+
+@pytest.mark.parametrize(
+    "name", ["json_bom/train.json", "jsonl_unicode_line_ends/train_u2028.jsonl"]
+)
+def test_files_of_reports_are_read(name, folder):
+    (only,) = read_samples(shared_data(f"reports/{name}"), folder, str).samples
+    assert only.messages[1].text == ("red\u2028star" if "u2028" in name else "red")
+
+
+def test_a_video_of_a_report_is_refused_by_name(folder):
+    path = shared_data("reports/train_silent_keys/video.json")
+    with pytest.raises(ValueError, match="no sample that can be used: video is not supported"):
+        read_samples(path, folder, str)
