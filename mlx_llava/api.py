@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,14 +35,20 @@ from mlx_llava.image import PixelsError, load_image
 from mlx_llava.limits import Limits
 from mlx_llava.metrics import Metrics
 from mlx_llava.protocol import ChatRequest, CompletionRequest, Wanted, read_request
+from mlx_llava.remote import MAX_BYTES, SECONDS
 from mlx_llava.replies import ChatShape, CompletionShape, Shape, Usage
-from mlx_llava.sources import Sources
+from mlx_llava.sources import Sources, is_remote
+from mlx_llava.workers import Workers
 
 PAGE = Path(__file__).parent / "page"
 #: Where no key is needed: what says nothing of anyone's questions.
 OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterdir())))
 #: What browsers and cameras make; each further decoder is one more that strangers can feed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: So many requests have pictures fetched at a time, and keep them until they are decoded.
+FETCHES = 8
+#: How long fetching all pictures of a request may take.
+REMOTE_SECONDS = 30.0
 
 T = TypeVar("T")
 
@@ -67,9 +74,10 @@ class Api:
     def __post_init__(self) -> None:
         """Begins to count."""
         self.metrics = Metrics(self.engine)
-        # One picture is decoded at a time, so that their pixels never add up.
-        self._decoding = anyio.CapacityLimiter(1)
-        self._fetching = anyio.CapacityLimiter(8)
+        # One request's pictures are decoded at a time, so that their pixels never add up; texts
+        # wait for no pictures, and pictures that are sent for none of elsewhere.
+        self._decoding, self._reading = Workers(1), Workers(4)
+        self._fetching, self._holding = Workers(FETCHES), asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
         """The ASGI app; unguarded, see guard.py."""
@@ -170,10 +178,11 @@ class Api:
             )
         try:
             with self.engine.place(count):
-                asks = await self._asks(wanted)
-                answer = self.engine.answer(
-                    asks, top_logprobs=wanted.told_logprobs, seconds=self.limits.seconds
-                )
+                until = anyio.current_time() + self.limits.seconds
+                with anyio.fail_after(self.limits.seconds):
+                    asks = await self._asks(wanted)
+                left = max(0.0, until - anyio.current_time())
+                answer = self.engine.answer(asks, top_logprobs=wanted.told_logprobs, seconds=left)
                 async with aclosing(answer) as pieces:
                     async for piece in pieces:
                         if piece.finish_reason:
@@ -186,29 +195,46 @@ class Api:
         except ValueError as error:
             raise ApiError(400, one_line(error)) from error
         except TimeoutError as error:
-            raise ApiError(503, str(error), kind="server_error", code="timeout") from error
+            message = f"The answer took more than {self.limits.seconds:g} s."
+            raise ApiError(503, message, kind="server_error", code="timeout") from error
         except EngineError as error:
             raise ApiError(503, str(error), kind="server_error") from error
 
     async def _asks(self, wanted: Wanted) -> list[Ask]:
         """The prompts of a request, prepared, each as often as it is to be answered."""
         if isinstance(wanted, ChatRequest):
-            urls = wanted.pictures()
-            if len(urls) > self.limits.images:
-                raise ApiError(
-                    400,
-                    f"There are {len(urls)} pictures; the limit is {self.limits.images}.",
-                    param="messages",
-                    code="too_many_images",
-                )
-            texts = sum(map(len, wanted.texts()))
-            files = [await run_sync(self._read, url, limiter=self._fetching) for url in urls]
+            urls, texts = wanted.pictures(), sum(map(len, wanted.texts()))
         else:
-            texts, files = max(map(len, wanted.prompt)), []
+            urls, texts = [], max(map(len, wanted.prompt))
+        if len(urls) > self.limits.images:
+            raise ApiError(
+                400,
+                f"There are {len(urls)} pictures; the limit is {self.limits.images}.",
+                param="messages",
+                code="too_many_images",
+            )
         self._check_length(texts)
         options = wanted.options(self.defaults)
-        prepared = await run_sync(self._prepare, wanted, files, options, limiter=self._decoding)
+        async with self._holding if any(map(is_remote, urls)) else nullcontext():
+            files = await self._fetch(urls)
+            workers = self._decoding if urls else self._reading
+            prepared = await workers.run(partial(self._prepare, wanted, urls, files, options))
         return [(inputs, own) for inputs in prepared for own in wanted.seeded(options)]
+
+    async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
+        """The pictures that are elsewhere; all of a request together have one deadline."""
+        until = anyio.current_time() + REMOTE_SECONDS
+        files: dict[str, bytes] = {}
+        for url in filter(is_remote, urls):
+            left = until - anyio.current_time()
+            if left <= 0:
+                message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
+                raise ApiError(400, message, param="messages", code="invalid_image_url")
+            room = min(MAX_BYTES, self.limits.body_bytes - sum(map(len, files.values())))
+            read = partial(self._read, url, seconds=min(SECONDS, left), max_bytes=room)
+            if url not in files:
+                files[url] = await self._fetching.run(read)
+        return files
 
     def _check_length(self, characters: int) -> None:
         """Refuses texts that cannot fit, before they are tokenised."""
@@ -219,14 +245,14 @@ class Api:
                 f"{processor.context_length} tokens can hold."
             )
 
-    def _read(self, url: str) -> bytes:
+    def _read(self, url: str, **bounds: Any) -> bytes:
         try:
-            return self.sources.read(url)
+            return self.sources.read(url, **bounds)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
 
     def _prepare(
-        self, wanted: Wanted, files: Sequence[bytes], options: Options
+        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes], options: Options
     ) -> list[Callable[[], Any]]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
         processor = self.engine.processor
@@ -234,12 +260,14 @@ class Api:
         prepare = processor.prepare
         if isinstance(wanted, CompletionRequest):
             return [prepare(text, raw=True) for text in wanted.prompt]
-        return [prepare(wanted.conversation(self._decode(files)))]
+        return [prepare(wanted.conversation(self._decode(urls, files)))]
 
-    def _decode(self, files: Sequence[bytes]) -> list[Image.Image]:
+    def _decode(self, urls: Sequence[str], files: Mapping[str, bytes]) -> list[Image.Image]:
+        """The pictures of a request, from what was fetched and what is at hand."""
         pictures: list[Image.Image] = []
         limit, pixels = self.limits.pixels, 0
-        for file in files:
+        for url in urls:
+            file = files[url] if url in files else self._read(url)
             try:
                 pictures.append(load_image(file, limit - pixels, FORMATS))
             except ValueError as error:

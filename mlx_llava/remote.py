@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from mlx_llava.version import __version__
@@ -51,8 +51,8 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> byt
                     raise ValueError(f"The image URL answered {response.status}.")
                 return _read(response, max_bytes, deadline)
         except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() > deadline:
-                raise ValueError(f"The image URL took longer than {seconds:.0f} s.") from error
+            if time.monotonic() >= deadline:
+                raise ValueError(f"The image URL took longer than {seconds:.2g} s.") from error
             raise ValueError(f"The image URL cannot be fetched: {error}") from error
     raise ValueError(f"The image URL redirects more than {REDIRECTS} times.")
 
@@ -102,16 +102,18 @@ def is_public(address: str) -> bool:
 
 @contextmanager
 def _get(parts: SplitResult, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Asks an address that was checked; everything ends at the deadline."""
+    """Asks an address that was checked; everything but looking up its name ends at the deadline."""
     host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
     address = public_address(host, port)
-    connection = http.client.HTTPConnection(host, port, timeout=deadline - time.monotonic())
-    raw = socket.create_connection((address, port), max(0.001, deadline - time.monotonic()))
-    connection.sock = raw
-    timer = threading.Timer(deadline - time.monotonic(), _cut, [raw])
-    timer.daemon = True
-    timer.start()
-    try:
+    connection = http.client.HTTPConnection(host, port)
+    # The second handle leads to the same connection, also when TLS has taken over the first.
+    with (
+        socket.create_connection((address, port), _left(deadline)) as raw,
+        raw.dup() as handle,
+        _cutting(handle, deadline),
+        closing(connection),
+    ):
+        connection.sock = raw
         if parts.scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -119,14 +121,31 @@ def _get(parts: SplitResult, deadline: float) -> Iterator[http.client.HTTPRespon
         connection.request("GET", path, headers={"User-Agent": agent, "Accept": "image/*"})
         with connection.getresponse() as response:
             yield response
+
+
+def _left(deadline: float) -> float:
+    """The seconds that are left; raises TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+@contextmanager
+def _cutting(handle: socket.socket, deadline: float) -> Iterator[None]:
+    """Ends whatever waits for a connection at the deadline."""
+    timer = threading.Timer(_left(deadline), _cut, [handle])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
         timer.cancel()
-        connection.close()
-        raw.close()
+        timer.join()  # its handle's number may soon be another's
 
 
 def _cut(connection: socket.socket) -> None:
-    """Ends whatever waits for a connection, in another thread."""
+    """Ends a connection that another thread waits for."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -139,6 +158,5 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -
         content += chunk
         if len(content) > max_bytes:
             raise ValueError(f"The image URL gives more than {max_bytes:,} bytes.")
-    if time.monotonic() > deadline:
-        raise TimeoutError
+    _left(deadline)  # what was cut looks as if it had ended
     return bytes(content)

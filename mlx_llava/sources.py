@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from mlx_llava.image import decode_data_url, is_data_url
-from mlx_llava.remote import MAX_BYTES, fetch
+from mlx_llava.remote import MAX_BYTES, SECONDS, fetch
 
 #: How JPEG, PNG, GIF and WebP begin in base64, which some clients send without data: before it.
 _BARE = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
@@ -28,8 +28,13 @@ class Sources:
     remote: bool = False
     root: Path | None = None
 
-    def read(self, url: str) -> bytes:
+    def read(self, url: str, seconds: float = SECONDS, max_bytes: int = MAX_BYTES) -> bytes:
         """The bytes of a picture.
+
+        Args:
+            url (str): Names it.
+            seconds (float): How long it may take, if it is remote.
+            max_bytes (int): How many it may have, if it is remote.
 
         Raises:
             ValueError: The source is not allowed, or cannot be read.
@@ -38,21 +43,29 @@ class Sources:
             url = f"data:;base64,{url}"
         if is_data_url(url):
             return decode_data_url(url)
-        scheme = url.partition(":")[0].lower() if ":" in url else ""
-        if scheme in ("http", "https"):
+        if is_remote(url):
             if not self.remote:
                 raise ValueError(
                     "Remote images are not allowed here (--allow-remote-images); send the "
                     "picture as a data: URL."
                 )
-            return fetch(url)
-        if scheme not in ("", "file"):
+            return fetch(url, max_bytes, seconds)
+        if _scheme(url) not in ("", "file"):
             raise ValueError("An image URL must be a data: or an http(s) URL.")
         if self.root is None:
             raise ValueError(
                 "Local files are not allowed here (--image-root); send the picture as a data: URL."
             )
         return read_below(self.root, _path_in(url, self.root))
+
+
+def is_remote(url: str) -> bool:
+    """Whether someone else has to be asked for a picture."""
+    return _scheme(url) in ("http", "https")
+
+
+def _scheme(url: str) -> str:
+    return url.partition(":")[0].lower() if ":" in url else ""
 
 
 def _path_in(url: str, root: Path) -> PurePosixPath:

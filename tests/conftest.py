@@ -11,6 +11,8 @@ from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import mlx.core as mx
 import pytest
 
+from tests.sites import internet, tls  # noqa: F401 - fixtures
+
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 PICTURE = GOLDENS / "picture.png"

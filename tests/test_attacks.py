@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.server
 import io
 import json
 import logging
 import os
 import socket
 import struct
-import threading
 import time
 import zlib
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -23,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_llava import connection, remote, server
+from mlx_llava import connection, server
 from mlx_llava.api_errors import ApiError
 from mlx_llava.decoding import Options
 from mlx_llava.image import data_url, png
@@ -32,6 +29,7 @@ from mlx_llava.protocol import ChatRequest, CompletionRequest, read_request
 from mlx_llava.remote import fetch, is_public
 from mlx_llava.sources import Sources, read_below
 from tests.serving import MODEL, receive, serving, user
+from tests.sites import DrippingHandshake, Site, network, reply_with, unwanted
 
 SECRET = "the secret of the house"
 PICTURE = Image.new("RGB", (8, 8), "red")
@@ -125,87 +123,10 @@ class TestAddresses:
             refused(chat(open_one, [named(url)]), 400)
 
 
-def unwanted(*_, **__):
-    raise AssertionError("something was connected to, or looked up")
-
-
-def network(monkeypatch, **functions):
-    """Replaces functions of `socket` for remote.py alone."""
-    names = {name: getattr(socket, name) for name in ("SOCK_STREAM", "SHUT_RDWR", "getaddrinfo")}
-    given = {**names, "create_connection": unwanted, **functions}
-    monkeypatch.setattr(remote, "socket", SimpleNamespace(socket=socket.socket, **given))
-
-
-class Site:
-    """A server that must not be reached, or only by the address that was checked."""
-
-    def __init__(self, answer):
-        self.asked = asked = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                asked.append((self.headers["Host"], self.path))
-                answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def reply_with(content, status=200, **headers):
-    def answer(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
 @pytest.fixture
 def inside():
     with Site(reply_with(SECRET.encode())) as site:
         yield site
-
-
-@pytest.fixture
-def internet(monkeypatch):
-    """Names with public addresses, of which 93.184.216.34 leads to a site of the test."""
-    looked_up = []
-
-    def names(table, port):
-        table = {name: [*addresses] for name, addresses in table.items()}
-
-        def getaddrinfo(host, _, **__):
-            looked_up.append(host)
-            known = table.get(host)
-            address = known.pop(0) if known and len(known) > 1 else known[0] if known else host
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            return [(family, socket.SOCK_STREAM, 6, "", (address, 80))]
-
-        def create_connection(address, timeout):
-            assert address[0] == "93.184.216.34", f"connected to {address}"
-            return socket.create_connection(("127.0.0.1", port), timeout)
-
-        network(monkeypatch, getaddrinfo=getaddrinfo, create_connection=create_connection)
-        return looked_up
-
-    return names
 
 
 class TestRemotePictures:
@@ -269,23 +190,28 @@ class TestRemotePictures:
             with pytest.raises(ValueError, match="more than 1,000,000 bytes"):
                 fetch("http://a.example/", max_bytes=1_000_000)
 
-    @pytest.mark.parametrize("part", ["headers", "body"])
-    def test_an_answer_that_drips(self, internet, part):
+    @pytest.mark.parametrize("part", ["handshake", "headers", "body"])
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_an_answer_that_drips(self, internet, tls, scheme, part):
+        """It is cut while it goes on, whatever it drips."""
+        to_its_end = []
+
         def drip(handler):
             if part == "body":
                 handler.send_response(200)
                 handler.end_headers()
             with contextlib.suppress(OSError):
-                for _ in range(100):
+                for _ in range(1200):
                     handler.wfile.write(b"x")
                     time.sleep(0.05)
+                to_its_end.append(True)
 
-        with Site(drip) as site:
+        site = DrippingHandshake() if part == "handshake" else Site(drip, scheme == "https" and tls)
+        with site:
             internet({"a.example": ["93.184.216.34"]}, site.port)
-            started = time.monotonic()
-            with pytest.raises(ValueError, match="longer than|took"):
-                fetch("http://a.example/", seconds=0.5)
-            assert time.monotonic() - started < 3
+            with pytest.raises(ValueError, match="took longer than 0.5 s"):
+                fetch(f"{scheme}://a.example/", seconds=0.5)
+        assert not to_its_end
 
     def test_errors_say_nothing_of_what_answered(self, internet):
         with Site(reply_with(SECRET.encode(), 500)) as site:

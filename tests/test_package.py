@@ -28,6 +28,7 @@ LAYERS = (
         "known_keys",
         "limits",
         "sampling",
+        "workers",
     },
     {
         "api_messages",
