@@ -165,9 +165,13 @@ class Engine:
         """How many answers run."""
         return min(len(self._answers), self.batch_size)
 
-    def close(self) -> None:
-        """Ends the thread; answers that run are cut off."""
+    def stop(self) -> None:
+        """Asks the thread to end; answers that run are cut off after its next step."""
         self._inbox.put(None)
+
+    def close(self) -> None:
+        """Ends the thread, and waits for it."""
+        self.stop()
         self._thread.join()
 
     @contextmanager

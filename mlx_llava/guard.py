@@ -6,10 +6,12 @@ under a name that it makes point there (DNS rebinding). So names and origins are
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,8 +73,8 @@ class Guard:
         except ApiError as error:
             await error_response(error)(scope, receive, guarded)
             return
-        # Where time is over, the connection is closed: the answer then lacks its end.
-        with anyio.move_on_after(self.seconds):
+        # Where time is over, or the server ends, the connection is closed, and the answer cut off.
+        with suppress(asyncio.CancelledError), anyio.move_on_after(self.seconds):
             await self.app(scope, receive, guarded)
 
     def check(self, scope: Scope) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import socket
 import sys
 from collections.abc import Sequence
@@ -34,14 +33,14 @@ from mlx_llava.loading import (
 from mlx_llava.sources import Sources
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.types import ASGIApp
 
     from mlx_llava.engine import Engine
+    from mlx_llava.http_server import HttpServer
 
 HOST, PORT = "127.0.0.1", 8080
-#: So many connections, slow and idle ones with them.
-CONNECTIONS = 512
+#: So many connections may wait to be taken.
+BACKLOG = 512
 #: What a request may take beyond the arrival of its body and its answers: a slow reader's time.
 GRACE_SECONDS = 60
 MIN_KEY_LENGTH = 16
@@ -167,7 +166,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"The port is {port}; it must lie in 0..65535.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         why = str(error).partition(" (while")[0]
         raise ValueError(f"Cannot listen on {host} port {port}: {why}.") from error
@@ -228,11 +227,12 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
     )
 
 
-def make_server(app: ASGIApp, args: argparse.Namespace) -> uvicorn.Server:
+def make_server(app: ASGIApp, args: argparse.Namespace, engine: Engine) -> HttpServer:
     """What speaks HTTP. It finishes running answers before it ends, and logs no bodies."""
     import uvicorn
 
     from mlx_llava.connection import Connection
+    from mlx_llava.http_server import HttpServer
 
     config = uvicorn.Config(
         app,
@@ -241,11 +241,9 @@ def make_server(app: ASGIApp, args: argparse.Namespace) -> uvicorn.Server:
         lifespan="off",
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=math.ceil(args.timeout),
         log_config=_log_config(),
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, args.timeout, engine.stop)
 
 
 def _log_config() -> dict[str, Any]:
@@ -270,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say_if_embedded(args)
         engine = start_engine(args)
         settings.defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
-        server = make_server(make_app(args, settings, engine), args)
+        server = make_server(make_app(args, settings, engine), args, engine)
         if settings.api_key is None and args.host not in (HOST, "localhost", "::1"):
             print(
                 f"warning: anyone who reaches {args.host} may ask; see --api-key-file",

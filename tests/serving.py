@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import openai
 
 from mlx_llava import server
 from mlx_llava.engine import Engine
+from mlx_llava.http_server import HttpServer
 from mlx_llava.image import data_url, png
 
 MODEL = "tiny-llava"
@@ -25,6 +27,7 @@ class Served:
     engine: Engine
     port: int
     key: str | None
+    server: HttpServer
 
     @property
     def url(self) -> str:
@@ -70,11 +73,11 @@ def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Ite
     app = server.make_app(args, settings, own)
     for name, value in limits.items():
         setattr(app.app, name, value)
-    running = server.make_server(app, args)
+    running = server.make_server(app, args, own)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Served(own, listening.getsockname()[1], settings.api_key)
+        yield Served(own, listening.getsockname()[1], settings.api_key, running)
     finally:
         running.should_exit = True
         thread.join(30)
@@ -94,3 +97,20 @@ def user(*parts: Any) -> dict[str, Any]:
             for part in parts
         ],
     }
+
+
+def endless() -> dict[str, Any]:
+    """Options with which the embedded model goes on until its context is full."""
+    schema = {"type": "array", "items": {"const": "four four four"}, "minItems": 1000}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return {"response_format": format, "max_tokens": 100_000}
+
+
+def waits_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    """Whether something becomes so; the time is only for what hangs."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False

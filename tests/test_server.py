@@ -27,7 +27,7 @@ from mlx_llava import generate, load, server, stream_generate
 from mlx_llava.image import data_url, png
 from mlx_llava.llava import Llava
 from tests.conftest import ROOT
-from tests.serving import MODEL, serving, user
+from tests.serving import MODEL, endless, serving, user, waits_until
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
 QUESTION = "What colour is the circle?"
@@ -569,22 +569,6 @@ def test_an_engine_that_has_ended_answers_no_one_and_says_so():
                 request(10)
             assert caught.value.status_code == 503
         assert httpx.get(ending.url + "/health").status_code == 503
-
-
-def endless():
-    """Options with which the embedded model goes on until its context is full."""
-    schema = {"type": "array", "items": {"const": "four four four"}, "minItems": 1000}
-    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    return {"response_format": format, "max_tokens": 100_000}
-
-
-def waits_until(condition, seconds=10):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 class TestCommand:
