@@ -8,12 +8,10 @@ Only what the model says goes to stdout.
 from __future__ import annotations
 
 import argparse
-import shlex
+import io
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from urllib.parse import unquote
 
 from mlx_llava.command import command, one_line
 from mlx_llava.image import from_clipboard
@@ -24,6 +22,7 @@ from mlx_llava.loading import (
     load_model,
     say_if_embedded,
 )
+from mlx_llava.mentions import image_names, missing_paths, pasted_files, split_line
 from mlx_llava.session import SHOWN, Picture, Session, Turn
 
 CLIPBOARD = "clipboard"
@@ -52,6 +51,7 @@ class Chat:
     def __init__(self, session: Session, pictures: Sequence[Picture] = ()) -> None:
         self.session = session
         self.pending = list(pictures)
+        self.has_ended = False
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.image,
             "/images": self.images,
@@ -63,22 +63,29 @@ class Chat:
             "/load": self.load,
             "/reset": self.reset,
             "/help": self.help,
+            **dict.fromkeys(("/exit", "/quit", "/bye"), self.exit),
         }
 
     def take(self, line: str) -> None:
-        """Does what a line says: a command, pictures to show, or a question."""
-        name, _, rest = line.strip().partition(" ")
-        files = pasted_files(line)
-        if files:
-            self.show([Picture.read(file) for file in files])
-        elif line.strip() == CLIPBOARD:
-            self.image(CLIPBOARD)
-        elif name in self.commands:
+        """Does what a line says: a command, pictures to show, or a question, perhaps with some."""
+        line = _checked(line).strip()
+        name, _, rest = line.partition(" ")
+        if name in self.commands:
             self.commands[name](rest.strip())
-        elif name.startswith("/"):
-            raise ValueError(f"There is no command {name}; /help lists them.")
-        elif name:
-            self.ask(line.strip())
+            return
+        if line == CLIPBOARD:
+            self.image(CLIPBOARD)
+            return
+        files = pasted_files(line)
+        paths, question = (files, "") if files else split_line(line)
+        if name.startswith("/") and (question == line or question.startswith(name)):
+            kind = "file" if "/" in name[1:] else "command"
+            raise ValueError(f"There is no {kind} {name}; /help lists what can be typed.")
+        self.show([Picture.read(path) for path in paths])
+        if question:
+            for path in missing_paths(question):
+                note(f"note: there is no file {path}")
+            self.ask(question)
 
     def ask(self, text: str) -> None:
         """Asks, and says what had to be dropped for it."""
@@ -99,6 +106,12 @@ class Chat:
                 print(part.text, end="", flush=True)
         except KeyboardInterrupt:
             note("stopped")
+        except (ValueError, OSError):
+            if turn.answer:
+                print(flush=True)
+            else:
+                self.session.undo()
+            raise
         print(flush=True)
         if not turn.answer:  # a conversation cannot go on from nothing
             self._take_back(self.session.undo())
@@ -115,7 +128,7 @@ class Chat:
 
     def image(self, rest: str) -> None:
         """FILE ...: show pictures with the next question; or clipboard"""
-        names = shlex.split(rest)
+        names = image_names(rest)
         if not names:
             raise ValueError("/image needs a file, a URL, or clipboard.")
         self.show(
@@ -162,12 +175,16 @@ class Chat:
         """: forget everything that was said and shown"""
         self.session.turns, self.pending = [], []
 
+    def exit(self, _: str) -> None:
+        """: end, as Control-D"""
+        self.has_ended = True
+
     def help(self, _: str) -> None:
         """: this"""
         for name, run in self.commands.items():
             arguments, _, job = (run.__doc__ or "").partition(": ")
             note(f"{name + ' ' + arguments:<20} {job}")
-        note(f"{'a path':<20} as /image; also dragged into the terminal")
+        note(f"{'a path':<20} as /image; also dragged into the terminal, or in a question")
         note("Control-C stops an answer, Control-D ends")
 
 
@@ -182,26 +199,21 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def pasted_files(line: str) -> list[str]:
-    """The files that a line consists of, as terminals paste them; [] if it is something else."""
-    with suppress(ValueError, OSError):
-        names = [
-            unquote(n.removeprefix("file://")) if n.startswith("file://") else n
-            for n in shlex.split(line)
-        ]
-        if names and all(("/" in n or "." in n) and Path(n).expanduser().is_file() for n in names):
-            return names
-    whole = line.strip().strip("'\"")
-    with suppress(OSError):
-        return [whole] if whole and "." in whole and Path(whole).expanduser().is_file() else []
-    return []
+def _checked(line: str) -> str:
+    """A line as it was typed; raises ValueError where it is not text."""
+    bad = next((letter for letter in line if "\ud800" <= letter <= "\udfff"), None)
+    if bad is not None:
+        raise ValueError(f"The line is not UTF-8: byte 0x{ord(bad) & 0xFF:02x}.")
+    return line.removeprefix("\ufeff")
 
 
 def run(chat: Chat) -> None:
     """Takes line after line until there is no more."""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history in input()
-    while True:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so that one bad byte spoils only its line
+        sys.stdin.reconfigure(errors="surrogateescape")
+    while not chat.has_ended:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:

@@ -20,6 +20,14 @@ def hidden(path: Path, ending: str) -> Path:
     return path.with_name(f".{name}{ending}")
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with ``~`` as the home folder, or as it is where there is no such user.
+
+    (`Path.expanduser` raises RuntimeError there.)
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 @contextmanager
 def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     """Gives a hidden path beside `path` to write to; what is there takes its place at the end.

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mlx_llava.files import hidden
+from mlx_llava.files import expand_home, hidden
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.version import __version__
 
@@ -99,7 +99,7 @@ def check_target(
         raise FileExistsError(f"{target} is no folder that can be replaced; choose another.")
     if _contains(place, Path.cwd()):
         raise FileExistsError(f"{target} is where this command runs; choose another folder.")
-    for path in [Path(path).expanduser() for path in keep if path is not None]:
+    for path in [expand_home(path) for path in keep if path is not None]:
         if path.exists() and (_contains(place, path) or _contains(path, place)):
             raise FileExistsError(f"{target} is what {path} is read from; choose another folder.")
     _, strangers = _sort(place, kind)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_llava.files import expand_home
+
 _FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_trainables.bin"]
 #: For repositories without safetensors.
 _TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
@@ -41,7 +43,7 @@ def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offli
     """
     if path_or_repo is None:
         return embedded_model()
-    path = Path(path_or_repo).expanduser()
+    path = expand_home(path_or_repo)
     if path.exists():
         return path
     name = str(path_or_repo)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mlx_llava.files import expand_home
 from mlx_llava.image import FORMATS
 
 
@@ -35,7 +36,7 @@ def find_pictures(
     found: dict[str, str] = {}
     skipped = set() if skipped is None else skipped
     for place in places:
-        path = Path(os.path.expanduser(place))  # noqa: PTH111 - Path's raises RuntimeError
+        path = expand_home(place)
         files = [path] if path.is_file() else _find_files(path, recursive, skipped)
         new: dict[str, str] = {}
         for file in sorted(files, key=lambda file: (_links(file), str(file))):
@@ -120,7 +121,7 @@ def _mode(path: Path) -> int:
 
 
 @cache
-def _endings() -> set[str]:
+def picture_endings() -> set[str]:
     """What the names of pictures end in."""
     known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
     return known | {".heic", ".heif"}
@@ -128,4 +129,4 @@ def _endings() -> set[str]:
 
 def has_picture_name(file: Path) -> bool:
     """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
-    return file.suffix.lower() in _endings() and not file.name.startswith(".")
+    return file.suffix.lower() in picture_endings() and not file.name.startswith(".")

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mlx_llava.decoding import GenerationResponse
-from mlx_llava.files import whole_file
+from mlx_llava.files import expand_home, whole_file
 from mlx_llava.generate import stream_generate
 from mlx_llava.image import data_url, load_image, png
 from mlx_llava.json_files import read_json, sensible_values, write_json
@@ -33,9 +33,7 @@ class Picture:
     def read(cls, source: str) -> Picture:
         """Reads a path or a URL; see `load_image`."""
         is_url = source.startswith(("http://", "https://", "data:"))
-        return cls(
-            source if is_url else str(Path(source).expanduser().resolve()), load_image(source)
-        )
+        return cls(source if is_url else str(expand_home(source).resolve()), load_image(source))
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
@@ -142,8 +140,14 @@ class Session:
         return self.turns.pop()
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation; pictures from files as their paths."""
-        path = Path(path).expanduser()
+        """Writes the conversation; pictures from files as their paths.
+
+        Raises:
+            FileExistsError: There is a file that is no conversation.
+        """
+        path = expand_home(path)
+        if path.exists() and not _is_conversation(path):
+            raise FileExistsError(f"{path} is no conversation that was saved; it stays as it is.")
         turns = [
             {"text": t.text, "images": [p.source for p in t.pictures], "answer": t.answer}
             for t in self.turns
@@ -158,7 +162,7 @@ class Session:
             FileNotFoundError: There is no such file, or a picture is gone.
             ValueError: It is something else; the conversation is as it was.
         """
-        path = Path(path).expanduser()
+        path = expand_home(path)
         if not path.exists():
             raise FileNotFoundError(f"There is no file {path}.")
         data = read_json(path)
@@ -168,6 +172,13 @@ class Session:
         if shown not in SHOWN or not isinstance(system, (str, type(None))):
             raise ValueError(f"{path} is not a conversation that was saved.")
         self.system, self.shown, self.turns = system, shown, turns
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        return read_json(path).keys() == {"system", "shown", "turns"}
+    except (ValueError, OSError):
+        return False
 
 
 def _read_turn(data: dict[str, Any]) -> Turn:

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from mlx_llava import generate, load
-from mlx_llava.chat import Chat, main, pasted_files
+from mlx_llava.chat import Chat, main
+from mlx_llava.mentions import image_names, missing_paths, pasted_files, split_line
 from mlx_llava.session import Picture, Session
-from tests.conftest import ROOT
+from tests.conftest import ROOT, shared_data
 
 EXAMPLES = ROOT / "weights" / "tiny-llava" / "examples"
 SHAPES, PAIR = str(EXAMPLES / "shapes.png"), str(EXAMPLES / "pair.png")
@@ -114,6 +115,17 @@ def test_a_conversation_is_saved_and_goes_on(session, embedded, tmp_path, encode
         for a, b in zip(mine.pictures, yours.pictures, strict=True):
             assert (np.asarray(a.image) == np.asarray(b.image)).all()
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_only_a_conversation_is_written_over(session, tmp_path):
+    say(session, "What is it?", SHAPES)
+    for name in ("chat.json", "chat.json"):
+        session.save(tmp_path / name)
+    for content in ("my notes", "{}", '{"turns": []}'):
+        (tmp_path / "notes.txt").write_text(content)
+        with pytest.raises(FileExistsError, match="stays as it is"):
+            session.save(tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -240,6 +252,180 @@ def test_files_are_taken_as_terminals_paste_them(tmp_path, monkeypatch):
     assert pasted_files(f"b.png {shlex.quote(str(spaced))}") == ["b.png", str(spaced)]
     for text in ("word", "What is in b.png?", "", "/help", "it's", "/" * 5000, "\x00"):
         assert pasted_files(text) == []
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch) -> Path:
+    """A folder with files of all names that people give pictures, and the home folder."""
+    for name in (
+        *("plain.png", "b.PNG", "My Photos/red star.png", "Mike's star.png", "a b.jpg", "x,y.png"),
+        *("word", "notes.txt", "At 1.00\u202fPM.png", "100%.png", "\u65e5\u672c.png", "scan"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+STAR = "My Photos/red star.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "paths", "question"),
+    [
+        ("What is in ./plain.png?", ["plain.png"], "What is in this picture?"),
+        ("What is in plain.png", ["plain.png"], "What is in this picture"),
+        ("What is in this image? ./plain.png", ["plain.png"], "What is in this image?"),
+        ("./plain.png what colour is it?", ["plain.png"], "what colour is it?"),
+        ("plain.png: what colour is it?\r", ["plain.png"], "what colour is it?"),
+        (
+            "Compare plain.png and b.PNG.",
+            ["plain.png", "b.PNG"],
+            "Compare picture 1 and picture 2.",
+        ),
+        ("b.PNG plain.png which is better?", ["b.PNG", "plain.png"], "which is better?"),
+        ("Is plain.png as plain.png is?", ["plain.png"], "Is this picture as this picture is?"),
+        ("plain.png, b.PNG", ["plain.png", "b.PNG"], ""),
+        ("What is in My Photos/red star.png?", [STAR], "What is in this picture?"),
+        ("What is in My\\ Photos/red\\ star.png?", [STAR], "What is in this picture?"),
+        ('Look at "My Photos/red star.png" please', [STAR], "Look at this picture please"),
+        ("Look at \u201cMy Photos/red star.png\u201d!", [STAR], "Look at this picture!"),
+        ("Is Mike's star.png red?", ["Mike's star.png"], "Is this picture red?"),
+        ("Is 'Mike's star.png' red?", ["Mike's star.png"], "Is this picture red?"),
+        ("Is 'Mike'\\''s star.png' red?", ["Mike's star.png"], "Is this picture red?"),
+        ("Is plain.png's star red?", ["plain.png"], "Is this picture's star red?"),
+        ("a b.jpg and x,y.png", ["a b.jpg", "x,y.png"], "picture 1 and picture 2"),
+        ("At 1.00\u202fPM.png", ["At 1.00\u202fPM.png"], ""),
+        ("(100%.png)", ["100%.png"], ""),
+        ("\u770b\uff1a\u65e5\u672c.png\u3002", ["\u65e5\u672c.png"], "\u770b\uff1a"),
+    ],
+)
+def test_pictures_are_found_in_a_question(line, paths, question, pictures):
+    assert split_line(line) == (paths, question)
+
+
+def test_home_and_urls_of_files_are_paths(pictures):
+    star, mike = str(pictures / STAR), str(pictures / "Mike's star.png")
+    uri = (pictures / STAR).as_uri()
+    assert split_line(f"{uri} what is it?") == ([star], "what is it?")
+    assert split_line(f"Is file://localhost{pictures}/Mike's%20star.png red?") == (
+        [mike],
+        "Is this picture red?",
+    )
+    assert split_line("~/plain.png?") == ([str(pictures / "plain.png")], "")
+    assert pasted_files(f"{shlex.quote(mike)} {uri} ") == [mike, star]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "word",
+            "see notes.txt",
+            "plain.pngs",
+            "plain.png.bak",
+            "it.plain.png",
+            "gone.png",
+            "./scan",
+        ),
+        *("~nobody/plain.png", "", "???", "a" * 5000 + " plain.png", "plain\x00.png", "'", '"a'),
+    ],
+)
+def test_what_is_no_picture_stays_text(line, pictures):
+    assert split_line(line) == ([], line)
+
+
+def test_a_path_that_leads_nowhere_is_noted(pictures):
+    line = "a.png or ./gone.png, ~/none.jpg? Not ./x nor ../notes.txt"
+    assert missing_paths(line) == ["./gone.png", "~/none.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (STAR, [STAR]),
+        ("Mike's star.png", ["Mike's star.png"]),
+        (
+            "plain.png My Photos/red star.png Mike's star.png",
+            ["plain.png", STAR, "Mike's star.png"],
+        ),
+        ("'a b.jpg' scan a\\ b.jpg", ["a b.jpg", "scan", "a b.jpg"]),
+        ("My Photos/none.png", ["My Photos/none.png"]),
+        ("plain.png 'none.png' b.PNG", ["plain.png", "none.png", "b.PNG"]),
+        ("http://x/y.png clipboard plain.png", ["http://x/y.png", "clipboard", "plain.png"]),
+        ("file:///no%20where/plain.png", ["/no where/plain.png"]),
+        ("", []),
+    ],
+)
+def test_image_takes_names_as_people_write_them(arguments, names, pictures):
+    assert image_names(arguments) == names
+
+
+def test_a_picture_in_a_question_is_shown_with_it(monkeypatch, capsys):
+    code = chat(
+        monkeypatch,
+        f"What colour is the star in {SHAPES}?",
+        f"{SHAPES} What colour is the star?",
+        f"/image {SHAPES} {PAIR}",
+        "/undo",
+        "/nowhere.png what is it?",
+        "/gone/nowhere.png what is it?",
+        f"/imge {SHAPES}",
+        "/bye",
+        "Never asked",
+    )
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert out.splitlines()[1] == "black"
+    assert len(out.splitlines()) == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert [line.partition("; ")[0] for line in errors] == [
+        "error: There is no command /nowhere.png",
+        "error: There is no file /gone/nowhere.png",
+        "error: There is no command /imge",
+    ]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_text_spoils_only_itself(errors, monkeypatch, capsys):
+    lines = [b"\xef\xbb\xbf/image %s" % SHAPES.encode(), b"what \xff byte"]
+    lines += [b"How many objects are there?", b"/exit", b"More"]
+    content = io.BytesIO(b"\r\n".join(lines))
+    stdin = io.TextIOWrapper(content, encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out == "three\n"
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: The line is not UTF-8: byte 0xff."
+    ]
+
+
+def test_a_picture_that_cannot_be_asked_about_leaves_the_conversation(session, monkeypatch):
+    def failing():
+        raise ValueError("no room")
+        yield
+
+    say(session, "What is in this picture?", SHAPES)
+    talk = Chat(session)
+    answer = session.answer
+    monkeypatch.setattr(session, "answer", failing)
+    with pytest.raises(ValueError, match="no room"):
+        talk.take(f"{PAIR} What is it?")
+    monkeypatch.setattr(session, "answer", answer)
+    assert len(session.turns) == 1
+    assert not talk.pending
+
+
+def test_reported_lines_are_understood(monkeypatch, capsys):
+    folder = shared_data("reports/chat_lines")
+    monkeypatch.chdir(folder)
+    assert chat(monkeypatch, *(folder / "lines.txt").read_text().splitlines()) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.count("error: ") == 1
+    assert "error: There is no image /path/to/plain.png." in err
 
 
 def test_the_clipboard_is_a_picture(session, monkeypatch, capsys):

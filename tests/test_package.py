@@ -51,7 +51,7 @@ LAYERS = (
         "quantized",
         "rope_config",
     },
-    {"byte_bpe", "config", "tokenizer", "checkpoint.tensors", "doctor", "sources"},
+    {"byte_bpe", "config", "tokenizer", "checkpoint.tensors", "doctor", "mentions", "sources"},
     {
         "prompt",
         "template_choice",
