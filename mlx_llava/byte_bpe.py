@@ -7,7 +7,8 @@ from typing import Any
 
 from mlx_llava.vocabulary import Piece, special_pieces
 
-_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: How GPT-2 cuts text into words (openai/gpt-2, src/encoder.py).
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,18 +21,18 @@ _TEKKEN = (
 #: How to cut text before BPE, one pattern after another, by the names of ``tokenizer.ggml.pre``
 #: that LLaMA's and Mistral's families have (llama.cpp, src/llama-vocab.cpp).
 _PATTERNS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "deepseek-coder": (
         *(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+"),
         *(r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     ),
-    **dict.fromkeys(("gpt-2", "trillion"), (_GPT_2,)),
+    **dict.fromkeys(("gpt-2", "trillion"), (GPT_2,)),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral", "smaug-bpe"),
         (_LLAMA_3,),
     ),
     **dict.fromkeys(("megrez", "qwen2"), (_LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"),)),
-    **dict.fromkeys(("smollm", "minerva-7b"), (r"\p{N}", _GPT_2)),
+    **dict.fromkeys(("smollm", "minerva-7b"), (r"\p{N}", GPT_2)),
     "tekken": (_TEKKEN,),
 }
 #: Whose words are taken whole where the vocabulary has them, and whose prompts begin with a

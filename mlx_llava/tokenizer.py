@@ -30,7 +30,7 @@ _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 #: How GPT-2 writes bytes: those that can be seen as themselves, others from 256 on
 #: (openai/gpt-2, src/encoder.py, bytes_to_unicode).
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES_OF = {chr(byte): bytes([byte]) for byte in _VISIBLE} | {
+BYTES_OF = {chr(byte): bytes([byte]) for byte in _VISIBLE} | {
     chr(256 + i): bytes([b]) for i, b in enumerate(b for b in range(256) if b not in _VISIBLE)
 }
 
@@ -195,7 +195,7 @@ class Tokenizer:
         if piece in self._added:
             return piece.encode()
         if self._is_byte_level:
-            return b"".join(_BYTES_OF.get(char, char.encode()) for char in piece)
+            return b"".join(BYTES_OF.get(char, char.encode()) for char in piece)
         if _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace("\u2581", " ").encode()

@@ -33,10 +33,20 @@ import numpy as np
 import shapes
 from fast_cpu import installed
 from mlx.utils import tree_flatten, tree_unflatten
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tqdm import trange
 
 from mlx_llava import generate, train
+from mlx_llava.byte_bpe import GPT_2
 from mlx_llava.config import LlavaConfig
 from mlx_llava.convert import convert
 from mlx_llava.folders import check_target, new_folder
@@ -46,6 +56,7 @@ from mlx_llava.load import save
 from mlx_llava.plan import Quantization
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.processor import Processor
+from mlx_llava.tokenizer import BYTES_OF
 from mlx_llava.tokenizer import Tokenizer as LlavaTokenizer
 from mlx_llava.tuner.optimizer import make_schedule
 from mlx_llava.tuner.stages import unfreeze_tower
@@ -150,8 +161,6 @@ def make_tokenizer(folder: Path) -> dict[str, Any]:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)]
     )
-    # An answer follows a space, which is not part of it.
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(PLACES_OF_TWO_WORDS),
         special_tokens=SPECIAL_TOKENS,
@@ -160,8 +169,31 @@ def make_tokenizer(folder: Path) -> dict[str, Any]:
     )
     backend.train_from_iterator(texts, trainer)
     backend.add_tokens([AddedToken(place, normalized=False) for place in PLACES_OF_TWO_WORDS])
+    # In characters, as SentencePiece's vocabularies are. Readers that take a decoder of several
+    # steps for LLaMA's (llguidance's, which mistral.rs uses) could not tell the bytes of a piece.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(GPT_2), "isolated")
+    # An answer follows a space, which is not part of it.
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), strip])
     spec: dict[str, Any] = json.loads(backend.to_str())
-    return spec
+    return {**spec, "model": in_characters(spec["model"])}
+
+
+def in_characters(model: dict[str, Any]) -> dict[str, Any]:
+    """A byte-level BPE in plain characters; bytes beyond ASCII become ``<0xNN>``."""
+
+    def rename(piece: str) -> str:
+        if piece in SPECIAL_TOKENS:
+            return piece
+        raw = b"".join(BYTES_OF[char] for char in piece)
+        return raw.decode() if raw.isascii() else f"<0x{raw.hex().upper()}>"
+
+    return {
+        **model,
+        "byte_fallback": True,
+        "vocab": {rename(piece): i for piece, i in model["vocab"].items()},
+        "merges": [[rename(piece) for piece in pair] for pair in model["merges"]],
+    }
 
 
 def new_model(folder: Path) -> tuple[Llava, Processor]:

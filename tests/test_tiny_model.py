@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -48,6 +49,39 @@ def test_the_command_uses_it_and_says_so(capsys):
     assert capsys.readouterr() == (answer, "")
     assert main([*arguments, "--model", str(FOLDER)]) == 0
     assert EMBEDDED_NOTE not in capsys.readouterr().err
+
+
+def test_its_vocabulary_is_what_it_was_trained_with(embedded):
+    """Ids of questions and of any text, and texts of ids, by their digest."""
+    tokenizer = embedded[1].tokenizer
+    chance = random.Random(0)
+    scenes = [shapes.make_scene(chance, split) for split in shapes.SPLITS for _ in range(20)]
+    texts = [q.text + q.answer for s in scenes for q in shapes.conversation(chance, s)]
+    texts += [shapes.describe(scene, places=True) for scene in scenes]
+    texts += [QUESTION, "", " ", "\n \n\n", "\t\r\0\x7f", "It's 3.5 naïve 猫 🦙 ▁ Ġ <0x41> é"]
+    texts += [
+        "USER: <image>\n at the top left ASSISTANT: top right</s>",
+        "".join(map(chr, range(400))),
+    ]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert all(
+        tokenizer.decode(i) == text.lstrip(" ") for i, text in zip(ids[:200], texts, strict=False)
+    )
+    after = [tokenizer.decode([6, i]) for i in range(len(tokenizer.spec["model"]["vocab"]) + 8)]
+    said = json.dumps([ids, [tokenizer.decode(i) for i in ids], after])
+    assert (
+        hashlib.sha256(said.encode()).hexdigest()
+        == "57dd3d99cf64aaed01da6d26be0d2b4d56f0676748b82151e1408ffc0d3be74e"
+    )
+
+
+def test_readers_that_go_by_the_decoder_can_tell_the_bytes_of_its_pieces(embedded):
+    """llguidance's, which mistral.rs uses: ByteLevel alone, or ByteFallback and characters."""
+    spec, tokenizer = embedded[1].tokenizer.spec, embedded[1].tokenizer
+    assert "ByteFallback" in [step["type"] for step in spec["decoder"]["decoders"]]
+    pieces = spec["model"]["vocab"]
+    assert all(piece.isascii() for piece in pieces)
+    assert {bytes([i]) for i in range(256)} <= {tokenizer.bytes_of(i) for i in pieces.values()}
 
 
 def table_of(title: str) -> dict[str, list[float]]:
