@@ -91,7 +91,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"layers.1.mlp.down_proj": 5},
         "use_rslora": True,
     },
-    "not a suffix": {"target_modules": Q_DOWN, "alpha_pattern": {"_proj": 99, "proj": 99}},
+    "not a suffix": {"target_modules": Q_DOWN, "alpha_pattern": {"q": 99, "proj": 99}},
     "regex, embedding": {"target_modules": BLOCKS},
     "two layers": {"target_modules": ["v_proj"], "layers_to_transform": [0, 2]},
     "modules_to_save": {
@@ -156,14 +156,30 @@ def test_adapters_under_all_names_of_the_decoder(spelling, base, plain, tmp_path
     assert sum(not np.array_equal(before[name], ours[name]) for name in before) == 6
 
 
+def test_wrapped_names_of_what_is_trained_in_full(reference, base, tmp_path):
+    """A training's own state keeps PEFT's wrappers, and what they hide."""
+    trained(reference, tmp_path / "lora", **SETTINGS["modules_to_save"])
+    new = ".modules_to_save.default.linear_"
+    folder = rewritten(tmp_path / "lora", tmp_path / "x", ".linear_", new)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    hidden = {k.replace(new, ".original_module.linear_"): t * 0 for k, t in tensors.items()}
+    save_file({**hidden, **tensors}, folder / "adapter_model.safetensors")
+    expected = layers_of(load(tmp_path / "lora", base=base)[0])
+    ours = layers_of(load(folder, base=base)[0])
+    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
+
+
 def test_an_adapter_of_a_named_kind_in_a_pickle(base, plain, tmp_path):
     """Old versions of PEFT kept the adapter's name, and wrote .bin files."""
     folder = rewritten(plain, tmp_path / "x", ".lora_A.", ".lora_A.mine.")
     tensors = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
-    expected, ours = layers_of(load(plain, base=base)[0]), layers_of(load(folder, base=base)[0])
-    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
+    file = folder / "adapter_model.bin"
+    torch.save(tensors, file)
+    expected = layers_of(load(plain, base=base)[0])
+    for path in (folder, file):
+        ours = layers_of(load(path, base=base)[0])
+        assert all(np.array_equal(ours[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS["plain"], SETTINGS["dora, embedding"]])

@@ -66,12 +66,13 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def read_adapter(folder: Path) -> Lora:
-    """Reads a LoRA folder of PEFT's, LLaVA's, mlx-lm's, mlx-vlm's or our own.
+    """Reads a LoRA folder (or its weights' path) of PEFT's, LLaVA's, mlx-lm's, mlx-vlm's or ours.
 
     Raises:
         FileNotFoundError: It has no weights, or no adapter_config.json.
         ValueError: It is of another kind, or broken.
     """
+    folder = folder.parent if folder.is_file() else folder
     settings, files = read_json(folder / CONFIG), adapter_files(folder)
     if not files:
         names = ", ".join((*peft.WEIGHTS, *mlx_lora.WEIGHTS))
@@ -88,9 +89,9 @@ def read_adapter(folder: Path) -> Lora:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Whether a folder holds an adapter and no model, or a file is an adapter's."""
     if not path.is_dir():
-        return False
+        return path in adapter_files(path.parent)
     files = {*adapter_files(path)}
     others = {*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")} - files
     return (path / CONFIG).exists() or (bool(files) and not others)

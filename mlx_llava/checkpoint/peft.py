@@ -28,7 +28,7 @@ _PART = re.compile(
     r"(\.(?!bias$|weight$)[^.]+)?(\.weight)?"
 )
 #: Wrappers of PEFT's around what is trained in full, or around what LoRA is on.
-_WRAPPERS = re.compile(r"\.(modules_to_save(\.[^.]+(?=\.))?|base_layer)(?=\.)")
+_WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
 #: A decoder that PEFT was put on alone.
 _BARE_DECODER = re.compile(r"^(?=layers\.|embed_tokens\.|norm\.)")
 
@@ -73,7 +73,7 @@ def read_peft(folder: Path, path: Path, settings: Mapping[str, Any]) -> Lora:
             modules.setdefault(module, {})[match["part"]] = tensor
         elif re.search(r"\.(lora|vera|ia3|hada|lokr|oft|token_adapter)_?", key):
             raise ValueError(f"{tensor.source} is no part of a LoRA that can be merged.")
-        else:
+        elif ".original_module." not in key:  # what modules_to_save takes the place of
             trained[key] = tensor
     changes = {}
     for module, parts in modules.items():
