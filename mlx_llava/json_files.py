@@ -19,6 +19,10 @@ from mlx_llava.files import whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
+_NONSENSE = (
+    *(TypeError, AttributeError, KeyError, IndexError),
+    *(OverflowError, RecursionError),
+)
 _WHITE = " \t\r\n"
 #: An escaped half of a pair, which may stand alone (RFC 8259, 8.2).
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -275,7 +279,7 @@ def sensible_values(name: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
+    except _NONSENSE as error:
         kind = type(error).__name__
         raise ValueError(
             f"A JSON file of {name} has a value of the wrong kind ({kind}: {error})."

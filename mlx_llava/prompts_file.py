@@ -58,7 +58,7 @@ def answer_prompts(
                 options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
                 inputs = processor(data["prompt"], data.get("images"), **prompt_options)
                 uid = generator.insert(inputs, options)
-            except (ValueError, OSError, TypeError) as error:
+            except (ValueError, OSError, TypeError, RecursionError) as error:
                 yield {**record, "error": one_line(error)}
             else:
                 running[uid] = record

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mlx_llava.checkpoint import folder as folder_of_weights
 from mlx_llava.checkpoint import safetensors as files
+from mlx_llava.checkpoint.adapters import is_adapter
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import from_array
 from mlx_llava.load import save
@@ -376,6 +377,11 @@ def test_what_other_systems_leave_in_a_folder_is_no_part_of_it(golden, tmp_path)
     found, _ = folder_of_weights.read_folder(folder)
     assert found.keys() == canonical(golden).keys()
     assert load(folder, lazy=True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_model.safetensors", "._adapter_model.safetensors"):
+        (adapter / name).touch()
+    assert is_adapter(adapter)
 
 
 @pytest.mark.parametrize(

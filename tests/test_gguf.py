@@ -355,7 +355,8 @@ def test_files_from_before_the_key_are_llama_3s_or_said(tmp_path):
 
 def test_a_folder_with_a_pair_is_read(tmp_path):
     reference, (text, vision), _ = make_pair(tmp_path)
-    (tmp_path / "._llm.gguf").write_bytes(b"\0\5\26\7")
+    for name in ("._llm.gguf", "._model.safetensors"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
     (tmp_path / "README.md").write_text("# LLaVA")
     assert error_of(*load(tmp_path), reference) < 1e-4
     text.rename(tmp_path / "b.gguf")
@@ -369,6 +370,9 @@ def test_a_folder_with_a_pair_is_read(tmp_path):
     with pytest.raises(ValueError, match="2 GGUFs of a mmproj, a.gguf, c.gguf: --mmproj FILE"):
         load(tmp_path)
     assert error_of(*load(tmp_path, mmproj=tmp_path / "c.gguf"), reference) < 1e-4
+    (tmp_path / "c.gguf.aria2").touch()
+    with pytest.raises(ValueError, match=r"c.gguf is not whole: there is c.gguf.aria2"):
+        load(tmp_path, mmproj=tmp_path / "c.gguf")
     (tmp_path / "b.gguf").unlink()
     with pytest.raises(FileNotFoundError, match="no language model in GGUF; name one: --model"):
         load(tmp_path)

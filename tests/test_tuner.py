@@ -428,6 +428,14 @@ def test_a_run_is_not_resumed_with_other_options(folder, capsys):
     assert command.main(arguments(folder, "--steps", "2")) == 0
     assert command.main(arguments(folder, "--steps", "3", "--resume")) == 2
     assert "steps was 2, is 3" in capsys.readouterr().err
+    state = folder / "out" / "checkpoints" / "step-0000002"
+    for name, content, message in (
+        ("state.safetensors", "", "step-0000002 is broken; remove it"),
+        ("state.json", '{"step": 2}', "state.json has no options; it has step"),
+    ):
+        (state / name).write_text(content)
+        assert command.main(arguments(folder, "--steps", "2", "--resume")) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux" and "CI" in os.environ, reason="needs loopback sockets")

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_llava.checkpoint import mlx_lora, peft
-from mlx_llava.checkpoint.folder import read_file
+from mlx_llava.checkpoint.folder import read_file, visible_files
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora
 from mlx_llava.checkpoint.tensors import LazyTensor, combine
 from mlx_llava.json_files import read_json, sensible_values
@@ -93,7 +93,7 @@ def is_adapter(path: Path) -> bool:
     if not path.is_dir():
         return path in adapter_files(path.parent)
     files = {*adapter_files(path)}
-    others = {*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")} - files
+    others = {*visible_files(path, "*.safetensors", "pytorch_model*.bin")} - files
     return (path / CONFIG).exists() or (bool(files) and not others)
 
 

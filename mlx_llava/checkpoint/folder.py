@@ -37,8 +37,7 @@ def find_files(folder: Path) -> list[Path]:
         if any(Path(name).name != name for name in expected):
             raise ValueError(f"{folder / index_name} names files outside its folder.")
         if not expected:
-            # macOS writes ._NAME beside NAME on disks of other systems.
-            found = {path.name for path in folder.glob(pattern) if not path.name.startswith(".")}
+            found = {path.name for path in visible_files(folder, pattern)}
             expected = {sibling for name in found for sibling in _siblings(name)}
         missing = sorted(name for name in expected if not (folder / name).exists())
         if missing:
@@ -51,6 +50,15 @@ def find_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(
         f"{folder} has no *.safetensors and no pytorch_model*.bin files{_unfinished(folder)}."
     )
+
+
+def visible_files(folder: Path, *patterns: str) -> list[Path]:
+    """The files of some patterns, in order, but for hidden ones.
+
+    On disks of other systems, macOS writes a ._NAME beside each NAME.
+    """
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _unfinished(folder: Path) -> str:
@@ -75,13 +83,14 @@ def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
     Raises:
         ValueError: The file is broken, or was not downloaded to its end.
     """
-    _check_download(path)
+    check_download(path)
     if path.suffix == ".safetensors":
         return safetensors.read_file(path)
     return read_torch_file(path), False
 
 
-def _check_download(path: Path) -> None:
+def check_download(path: Path) -> None:
+    """Raises ValueError for a file that was not downloaded to its end."""
     with path.open("rb") as file:
         head = file.read(len(_LFS))
     if head == _LFS:

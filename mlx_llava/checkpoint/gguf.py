@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_llava.checkpoint.folder import check_download, visible_files
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS, GROUP_SIZE, Bytes, dequantize
 from mlx_llava.checkpoint.gguf_config import (
     check_tokenizer,
@@ -122,8 +123,8 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, but for hidden ones, which are other systems' notes."""
-    return sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("."))
+    """The GGUF files of a folder."""
+    return visible_files(folder, "*.gguf")
 
 
 def _architecture(path: Path) -> str | None:
@@ -146,6 +147,7 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
         from gguf import GGUFReader
     except ImportError as error:
         raise ValueError("GGUF files need pip install 'mlx_llava[gguf]'.") from error
+    check_download(path)
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.checkpoint import adapters, gptq, original
-from mlx_llava.checkpoint.folder import find_files, read_folder
+from mlx_llava.checkpoint.folder import find_files, read_folder, visible_files
 from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
@@ -237,8 +237,7 @@ def _read_base(folder: Path) -> dict[str, LazyTensor]:
 
 def _is_gguf(path: Path) -> bool:
     """Whether a folder holds GGUF files and no other weights."""
-    others = (*path.glob("*.safetensors"), *path.glob("*.bin"))
-    return bool(gguf_files(path)) and not others
+    return bool(gguf_files(path)) and not visible_files(path, "*.safetensors", "*.bin")
 
 
 def _is_projector(path: Path) -> bool:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from mlx_llava.files import is_file
@@ -177,7 +178,7 @@ def _read_turn(turn: Any, protect: Callable[[str], str]) -> tuple[Message, list[
     )
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise UnusableError("a turn has an unknown role", repr(speaker))
+        raise UnusableError("a turn has an unknown role", short(speaker))
     text, images = _read_content(content)
     if role != "user":
         if images:
@@ -198,7 +199,7 @@ def _read_content(content: Any) -> tuple[str, list[str | None]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-        raise UnusableError("a turn has no text", repr(content))
+        raise UnusableError("a turn has no text", short(content))
     texts: list[str] = []
     images: list[str | None] = []
     for part in content:
@@ -210,7 +211,7 @@ def _read_content(content: Any) -> tuple[str, list[str | None]]:
         else:
             named = isinstance(kind, str) and kind.removesuffix("_url") in _UNSUPPORTED
             reason = f"{kind} is not supported" if named else "a part is neither text nor image"
-            raise UnusableError(reason, "" if named else repr(part))
+            raise UnusableError(reason, "" if named else short(part))
     return "\n".join(texts), images
 
 
@@ -219,7 +220,7 @@ def _part_image(part: Mapping[str, Any]) -> str | None:
     source = next((part[key] for key in keys if part.get(key)), None)
     source = source.get("url") if isinstance(source, Mapping) else source
     if source is not None and not isinstance(source, str):
-        raise UnusableError("an image is no file's name", repr(source))
+        raise UnusableError("an image is no file's name", short(source))
     return source
 
 
@@ -239,7 +240,7 @@ def _system(
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise UnusableError("the system text is no text", repr(value))
+        raise UnusableError("the system text is no text", short(value))
     return value
 
 
@@ -249,7 +250,7 @@ def _image_names(entry: Mapping[str, Any]) -> list[str]:
     lists = [[names] if isinstance(names, str) else names for names in given]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UnusableError("an image is no file's name", repr(names))
+            raise UnusableError("an image is no file's name", short(names))
     if len(lists) == 2 and lists[0] != lists[1]:
         raise UnusableError("image and images differ")
     return lists[0] if lists else []

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_llava.backend import set_blas_threads
 from mlx_llava.folders import new_folder, remove_folder
-from mlx_llava.json_files import read_json, write_json
+from mlx_llava.json_files import field, read_json, write_json
 from mlx_llava.llava import Llava
 from mlx_llava.tuner.data import Batch, Examples, order
 from mlx_llava.tuner.losses import answer_loss
@@ -286,27 +286,33 @@ class Trainer:
         """Goes on from the last checkpoint of this run's folder, if there is one.
 
         Raises:
-            ValueError: It belongs to a run with other options or data.
+            ValueError: It is broken, or belongs to a run with other options or data.
         """
         checkpoints = self.checkpoints()
         if not checkpoints:
             return
-        state = read_json(checkpoints[-1] / "state.json")
+        path = checkpoints[-1] / "state.json"
+        state = read_json(path)
+        options = field(state, "options", dict, path)
+        step, tokens = (field(state, key, int, path) for key in ("step", "tokens"))
         differences = [
-            f"{key} was {state['options'].get(key)}, is {value}"
+            f"{key} was {options.get(key)}, is {value}"
             for key, value in self._identity().items()
-            if state["options"].get(key) != value
+            if options.get(key) != value
         ]
         if differences:
             raise ValueError(
                 f"{checkpoints[-1]} belongs to another run: {'; '.join(differences)}. "
                 "Give the same options, or another --output."
             )
-        tensors = cast("Tree", mx.load(str(checkpoints[-1] / "state.safetensors")))
+        try:
+            tensors = cast("Tree", mx.load(str(checkpoints[-1] / "state.safetensors")))
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoints[-1]} is broken; remove it: {error}") from error
         arrays: Tree = tree_unflatten(list(tensors.items()))
         self.trained, self.optimizer_state = _ordered(arrays["trained"]), arrays["optimizer"]
         self.loss, self.count = arrays["loss"], arrays["count"]
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens = step, tokens
 
 
 def _ordered(tree: Tree) -> Tree:
