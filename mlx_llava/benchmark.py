@@ -7,7 +7,6 @@ python -m mlx_llava.benchmark --shape 1b --against transformers
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -19,12 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from mlx_llava.command import command
+from mlx_llava.files import check_output, whole_file
 from mlx_llava.hub import find_checkpoint
+from mlx_llava.json_files import write_json
 from mlx_llava.machine import describe, fast_dtype
 from mlx_llava.measuring import Alone, Figures, Plan, compare, draw_pictures, tell
 from mlx_llava.peers import SYSTEMS
 from mlx_llava.precision import DTYPES
 from mlx_llava.random_model import SHAPES, write_random_model
+
+#: What its files say of themselves, so that only they are written over.
+COMMAND = "mlx_llava.benchmark"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,7 +186,8 @@ def plot(found: Figures, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{found['model']}, {found['dtype']}, {found['machine']['device']}")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as beside:
+        figure.savefig(beside, format="png", dpi=120, metadata={"Software": COMMAND})
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -195,6 +200,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--peer-python is SYSTEM=PYTHON, as mlx-vlm=venv/bin/python.")
     if args.plot and args.against:
         raise ValueError("--plot draws this package alone; leave --against away.")
+    for path in (args.out, args.plot):
+        if path is not None:
+            check_output(path, COMMAND)
 
 
 @command
@@ -205,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = args.dtype or fast_dtype()
     plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
     found: Figures = {
+        "command": COMMAND,
         "model": args.shape or args.model or "embedded",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe(),
@@ -220,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["alone"] = Alone(folder, pictures, plan).measure()
     print(table(found))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        with whole_file(args.out) as beside:
+            write_json(beside, found)
     if args.plot:
         plot(found, args.plot)
 

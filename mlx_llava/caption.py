@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from mlx_llava.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.command import command, one_line
 from mlx_llava.decoding import Options
-from mlx_llava.files import whole_file
+from mlx_llava.files import is_same_file, whole_file
 from mlx_llava.json_files import parse
 from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
 from mlx_llava.picture_files import find_pictures
@@ -72,7 +72,7 @@ class _Records:
 
     def holds(self, file: Path) -> bool:
         """See `Captions`."""
-        return self.path.exists() and file.samefile(self.path)
+        return is_same_file(file, self.path)
 
     def is_whole(self, _record: str) -> bool:
         """Whether some whole lines are a record, and not the beginning of one."""

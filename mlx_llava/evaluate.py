@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_llava.batch import batch_generate
 from mlx_llava.command import command
-from mlx_llava.files import is_file
+from mlx_llava.files import check_not_read, is_file
 from mlx_llava.hub import EMBEDDED
 from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
 from mlx_llava.loading import add_model_arguments, load_model
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
     suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
+    check_not_read(args.answers, [args.questions, args.annotations])
     questions = read_questions(args.questions, suffix)
     chunk = choose_chunk(questions, args.num_chunks, args.chunk_idx)
     answered = {identity(answer) for answer in read_answers(args.answers)}

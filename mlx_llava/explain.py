@@ -21,8 +21,9 @@ from mlx_llava.explanation import (
     mask_effect,
     nearest_words,
 )
+from mlx_llava.files import check_output
 from mlx_llava.loading import add_model_arguments, load_model
-from mlx_llava.report import check_report, sections, write_report
+from mlx_llava.report import COMMAND, check_report, sections, write_report
 from mlx_llava.trace import Trace, trace
 
 __all__ = [
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     check_report(args.out)
+    check_output(args.out, COMMAND, args.image)
     model, processor = load_model(args)
     found = explain(
         model,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 #: The longest name that is kept in a hidden one; file systems take 255 bytes, some fewer.
 _LONGEST = 100
+#: Where files say what wrote them.
+_HEAD = 4096
 
 
 def hidden(path: Path, ending: str) -> Path:
@@ -26,6 +28,39 @@ def expand_home(path: str | Path) -> Path:
     (`Path.expanduser` raises RuntimeError there.)
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> None:
+    """Raises FileExistsError unless a command may write a file, before anything is computed.
+
+    Args:
+        path (Path): The file.
+        command (str): What the first bytes of all that the command writes say.
+        inputs (iterable): What it reads; what is no path, as URLs, is passed over.
+    """
+    check_not_read(path, inputs)
+    if not os.path.lexists(path):
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if command.encode() in file.read(_HEAD):
+                return
+    raise FileExistsError(f"{path} exists already, and {command} did not write it; it stays.")
+
+
+def check_not_read(path: Path, inputs: Iterable[object]) -> None:
+    """Raises FileExistsError if a file that is to be written is one of those that are read."""
+    names = [name for name in inputs if isinstance(name, (str, Path))]
+    if any(is_same_file(expand_home(name), path) for name in names):
+        raise FileExistsError(f"{path} is read, and cannot be written; choose another name.")
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file; False where one of them leads nowhere."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mlx_llava.files import expand_home, hidden
+from mlx_llava.files import expand_home, hidden, is_same_file
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.version import __version__
 
@@ -114,7 +114,7 @@ def check_target(
 def _contains(folder: Path, path: Path) -> bool:
     """Whether a path is a folder or lies in it, whatever links, case or mounts lead there."""
     path = path.resolve()
-    return any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents))
+    return any(is_same_file(parent, folder) for parent in (path, *path.parents))
 
 
 def _fingerprint(path: Path) -> str:

@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
-from mlx_llava.files import expand_home
+from mlx_llava.files import expand_home, is_file
 from mlx_llava.picture_files import picture_endings
 
 #: Longer lines are text: a terminal gives at most so much at once.
@@ -181,10 +181,7 @@ def _to_path(name: str) -> str:
 
 
 def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # too long, not readable, or a NUL in it
-        return False
+    return is_file(Path(path))
 
 
 def _is_path(path: str) -> bool:

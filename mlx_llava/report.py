@@ -22,9 +22,12 @@ from mlx_llava.processor import Processor
 WIDTH = 9.6
 ROW = 1.7
 FORMATS = (".png", ".html")
+#: What reports say of themselves, so that only they are written over.
+COMMAND = "mlx_llava.explain"
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="generator" content="{command}">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
 img {{ max-width: 100% }} h2 {{ margin-bottom: 0 }} p {{ margin-top: 0.2em; color: #444 }}</style>
 <h1>{title}</h1>
@@ -139,12 +142,13 @@ def _page(found: list[Section], title: str) -> bytes:
             f"<h2>{heading}</h2>\n<p>{caption}</p>\n"
             f'<img alt="{heading}" src="{data_url(_saved(figure))}">'
         )
-    return _PAGE.format(title=html.escape(title), body="\n".join(body)).encode()
+    head = {"command": COMMAND, "title": html.escape(title)}
+    return _PAGE.format(**head, body="\n".join(body)).encode()
 
 
 def _saved(figure: Any) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # of letters that the font lacks, which become boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format="png", metadata={"Software": COMMAND})
     return buffer.getvalue()

@@ -147,7 +147,8 @@ class Metrics:
         except ImportError:
             print("no loss.png: pip install 'mlx_llava[plot]'", file=sys.stderr)
         else:
-            plot_losses(self.reports).savefig(self.path.with_name("loss.png"), dpi=120)
+            with whole_file(self.path.with_name("loss.png")) as beside:
+                plot_losses(self.reports).savefig(beside, format="png", dpi=120)
 
 
 def _say(path: str, what: str, counts: Counter[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mlx_llava import clip, kernels, load, random_model
 from mlx_llava.benchmark import main
 from mlx_llava.cache import nbytes
+from mlx_llava.files import check_output
 from mlx_llava.measuring import draw_pictures
 from mlx_llava.peers import Peer
 from mlx_llava.work import decode_bytes, encode_flops, prefill_flops
@@ -47,9 +48,20 @@ def test_it_measures_every_part(tmp_path, capsys):
     assert alone["follow_up"]["ratio"]["median"] > 0
     assert found["machine"]["versions"]["mlx"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+    for path in (out, plot):
+        check_output(path, "mlx_llava.benchmark")
     printed = capsys.readouterr().out
     assert "follow-up question: first token in" in printed
     assert "rows  images  seconds  tokens/s" in printed
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_nothing_but_its_own_figures_is_written_over(option, tmp_path, capsys):
+    mine = tmp_path / "mine.png"
+    mine.write_text('{"model": "mine"}')
+    assert main([*SMALL, option, str(mine)]) == 2
+    assert "mlx_llava.benchmark did not write it" in capsys.readouterr().err
+    assert mine.read_text() == '{"model": "mine"}'
 
 
 def test_it_takes_turns_with_transformers(tmp_path, capsys):

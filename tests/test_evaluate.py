@@ -90,6 +90,15 @@ def test_what_is_answered_is_not_asked_again(folder, capsys):
     assert len(answers(folder)) == 4
 
 
+def test_what_is_read_is_not_written(folder, capsys):
+    before = (folder / "q.jsonl").read_bytes()
+    (folder / "link.jsonl").symlink_to("q.jsonl")
+    for name in ("q.jsonl", "link.jsonl"):
+        assert run(folder, "--answers", str(folder / name)) == 2
+        assert "is read, and cannot be written" in capsys.readouterr().err
+    assert (folder / "q.jsonl").read_bytes() == before
+
+
 def test_chunks_make_up_the_whole(folder, capsys):
     assert run(folder, "--num-chunks", "3", "--chunk-idx", "1", "--score", "exact") == 2
     assert "2 of 4 questions have no answer" in capsys.readouterr().err

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import io
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from mlx_llava import load
 from mlx_llava.config import LlavaConfig
 from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_words
+from mlx_llava.files import check_output
 from mlx_llava.places import feature_boxes, heat_map, patch_boxes
 from mlx_llava.preprocess import ImageProcessor
 from mlx_llava.trace import trace
@@ -337,6 +340,12 @@ def test_the_command_draws_a_picture(tmp_path, capsys):
     assert pixels.shape[0] > 1500
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
     assert [path.name for path in out.parent.iterdir()] == ["report.png"]
+    check_output(out, "mlx_llava.explain")
+    link = out.with_name("link.png")
+    link.symlink_to(out)
+    for image in (out, link):
+        assert main([*arguments, "--image", str(image), "--out", str(out)]) == 2
+        assert "report.png is read, and cannot be written" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path):
@@ -348,6 +357,17 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path):
     assert "&lt;script&gt;$a" in page
     assert page.count("<h2>") == page.count("data:image/png;base64,") == 2 + 2 * 3
     assert "http" not in page
+    check_output(out, "mlx_llava.explain")
+
+
+@pytest.mark.parametrize("name", ["photo.png", "page.html"])
+def test_nothing_but_a_report_is_written_over(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SHAPES, name)
+    before = Path(name).read_bytes()
+    assert main(["--prompt", "What is it?", "--out", name]) == 2
+    assert "mlx_llava.explain did not write it" in capsys.readouterr().err
+    assert Path(name).read_bytes() == before
 
 
 @pytest.mark.parametrize(
