@@ -137,6 +137,16 @@ def test_the_config_of_openais_clip_is_read(reference, kind, tmp_path):
     same_logits(folder, reference, vision_tower=clip)
 
 
+def test_another_tower_is_refused_by_name(reference, tmp_path):
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
+    siglip = {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
+    (clip / "config.json").write_text(json.dumps(siglip))
+    config = layouts.original_config(reference)
+    folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
+    with pytest.raises(ValueError, match="vision_config has model_type='siglip_vision_model'"):
+        load(folder, vision_tower=clip)
+
+
 def test_unknown_keys_are_named_in_one_warning(reference, tmp_path):
     clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
     config = layouts.original_config(reference, colour="red", wheels=[4] * 40, doors=None)

@@ -114,14 +114,29 @@ def test_token_counts_equal_transformers_on_many_sizes():
             "image_std": [0.5, 0.6, 0.7],
             "rescale_factor": 0.0041,
         },
+        {
+            "size": {"shortest_edge": 28, "height": None, "longest_edge": None},
+            "crop_size": {"height": 28, "width": 28, "shortest_edge": None},
+            "image_mean": None,
+            "resample": None,
+            "do_convert_rgb": None,
+            "device": None,
+            "data_format": "channels_first",
+            "processor_class": "LlavaProcessor",
+        },
     ],
-    ids=["larger", "smaller", "exact", "bilinear", "values"],
+    ids=["larger", "smaller", "exact", "bilinear", "values", "nulls"],
 )
 def test_settings_of_the_processor_file_are_followed(settings):
     case = tiny.Case("settings")
     image = tiny.picture(53, 41)
     ours = ImageProcessor.from_config(settings, LlavaConfig.from_dict(case.config().to_dict()))
-    theirs = tiny.LlavaImageProcessorPil(**settings)(image)["pixel_values"]
+    known = {
+        key: {side: n for side, n in value.items() if n} if "size" in key else value
+        for key, value in settings.items()
+        if value is not None
+    }
+    theirs = tiny.LlavaImageProcessorPil(**known)(image)["pixel_values"]
     assert np.array_equal(ours([image]), np.array(theirs).transpose(0, 2, 3, 1))
 
 

@@ -102,7 +102,7 @@ def translate(
         raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
     text = {key: value for key, value in data.items() if key not in _READ | _UNREAD}
     is_anyres = mode == "anyres"
-    selected = data.get("mm_vision_select_feature", "patch")
+    selected = data.get("mm_vision_select_feature") or "patch"
     return {
         "model_type": "llava_next" if is_anyres else "llava",
         "vision_config": dict(vision),
@@ -118,8 +118,8 @@ def translate(
             selected, selected
         ),
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
-        "mm_projector_type": data.get("mm_projector_type", "linear"),
-        "mm_patch_merge_type": data.get("mm_patch_merge_type", "flat")
+        "mm_projector_type": data.get("mm_projector_type") or "linear",
+        "mm_patch_merge_type": (data.get("mm_patch_merge_type") or "flat")
         if is_anyres
         else "spatial_unpad",
         "anyres_convention": "original",
@@ -157,7 +157,8 @@ def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
     if not tower:
         raise ValueError(f"{folder} has no CLIP vision tower.")
-    return tower, tower_settings(read_json(folder / "config.json")) or tower_config(tower)
+    data = read_json(folder / "config.json")
+    return tower, tower_settings(data) if data else tower_config(tower)
 
 
 def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,9 @@ def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     parts = (data.get("vision_config") or {}, data.get("vision_config_dict") or {})
     vision = {**parts[0], **parts[1]} or dict(data)
-    return vision and {**vision, "model_type": "clip_vision_model"}
+    if vision.get("model_type") in (None, "", "clip"):
+        vision["model_type"] = "clip_vision_model"
+    return vision
 
 
 def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
