@@ -72,8 +72,13 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (
         "normalised queries and keys",
         _OFF,
-        """*qk_norm* *qk_layernorm* *qk_layer_norm* *query_key_norm* *query_norm* *key_norm*
-        qk_l2_clip* q_norm k_norm""",
+        "*key_norm* *qk*norm* *query_norm* k_norm q_norm qk_l2_clip* qk_ln",
+    ),
+    (
+        "another base of rotation",
+        (None, 10000),
+        """rope_base rope_freq_base rope_freq_scale rotary_base rotary_emb_base
+        rotary_embedding_base""",
     ),
     ("clipped queries, keys and values", _OFF, "*clip_qkv qkv_clip"),
     (
@@ -86,7 +91,7 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
         _OFF,
         """*_rope_theta *alibi* bias_max_distance interleaved_rope kv_rope* mrope* no_rope* nope_*
         *rel_pos* relative_attention* rope_2d* rope_interleave* rope_local* rope_mode rope_ratio
-        rope_scaling_* rope_theta_* rope_traditional rotary_interleaved use_dynamic_ntk
+        rope_scaling_* rope_theta_* rope_type rope_traditional rotary_interleaved use_dynamic_ntk
         use_logn_attn use_mem_rope xpos*""",
     ),
     (
@@ -97,21 +102,21 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (
         "a multiplier",
         (None, 1),
-        """*_multiplier *_multipliers attention_value_scale logit_scale logits_scale
-        logits_scaling mup_* qk_scale_factor residual_scale residual_weight scale_depth
-        scale_emb""",
+        """*_multiplier *_multiplier_scale *_multipliers *logit_scale *logits_scale
+        attention_value_scale logits_scaling output_scale qk_scale_factor
+        residual_scale* residual_weight scale_depth scale_emb""",
     ),
     (
         "another scale of embeddings, attention or logits",
         _OFF,
         """*query_pre_attn_scalar attention_multiplier attention_scale attn_scale
-        attn_temperature* dim_model_base embed_scale embedding_scale floor_scale log_scaling*
-        normalize_embedding* scale_attn_by_inverse* scale_embedding* use_mup""",
+        attn_temperature* dim_model_base emb*_scale* floor_scale log_scaling*
+        mup_* normalize_embedding* scale_attn_by_inverse* scale_embedding* softmax_scale use_mup""",
     ),
     (
         "experts",
         (*_OFF, 1),
-        """*_experts *_experts_* *num_experts* expert_* *_expert_* decoder_sparse_step
+        """*_experts *_experts_* *num_experts* expert_* experts_* *_expert_* decoder_sparse_step
         enable_moe* first_k_dense_replace is_moe mlp_only_layers moe moe_* n_group
         norm_topk_prob num_dense_layers route_scale routed_* router_* scoring_func
         shared_intermediate_size topk_* use_moe zero_expert_num""",
@@ -133,9 +138,9 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
         "another attention",
         _OFF,
         """*attention_sink* *_attention_gate *_attn_gate *attn_type *attention_window*
-        *output_gate* *_sink attention_chunk_size attention_k_eq_v attention_type cla_*
+        *output_gate* *_sink attention_chunk_size attention_k_eq_v attention_type attn_config cla_*
         conv1d_width conv_L_cache d_state gating lambda_std_dev learnable_sink* linear_*
-        local_attention* lru_width mamba* multi_query num_kv_shared_layers prefix_lm
+        local_attention* local_window* lru_width mamba* multi_query* num_kv_shared_layers prefix_lm
         sliding_window_size sliding_windows ssm_* *bidirectional* use_sliding_window
         window_size""",
     ),
@@ -143,7 +148,7 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
         "another block",
         _OFF,
         """*_gated_mlp *_per_layer_input *_unit_offset *parallel_residual* *sandwich* altup*
-        apply_residual_connection_post_layernorm gated_norm* hc_* laurel_rank
+        apply_residual_connection_post_layernorm ffn_config gated_norm* hc_* laurel_rank
         layer_scale_init_value layerscale_value loop_* new_decoder_architecture norm_after
         norm_weight_offset num_register_tokens parallel_attn ple_* post_norm* recurrent_*
         swiglu_* use_post_* use_swiglu_ffn""",
@@ -156,7 +161,7 @@ CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (
         "another activation",
         (*_OFF, "silu", "swish", "swiglu", "quick_gelu"),
-        """*_sparsity_pattern activation activation_fn activation_function activation_type
+        """*_sparsity_pattern act_fn activation activation_fn activation_function activation_type
         ffn_act_fn hidden_activation mlp_activation_function""",
     ),
     (
