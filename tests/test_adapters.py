@@ -322,6 +322,16 @@ def test_what_is_no_whole_adapter_is_said_in_one_line(base, plain, tmp_path):
     odd = rewritten(plain, tmp_path / "odd", ".lora_B.weight", ".lora_B.bias")
     with pytest.raises(ValueError, match="is no part of a LoRA"):
         load(base, adapter_path=odd)
+    for old, new, message in (
+        (".lora_A.", ".lora_A.mine.", "are of two adapters"),
+        ("base_model.model.model.language_model.layers.1", "model.layers.1", "under two names"),
+    ):
+        folder = rewritten(plain, tmp_path / message)
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {k.replace(old, new): t.clone() for k, t in tensors.items()}, file)
+        with pytest.raises(ValueError, match=message):
+            load(base, adapter_path=folder)
     new = rewritten(plain, tmp_path / "new", use_tomorrow=True)
     with pytest.warns(UserWarning, match="keys that are not read: use_tomorrow"):
         load(base, adapter_path=new)

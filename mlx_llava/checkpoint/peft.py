@@ -36,7 +36,7 @@ _BARE_DECODER = re.compile(r"^(?=layers\.|embed_tokens\.|norm\.)")
 _REFUSED = (
     *("alora_invocation_string", "alora_invocation_tokens", "arrow_config", "kasa_config"),
     *("layer_replication", "lora_bias", "monteclora_config", "target_parameters"),
-    *("trainable_token_indices", "use_bdlora", "use_qalora"),
+    *("trainable_token_indices", "use_bdlora", "use_mora", "use_qalora"),
 )
 #: Ways to begin that leave the base as it is; others (pissa, olora, corda, loftq) change it.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -47,8 +47,7 @@ _KNOWN = frozenset(
     eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
     layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config
     megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules task_type use_dora use_rslora velora_config enable_lora
-    merge_weights use_mora
+    runtime_config target_modules task_type use_dora use_rslora velora_config
     """.split()
 )
 
@@ -69,8 +68,10 @@ def read_peft(folder: Path, path: Path, settings: Mapping[str, Any]) -> Lora:
     trained = dict(read_file(folder / TRAINED)[0]) if (folder / TRAINED).exists() else {}
     for key, tensor in read_file(path)[0].items():
         if match := _PART.fullmatch(key):
-            module = match["module"].removeprefix(_PREFIX)
-            modules.setdefault(module, {})[match["part"]] = tensor
+            parts = modules.setdefault(match["module"].removeprefix(_PREFIX), {})
+            if other := parts.get(match["part"]):
+                raise ValueError(f"{other.source} and {tensor.source} are of two adapters.")
+            parts[match["part"]] = tensor
         elif re.search(r"\.(lora|vera|ia3|hada|lokr|oft|token_adapter)_?", key):
             raise ValueError(f"{tensor.source} is no part of a LoRA that can be merged.")
         elif ".original_module." not in key:  # what modules_to_save takes the place of
@@ -78,6 +79,8 @@ def read_peft(folder: Path, path: Path, settings: Mapping[str, Any]) -> Lora:
     changes = {}
     for module, parts in modules.items():
         name = name_below_peft(f"{module}.weight")
+        if name in changes:
+            raise ValueError(f"The adapter changes {name} twice, under two names.")
         changes[name] = _change(name, module, parts, settings)
     named = {name_below_peft(_WRAPPERS.sub("", key)): t for key, t in trained.items()}
     unknown = [key for key, value in settings.items() if value and key not in _KNOWN]
