@@ -97,7 +97,7 @@ V15 = {
 
 
 @settings(deadline=None, max_examples=200, database=None, derandomize=True)
-@given(st.sampled_from([*ATTRIBUTES[12:], *TRAINERS]), PLAIN)
+@given(st.sampled_from(ATTRIBUTES + TRAINERS).filter(lambda key: key != "architectures"), PLAIN)
 def test_what_means_nothing_to_the_original_changes_nothing(key, value):
     data = with_key(V15, None, key, value)
     assert original.read_config(data, {}, 99, "") == original.read_config(V15, {}, 99, "")
