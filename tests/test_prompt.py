@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_llava import stream_generate
+from mlx_llava.batch import BatchGenerator, run
 from mlx_llava.checkpoint.original import read_config
 from mlx_llava.config import LlavaConfig
+from mlx_llava.decoding import Options
 from mlx_llava.hub import checkpoint_name
 from mlx_llava.json_files import read_json
 from mlx_llava.processor import Processor, choose_template
@@ -486,6 +489,26 @@ def test_own_marks_end_answers_whatever_eos_says(loaded):
     answer = Answer(tokenizer, processor.eos_ids, processor.template.stops, 9)
     words = tokenizer.encode("a dog")[1:]
     assert [answer.add(token)[1] for token in [*words, own["<|eot_id|>"]]][-1] == "stop"
+
+
+@pytest.mark.parametrize(("mark", "reason"), [("<unk>", "stop"), ("", "length")])
+def test_one_prompt_and_many_stop_at_the_templates_mark(mark, reason, tmp_path):
+    """Without the last norm all logits are 0, and the likeliest token is the first: <unk>."""
+    folder = shutil.copytree(GOLDENS / "llava", tmp_path / "x")
+    template = UNMARKED.replace("['content'] }}", "['content'] }}" + mark)
+    (folder / "chat_template.jinja").write_text(template)
+    model, processor = load(folder)
+    model.language_model.model.norm.weight *= 0
+    *_, last = stream_generate(model, processor, "Q", max_tokens=3)
+    many = BatchGenerator(model, processor)
+    for question in ("Q", "Why?"):
+        many.insert(processor(question), Options(max_tokens=3))
+    reasons = [response.finish_reason for _, response in run(many) if response.finish_reason]
+    assert [last.finish_reason, *reasons] == [reason] * 3
+    pieces = processor.template.pieces([*QUESTION, Message("assistant", "A")])
+    ids, learned = processor.learnable(pieces, [])
+    last_learned = [token for token, own in zip(ids, learned, strict=True) if own][-1]
+    assert last_learned == (0 if mark else processor.tokenizer.eos_id)
 
 
 def test_the_templates_of_published_files_are_understood(loaded):
