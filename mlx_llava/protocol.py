@@ -6,6 +6,7 @@ nothing of the answer.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_PROMPTS = 64
 DEFAULT_COMPLETION_TOKENS = 16
+#: Tells what was found, of whatever length, by its beginning and its end.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 60
 
 
 def _unless_limited(tokens: int) -> int:
@@ -192,9 +196,8 @@ def _refusal(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         message = f"Missing required parameter: '{param}'."
         return ApiError(400, message, param=param, code="missing_required_parameter")
-    found = repr(first["input"])
-    found = found if len(found) <= 60 else found[:57] + "..."
-    return ApiError(400, f"{param}: {first['msg']}; found {found}", param=param)
+    message = f"{param}: {first['msg']}; found {_BRIEF.repr(first['input'])}"
+    return ApiError(400, message, param=param)
 
 
 def _path(places: tuple[int | str, ...]) -> str:

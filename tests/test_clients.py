@@ -8,6 +8,7 @@ SDK, as their sources build them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -399,14 +400,25 @@ STATUSES = {
 }  # fmt: skip
 
 
-def test_requests_of_the_reports(served, tmp_path):
+@pytest.fixture
+def run_report(served, tmp_path):
+    """Runs one of the reports' scripts on the server, and gives the lines that it prints."""
     folder = shared_data("reports/server_requests")
     shutil.copytree(PICTURE.parent, tmp_path / "weights/tiny-llava/examples")
-    text = (folder / "srv.py").read_text().replace("18231", str(served.port))
-    (tmp_path / "srv.py").write_text(text)
-    command = [sys.executable, folder / "srv1.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = {line[:34].strip(): line[35:38] for line in done.stdout.splitlines()}
+    for path in folder.glob("*.py"):
+        text = re.sub("1823[12]", str(served.port), path.read_text())
+        (tmp_path / path.name).write_text(text)
+
+    def run(name):
+        command = [sys.executable, name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_requests_of_the_reports(run_report):
+    found = {line[:34].strip(): line[35:38] for line in run_report("srv1.py")}
     expected = {name: str(status) for status, names in STATUSES.items() for name in names}
     assert len(found) > 70
     wrong = {
@@ -415,3 +427,11 @@ def test_requests_of_the_reports(served, tmp_path):
         if name != "trailing slash" and status != expected.get(name, "200")
     }
     assert wrong == {}
+
+
+def test_openais_client_in_the_reports(run_report):
+    """A remote picture, results of tools, other endpoints and what no schema can follow are not."""
+    found = [line.split(" -> ") for line in run_report("oa.py")]
+    refused = {name.split()[0] for name, answer in found if answer.startswith("!!")}
+    assert refused == {"rapid#457", "n8n", "embeddings", "responses", "json_schema"}
+    assert len(found) == 14
