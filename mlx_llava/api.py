@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-from anyio.to_thread import run_sync
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -45,6 +44,8 @@ PAGE = Path(__file__).parent / "page"
 OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterdir())))
 #: What browsers and cameras make; each further decoder is one more that strangers can feed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: Bytes from which one body is parsed at a time, so that those of texts wait for none of them.
+LONG_BODY = 1_000_000
 #: So many requests have pictures fetched at a time, and keep them until they are decoded.
 FETCHES = 8
 #: How long fetching all pictures of a request may take.
@@ -76,7 +77,7 @@ class Api:
         self.metrics = Metrics(self.engine)
         # One request's pictures are decoded at a time, so that their pixels never add up; texts
         # wait for no pictures, and pictures that are sent for none of elsewhere.
-        self._decoding, self._reading = Workers(1), Workers(4)
+        self._decoding, self._reading, self._parsing = Workers(1), Workers(4), Workers(1)
         self._fetching, self._holding = Workers(FETCHES), asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
@@ -156,7 +157,9 @@ class Api:
             ApiError: It is refused, or fails before the first word.
         """
         _check_content_type(request)
-        wanted = await run_sync(read_request, await request.body(), kind)
+        body = await request.body()
+        workers = self._parsing if len(body) > LONG_BODY else self._reading
+        wanted = await workers.run(partial(read_request, body, kind))
         self._check_model(wanted.model)
         has_logprobs = wanted.told_logprobs is not None
         shape = shape_of(wanted.model, has_logprobs, wanted.tells_usage)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from mlx_llava.api_errors import unsupported
 
 MAX_MESSAGES = 1000
-MAX_PARTS = 25_000
+MAX_PARTS = 1000
 #: What would be lost if it were left out, and the values that say nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": ({},),
@@ -70,7 +70,7 @@ class Message(Lenient):
     """A message, its content always in parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Part] = Field(max_length=MAX_PARTS)
+    content: Annotated[list[Part], FailFast()] = Field(max_length=MAX_PARTS)
 
     @model_validator(mode="before")
     @classmethod

@@ -83,8 +83,8 @@ class Connection(H11Protocol):
             ("connection", "close"),
         ]
         response = h11.Response(status_code=400, headers=headers, reason="Bad Request")
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        events = (response, h11.Data(data=body), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
     def on_response_complete(self) -> None:

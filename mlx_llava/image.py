@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ _DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
 _DATA_HEADER = re.compile(_DATA_SCHEME.pattern + r'((?:[^",]|"[^"]*")*),', re.IGNORECASE)
 _BASE64_OF_URLS = bytes.maketrans(b"-_", b"+/")
 _BLANKS = b" \t\r\n\v\f"
+_PERCENT_CODES = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%20": b""}
 #: What is tried on a file, by Pillow's names, and how each begins. Pillow knows more, one of which
 #: runs a program (EPS, Ghostscript). The brands of AVIF and HEIC may stand after another.
 _BEGINNINGS = {
@@ -249,7 +249,8 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError("A data: URL must look like data:image/png;base64,...")
     try:
         data = url[header.end() :].encode("ascii")
-        data = unquote_to_bytes(data) if b"%" in data else data
+        for code, letter in _PERCENT_CODES.items() if b"%" in data else ():
+            data = data.replace(code, letter).replace(code.lower(), letter)
         data = data.translate(_BASE64_OF_URLS, _BLANKS).rstrip(b"=")
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except ValueError as error:

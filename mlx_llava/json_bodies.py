@@ -12,9 +12,8 @@ from pydantic_core import from_json
 
 from mlx_llava.api_errors import ApiError
 
-MAX_TEXTS = 100_000
-#: Those within texts count as well; pictures in base64 have none.
-MAX_COMMAS = MAX_BRACKETS = 250_000
+MAX_TEXTS = MAX_BRACKETS = 100_000
+MAX_COMMAS = 250_000  # of which texts have many
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -39,7 +38,8 @@ def _check_structure(body: bytes) -> None:
     """Refuses more keys and values than any request needs.
 
     Each text opens with a quote that follows no backslash, each list and object with a bracket,
-    and each value but the first of these follows a comma.
+    and each value but the first of these follows a comma. Those within texts count as well, but
+    pictures in base64 have none.
     """
     for name, found, most in (
         ("texts", (body.count(b'"') - body.count(b'\\"')) // 2, MAX_TEXTS),

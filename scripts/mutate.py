@@ -137,7 +137,7 @@ MUTATIONS = (
     ("parameters without effect taken", "protocol", "    check_parameters(data)\n", ""),
     ("parts of messages lost", "protocol", '    check_fields(data.get("messages"))\n', ""),
     ("any number of keys parsed", "json_bodies", "    _check_structure(body)\n", ""),
-    ("parsed where all wait", "api", "await run_sync(read_request, await request.body(), kind)", "read_request(await request.body(), kind)"),
+    ("parsed where all wait", "api", "await workers.run(partial(read_request, body, kind))", "read_request(body, kind)"),
     ("usage counts a prompt n times", "api", "is_new_prompt=piece.index % self._n == 0", "is_new_prompt=True"),
     ("pixels counted one by one", "api", "pixels += pictures[-1].width * pictures[-1].height", "pass"),
     ("what is left told as the limit", "api", "if pictures and isinstance(error, PixelsError):", "if False:"),

@@ -329,9 +329,8 @@ class TestPictures:
             assert served.engine.taken == 0
 
     def test_ten_thousand_images(self, served):
-        started = time.monotonic()
-        refused(chat(served, [named(*[data_url(png(PICTURE))] * 10_000)]), 400, "10000 pictures")
-        assert time.monotonic() - started < 10
+        hundreds = named(*[data_url(png(PICTURE))] * 500)
+        refused(chat(served, [hundreds] * 20), 400, "10000 pictures; the limit is 16")
 
     def test_truncated_and_garbled_pictures(self, served):
         whole = png(Image.effect_noise((64, 64), 50).convert("RGB"))

@@ -248,9 +248,10 @@ class TestBodies:
             (b'{"messages":[' + b'"",' * 200_000 + b'""]}', "texts"),
             (b'{"user":[' + b"1," * 2_000_000 + b"1]}", "commas"),
             (b'{"user":[' + b"[[[[]]]]," * 200_000 + b"1]}", "brackets"),
+            (b'{"user":[' + b"{}," * 200_000 + b"1]}", "brackets"),
             (rb'{"a":"' + rb'\\","b":"' * 200_000 + b'"}', "texts"),
         ],
-        ids=["keys", "texts", "numbers", "lists", "backslashes"],
+        ids=["keys", "texts", "numbers", "lists", "objects", "backslashes"],
     )
     def test_of_more_values_than_any_request_needs(self, body, words):
         with pytest.raises(ApiError, match=f"{words}; the limit is") as caught:
