@@ -46,24 +46,34 @@ class Section:
     changes: Changes
 
     def refuse_changes(self, data: Mapping[str, Any]) -> None:
-        """Raises ValueError for a key that changes the maths and is not read."""
-        for key in data.keys() - self.read:
-            if _pattern(HARMLESS).match(key):
-                continue
-            for meaning, neutral, names in self.changes:
-                if _pattern(names).match(key) and not _is_one_of(data[key], neutral):
-                    found = f"{self.where} has {key}={_short(data[key])}: {meaning}"
-                    raise ValueError(f"{found}, which mlx_llava does not support.")
+        """Raises ValueError for keys that change the maths and are not read."""
+        found = [
+            f"{key}={_short(value)} ({meaning})"
+            for key, value in self._others(data).items()
+            for meaning, neutral, names in self.changes
+            if _pattern(names).match(key) and not _is_one_of(value, neutral)
+        ]
+        if found:
+            raise ValueError(
+                f"{self.where} has what changes the maths and mlx_llava does not support: "
+                f"{', '.join(found)}."
+            )
 
     def unknown(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The keys that are neither read, nor known, nor off (null, false, empty)."""
-        known = _pattern(" ".join([HARMLESS, *(names for _, _, names in self.changes)]))
+        known = _pattern(" ".join(names for _, _, names in self.changes))
+        return {
+            key: value
+            for key, value in self._others(data).items()
+            if not known.match(key) and not (value is None or value is False or value in ([], {}))
+        }
+
+    def _others(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        harmless = _pattern(HARMLESS)
         return {
             key: value
             for key, value in data.items()
-            if key not in self.read
-            and not known.match(key)
-            and not (value is None or value is False or value in ([], {}))
+            if key not in self.read and not harmless.match(key)
         }
 
 

@@ -37,7 +37,7 @@ MUTATIONS = (
     ("layer norm eps of the default", "clip", "eps=config.layer_norm_eps", "eps=1e-5"),
     ("rope theta 1e4", "rope_config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
     ("context of llama3 inside its scaling alone", "rope_config", "data.get(key) or rope.get(key) or context", "rope.get(key) or context"),
-    ("keys that change the maths read past", "config_checks", "and not _is_one_of(data[key], neutral)", "and False"),
+    ("keys that change the maths read past", "config_checks", "and not _is_one_of(value, neutral)", "and False"),
     ("true taken for 1", "config_checks", " and (value is True) == (other is True)", ""),
     ("unknown keys not named", "config_checks", "    if not unknown:\n", "    if True:\n"),
     ("null ends hide the text model's", "config", "    if ids is None:\n        ids = (data", "    if False:\n        ids = (data"),
