@@ -80,6 +80,11 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def is_pointer(data: bytes) -> bool:
+    """Whether this is what Git LFS puts in a file's place where it has not fetched it."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a file; False for a name that no file can have."""
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.files import whole_file
+from mlx_llava.files import is_pointer, whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
@@ -127,9 +127,12 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8.
 
     Raises:
-        ValueError: It is in another encoding.
+        ValueError: It is in another encoding, or only Git LFS's pointer to a file.
     """
-    return decode(path.read_bytes(), str(path))
+    data = path.read_bytes()
+    if is_pointer(data):
+        raise ValueError(f"{path} is only Git LFS's pointer to the file: run git lfs pull.")
+    return decode(data, str(path))
 
 
 def read_value(path: Path) -> Any:

@@ -161,7 +161,15 @@ class Tokenizer:
 
         As in the original (mm_utils.py, tokenizer_image_token) and in transformers, each piece
         between special tokens is tokenised on its own.
+
+        Raises:
+            ValueError: The text holds half a surrogate pair, which no encoding has.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"The text holds {half!a}, which is half of a character.") from error
         ids: list[int] = []
         position = 0
         for match in [*self._special.finditer(text), None]:

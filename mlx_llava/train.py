@@ -142,6 +142,8 @@ class Metrics:
     def close(self) -> None:
         """Ends the bar and draws the losses, where matplotlib is installed."""
         self.bar.close()
+        if not self.reports:
+            return
         try:
             from mlx_llava.plots import plot_losses
         except ImportError:
@@ -177,6 +179,33 @@ def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | N
             )
 
 
+def _read_data(
+    args: argparse.Namespace, processor: Processor, speaks: bool
+) -> tuple[dict[str, Examples], list[LeftOut]]:
+    """What is learned and what is measured, by option, and what cannot be."""
+    data: dict[str, Examples] = {}
+    left_out: list[LeftOut] = []
+    for name in ("data", "valid"):
+        path = getattr(args, name)
+        if path:
+            reading = read_samples(path, args.image_folder, processor.tokenizer.protect)
+            data[name] = Examples(reading.samples, processor, args.max_length)
+            left_out += reading.left_out
+            if speaks:
+                _say_left_out(path, Counter(left.error.reason for left in reading.left_out))
+                _say(path, "keys that are not read, with the number of samples", reading.unread)
+    return data, left_out
+
+
+def _list_left_out(path: Path, data: dict[str, Examples], left_out: Sequence[LeftOut]) -> None:
+    """Lists what is left out, and from now on what will be."""
+    skipped = Skipped(path)
+    for left in left_out:
+        skipped(left)
+    for examples in data.values():
+        examples.on_left_out = skipped
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
@@ -186,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{field.name: given[field.name] for field in fields(TrainingOptions)}
     )
     folder = Path(args.output)
-    is_main = mx.distributed.init().rank() == 0
+    rank = mx.distributed.init().rank()
+    is_main = rank == 0
     kind: Kind = "model" if options.stage == "full" else "adapter"
     keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]
     if is_main:
@@ -209,30 +239,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     mx.random.seed(options.seed)
     prepare(model, options, adapter)
-    data: dict[str, Examples] = {}
-    left_out: list[LeftOut] = []
-    for name in ("data", "valid"):
-        if given[name]:
-            path, protect = given[name], processor.tokenizer.protect
-            reading = read_samples(path, args.image_folder, protect)
-            data[name] = Examples(reading.samples, processor, options.max_length)
-            if is_main:
-                left_out += reading.left_out
-                _say_left_out(path, Counter(left.error.reason for left in reading.left_out))
-                _say(path, "keys that are not read, with the number of samples", reading.unread)
+    data, left_out = _read_data(args, processor, speaks=is_main)
     trainer = Trainer(model, data["data"], data.get("valid"), options, folder)
     if args.resume:
         trainer.resume()
-    if not is_main:
+    if not is_main:  # its samples are others than those of the first process
+        _list_left_out(folder / f"skipped-{rank}.jsonl", data, [])
         trainer.run(lambda _report: None)
         return
     folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(folder / "metrics.jsonl", trainer.step, trainer.steps)
-    skipped = Skipped(folder / "skipped.jsonl")
-    for left in left_out:
-        skipped(left)
-    for examples in data.values():
-        examples.on_left_out = skipped
+    _list_left_out(folder / "skipped.jsonl", data, left_out)
     try:
         trainer.run(metrics)
     finally:

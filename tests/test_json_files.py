@@ -80,7 +80,12 @@ def test_what_cannot_be_read_is_named_with_its_place(name, tmp_path):
 def test_a_settings_file_is_an_object(tmp_path):
     path = tmp_path / "config.json"
     assert read_json(path) == {}
-    for text, message in (("", "is empty, expected JSON"), ("[1]", "holds a list, expected an")):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    for text, message in (
+        ("", "is empty, expected JSON"),
+        ("[1]", "holds a list, expected an"),
+        (pointer, "is only Git LFS's pointer to the file: run git lfs pull"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_json(path)

@@ -88,6 +88,13 @@ SAME = {
         },
         MESSAGES,
     ),
+    "developer": (
+        {
+            "image": "a.png",
+            "messages": [{"role": "developer", "content": PIRATE}, *TURNS],
+        },
+        LEARNED_PIRATE,
+    ),
     "bot": (sample(QUESTION, {"from": "bot", "value": "red"}), MESSAGES),
     "system turn": (sample({"from": "system", "value": PIRATE}, *TURNS), LEARNED_PIRATE),
     "system key": (sample(system=PIRATE), LEARNED_PIRATE),
@@ -279,6 +286,15 @@ def test_a_run_lists_what_it_leaves_out_once(folder, capsys):
     assert records[2]["why"].startswith("image is broken: ")
     assert train(folder, "--steps", "2", "--resume") == 0
     assert (folder / "run" / "skipped.jsonl").read_text() == listed
+
+
+def test_a_run_that_learns_nothing_is_an_error(folder, capsys):
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "train.jsonl").write_text(json.dumps(sample()))
+    assert train(folder) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: Nothing was learned in 2 steps: image is broken (1)."
+    assert not (folder / "run" / "adapter").exists()
 
 
 REPORTED = {

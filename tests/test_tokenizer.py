@@ -251,3 +251,8 @@ def test_llama_3s_vocabulary_in_a_gguf_is_its_tokenizer_json():
         assert ours.encode(f"{text}<|eot_id|>")[-1] == end
     with pytest.raises(ValueError, match=r"tokenizer.ggml.pre='falcon' is not supported"):
         spec_from_byte_bpe(pieces, merges, "falcon")
+
+
+def test_half_a_character_is_named(loaded):
+    with pytest.raises(ValueError, match=r"The text holds '\\udce9', which is half of a character"):
+        loaded[1].tokenizer.encode("caf\udce9")

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_llava.checkpoint import safetensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.checkpoint.torch_file import read_torch_file
+from mlx_llava.files import is_pointer
 from mlx_llava.json_files import read_json
 
 #: The two ways to store weights: their index, and the files where there is no index.
@@ -22,7 +23,6 @@ _PARTIAL = (
     *(".aria2", ".crdownload", ".download", ".incomplete", ".opdownload", ".part", ".partial"),
     *(".tmp", ".filepart"),
 )
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -92,8 +92,8 @@ def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
 def check_download(path: Path) -> None:
     """Raises ValueError for a file that was not downloaded to its end."""
     with path.open("rb") as file:
-        head = file.read(len(_LFS))
-    if head == _LFS:
+        head = file.read(64)
+    if is_pointer(head):
         raise ValueError(f"{path} is only Git LFS's pointer to the file: run git lfs pull.")
     control = path.with_name(f"{path.name}.aria2")
     if not head or control.exists():

@@ -22,7 +22,7 @@ from mlx_llava.tokenizer import IMAGE_TOKEN
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 _SYSTEM_KEYS = ("system", "system_prompt")
 _TURN_KEYS = ("conversations", "messages")

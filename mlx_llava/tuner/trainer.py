@@ -29,6 +29,7 @@ from mlx_llava.tuner.data import Batch, Examples, order
 from mlx_llava.tuner.losses import answer_loss
 from mlx_llava.tuner.optimizer import make_optimizer
 from mlx_llava.tuner.options import TrainingOptions
+from mlx_llava.tuner.samples import summary
 
 Tree = dict[str, Any]
 Report = dict[str, float]
@@ -134,6 +135,9 @@ class Trainer:
 
         Args:
             report (callable): Is told what was measured.
+
+        Raises:
+            ValueError: There is nothing to learn in the samples.
         """
         self.model.train()
         try:
@@ -157,7 +161,11 @@ class Trainer:
             parts = next(batches)  # while the device computes
             mx.eval(self.trained, self.optimizer_state, self.loss, self.count, norm)
             if self._is_due(self.options.report_every):
-                report(self._measured(norm, time.perf_counter() - started))
+                measured = self._measured(norm, time.perf_counter() - started)
+                if not self.tokens:
+                    reasons = summary(self.train.problems) or "there is no answer"
+                    raise ValueError(f"Nothing was learned in {self.step} steps: {reasons}.")
+                report(measured)
                 started = time.perf_counter()
             if self.valid and self._is_due(self.options.validate_every):
                 report({"step": self.step, "valid_loss": self.validate()})
