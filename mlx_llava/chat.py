@@ -22,7 +22,7 @@ from mlx_llava.loading import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.mentions import image_names, missing_paths, pasted_files, split_line
+from mlx_llava.mentions import file_name, image_names, missing_paths, pasted_files, split_line
 from mlx_llava.session import SHOWN, Picture, Session, Turn
 
 CLIPBOARD = "clipboard"
@@ -191,7 +191,7 @@ class Chat:
 def _needed(rest: str, name: str) -> str:
     if not rest:
         raise ValueError(f"{name} needs a file.")
-    return rest
+    return file_name(rest)
 
 
 def note(text: str) -> None:

@@ -23,11 +23,8 @@ def hidden(path: Path, ending: str) -> Path:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with ``~`` as the home folder, or as it is where there is no such user.
-
-    (`Path.expanduser` raises RuntimeError there.)
-    """
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+    """A path with ``~`` as the home folder, or as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises RuntimeError there
 
 
 def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> None:

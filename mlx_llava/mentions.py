@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import unicodedata
@@ -12,7 +13,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
-from mlx_llava.files import expand_home, is_file
+from mlx_llava.files import is_file
 from mlx_llava.picture_files import picture_endings
 
 #: Longer lines are text: a terminal gives at most so much at once.
@@ -81,6 +82,15 @@ def pasted_files(line: str) -> list[str]:
     rest = "".join(line[a.end : b.start] for a, b in pairwise(found))
     is_whole = found and not (line[: found[0].start] + rest + line[found[-1].end :]).strip()
     return [mention.path for mention in found] if is_whole else []
+
+
+def file_name(argument: str) -> str:
+    """The one file that an argument names, quoted as in a shell or not at all."""
+    try:
+        words = shlex.split(argument)
+    except ValueError:  # a quote stays open
+        words = []
+    return _to_path(words[0] if len(words) == 1 else argument)
 
 
 def image_names(arguments: str) -> list[str]:
@@ -177,7 +187,7 @@ def _to_path(name: str) -> str:
     """The path that a name stands for: of a file: URL, and with ~ for the home folder."""
     if name[:7].lower() == "file://":
         return unquote(name[7:].removeprefix("localhost"))
-    return str(expand_home(name)) if name else ""
+    return os.path.expanduser(name)  # noqa: PTH111 - Path's would take the ./ away
 
 
 def _is_file(path: str) -> bool:

@@ -117,10 +117,12 @@ def test_a_conversation_is_saved_and_goes_on(session, embedded, tmp_path, encode
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
 
 
-def test_only_a_conversation_is_written_over(session, tmp_path):
+def test_only_a_conversation_is_written_over(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     say(session, "What is it?", SHAPES)
-    for name in ("chat.json", "chat.json"):
-        session.save(tmp_path / name)
+    for name in ("my chat.json", "'my chat.json'", "my\\ chat.json"):
+        Chat(session).take(f"/save {name}")
+    assert [path.name for path in tmp_path.iterdir()] == ["my chat.json"]
     for content in ("my notes", "{}", '{"turns": []}'):
         (tmp_path / "notes.txt").write_text(content)
         with pytest.raises(FileExistsError, match="stays as it is"):
@@ -249,6 +251,7 @@ def test_files_are_taken_as_terminals_paste_them(tmp_path, monkeypatch):
     assert pasted_files(f"{spaced} ") == [str(spaced)]
     assert pasted_files(spaced.as_uri()) == [str(spaced)]
     assert pasted_files("b.png") == ["b.png"]
+    assert pasted_files("./word") == ["./word"]
     assert pasted_files(f"b.png {shlex.quote(str(spaced))}") == ["b.png", str(spaced)]
     for text in ("word", "What is in b.png?", "", "/help", "it's", "/" * 5000, "\x00"):
         assert pasted_files(text) == []
@@ -274,10 +277,10 @@ STAR = "My Photos/red star.png"
 @pytest.mark.parametrize(
     ("line", "paths", "question"),
     [
-        ("What is in ./plain.png?", ["plain.png"], "What is in this picture?"),
+        ("What is in ./plain.png?", ["./plain.png"], "What is in this picture?"),
         ("What is in plain.png", ["plain.png"], "What is in this picture"),
-        ("What is in this image? ./plain.png", ["plain.png"], "What is in this image?"),
-        ("./plain.png what colour is it?", ["plain.png"], "what colour is it?"),
+        ("What is in this image? ./plain.png", ["./plain.png"], "What is in this image?"),
+        ("./plain.png what colour is it?", ["./plain.png"], "what colour is it?"),
         ("plain.png: what colour is it?\r", ["plain.png"], "what colour is it?"),
         (
             "Compare plain.png and b.PNG.",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_llava.folders import MANIFEST, check_target, new_folder, remove_folder
+from mlx_llava.folders import MANIFEST, _swap, check_target, new_folder, remove_folder
 from tests.conftest import GOLDENS, ROOT, shared_data
 
 
@@ -215,6 +215,29 @@ def test_what_comes_while_a_folder_is_filled_stays(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
         filling.__exit__(None, None, None)
     assert (target / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_comes_at_the_last_moment_is_left_aside(tmp_path):
+    target, beside, aside = (tmp_path / name for name in ("out", "new", ".out.replaced"))
+    write(target, "old")
+    write(beside)
+    add_note(target)
+    with pytest.raises(FileExistsError, match=r"\.out\.replaced is in the way, and holds notes"):
+        _swap(beside, target, "model")
+    assert (target / "config.json").read_text() == "new"
+    assert (aside / "notes.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="move it away"):
+        write(target, force=True)
+    assert (aside / "notes.txt").read_text() == "mine"
+
+
+def test_a_swap_that_fails_gives_the_old_folder_its_name_back(tmp_path):
+    target = tmp_path / "out"
+    write(target, "old")
+    with pytest.raises(FileNotFoundError):
+        _swap(tmp_path / "gone", target, "model")
+    assert (target / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
