@@ -67,6 +67,8 @@ def convert(
     check_target(target, "model", force, keep)
     with sensible_values(path_or_repo):
         checkpoint = find_and_open(path_or_repo, **source)
+        keep += checkpoint.read_from
+        check_target(target, "model", force, keep)
         plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
         processor = make_processor(plan.checkpoint)
     _check_disk(target, plan.nbytes)

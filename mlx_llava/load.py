@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +120,15 @@ def find_and_open(
     **parts: Any,
 ) -> Checkpoint:
     """Opens a checkpoint wherever it is; arguments as in `load`."""
-    find = partial(find_checkpoint, revision=None, offline=offline)
-    path = find_checkpoint(path_or_repo, revision, offline)
-    return open_checkpoint(path, Parts(find, **parts))
+    found = [find_checkpoint(path_or_repo, revision, offline)]
+
+    def find(part: str | Path) -> Path:
+        found.append(find_checkpoint(part, None, offline))
+        return found[-1]
+
+    checkpoint = open_checkpoint(found[0], Parts(find, **parts))
+    checkpoint.read_from = found
+    return checkpoint
 
 
 def make_processor(

@@ -24,6 +24,7 @@ TESTS = (
     *("tests/test_samples.py", "tests/test_scores.py", "tests/test_evaluate.py"),
     *("tests/test_evaluate_files.py", "tests/test_prompts_file.py", "tests/test_command.py"),
     "tests/test_checkpoint.py",
+    *("tests/test_folders.py", "tests/test_chat.py", "tests/test_caption.py"),
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -164,6 +165,20 @@ MUTATIONS = (
     ("links followed", "sources", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
     ("links of folders followed", "sources", "os.O_DIRECTORY | os.O_NOFOLLOW", "os.O_DIRECTORY"),
     ("the folder above", "sources", '".." in path.parts', "False"),
+    ("what is read is replaced", "folders", "if path.exists() and (_contains(place, path) or _contains(path, place)):", "if False:"),
+    ("what somebody changed is ours", "folders", "return _fingerprint(path) == listed[name]", "return True"),
+    ("every folder is a model's", "folders", "manifest is None and _is_llava(folder)", "manifest is None"),
+    ("a link is a file of ours", "folders", "if path.is_symlink() or not path.is_file():", "if not path.is_file():"),
+    ("the old folder goes before the new one is there", "folders", "        place.rename(replaced)\n", "        remove_folder(place, kind)\n"),
+    ("the folder is looked at once", "folders", "        check_target(target, kind, force, keep)\n        _swap", "        _swap"),
+    ("anything is written over", "files", "if command.encode() in file.read(_HEAD):", "if True:"),
+    ("what is read is written", "files", "if any(is_same_file(expand_home(name), path) for name in names):", "if False:"),
+    ("a long name has no room", "files", "if len(os.fsencode(name)) > _LONGEST:", "if False:"),
+    ("a picture for each link to it", "picture_files", "new.setdefault(os.path.realpath(file), str(file))", "new[str(file)] = str(file)"),
+    ("somebody's text is replaced", "caption", "if os.path.lexists(path):", "if False:"),
+    ("somebody's file is gone on with", "caption", "is_ours = all(map(bytes.startswith, records, beginnings))", "is_ours = True"),
+    ("paths begin within words", "mentions", "if _may_begin(line, start):", "if True:"),
+    ("bytes that are no text", "chat", "if bad is not None:", "if False:"),
     ("an answer may end anywhere", "structured", "self.special_token_ids = sorted", "self.special_token_ids = [] and sorted"),
     ("lines cut at Unicode's separators", "json_files", 'enumerate(text.split("\\n"), 1)', "enumerate(text.splitlines(), 1)"),
     ("a byte-order mark is text", "json_files", '    text = text.removeprefix(_BOM)\n', ""),

@@ -26,6 +26,7 @@ import mlx_llava
 from mlx_llava import convert
 from mlx_llava.convert import compare
 from mlx_llava.fuse import main as fuse
+from mlx_llava.load import find_and_open
 from mlx_llava.plan import Quantization
 from tests.conftest import GOLDENS, PICTURE, ROOT
 from tests.conftest import load_as_stored as load
@@ -277,6 +278,10 @@ def test_the_source_and_its_parts_are_never_replaced(original, tmp_path, capsys,
         assert error.startswith("error: ")
         assert error.count("\n") == 1
     assert equal(load(source)[0], load(original)[0])
+
+
+def test_parts_that_only_the_config_names_are_known(original):
+    assert find_and_open(original).read_from == [original, original.parent / "clip"]
 
 
 def test_what_an_adapter_is_put_on_is_never_replaced(tmp_path, capsys):

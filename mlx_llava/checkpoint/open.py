@@ -43,6 +43,7 @@ class Checkpoint:
         dropped: tensors that were left out: source -> reason.
         warnings: what its user should know.
         template_doubt: why the template in its config may be another.
+        read_from: the folders and files of it and of its parts.
     """
 
     layout: str
@@ -54,6 +55,7 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     template_doubt: str = ""
+    read_from: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
