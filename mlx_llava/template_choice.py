@@ -39,7 +39,7 @@ def guess_template(config: LlavaConfig, name: str = "") -> Guess:
     text, name = config.text_config, name.lower()
     is_linear = config.mm_projector_type == "linear"
     has_mistral_sizes = (text.kv_heads, text.intermediate_size) == (8, 14336)
-    if re.search(r"llama-?2(?!\d)", name):
+    if re.search(r"llama[-_]?2(?!\d)", name):
         return Guess("llava_llama_2")
     if config.mm_use_im_start_end:
         return Guess("llava_v0" if text.vocab_size == _V0_WORDS else "llava_v1")

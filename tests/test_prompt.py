@@ -262,7 +262,7 @@ GUESSES = {
         {"model_type": "mistral"}, {}, "me/Mistral-7B-Instruct-v0.1", "mistral_instruct", "",
     ),
     "llama 2": (VICUNA, {"mm_projector_type": "linear"}, "", "llava_llama_2", "linear layer"),
-    "llama 2 by name": (VICUNA, {}, "liuhaotian/llava-llama-2-13b-chat", "llava_llama_2", ""),
+    "llama 2 by name": (VICUNA, {}, "me/llava_Llama_2-chat", "llava_llama_2", ""),
     "v1 of LLaMA 1": ({}, {"mm_projector_type": "linear"}, "", "vicuna_v1", ""),
     "v0": ({"vocab_size": 32004}, {"mm_use_im_start_end": True}, "", "llava_v0", ""),
     "v1": ({"vocab_size": 32003}, {"mm_use_im_start_end": True}, "", "llava_v1", ""),
