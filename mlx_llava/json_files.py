@@ -19,13 +19,18 @@ from mlx_llava.files import is_pointer, whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
+#: What Python says of values that are not of the kind that a program counts on.
 _NONSENSE = (
-    *(TypeError, AttributeError, KeyError, IndexError),
-    *(OverflowError, RecursionError),
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    RecursionError,
 )
 _WHITE = " \t\r\n"
-#: An escaped half of a pair, which may stand alone (RFC 8259, 8.2).
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+#: What looks like half a surrogate pair, which may stand in JSON (RFC 8259, 8.2) and is no text.
+_HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
 _KINDS: Mapping[type, str] = {
     str: "a text",
     int: "a whole number",
@@ -97,16 +102,16 @@ def parse(text: str, name: str, line: int = 1) -> Any:
         raise ValueError(f"{name} is empty, expected JSON.")
     try:
         value = json.loads(text, object_pairs_hook=_object)
-        if _SURROGATE.search(text):
+        half = _HALF.search(text)
+        if half:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         line, why = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except RecursionError:
         why = "it is nested too deeply"
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        line += text[: text.lower().index(half)].count("\n")
-        why = f"{half} is half of a pair, without the other"
+        line += text.count("\n", 0, half.start() if half else 0)
+        why = f"{error.object[error.start]!a} is half of a character"
     except ValueError as error:
         why = str(error).partition("; use sys")[0]
     else:
@@ -135,25 +140,15 @@ def read_text(path: Path) -> str:
     return decode(data, str(path))
 
 
-def read_value(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not JSON; see `parse`.
-    """
-    return parse(read_text(path), str(path))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file, or {} where there is none.
 
     Raises:
-        ValueError: The file is not a JSON object.
+        ValueError: The file is not a JSON object; see `parse`.
     """
     if not path.exists():
         return {}
-    data = read_value(path)
+    data = parse(read_text(path), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {_kind(data)}, expected an object.")
     return data

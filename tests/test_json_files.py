@@ -57,7 +57,10 @@ BROKEN = {
         b'{"a": 1}\n{"a": %s}' % (b"9" * 5000),
         r"line 2\): Exceeds the limit \(4300 digits",
     ),
-    "surrogate": (rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": "\uDC80"}', r"line 2\): \\udc80 is"),
+    "surrogate": (
+        rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": "\uDC80"}',
+        r"line 2\): '\\udc80' is half of a",
+    ),
     "key twice": (b'{"a": 1}\n{"a": 1, "a": 2}', r"line 2\): an object has the key 'a' twice"),
 }
 
@@ -75,6 +78,11 @@ def test_what_cannot_be_read_is_named_with_its_place(name, tmp_path):
         path.write_bytes(data.partition(b"\n")[2])
     with pytest.raises(ValueError, match="x is|x, line"):
         read_json(path)
+
+
+def test_what_only_looks_like_half_a_pair_is_read():
+    text = r'{"a": "\ud83d\ude00\uD83D\uDE00", "b": "\\ud800", "c": "\u00e9"}'
+    assert parse(text, "x") == {"a": "😀😀", "b": r"\ud800", "c": "é"}
 
 
 def test_a_settings_file_is_an_object(tmp_path):

@@ -84,7 +84,8 @@ SAME = {
                     ],
                 },
                 {"role": "Assistant", "content": "red"},
-            ]
+            ],
+            "images": ["a.png"],
         },
         MESSAGES,
     ),
@@ -125,6 +126,14 @@ def test_one_conversation_in_all_ways_to_write_it(name, lines, folder):
     (only,) = reading.samples
     assert only.messages == messages
     assert only.images == (folder / "a.png",)
+
+
+def test_pictures_in_turns_and_beside_them_keep_their_order(folder):
+    parts = [{"type": "image"}, {"type": "image", "path": "b.png"}, {"type": "image"}]
+    entry = sample({"role": "user", "content": parts}, ANSWER, image=["a.png", "./a.png"])
+    (only,) = read(folder, entry).samples
+    assert only.messages[0] == Message("user", "", images=3)
+    assert [image.name for image in only.images] == ["a.png", "b.png", "a.png"]
 
 
 def test_two_pictures_without_marks_go_first_in_order(folder):
@@ -170,6 +179,9 @@ LEFT_OUT = {
     "image is missing: {}/a\0": sample(image="a\0"),
     "marks and images differ in number: 1 marks, 0 images": sample(image=None),
     "marks and images differ in number: 1 marks, 2 images": sample(image=["a.png", "b.png"]),
+    "an image is a URL, expected a file: 'https://example.com/a.png'": sample(
+        image="https://example.com/a.png"
+    ),
     "image and images differ": sample(images=["b.png"]),
     "an image is no file's name: 391895": sample(image=391895),
     "video is not supported": sample(image=None, video="v.mp4"),

@@ -138,20 +138,32 @@ def _read_sample(entry: Any, image_folder: Path, protect: Callable[[str], str]) 
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UnusableError("turns do not alternate", ", ".join(roles))
-    names = _image_names(entry)
     marks = [name for _, own in turns for name in own]
+    names = _image_names(entry)
     if names and not marks:
         messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
-    unnamed = marks.count(None)
-    if unnamed != len(names):
-        detail = f"{unnamed} marks, {len(names)} images"
+    images = tuple(_find(name, image_folder) for name in _named(marks, names))
+    return Sample((*system, *messages), images)
+
+
+def _named(marks: Sequence[str | None], names: Sequence[str]) -> Sequence[str]:
+    """The names of a sample's pictures: those in its turns, and for the others those beside it."""
+    inside = [name for name in marks if name is not None]
+    if len(inside) == len(marks) and names in ([], inside):
+        return inside
+    if len(marks) - len(inside) != len(names):
+        detail = f"{len(marks) - len(inside)} marks, {len(names)} images"
         raise UnusableError("marks and images differ in number", detail)
     beside = iter(names)
-    images = [image_folder / (next(beside) if name is None else name) for name in marks]
-    for image in images:
-        if not is_file(image):
-            raise UnusableError("image is missing", str(image))
-    return Sample((*system, *messages), tuple(images))
+    return [next(beside) if name is None else name for name in marks]
+
+
+def _find(name: str, image_folder: Path) -> Path:
+    if name.startswith(("data:", "http://", "https://")):
+        raise UnusableError("an image is a URL, expected a file", short(name))
+    if not is_file(image_folder / name):
+        raise UnusableError("image is missing", str(image_folder / name))
+    return image_folder / name
 
 
 def _refuse_unsupported(entry: Mapping[str, Any]) -> None:
@@ -172,14 +184,11 @@ def _read_turn(turn: Any, protect: Callable[[str], str]) -> tuple[Message, list[
     if not isinstance(turn, Mapping):
         raise UnusableError("a turn is not an object")
     _refuse_unsupported(turn)
-    speaker, content = (
-        turn.get(_key(turn, "from", "role")),
-        turn.get(_key(turn, "value", "content")),
-    )
+    speaker = turn.get(_key(turn, "from", "role"))
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UnusableError("a turn has an unknown role", short(speaker))
-    text, images = _read_content(content)
+    text, images = _read_content(turn.get(_key(turn, "value", "content")))
     if role != "user":
         if images:
             raise UnusableError("a picture in a turn that is not the user's")
