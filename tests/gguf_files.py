@@ -71,7 +71,7 @@ def write_text(
     text = reference.config.text_config
     writer = gguf.GGUFWriter(path, "llama")
     vocabulary = vocabulary or sentencepieces()
-    rows = len(vocabulary["tokens"])
+    rows = len(vocabulary["tokens"] or range(layouts.VOCABULARY))
     metadata = {
         "context_length": text.max_position_embeddings,
         "embedding_length": text.hidden_size,

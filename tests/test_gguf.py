@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 gguf = pytest.importorskip("gguf")
 layouts = pytest.importorskip("tests.layouts")
 tiny = pytest.importorskip("tests.tiny")
-from tests.gguf_files import write_text, write_vision  # noqa: E402
+from tests.gguf_files import sentencepieces, write_text, write_vision  # noqa: E402
 
 TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 OTHER_TYPES = ["Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "MXFP4"]
@@ -223,7 +223,12 @@ REFUSED = {
     "yarn": ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not"),
     "partial rotary": ({"rope.dimension_count": 8}, r"rope.dimension_count=8 is not .* heads' 16"),
     "by layer": ({"attention.head_count_kv": [2, 2, 4]}, r"head_count_kv .*is \[2, 2, 4\]"),
-    "no width": ({"embedding_length": None}, "llama.embedding_length of the GGUF is no number"),
+    "no width": ({"embedding_length": None}, "llama.embedding_length of the GGUF is missing"),
+    "no heads": ({"attention.head_count": 0}, "head_count of the GGUF is 0; expected a positive"),
+    "odd heads": (
+        {"attention.head_count": 3, "rope.dimension_count": 21},
+        "64 rows, which 3 heads",
+    ),
 }
 
 
@@ -247,6 +252,21 @@ def test_neutral_keys_and_rotation_tables_do_nothing(tmp_path):
     table = {"blk.0.attn_rot_embd.weight": np.ones(8, np.float32)}
     reference, _, _ = make_pair(tmp_path, keys=keys, extra=table)
     assert error_of(*load_pair(tmp_path), reference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_type": [1]}, "360 tokens, 360 scores and 1 types; expected as many of each"),
+        ({"tokens": [str(i) for i in range(390)]}, "390 tokens but embeddings of 384 only"),
+        ({"tokens": None}, "no vocabulary"),
+        ({"model": "rwkv"}, "tokenizer.ggml.model='rwkv' is not supported"),
+    ],
+)
+def test_broken_vocabularies_are_named(change, message, tmp_path):
+    make_pair(tmp_path, vocabulary={**sentencepieces(), **change})
+    with pytest.raises(ValueError, match=message):
+        load_pair(tmp_path)
 
 
 def test_tokens_are_sentencepieces(tmp_path):
@@ -391,3 +411,34 @@ def test_what_is_no_pair_is_named(tmp_path):
     (tmp_path / "text.gguf").unlink()
     with pytest.raises(FileNotFoundError, match="no mmproj in GGUF; name one: --mmproj FILE"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.98])
+def test_half_a_download_is_said(share, tmp_path):
+    _, (text, _), _ = make_pair(tmp_path)
+    data = text.read_bytes()
+    text.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="is not a GGUF file, or not all of one"):
+        load_pair(tmp_path)
+
+
+def test_parts_and_other_machines_files_are_refused(tmp_path):
+    make_pair(tmp_path)
+    for name, order, count in (("big", gguf.GGUFEndian.BIG, 1), ("part", None, 3)):
+        options = {"endianess": order} if order else {}
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama", **options)
+        writer.add_uint16("split.count", count)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    for name, message in (("big", "for big-endian machines"), ("part", "is one of 3 parts")):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / f"{name}.gguf", mmproj=tmp_path / "mm.gguf")
+
+
+def test_the_template_is_guessed_by_the_files_name(tmp_path):
+    _, (text, _), _ = make_pair(tmp_path)
+    text.rename(tmp_path / "llava-llama-2-13b-chat.Q4_0.gguf")
+    model, processor = load(tmp_path)
+    assert model.config.conv_mode == processor.template.name == "llava_llama_2"

@@ -151,7 +151,9 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{path} is not a GGUF file: {error}") from error
+        raise ValueError(f"{path} is not a GGUF file, or not all of one: {error}") from error
+    if reader.byte_order == "S":
+        raise ValueError(f"{path} is a GGUF for big-endian machines; gguf-convert-endian turns it.")
     found = value(reader, "general.architecture")
     if found != architecture:
         raise ValueError(f"{path} is a GGUF of {found!r}, expected {architecture!r}.")
@@ -167,7 +169,8 @@ def read_pair(text_path: Path, vision_path: Path) -> GGUFModel:
         ValueError: A file is not what it should be.
     """
     text, vision = open_reader(text_path, "llama"), open_reader(vision_path, "clip")
-    projector = value(vision, "clip.projector_type", "mlp")
+    newer = value(vision, "clip.vision.projector_type", "mlp")
+    projector = value(vision, "clip.projector_type", newer)
     if projector != "mlp" or any(t.name == "mm.3.weight" for t in vision.tensors):
         raise ValueError(f"{vision_path} has a projector {projector!r}, expected LLaVA's mlp.")
     config = read_config(text, vision)
@@ -204,6 +207,8 @@ def _vision_name(tensor: ReaderTensor, width: int) -> str | None:
 
 def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
     """Which stored row belongs at each place (convert_hf_to_gguf.py, permute, undone)."""
+    if rows % (2 * heads):
+        raise ValueError(f"Q or K of the GGUF has {rows} rows, which {heads} heads cannot share.")
     order = np.arange(rows).reshape(heads, rows // heads // 2, 2)
     return order.swapaxes(1, 2).reshape(rows)
 

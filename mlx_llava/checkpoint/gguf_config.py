@@ -36,15 +36,15 @@ def value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def number(reader: GGUFReader, key: str, default: float | None = None) -> Any:
-    """The number under a key.
+    """The positive number under a key.
 
     Raises:
         ValueError: There is none, and no default; or it is something else.
     """
     found = value(reader, key, default)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        said = "no number" if found is None else f"{found!r}"
-        raise ValueError(f"{key} of the GGUF is {said}; expected one number.")
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        said = "missing" if found is None else f"{found!r}"
+        raise ValueError(f"{key} of the GGUF is {said}; expected a positive number.")
     return found
 
 
@@ -63,8 +63,11 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
     if rows is None:
         raise ValueError("The GGUF has no token_embd.weight.")
     tokens = value(text, "tokenizer.ggml.tokens") or []
+    if len(tokens) > rows:
+        raise ValueError(f"The GGUF has {len(tokens)} tokens but embeddings of {rows} only.")
     is_linear = any(tensor.name == "mm.weight" for tensor in vision.tensors)
     config: dict[str, Any] = {
+        "_name_or_path": value(text, "general.name", ""),
         "model_type": "llava" if pairs is None else "llava_next",
         "text_config": {"vocab_size": rows, **_read_text(text)},
         "vision_config": _read_vision(vision),
@@ -122,8 +125,8 @@ def _read_rope_scaling(text: GGUFReader) -> dict[str, Any] | None:
     kind = value(text, "llama.rope.scaling.type", "linear")
     if kind not in ("linear", "none"):
         raise ValueError(f"llama.rope.scaling.type={kind!r} is not supported.")
-    old = number(text, "llama.rope.scale_linear", 0.0)
-    factor = (number(text, "llama.rope.scaling.factor", old) or 1.0) if kind == "linear" else 1.0
+    old = value(text, "llama.rope.scale_linear")
+    factor = value(text, "llama.rope.scaling.factor", old) or 1.0 if kind == "linear" else 1.0
     tensor = next((t for t in text.tensors if t.name == "rope_freqs.weight"), None)
     if tensor is None:
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
@@ -185,6 +188,9 @@ def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # as llama.cpp
     scores = ggml("scores") or [0.0] * len(tokens)
     kinds = ggml("token_type") or [NORMAL] * len(tokens)
+    if not len(tokens) == len(scores) == len(kinds):
+        counts = f"{len(tokens)} tokens, {len(scores)} scores and {len(kinds)} types"
+        raise ValueError(f"The vocabulary of the GGUF has {counts}; expected as many of each.")
     pieces = [Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True)]
     if kind == "llama":
         spec = spec_from_pieces(pieces, {}, ggml("add_space_prefix", True))

@@ -318,7 +318,10 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
     tensors = canonical_tensors(model.tensors, is_mlx=False).tensors
     if not any(name.endswith("post_layernorm.weight") for name in tensors):
         tensors |= _identity_norm(tensors)
-    template = model.tokenizer_config.get("chat_template")
+    template, doubt = model.tokenizer_config.get("chat_template"), ""
+    if not template:
+        guess = guess_template(config, f"{path.name} {model.config['_name_or_path']}")
+        config, doubt = replace(config, conv_mode=guess.name), guess.doubt
     tokenizer = Tokenizer(
         model.tokenizer, model.tokenizer_config, config.image_token_index, template
     )
@@ -331,6 +334,7 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
         eos_ids=model.eos_ids,
         dropped=model.dropped,
         warnings=model.warnings,
+        template_doubt=doubt,
     )
 
 
