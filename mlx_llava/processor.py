@@ -99,13 +99,16 @@ def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
     """The checkpoint's own template, or the one that its shape points to."""
     if config.conv_mode or not tokenizer.chat_template:
         return get_template(config.conv_mode or guess_template(config).name)
-    bos, eos = (_text_of(tokenizer.config.get(key)) for key in ("bos_token", "eos_token"))
-    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos)
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    tokens = {key: text for key, value in named.items() if (text := _text_of(value))}
+    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
     return replace(template, stops=template.find_ends(tokenizer.special_tokens))
 
 
 def _text_of(token: Any) -> str:
-    return (token.get("content") if isinstance(token, Mapping) else token) or ""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else ""
 
 
 class Processor:

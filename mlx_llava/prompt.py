@@ -123,13 +123,18 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 @dataclass(frozen=True)
 class JinjaTemplate(ChatTemplate):
-    """A checkpoint's own chat_template, rendered in Jinja's sandbox."""
+    """A checkpoint's own chat_template, rendered in Jinja's sandbox.
+
+    Attributes:
+        tokens: other special tokens by the names that templates know, such as ``unk_token``.
+    """
 
     source: str
     bos: str = ""
     eos: str = ""
     name: str = "the checkpoint's own"
-    stops: tuple[str, ...] = field(default=())
+    stops: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -243,8 +248,7 @@ class JinjaTemplate(ChatTemplate):
             text = self._template.render(
                 messages=[self._as_dict(message, image_position) for message in messages],
                 add_generation_prompt=prompting,
-                bos_token=self.bos,
-                eos_token=self.eos,
+                **{**self.tokens, "bos_token": self.bos, "eos_token": self.eos},
             )
         except (jinja2.TemplateError, TypeError, OverflowError) as error:
             raise ValueError(f"The checkpoint's chat template fails: {error}") from error

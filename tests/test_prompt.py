@@ -168,6 +168,16 @@ def test_a_template_that_reads_strings_gets_strings():
     assert template.render(messages) == "<s>[INST] <image>\nQ [/INST]A</s>[INST] Q2 [/INST]"
 
 
+def test_a_template_may_use_what_transformers_gives_it(loaded):
+    tokenizer = copy.copy(loaded[1].tokenizer)
+    tokenizer.config = {**tokenizer.config, "unk_token": {"content": "<unk>"}, "pad_token": None}
+    tokenizer.chat_template = (
+        "{{ unk_token }}{{ pad_token }}{{ strftime_now('%%') }}{{ messages[0] | tojson }}"
+    )
+    prompt = choose_template(loaded[1].config, tokenizer).render([Message("user", "é")])
+    assert prompt == '<unk>%{"role": "user", "content": "é"}'
+
+
 def test_a_template_that_rejects_or_drops_something_is_an_error():
     system = [Message("system", "Be brief."), *QUESTION]
     with pytest.raises(ValueError, match="Only user and assistant roles"):
