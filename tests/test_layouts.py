@@ -98,7 +98,7 @@ def test_v16_keeps_its_own_tower(reference_next, kind, tmp_path):
     other = {key: tensor + 1 for key, tensor in state.items()}
     clip = layouts.write_clip(tmp_path / "clip", other, reference_next)
     folder = layouts.write_folder(tmp_path / "v16", layouts.to_original(state), config, kind)
-    with pytest.warns(UserWarning, match="has a vision tower inside; .*clip is not used"):
+    with pytest.warns(UserWarning, match="has a vision tower inside; .*clip are not used"):
         model, processor = load(folder, vision_tower=clip)
     same_tensors(model, state)
     assert processor.image_processor.mode == "anyres"

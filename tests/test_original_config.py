@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,24 @@ def test_another_tower_is_refused_by_name(reference, tmp_path):
     folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
     with pytest.raises(ValueError, match="vision_config has model_type='siglip_vision_model'"):
         load(folder, vision_tower=clip)
+
+
+def test_a_tower_inside_that_was_no_openai_clip_is_read_by_its_own_settings(tmp_path):
+    vision = {"hidden_act": "gelu", "layer_norm_eps": 3e-3, "num_attention_heads": 4}
+    case = layouts.case()
+    model = tiny.make_model(replace(case, vision={**case.vision, **vision}))
+    state = layouts.state_dict(model)
+    config = layouts.original_config(model, mm_vision_tower="laion/CLIP-ViT-L-14-laion2B")
+    folder = layouts.write_folder(tmp_path / "llava", layouts.to_original(state), config)
+    with pytest.warns(UserWarning, match=r"tower inside was laion/.*OpenAI's CLIP \(2 heads"):
+        load(folder)
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    clip = layouts.write_clip(tmp_path / "clip", other, model)
+    with pytest.warns(UserWarning, match="the weights of .*clip are not used"):
+        found, processor = load(folder, vision_tower=clip)
+    inputs = layouts.inputs_of(processor)
+    logits = np.array(found(**inputs))[..., : layouts.VOCABULARY]
+    assert np.abs(logits - layouts.reference_logits(model, inputs)).max() < 1e-4
 
 
 def test_unknown_keys_are_named_in_one_warning(reference, tmp_path):

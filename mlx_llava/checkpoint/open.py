@@ -203,8 +203,8 @@ def _with_tower(
     """
     inside = {name: t for name, t in weights.items() if name.startswith(original.TOWER)}
     if inside:
-        unused = f"The checkpoint has a vision tower inside; {parts.vision_tower} is not used."
-        return weights, original.tower_config(inside), [unused] if parts.vision_tower else []
+        other = parts.find(parts.vision_tower) if parts.vision_tower else None
+        return weights, *original.tower_inside(inside, data, other)
     where = parts.vision_tower or data.get("mm_vision_tower")
     if not where:
         raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")

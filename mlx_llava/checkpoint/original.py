@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_llava.checkpoint.folder import read_folder
 from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig
+from mlx_llava.config import LlavaConfig, VisionConfig
 from mlx_llava.config import unknown_keys as unknown_hf_keys
 from mlx_llava.json_files import read_json
 from mlx_llava.template_choice import guess_template
@@ -51,6 +51,10 @@ _OTHER_DECODERS = frozenset(
     stablelm starcoder
     """.split()
 )
+#: CLIPs that are not OpenAI's, most of which have an exact GELU.
+_OTHER_TOWERS = re.compile(r"laion|datacomp|dfn|\beva")
+#: What a tower's shapes do not say.
+_HABITS = ("num_attention_heads", "model_type")
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
 
 
@@ -171,6 +175,34 @@ def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     if vision.get("model_type") in (None, "", "clip"):
         vision["model_type"] = "clip_vision_model"
     return vision
+
+
+def tower_inside(
+    tensors: Mapping[str, LazyTensor], data: Mapping[str, Any], other: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The ``vision_config`` of the tower inside a checkpoint, and warnings.
+
+    Args:
+        tensors (dict): The tower's.
+        data (dict): The original config.json.
+        other (Path, optional): A CLIP repository of the tower's kind: what its weights do not
+            say is read there, and nothing else.
+    """
+    shapes = tower_config(tensors)
+    if other is None:
+        name = str(data.get("mm_vision_tower"))
+        habits = f"as OpenAI's CLIP ({shapes['num_attention_heads']} heads, quick_gelu)"
+        doubt = (
+            f"The vision tower inside was {name}, but is read {habits}; if it is another, give the "
+            "repository that it came from with --vision-tower."
+        )
+        return shapes, [doubt] if _OTHER_TOWERS.search(name.lower()) else []
+    unused = f"The checkpoint has a vision tower inside; the weights of {other} are not used."
+    settings = tower_settings(read_json(other / "config.json"))
+    if settings.get("hidden_size", VisionConfig.hidden_size) == shapes["hidden_size"]:
+        said = {key: value for key, value in shapes.items() if key not in _HABITS}
+        shapes = {**settings, **said}
+    return shapes, [unused]
 
 
 def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
