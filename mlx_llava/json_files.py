@@ -30,7 +30,9 @@ _NONSENSE = (
 )
 _WHITE = " \t\r\n"
 #: What looks like half a surrogate pair, which may stand in JSON (RFC 8259, 8.2) and is no text.
-_HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
+_HALF = re.compile(
+    r"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])"
+)
 _KINDS: Mapping[type, str] = {
     str: "a text",
     int: "a whole number",
