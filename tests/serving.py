@@ -41,7 +41,7 @@ class Served:
         options = {"api_key": self.key or "none", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
-    def raw(self, request: bytes, timeout: float = 10) -> bytes:
+    def raw(self, request: bytes, timeout: float = 60) -> bytes:
         """All that comes back for some bytes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout) as connection:
             connection.sendall(request)
@@ -80,7 +80,7 @@ def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Ite
         yield Served(own, listening.getsockname()[1], settings.api_key, running)
     finally:
         running.should_exit = True
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive(), "the server does not end"
         if engine is None:
             own.close()

@@ -185,6 +185,19 @@ def hold(monkeypatch, words):
     return held
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_takes_longer_than_its_head(served, monkeypatch, stream):
+    """Only who has not asked is closed; that is looked up where it would take seconds to see."""
+    held = hold(monkeypatch, b'"Hi"')
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, served, stream=stream)
+        assert held.reached.wait(60)
+        (asking,) = [c for c in served.server.server_state.connections if not c.asks_for_nothing]
+        assert asking._late is None
+        held.go.set()
+        assert asked.result(60).status_code == 200
+
+
 class TestManyConnections:
     LIMIT = 12
 
@@ -201,7 +214,7 @@ class TestManyConnections:
                     sending.sendall(content)
             for _ in range(3):
                 assert ask(served).status_code == 200
-                assert httpx.get(served.url + "/health").status_code == 200
+                assert httpx.get(served.url + "/health", timeout=60).status_code == 200
             assert receive(idle[0]) == b""
 
     def test_one_that_asks_is_kept(self, served):
@@ -221,7 +234,7 @@ class TestManyConnections:
             asked = [pool.submit(ask, served) for _ in range(self.LIMIT)]
             state = served.server.server_state
             assert waits_until(lambda: len(state.tasks) == self.LIMIT)
-            reply = httpx.get(served.url + "/health")
+            reply = httpx.get(served.url + "/health", timeout=60)
             held.go.set()
             assert {future.result(60).status_code for future in asked} == {200}
         assert reply.status_code == 429

@@ -355,16 +355,16 @@ class TestErrors:
                 with guarded.client(api_key=wrong) as guessing, refused as caught:
                     ask(guessing, "Hi")
                 assert caught.value.code == "invalid_api_key"
-            assert httpx.get(guarded.url + "/metrics").status_code == 401
-            assert httpx.get(guarded.url + "/health").status_code == 200
-            assert httpx.get(guarded.url + "/").status_code == 200
+            assert httpx.get(guarded.url + "/metrics", timeout=60).status_code == 401
+            assert httpx.get(guarded.url + "/health", timeout=60).status_code == 200
+            assert httpx.get(guarded.url + "/", timeout=60).status_code == 200
 
     def test_unknown_urls(self, served):
         for path in ("/v1/nothing", "/nothing", "/v1/chat"):
-            reply = httpx.get(served.url + path)
+            reply = httpx.get(served.url + path, timeout=60)
             assert reply.status_code == 404
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-        assert httpx.get(served.url + "/v1/chat/completions").status_code == 405
+        assert httpx.get(served.url + "/v1/chat/completions", timeout=60).status_code == 405
 
 
 def test_models(client):
@@ -394,7 +394,7 @@ def test_open_webui(served):
 
 def test_metrics_count(served, client):
     def metrics():
-        text = httpx.get(served.url + "/metrics").text
+        text = httpx.get(served.url + "/metrics", timeout=60).text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in lines}
 
@@ -486,13 +486,13 @@ class TestManyAtOnce:
             assert caught.value.response.headers["Retry-After"] == "1"
             assert caught.value.code == "rate_limit_exceeded"
             running.close()
-            assert waiting.result(10).choices
+            assert waiting.result(60).choices
             assert waits_until(lambda: full.engine.taken == 0)
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_a_client_that_goes_ends_its_answer(self, served, stream):
         body = {"model": MODEL, "messages": [user("One two")], "stream": stream, **endless()}
-        timeout = httpx.Timeout(30, read=30 if stream else 0.3)
+        timeout = httpx.Timeout(60, read=60 if stream else 0.3)
         with httpx.Client(timeout=timeout) as going, closing(going):
             if stream:
                 url = served.url + "/v1/chat/completions"
@@ -527,8 +527,8 @@ class TestManyAtOnce:
             started = threading.Event()
             thread = threading.Thread(target=run)
             thread.start()
-            started.wait(10)
-        thread.join(10)
+            started.wait(60)
+        thread.join(60)
         assert len(texts) == 1
 
     def test_a_failure_of_the_model_ends_what_runs_and_no_more(self, served, monkeypatch, caplog):
@@ -566,9 +566,9 @@ def test_an_engine_that_has_ended_answers_no_one_and_says_so():
         ending.engine.close()
         for request in (running.result, lambda _: ask(client, "Hi")):
             with pytest.raises(openai.InternalServerError) as caught:
-                request(10)
+                request(60)
             assert caught.value.status_code == 503
-        assert httpx.get(ending.url + "/health").status_code == 503
+        assert httpx.get(ending.url + "/health", timeout=60).status_code == 503
 
 
 class TestCommand:
@@ -610,7 +610,9 @@ class TestCommand:
             except OSError:
                 pytest.skip("this machine has no IPv6")
         with serving("--host", "::1", engine=served.engine) as six:
-            assert httpx.get(f"http://[::1]:{six.port}/health").json() == {"status": "ok"}
+            assert httpx.get(f"http://[::1]:{six.port}/health", timeout=60).json() == {
+                "status": "ok"
+            }
 
     def test_without_its_packages(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "uvicorn", None)
