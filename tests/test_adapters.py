@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -335,6 +336,13 @@ def test_what_is_no_whole_adapter_is_said_in_one_line(base, plain, tmp_path):
     new = rewritten(plain, tmp_path / "new", use_tomorrow=True)
     with pytest.warns(UserWarning, match="keys that are not read: use_tomorrow"):
         load(base, adapter_path=new)
+
+
+def test_a_whole_model_with_the_config_of_its_adapter_is_whole(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "x")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    expected, ours = layers_of(load(base)[0]), layers_of(load(folder)[0])
+    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
 
 
 def test_an_embedding_that_is_the_output_layer_too_is_not_changed_alone(tmp_path):

@@ -92,9 +92,9 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter and no model, or a file is an adapter's."""
     if not path.is_dir():
         return path in adapter_files(path.parent)
-    files = {*adapter_files(path)}
+    files, has_config = {*adapter_files(path)}, (path / CONFIG).exists()
     others = {*visible_files(path, "*.safetensors", "pytorch_model*.bin")} - files
-    return (path / CONFIG).exists() or (bool(files) and not others)
+    return bool(files and has_config) or (bool(files or has_config) and not others)
 
 
 def read_projector(path: Path) -> Lora:
