@@ -15,6 +15,7 @@ from mlx_llava.api_errors import unsupported
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
+THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
 #: What would be lost if it were left out, and the values that say nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": ({},),
@@ -62,6 +63,11 @@ class ImagePart(Lenient):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _is_thought(part: Any) -> bool:
+    """What templates leave out of earlier answers, like the field `reasoning_content`."""
+    return isinstance(part, dict) and part.get("type") in THOUGHTS
+
+
 def _as_part(part: Any) -> Any:
     return {"type": "text", "text": part} if isinstance(part, str) else part
 
@@ -75,10 +81,13 @@ class Message(Lenient):
     @model_validator(mode="before")
     @classmethod
     def _may_say_nothing(cls, message: Any) -> Any:
-        """An assistant's content is null where it did something else."""
-        if isinstance(message, dict) and message.get("role") == "assistant":
-            return {**message, "content": message.get("content") or []}
-        return message
+        """An assistant's content is null where it did something else, or holds thoughts."""
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        content = message.get("content") or []
+        if isinstance(content, list):
+            content = [part for part in content if not _is_thought(part)]
+        return {**message, "content": content}
 
     @field_validator("content", mode="before")
     @classmethod

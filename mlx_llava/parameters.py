@@ -28,6 +28,7 @@ _OPENAI: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+_SAMPLERS = "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split()
 _LLAMA_CPP: Mapping[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -36,7 +37,7 @@ _LLAMA_CPP: Mapping[str, tuple[Any, ...]] = {
     "json_schema": ({},),
     "mirostat": (0,),
     "n_predict": (),
-    "samplers": (),
+    "samplers": (_SAMPLERS, "edkypmxt"),
     "tfs_z": (1,),
     "top_n_sigma": (-1, 0),
     "typical_p": (1,),

@@ -63,7 +63,7 @@ def image(**fields):
 
 
 CONTENTS = {
-    "a plain URL": [{"type": "image_url", "image_url": URL}, TEXT],
+    "AnythingLLM's plain URL": [{"type": "image_url", "image_url": URL}, TEXT],
     "Frigate's low detail": [image(detail="low"), TEXT],
     "Frigate 0.14's plain text": [image(detail="low"), QUESTION],
     "LLM Vision's detail": [image(detail="auto"), TEXT],
@@ -141,6 +141,21 @@ OPTIONS = {
         "mirostat": 0,
         "samplers": None,
         "xtc_probability": 0.0,
+    },
+    "llama.cpp's page": {
+        "samplers": "edkypmxt",
+        "dynatemp_range": 0,
+        "dynatemp_exponent": 1,
+        "typical_p": 1,
+        "xtc_threshold": 0.1,
+        "repeat_last_n": 64,
+        "repeat_penalty": 1,
+        "dry_multiplier": 0,
+        "dry_sequence_breakers": ["\n"],
+        "grammar": "",
+        "logit_bias": [],
+        "reasoning_format": "auto",
+        "max_tokens": -1,
     },
     "vLLM": {
         "top_k": -1,
@@ -238,6 +253,14 @@ ORDERS = {
             turn("user", "c"),
         ],
         [("user", texts("a")), ("assistant", texts("b")), ("user", texts("c"))],
+    ),
+    "thoughts as parts": (
+        [
+            turn("user", "a"),
+            turn("assistant", {"type": "thinking", "thinking": "hm"}, TEXT),
+            turn("user", "c"),
+        ],
+        [("user", texts("a")), ("assistant", [TEXT]), ("user", texts("c"))],
     ),
     "a picture after its question": (
         [turn("user", "a"), {"role": "user", "content": [IMAGE]}],
