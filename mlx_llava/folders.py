@@ -6,6 +6,7 @@ While it is being written, its manifest lists nothing yet.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -58,20 +59,20 @@ def new_folder(
     place = target.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = hidden(place, ".partial")
-    if _is_unfinished(beside):
-        shutil.rmtree(beside)
+    _remove_unfinished(beside, kind)
     remove_folder(beside, kind)
     remove_folder(hidden(place, ".replaced"), kind)
     beside.mkdir()
-    try:
-        write_json(beside / MANIFEST, {"kind": kind})
-        yield beside
-        _write_manifest(beside, kind)
-        check_target(target, kind, force, keep)
-        _swap(beside, place, kind)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with _locked(beside / MANIFEST):
+        try:
+            write_json(beside / MANIFEST, {"kind": kind})
+            yield beside
+            _write_manifest(beside, kind)
+            check_target(target, kind, force, keep)
+            _swap(beside, place, kind)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
 def check_target(
@@ -128,12 +129,32 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_unfinished(beside: Path) -> bool:
-    """Whether a kill has left a folder while it was being filled."""
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file as long as this process lives; FileExistsError where another one does."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{path.parent} is being written by another command; wait until it has ended."
+            ) from error
+        except OSError:  # a disk without locks
+            pass
+        yield
+
+
+def _remove_unfinished(beside: Path, kind: Kind) -> None:
+    """Removes what a kill has left while it was being filled."""
     if beside.is_symlink() or not beside.is_dir():
-        return False
-    manifest = _read_manifest(beside)
-    return not any(beside.iterdir()) or (manifest is not None and not manifest["files"])
+        return
+    if os.path.lexists(beside / MANIFEST):
+        with _locked(beside / MANIFEST):
+            is_unfinished = not _listed(beside, kind)
+    else:
+        is_unfinished = not any(beside.iterdir())
+    if is_unfinished:
+        shutil.rmtree(beside)
 
 
 def _write_manifest(folder: Path, kind: Kind) -> None:
@@ -147,9 +168,8 @@ def _write_manifest(folder: Path, kind: Kind) -> None:
 
 def _sort(folder: Path, kind: Kind) -> tuple[list[Path], list[str]]:
     """The files and folders of a folder that are ours, and the names of what may be a user's."""
-    manifest = _read_manifest(folder)
-    listed = manifest["files"] if manifest and manifest["kind"] == kind else {}
-    is_model = kind == "model" and manifest is None and _is_llava(folder)
+    listed = _listed(folder, kind)
+    is_model = kind == "model" and not os.path.lexists(folder / MANIFEST) and _is_llava(folder)
 
     def is_ours(path: Path, name: str) -> bool:
         if path.is_symlink() or not path.is_file():
@@ -160,22 +180,29 @@ def _sort(folder: Path, kind: Kind) -> tuple[list[Path], list[str]]:
         return bool(is_known or _SYSTEM_FILES.fullmatch(path.name) or (name == MANIFEST and listed))
 
     ours: list[Path] = []
-    strangers: list[Path] = []
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside comes first
-        name = path.relative_to(folder).as_posix()
-        (ours if is_ours(path, name) else strangers).append(path)
-    return ours, [path.relative_to(folder).as_posix() for path in reversed(strangers)]
+    strangers: list[str] = []
+
+    def look(here: Path) -> None:
+        for path in sorted(here.iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if not is_ours(path, name):
+                strangers.append(name)
+                continue
+            if path.is_dir():
+                look(path)
+            ours.append(path)
+
+    look(folder)
+    return ours, strangers
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's manifest says, with no files where it is unfinished or broken; or None."""
-    if not os.path.lexists(folder / MANIFEST):
-        return None
+def _listed(folder: Path, kind: Kind) -> dict[str, Any]:
+    """The files that a folder's manifest lists; none where it is unfinished or not there."""
     try:
         manifest = read_json(folder / MANIFEST)
-        return {"kind": manifest.get("kind"), "files": dict(manifest.get("files", {}))}
+        return dict(manifest.get("files", {})) if manifest.get("kind") == kind else {}
     except (ValueError, TypeError, OSError):
-        return {"kind": None, "files": {}}
+        return {}
 
 
 def _is_llava(folder: Path) -> bool:
@@ -192,6 +219,8 @@ def _swap(beside: Path, place: Path, kind: Kind) -> None:
     """Gives a folder its name; what had the name steps aside first, and is removed last."""
     replaced = hidden(place, ".replaced")
     if place.exists():
+        if _is_llava(place) and not os.path.lexists(place / MANIFEST):
+            _write_manifest(place, kind)  # so that what a kill leaves of it is known as ours
         place.rename(replaced)
     try:
         beside.rename(place)
@@ -202,11 +231,12 @@ def _swap(beside: Path, place: Path, kind: Kind) -> None:
 
 
 def _put_back(place: Path, kind: Kind) -> None:
-    """Gives a folder its name again that a kill has left aside."""
-    if os.path.lexists(place):
+    """Gives a folder its name again that a kill has left aside, if all of it is there."""
+    replaced = hidden(place, ".replaced") if place.name else place
+    if os.path.lexists(place) or not replaced.is_dir():
         return
-    replaced = hidden(place, ".replaced")
-    if replaced.is_dir() and not _sort(replaced, kind)[1]:
+    ours, strangers = _sort(replaced, kind)
+    if not strangers and {*ours} >= {replaced / name for name in _listed(replaced, kind)}:
         replaced.rename(place)
 
 

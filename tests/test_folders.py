@@ -256,6 +256,28 @@ def test_hidden_folders_of_others_are_left_alone(tmp_path):
     write(tmp_path / "out")
 
 
+def test_what_is_left_of_a_removed_folder_is_not_put_back(tmp_path):
+    """A kill while the old was removed, after which somebody removed the new."""
+    for name in ("config.json", "examples/a.png"):
+        aside = tmp_path / ".out.replaced"
+        write(tmp_path / "out", "old")
+        (tmp_path / "out").rename(aside)
+        (aside / name).unlink()
+        check_target(tmp_path / "out", "model")
+        assert not (tmp_path / "out").exists()
+        write(tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path):
+    with new_folder(tmp_path / "out", "model") as beside:
+        (beside / "config.json").write_text("first")
+        with pytest.raises(FileExistsError, match="is being written by another command"):
+            write(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+
+
 def test_a_long_name_has_room(tmp_path):
     target = tmp_path / ("x" * 250)
     write(target)
@@ -325,6 +347,6 @@ def test_a_reported_folder_of_photos_stays(tmp_path):
     photos = tmp_path / "photos"
     shutil.copytree(shared_data("reports/force_deletes_folder/photos"), photos)
     before = snapshot(photos)
-    with pytest.raises(FileExistsError, match=r"photos holds dog\.jpeg and 2 more"):
+    with pytest.raises(FileExistsError, match=r"photos holds dog\.jpeg and 1 more"):
         write(photos, force=True)
     assert snapshot(photos) == before
