@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_llava.convert import Quantization, convert
+from mlx_llava.load import save
 from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
@@ -46,6 +48,8 @@ def write(saved: Path, folder: Path, top: bool | None, text: bool | None, head: 
     own = tensors.pop(HEAD)
     if head != "none":
         tensors[HEAD] = own if head == "own" else tensors[EMBEDDING].clone()
+    if head == "alone":
+        del tensors[EMBEDDING]
     safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -86,6 +90,11 @@ def test_a_head_that_is_not_stored_is_the_embedding(saved, top, text, tmp_path):
     assert model.config.text_config.tie_word_embeddings
 
 
+def test_a_head_without_an_embedding_is_both(saved, tmp_path):
+    folder = write(saved, tmp_path / "alone", True, True, "alone")
+    assert np.abs(ours(folder) - theirs(folder)).max() < 1e-4
+
+
 def test_a_head_that_nothing_ties_is_missing(saved, tmp_path):
     folder = write(saved, tmp_path / "none", False, None, "none")
     with pytest.raises(ValueError, match=r"1 tensors are missing: language_model.lm_head.weight"):
@@ -93,13 +102,24 @@ def test_a_head_that_nothing_ties_is_missing(saved, tmp_path):
 
 
 def test_what_is_saved_again_says_what_holds(saved, tmp_path):
-    from mlx_llava.load import save
-
     with pytest.warns(UserWarning, match="the stored one is used"):
         model, processor = load(write(saved, tmp_path / "own", True, False, "own"))
     save(model, processor, tmp_path / "again")
     assert np.array_equal(ours(tmp_path / "again"), ours(saved))
     assert np.abs(theirs(tmp_path / "again") - theirs(saved)).max() < 1e-5
+
+
+def test_a_quantised_head_is_used_too(tmp_path):
+    """As mlx-vlm converted what transformers 4.50 says of LLaVA 1.5."""
+    text = {"hidden_size": 64, "intermediate_size": 64}
+    tiny.save(tiny.Case("quantised", text=text), tmp_path / "hf")
+    folder = tmp_path / "mlx"
+    convert(tmp_path / "hf", folder, quantization=Quantization(bits=4, group_size=32))
+    expected = ours(folder)
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "tie_word_embeddings": True}))
+    with pytest.warns(UserWarning, match="the stored one is used"):
+        assert np.array_equal(ours(folder), expected)
 
 
 def test_the_originals_head_is_used_too(tmp_path):

@@ -25,7 +25,7 @@ from mlx_llava.json_files import read_json
 from mlx_llava.template_choice import guess_template
 from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
 
-_EMBEDDING = "language_model.model.embed_tokens.weight"
+_EMBEDDINGS = "language_model.model.embed_tokens."
 _LM_HEAD = "language_model.lm_head."
 
 
@@ -165,7 +165,7 @@ def _open_original(
         weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
         layout += ", delta applied"
     weights, vision, warnings = _with_tower(weights, data, parts)
-    rows = weights[_EMBEDDING].shape[0]
+    rows = weights[_EMBEDDINGS + "weight"].shape[0]
     named = (path, tokenizer_folder or path)
     name = " ".join([*map(checkpoint_name, named), str(data.get("_name_or_path"))])
     config = original.read_config(data, vision, rows, name)
@@ -352,34 +352,41 @@ def _tie_head(checkpoint: Checkpoint) -> Checkpoint:
     """Ties the output layer to the embedding where config.json says so and no tensor says no.
 
     transformers 4 asks ``text_config`` and 5 asks the top level too, whose ``true`` versions 4.36
-    to 4.50 wrote unasked; so a stored head that is not the embedding is kept, as 5 does.
+    to 4.57 wrote unasked; so a stored head that is not the embedding is kept, as 5 does.
     """
-    config = checkpoint.config
+    config, tensors = checkpoint.config, checkpoint.tensors
     tied = config.tie_word_embeddings
-    if tied and not _is_embedding(checkpoint.tensors):
+    head, embedding = _part(tensors, _LM_HEAD), _part(tensors, _EMBEDDINGS)
+    if tied and head and not embedding:  # the one that is stored is both
+        tensors |= {_EMBEDDINGS + key: head[key] for key in head}
+    elif tied and head and not _same(head, embedding):
         tied = False
         checkpoint.warnings.append(
             "config.json says tie_word_embeddings, but the stored lm_head is not the embedding; "
             "the stored one is used."
         )
     if tied:
-        for name in [name for name in checkpoint.tensors if name.startswith(_LM_HEAD)]:
-            source = checkpoint.tensors.pop(name).source
+        for key in head:
+            source = tensors.pop(_LM_HEAD + key).source
             checkpoint.dropped[source] = "is the embedding (tie_word_embeddings)"
     text = replace(config.text_config, tie_word_embeddings=tied)
     checkpoint.config = replace(config, text_config=text, tie_word_embeddings=tied)
     return checkpoint
 
 
-def _is_embedding(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether the output layer is not stored, or stored as the embedding's very values."""
-    head, embedding = (
-        {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
-        for part in (_LM_HEAD, _EMBEDDING.removesuffix("weight"))
-    )
-    return not head or (
-        head.keys() == embedding.keys()
-        and all(mx.array_equal(head[key].read(), embedding[key].read()).item() for key in head)
+def _part(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    """The tensors of one layer."""
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
+
+
+def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:
+    """Whether two layers have the very same values."""
+    return one.keys() == other.keys() and all(
+        mx.array_equal(one[key].read(), other[key].read()).item() for key in one
     )
 
 
