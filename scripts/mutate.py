@@ -156,7 +156,7 @@ MUTATIONS = (
     ("usage counts a prompt n times", "api", "is_new_prompt=piece.index % self._n == 0", "is_new_prompt=True"),
     ("pixels counted one by one", "api", "pixels += pictures[-1].width * pictures[-1].height", "pass"),
     ("what is left told as the limit", "api", "if pictures and isinstance(error, PixelsError):", "if False:"),
-    ("all formats decoded", "api", "load_image(file, left, FORMATS)", "load_image(file, left)"),
+    ("all formats decoded", "api", "load_image(file, limit - pixels, FORMATS)", "load_image(file, limit - pixels)"),
     ("any content type read", "api", 'if kind != "application/json":', "if False:"),
     ("announced length believed", "bodies", "if size > self.max_bytes:", "if False:"),
     ("bodies that add up", "bodies", "if self._held > BODIES * self.max_bytes:", "if False:"),
