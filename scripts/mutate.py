@@ -203,7 +203,7 @@ MUTATIONS = (
     ("true is a number", "json_files", "if type(value) not in kinds:", "if not isinstance(value, kinds):"),
     ("another system's notes are weights", "checkpoint/folder", 'if not path.name.startswith(".")', "if True"),
     ("a download that goes on is read", "checkpoint/folder", "if not head or control.exists():", "if not head:"),
-    ("pointers of Git LFS read", "checkpoint/folder", "if head == _LFS:", "if False:"),
+    ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),
     ("arguments that are no text", "command", "if not is_text and", "if False and"),
     ("POPE by order", "scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
     ("POPE with other labels", "scores", "if len(own) != len(labels):", "if False:"),
