@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_llava.command import command
-from mlx_llava.files import check_output, whole_file
+from mlx_llava.files import check_output, own_file
 from mlx_llava.hub import find_checkpoint
 from mlx_llava.json_files import write_json
 from mlx_llava.machine import describe, fast_dtype
@@ -186,7 +186,7 @@ def plot(found: Figures, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{found['model']}, {found['dtype']}, {found['machine']['device']}")
-    with whole_file(path) as beside:
+    with own_file(path, COMMAND) as beside:
         figure.savefig(beside, format="png", dpi=120, metadata={"Software": COMMAND})
 
 
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["alone"] = Alone(folder, pictures, plan).measure()
     print(table(found))
     if args.out:
-        with whole_file(args.out) as beside:
+        with own_file(args.out, COMMAND) as beside:
             write_json(beside, found)
     if args.plot:
         plot(found, args.plot)

@@ -291,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     rest = [picture for picture in pictures if picture not in done]
+    before = len({*pictures} & done - broken)
     bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
     with bar:
         for picture, line in caption_all(rest, args):
@@ -303,9 +304,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 broken.add(picture)
             bar.update()
     failed = broken & {*pictures}
-    written = len(rest) - len(failed & {*rest})
+    written = len(pictures) - before - len(failed)
     others = {file for file in others if not (captions.holds(file) or errors.holds(file))}
-    print(_summary(written, len(pictures) - len(rest), len(failed), others), file=sys.stderr)
+    print(_summary(written, before, len(failed), others), file=sys.stderr)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."

@@ -69,9 +69,9 @@ class Chat:
     def take(self, line: str) -> None:
         """Does what a line says: a command, pictures to show, or a question, perhaps with some."""
         line = _checked(line).strip()
-        name, _, rest = line.partition(" ")
+        name, *rest = line.split(maxsplit=1) or [""]
         if name in self.commands:
-            self.commands[name](rest.strip())
+            self.commands[name](*(rest or [""]))
             return
         if line == CLIPBOARD:
             self.image(CLIPBOARD)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 #: The longest name that is kept in a hidden one; file systems take 255 bytes, some fewer.
 _LONGEST = 100
-#: Where files say what wrote them.
+#: Within so many bytes HTML, PNG and JSON files say what wrote them.
 _HEAD = 4096
+_MARKS = ('<meta name="generator" content="{}">', "Software\0{}", '"command": "{}"')
 
 
 def hidden(path: Path, ending: str) -> Path:
@@ -32,7 +33,7 @@ def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> Non
 
     Args:
         path (Path): The file.
-        command (str): What the first bytes of all that the command writes say.
+        command (str): What the beginning of all that it writes names as its maker.
         inputs (iterable): What it reads; what is no path, as URLs, is passed over.
     """
     check_not_read(path, inputs)
@@ -40,8 +41,9 @@ def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> Non
         return
     if path.is_file():
         with path.open("rb") as file:
-            if command.encode() in file.read(_HEAD):
-                return
+            head = file.read(_HEAD)
+        if any(mark.format(command).encode() in head for mark in _MARKS):
+            return
     raise FileExistsError(f"{path} exists already, and {command} did not write it; it stays.")
 
 
@@ -58,6 +60,14 @@ def is_same_file(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def own_file(path: Path, command: str) -> Iterator[Path]:
+    """As `whole_file`, but replaces only what the same command wrote; see `check_output`."""
+    check_output(path, command)
+    with whole_file(path) as beside:
+        yield beside
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 from mlx_llava.files import is_file
 from mlx_llava.picture_files import picture_endings
 
-#: Longer lines are text: a terminal gives at most so much at once.
-MAX_LENGTH = 4096
+#: Longer lines are text.
+MAX_LENGTH = 32768
 #: The longest name that is looked for, and how many quotation marks it may hold.
 _LONGEST, _MARKS = 1024, 8
 _QUOTES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.explanation import Explanation, logit_lens, mask_effect
-from mlx_llava.files import whole_file
+from mlx_llava.files import own_file
 from mlx_llava.image import data_url
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Processor
@@ -108,10 +108,13 @@ def write_report(found: list[Section], title: str, path: Path) -> None:
         found (list of Section): What `sections` gave.
         title (str): What it is about.
         path (Path): Where; its ending chooses the format.
+
+    Raises:
+        FileExistsError: There is a file that is no report.
     """
     content = _png(found, title) if path.suffix == ".png" else _page(found, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
+    with own_file(path, COMMAND) as beside:
         beside.write_bytes(content)
 
 

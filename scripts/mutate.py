@@ -185,7 +185,7 @@ MUTATIONS = (
     ("a link is a file of ours", "folders", "if path.is_symlink() or not path.is_file():", "if not path.is_file():"),
     ("the old folder goes before the new one is there", "folders", "        place.rename(replaced)\n", "        remove_folder(place, kind)\n"),
     ("the folder is looked at once", "folders", "        check_target(target, kind, force, keep)\n        _swap", "        _swap"),
-    ("anything is written over", "files", "if command.encode() in file.read(_HEAD):", "if True:"),
+    ("anything is written over", "files", "if any(mark.format(command).encode() in head for mark in _MARKS):", "if True:"),
     ("what is read is written", "files", "if any(is_same_file(expand_home(name), path) for name in names):", "if False:"),
     ("a long name has no room", "files", "if len(os.fsencode(name)) > _LONGEST:", "if False:"),
     ("a picture for each link to it", "picture_files", "new.setdefault(os.path.realpath(file), str(file))", "new[str(file)] = str(file)"),

@@ -232,7 +232,9 @@ def test_one_text_that_cannot_be_written_is_one_error(drawings, capsys):
     for name in names[1:]:
         Path(name).with_suffix(".txt").unlink()
     assert main([".", "--out", "txt", "-m", "2", "--resume"]) == 2
-    assert "3 written, 1 done before, 1 failed" in capsys.readouterr().err
+    assert "3 written, 1 failed" in capsys.readouterr().err
+    assert main([".", "--out", "txt", "-m", "2", "--resume"]) == 2
+    assert "0 written, 3 done before, 1 failed" in capsys.readouterr().err
     assert not list(Path().glob(".*"))
 
 

@@ -332,7 +332,7 @@ def test_home_and_urls_of_files_are_paths(pictures):
             "gone.png",
             "./scan",
         ),
-        *("~nobody/plain.png", "", "???", "a" * 5000 + " plain.png", "plain\x00.png", "'", '"a'),
+        *("~nobody/plain.png", "", "???", "a" * 33000 + " plain.png", "plain\x00.png", "'", '"a'),
     ],
 )
 def test_what_is_no_picture_stays_text(line, pictures):
@@ -403,6 +403,17 @@ def test_a_line_that_is_not_text_spoils_only_itself(errors, monkeypatch, capsys)
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         "error: The line is not UTF-8: byte 0xff."
     ]
+
+
+def test_a_broken_picture_in_a_question_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(Path(PAIR).read_bytes()[:200])
+    Path("notes.txt").write_text("no picture")
+    lines = ["What is in ./broken.png?", "notes.txt", f"/image\t{SHAPES}"]
+    assert chat(monkeypatch, *lines, "How many objects are there?") == 0
+    out, err = capsys.readouterr()
+    assert out == "three\n"
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 2
 
 
 def test_a_picture_that_cannot_be_asked_about_leaves_the_conversation(session, monkeypatch):

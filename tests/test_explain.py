@@ -364,6 +364,8 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path):
 def test_nothing_but_a_report_is_written_over(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(SHAPES, name)
+    if name == "page.html":
+        Path(name).write_text("<title>How I use mlx_llava.explain</title>")
     before = Path(name).read_bytes()
     assert main(["--prompt", "What is it?", "--out", name]) == 2
     assert "mlx_llava.explain did not write it" in capsys.readouterr().err
