@@ -287,5 +287,5 @@ def _decoder(format: str, name: str) -> Callable[[BinaryIO, str], Image.Image]:
     if format not in Image.OPEN:
         Image.init()
     if format not in Image.OPEN:
-        raise ValueError(f"{name} is {format}: pip install --upgrade pillow to read it.")
+        raise ValueError(f"{name} is {format}: pip install -U pillow to read it.")
     return Image.OPEN[format][0]

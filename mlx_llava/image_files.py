@@ -29,6 +29,7 @@ _END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
 #: All APPn and COM, but for JFIF (APP0) and Adobe (APP14), which say what the colours are.
 _LEFT_OUT = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_EXIFS = re.compile(rb"(?:Exif\0\0)+")
 _PNG_EXIF, _PNG_XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _CHUNKS_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 # An item of type Exif, after the version, number and protection of its entry.
@@ -76,10 +77,9 @@ def essence(content: bytes, format: str, max_pixels: int) -> Essence:
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
     """How a picture was held, 1..8: by EXIF, or else by XMP; 1 where neither makes sense."""
-    while exif.startswith(_EXIF):
-        exif = exif[len(_EXIF) :]
+    start = _EXIFS.match(exif)
     try:
-        directory = read_directory(exif)
+        directory = read_directory(exif[start.end() :] if start else exif)
     except ValueError:
         directory = None
     number = directory.number(ORIENTATION) if directory else None

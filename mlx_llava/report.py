@@ -151,7 +151,8 @@ def _page(found: list[Section], title: str) -> bytes:
 
 def _saved(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # of letters that the font lacks, which become boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png", metadata={"Software": COMMAND})
+    # Letters that the font lacks become boxes. `catch_warnings` would change the filters of all
+    # threads; this one holds for what is drawn here alone.
+    warnings.filterwarnings("ignore", "Glyph .* missing", module=r"mlx_llava\.report")
+    figure.savefig(buffer, format="png", metadata={"Software": COMMAND})
     return buffer.getvalue()

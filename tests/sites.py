@@ -73,7 +73,7 @@ def reply_with(content, status=200, **headers):
 
 
 class DrippingHandshake:
-    """A server that begins a record of TLS and never ends it."""
+    """A server that begins a record of TLS and does not end it."""
 
     def __enter__(self):
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -88,8 +88,10 @@ class DrippingHandshake:
             connection, _ = self._listening.accept()
             with connection:
                 connection.sendall(b"\x16\x03\x03\x40\x00")
-                while not self._is_over.wait(0.05):
+                for _ in range(1200):  # a minute, where nobody cuts it
                     connection.sendall(b"x")
+                    if self._is_over.wait(0.05):
+                        return
 
     def __exit__(self, *_):
         self._is_over.set()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_llava import load
+from mlx_llava import load, report
 from mlx_llava.config import LlavaConfig
 from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_words
 from mlx_llava.files import check_output
@@ -465,3 +465,12 @@ def test_tiles_are_shown_as_they_were_cut(mode):
     pixels = processor([picture])
     shown = processor.denormalize(pixels)
     assert (shown == np.stack([np.asarray(tile) for tile in processor.tiles(picture)])).all()
+
+
+def test_letters_that_the_font_lacks_are_boxes_without_a_word():
+    """And no filter of warnings but for what a report draws is changed, which threads share."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.subplots().set_title("你好")
+    assert report._saved(figure).startswith(b"\x89PNG")
+    with pytest.raises(UserWarning, match="Glyph"):
+        figure.savefig(io.BytesIO())
