@@ -1,8 +1,8 @@
 """What is known about the keys of config files that this package does not read.
 
 Names may hold ``*``. Sources: PreTrainedConfig and GenerationConfig of transformers 4.28 to 5.24
-and its decoders' config classes; the trainers of LLaVA, LLaVA-NeXT, ShareGPT4V, xtuner, PALO and
-Mantis; the converters of mlx-vlm and Unsloth.
+and its decoders' config classes; the trainers of LLaVA, LLaVA-NeXT, LLaVA-Med, ShareGPT4V, xtuner,
+PALO and Mantis; the converters of mlx-vlm and Unsloth.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ HARMLESS = (
     # trainers
     """
     *_lr *_lr_multiplier *_pretrained add_faster_video add_time_instruction delay_load
-    faster_token_stride force_sample frame_* frames_upbound freeze_* gradient_checkpointing*
-    image_crop_resolution image_split_resolution lora_* max_num_frames max_num_images
-    max_num_pixels max_sequence_length mm_hidden_size mm_newline_position mm_perceiver_*
-    mm_pooling_position mm_qformer_* mm_spatial_pool_* mm_tunable_parts mm_use_im_patch_token
-    modality_max_length model_max_length num_frames pos_skipping_range pretrain_* resume_*
-    s2_scales sep_image_conv_front tokenizer_* tune_* unfreeze_* use_flash_attention*
-    use_flash_attn* use_mm_proj use_pos_skipping video_* vision_tower vision_tower_cfg
-    with_vision_tower
+    faster_token_stride feature_outs force_sample frame_* frames_upbound freeze_*
+    gradient_checkpointing* image_crop_resolution image_split_resolution img_size lora_*
+    max_num_frames max_num_images max_num_pixels max_sequence_length mm_hidden_size
+    mm_newline_position mm_perceiver_* mm_pooling_position mm_qformer_* mm_spatial_pool_*
+    mm_tunable_parts mm_use_im_patch_token modality_max_length model_max_length num_frames
+    pos_skipping_range pretrain_* proj_vis_to_txt_tokens prompt_segtok_w_instruct resume_*
+    s2_scales segtok_posembed sep_image_conv_front tokenizer_* tune_* unfreeze_*
+    use_flash_attention* use_flash_attn* use_mm_proj use_pos_skipping video_* vision_backbone
+    vision_tower vision_tower_cfg with_vision_tower
     """
     # converters
     "skip_vision skip_vision_* unsloth_*"

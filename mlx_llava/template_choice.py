@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mlx_llava.config import LlavaConfig
 
 _LLAMA_3_WORDS = 128256
+_YI_WORDS = range(64000, 64065)  # with a placeholder, up to a multiple of 64
 _V0_WORDS = 32004  # 13b-delta-v0 and 7b-delta-v0 have a [PAD] beside the three image tokens
 _VICUNA_WIDTHS = (4096, 5120)
 
@@ -45,7 +46,7 @@ def guess_template(config: LlavaConfig, name: str = "") -> Guess:
         return Guess("llava_v0" if text.vocab_size == _V0_WORDS else "llava_v1")
     if text.vocab_size >= _LLAMA_3_WORDS:
         return Guess("llava_llama_3")
-    if text.hidden_size == 7168:
+    if text.hidden_size == 7168 or text.vocab_size in _YI_WORDS:
         return Guess("chatml_direct")
     if text.model_type == "mistral" or has_mistral_sizes:
         if text.rope_theta == 1e6 or re.search("mistral.*instruct", name):

@@ -98,7 +98,11 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
     if original.is_original(data) or any("mm_projector." in key for key in tensors):
         return _open_original(path, data, tensors, parts)
     if "llava" not in str(data.get("model_type")):
-        kind = "a bare CLIP; give it as --vision-tower" if "clip" in str(data) else "no LLaVA"
+        kind = (
+            "a bare CLIP; give it as --vision-tower"
+            if "clip" in str(data.get("model_type"))
+            else "no LLaVA"
+        )
         raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
     for option, value in (("base", parts.base), ("vision tower", parts.vision_tower)):
         if value:
@@ -159,7 +163,7 @@ def _open_original(
     """haotian-liu's layout: whole, or with a tower and a base from elsewhere."""
     packed = _repack(path, data, tensors)
     found = canonical_tensors(packed.tensors, is_mlx=False)
-    layout = "original LLaVA" + (", GPTQ" if packed.settings else "")
+    layout = "original LLaVA" + (", GPTQ or AWQ" if packed.settings else "")
     weights = found.tensors
     if parts.base and tokenizer_folder is None:
         weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
