@@ -29,12 +29,15 @@ from mlx_llava.plan import MODES, RECIPES, Plan, Quantization, make_plan
 from mlx_llava.precision import DTYPES
 from mlx_llava.processor import Processor
 from mlx_llava.quantized import layer_settings
+from mlx_llava.verify import QUESTION, example_picture, verify
 from mlx_llava.version import __version__
+
+DEFAULT_PATH = "mlx_model"
 
 
 def convert(
     path_or_repo: str | Path,
-    mlx_path: str | Path = "mlx_model",
+    mlx_path: str | Path = DEFAULT_PATH,
     *,
     quantization: Quantization | None = None,
     dtype: str | None = None,
@@ -47,7 +50,7 @@ def convert(
 
     Args:
         path_or_repo (str or Path): See `load`.
-        mlx_path (str or Path): The folder to make.
+        mlx_path (str or Path): The folder to make. Default: ``mlx_model``.
         quantization (Quantization, optional): Quantises what is plain.
         dtype (str, optional): ``float16``, ``bfloat16`` or ``float32`` for all weights.
         dequantize (bool): Makes plain weights of quantised ones.
@@ -123,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", "--hf-path", required=True, help="a folder, a GGUF file, or a hub repository")
-    add("--mlx-path", default="mlx_model", help="the folder to make (default: %(default)s)")
+    add("--mlx-path", help=f"the folder to make (default: {DEFAULT_PATH})")
     add_source_arguments(parser)
     add("--quantize", "-q", action="store_true", help="quantise the language model")
     add("--q-bits", type=int, help="bits of a weight (default: the mode's, 4 for affine)")
@@ -135,7 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
     add("--force", action="store_true", help="replace the folder if it is a model's")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    add("--verify", action="store_true", help="compare the result with the source on a picture")
+    add(
+        "--verify",
+        action="store_true",
+        help="check that the result is read right, and compare it with the source on a picture; "
+        "with nothing to convert to or by, check --model and write nothing",
+    )
     add("--upload-repo", help="then upload the result to this hub repository")
     return parser
 
@@ -149,13 +157,10 @@ def compare(
         dict: ``max_difference`` of the logits, ``top_1`` the fraction of positions with the same
         likeliest token, ``kl`` the mean divergence of the result from the source in nats.
     """
-    from PIL import Image
-
-    picture = Image.linear_gradient("L").resize((480, 360)).convert("RGB")
+    picture = example_picture()
     (model, processor), (other, other_processor) = source, result
-    question = "What is in this picture?"
-    logits = model(**processor(question, picture)).astype(mx.float32)
-    others = other(**other_processor(question, picture)).astype(mx.float32)
+    logits = model(**processor(QUESTION, picture)).astype(mx.float32)
+    others = other(**other_processor(QUESTION, picture)).astype(mx.float32)
     rows = min(logits.shape[-1], others.shape[-1])
     logits, others = logits[..., :rows], others[..., :rows]
     log_p, log_q = nn.log_softmax(logits), nn.log_softmax(others)
@@ -164,6 +169,16 @@ def compare(
         "top_1": float((logits.argmax(-1) == others.argmax(-1)).mean()),
         "kl": float((mx.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
     }
+
+
+def _print_checks(path_or_repo: str | Path, **source: Any) -> None:
+    """Prints the checks of a checkpoint as they come.
+
+    Raises:
+        ValueError: One does not hold.
+    """
+    for finding in verify(path_or_repo, **source):
+        print(f"{finding.name + ':':14}{finding.found}", flush=True)
 
 
 def _upload(folder: Path, repo: str) -> None:
@@ -193,10 +208,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         with sensible_values(args.model):
             print(make_plan(find_and_open(args.model, **source), **wanted))
         return
+    converts = args.mlx_path or args.quantize or args.dequantize or args.dtype or args.upload_repo
+    if args.verify and not converts:
+        _print_checks(args.model, **source)
+        return
+    target = args.mlx_path or DEFAULT_PATH
     with progress_bar("converting", unit="B", unit_scale=True) as show:
         plan = convert(
             args.model,
-            args.mlx_path,
+            target,
             force=args.force,
             progress=show,
             **wanted,
@@ -204,14 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for warning in plan.checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(
-        f"{plan.checkpoint.layout} -> {args.mlx_path}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr
-    )
+    print(f"{plan.checkpoint.layout} -> {target}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr)
     if args.verify:
-        measured = compare(load(args.model, **source), load(args.mlx_path))
+        _print_checks(target)
+        measured = compare(load(args.model, **source), load(target))
         print("  ".join(f"{key} {value:.6g}" for key, value in measured.items()), file=sys.stderr)
     if args.upload_repo:
-        _upload(Path(args.mlx_path), args.upload_repo)
+        _upload(Path(target), args.upload_repo)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,7 @@ def load(
             vision_tower=vision_tower,
             mmproj=mmproj,
         )
-        processor = make_processor(checkpoint, image_mode, template)
-        sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.tensors.values()]
-        check_weights(sum(sizes))
-        model = make_model(checkpoint)
+        model, processor = load_opened(checkpoint, image_mode, template)
     for warning in checkpoint.warnings:
         warnings.warn(warning, stacklevel=2)
     if adapter_path is not None:
@@ -131,14 +128,21 @@ def find_and_open(
     return checkpoint
 
 
+def load_opened(
+    checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
+) -> tuple[Llava, Processor]:
+    """The model of a checkpoint, if memory holds it, and its processor."""
+    processor = make_processor(checkpoint, image_mode, template)
+    sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.tensors.values()]
+    check_weights(sum(sizes))
+    return make_model(checkpoint), processor
+
+
 def make_processor(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> Processor:
     """The processor of a checkpoint; says in the log where its template is a guess."""
     settings, config = checkpoint.image_processor, checkpoint.config
-    doubt = checkpoint.template_doubt
-    if not config.conv_mode and not checkpoint.tokenizer.chat_template:
-        doubt = guess_template(config).doubt
     processor = Processor(
         config,
         checkpoint.tokenizer,
@@ -146,12 +150,20 @@ def make_processor(
         template=get_template(template) if template else None,
         eos_ids=checkpoint.eos_ids,
     )
-    if doubt and not template:
+    if (doubt := template_doubt(checkpoint)) and not template:
         logger.warning(
             f"No file says which template the model was trained with. {processor.template.name} is "
             f"taken ({doubt}); --template NAME takes another."
         )
     return processor
+
+
+def template_doubt(checkpoint: Checkpoint) -> str:
+    """Why another template may be right than the one that is chosen; empty where none can."""
+    config = checkpoint.config
+    if config.conv_mode or checkpoint.tokenizer.chat_template:
+        return checkpoint.template_doubt
+    return guess_template(config).doubt
 
 
 def make_model(checkpoint: Checkpoint) -> Llava:

@@ -70,7 +70,7 @@ LAYERS = (
     {"preprocess", "llava", "checkpoint.gguf", "checkpoint.original", "checkpoint.adapters"},
     {"processor", "checkpoint.open", "adapter", "precision", "memory"},
     {"load", "decoding", "reuse", "work", "tuner.data", "tuner.options"},
-    {"batch", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages"},
+    {"batch", "plan", "tuner.losses", "tuner.optimizer", "tuner.stages", "verify"},
     {"prompts_file", "random_model", "tuner.trainer", "loading", "trace", "places"},
     {"generate", "evaluate", "engine", "protocol"},
     {"peers", "explanation", "session", "replies", "metrics", "bodies", "guard", "http_server"},
