@@ -36,14 +36,13 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def sentencepieces() -> Vocabulary:
-    """The vocabulary of `layouts`, as its SentencePiece model has it."""
-    spm = sentencepiece.SentencePieceProcessor(model_proto=layouts.sentencepiece_model())
-    ids = range(layouts.VOCABULARY)
-    kinds = [
-        2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
-        for i in ids
-    ]
+def sentencepieces(model: bytes | None = None) -> Vocabulary:
+    """The vocabulary of a SentencePiece model; default: that of `layouts`."""
+    model = model or layouts.sentencepiece_model()
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(len(spm))
+    asked = ((2, spm.is_unknown), (3, spm.is_control), (5, spm.is_unused), (6, spm.is_byte))
+    kinds = [next((kind for kind, is_kind in asked if is_kind(i)), 1) for i in ids]
     return {
         "model": "llama",
         "tokens": [spm.id_to_piece(i) for i in ids],
@@ -63,6 +62,7 @@ def write_text(
     vocabulary: Vocabulary | None = None,
     keys: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    chat_template: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes a decoder; gives the weights that its tensors mean, by canonical name.
 
@@ -86,6 +86,7 @@ def write_text(
     }
     _add_keys(writer, "llama.", metadata)
     _add_keys(writer, "tokenizer.ggml.", vocabulary)
+    _add_keys(writer, "tokenizer.", {"chat_template": chat_template})
     meant = {}
     for key, tensor in layouts.state_dict(reference).items():
         module, _, part = key.removeprefix("language_model.").rpartition(".")

@@ -1,0 +1,172 @@
+"""Tokenizers of published families, small inside and with the published ids outside.
+
+What stands between a few hundred learned pieces and the special tokens is filled up. The real
+LLaMA tokenizer takes the place of its family's where the test data have it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from mlx_llava.verify import QUESTION
+from tests import layouts, tiny
+from tests.conftest import SHARED
+from tests.published.row import Published
+
+Spec = dict[str, Any]
+
+#: Special tokens of a family by id; the first two begin and end a text.
+SPECIAL: dict[str, dict[str, int]] = {
+    "llama": {"<s>": 1, "</s>": 2, "<unk>": 0},
+    "LLaMA": {"<s>": 1, "</s>": 2, "<unk>": 0},
+    "small": {"<s>": 1, "</s>": 2, "<unk>": 0},
+    "yi": {
+        "<|startoftext|>": 1,
+        "<|endoftext|>": 2,
+        "<unk>": 0,
+        "<|im_start|>": 6,
+        "<|im_end|>": 7,
+    },
+    "llama3": {
+        "<|begin_of_text|>": 128000,
+        "<|end_of_text|>": 128001,
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|eot_id|>": 128009,
+    },
+    "phi3": {
+        "<s>": 1,
+        "<|endoftext|>": 32000,
+        "<unk>": 0,
+        "</s>": 2,
+        "<|assistant|>": 32001,
+        "<|system|>": 32006,
+        "<|end|>": 32007,
+        "<|user|>": 32010,
+    },
+}
+SIZES = {"llama": 32000, "LLaMA": 32000, "small": layouts.VOCABULARY, "yi": 64000}
+BOS = {family: family != "yi" for family in SPECIAL}
+
+
+@cache
+def sentencepiece_model(family: str) -> bytes:
+    """A tokenizer.model: the real LLaMA's, or a small one that is filled up to its size."""
+    real = SHARED / "tokenizers" / "llama-2.model"
+    if family == "LLaMA" and real.exists():
+        return real.read_bytes()
+    model = proto.ModelProto()
+    model.ParseFromString(layouts.sentencepiece_model())
+    names = {i: text for text, i in SPECIAL[family].items()}
+    pieces = list(model.pieces)
+    for i in sorted(names):
+        kind = proto.ModelProto.SentencePiece.Type.USER_DEFINED
+        if i < 3:
+            pieces[i].piece = names[i]
+        else:
+            pieces.insert(i, proto.ModelProto.SentencePiece(piece=names[i], type=kind))
+    kind = proto.ModelProto.SentencePiece.Type.UNUSED
+    filler = range(len(pieces), SIZES[family])
+    pieces += [proto.ModelProto.SentencePiece(piece=f"<{i}>", type=kind) for i in filler]
+    kept = [copy_of(piece) for piece in pieces]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    return bytes(model.SerializeToString())
+
+
+def copy_of(piece: Any) -> Any:
+    """A piece that no model owns."""
+    copied = proto.ModelProto.SentencePiece()
+    copied.CopyFrom(piece)
+    return copied
+
+
+def fast_tokenizer(family: str, image_token: int | None) -> Spec:
+    """The content of a tokenizer.json with the published ids of a family's special tokens."""
+    spec: Spec = json.loads(tiny.tokenizer().to_str())
+    special = {**SPECIAL[family], **({"<image>": image_token} if image_token else {})}
+    learned = [piece for piece, i in spec["model"]["vocab"].items() if i > 4]
+    vocabulary = {piece: 10 + i for i, piece in enumerate(learned)}
+    spec["model"] |= {"vocab": vocabulary | special, "unk_token": None}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] = [
+        {"id": i, "content": text, "special": True, **flags}
+        for text, i in sorted(special.items(), key=lambda item: item[1])
+    ]
+    if BOS[family]:
+        bos = next(iter(special))
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
+        }
+    return spec
+
+
+def tokenizer_config(row: Published) -> Spec:
+    """The content of tokenizer_config.json."""
+    bos, eos, *_ = SPECIAL[row.vocabulary]
+    if row.vocabulary == "yi":
+        eos = "<|im_end|>"
+    config: Spec = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "LlamaTokenizer"}
+    if row.vocabulary != "llama3":
+        config["add_bos_token"] = BOS[row.vocabulary]
+    if row.chat_template:
+        config["chat_template"] = row.chat_template
+    return config | row.tokenizer_config
+
+
+def ids_of_original(row: Published, text: str, tokens: int, image: int) -> list[int]:
+    """LLaVA's tokenizer_image_token (mm_utils.py) with sentencepiece as the tokenizer.
+
+    Each piece between pictures is tokenised on its own, with a begin of text of which the first
+    alone is kept; special tokens cut pieces as transformers' slow tokenizers do.
+    """
+    special = {**SPECIAL[row.vocabulary], **row.added_tokens}
+    if row.vocabulary == "llama3":
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(json.dumps(fast_tokenizer(row.vocabulary, None)))
+        encode = lambda piece: backend.encode(piece, add_special_tokens=False).ids  # noqa: E731
+    else:
+        model = sentencepiece_model(row.vocabulary)
+        encode = sentencepiece.SentencePieceProcessor(model_proto=model).encode
+    cut = re.compile(f"({'|'.join(map(re.escape, special))})")
+    ids: list[int] = []
+    for i, chunk in enumerate(text.split("<image>")):
+        ids += [image] * tokens if i else []
+        for piece in cut.split(chunk):
+            ids += [special[piece]] if piece in special else encode(piece) if piece else []
+    bos = special[next(iter(SPECIAL[row.vocabulary]))]
+    return ids if ids[0] == bos or not BOS[row.vocabulary] else [bos, *ids]
+
+
+def ids_of_transformers(folder: Any, row: Published, text: str, picture: Any) -> Any:
+    """What transformers' processor makes of a folder's own files: ids and pixels.
+
+    `text` is what is asked where the folder has no template of its own.
+    """
+    import transformers as hf
+
+    processor = hf.AutoProcessor.from_pretrained(folder)
+    if row.chat_template:
+        content: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        if ".type" not in row.chat_template:
+            content = f"<image>\n{QUESTION}"
+        text = processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    is_whole = text.startswith(processor.tokenizer.bos_token)
+    return processor(
+        text=text, images=picture, add_special_tokens=not is_whole, return_tensors="pt"
+    )
