@@ -188,7 +188,7 @@ class TextFiles:
 
     def done(self) -> set[str]:
         """See `Captions`."""
-        return {picture for picture in self.pictures if _text_file(picture).exists()}
+        return {picture for picture in self.pictures if _text_file(picture).is_file()}
 
     def mend(self) -> None:
         """See `Captions`; a text file is there whole or not at all."""
@@ -277,12 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     others: set[Path] = set()
     pictures = find_pictures(args.pictures, args.recursive, others)
     captions = open_captions(args.out, pictures)
-    errors = Lines(
-        Path("captions" if args.out == BESIDE else args.out).with_suffix(".errors.jsonl"), "error"
-    )
+    out = Path("captions" if args.out == BESIDE else args.out)
+    errors = Lines(out.with_suffix(".errors.jsonl"), "error")
     broken = errors.done()
     done = captions.done() | broken
-    begun = [str(path) for path in (Path(args.out), errors.path) if path.exists()]
+    begun = [str(path) for path in (out, errors.path) if path.suffix and path.exists()]
     if (done or begun) and not args.resume:
         what = begun[0] if begun else f"{len(done)} of {len(pictures)} text files"
         raise FileExistsError(f"There is {what} already; --resume goes on.")
@@ -295,12 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
     with bar:
         for picture, line in caption_all(rest, args):
-            try:
-                if "error" in line:
-                    raise NotWrittenError(line["error"])
-                captions.write(picture, line["text"].strip())
-            except NotWrittenError as error:
-                errors.write(picture, one_line(error))
+            if not _keep(picture, line, captions, errors):
                 broken.add(picture)
             bar.update()
     failed = broken & {*pictures}
@@ -311,6 +305,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."
         )
+
+
+def _keep(picture: str, line: dict[str, Any], captions: Captions, errors: Lines) -> bool:
+    """Keeps the caption of a picture or its error; returns whether it has a caption."""
+    try:
+        if "error" in line:
+            raise NotWrittenError(line["error"])
+        captions.write(picture, line["text"].strip())
+    except NotWrittenError as error:
+        errors.write(picture, one_line(error))
+        return False
+    return True
 
 
 def _summary(written: int, before: int, failed: int, others: Iterable[Path]) -> str:

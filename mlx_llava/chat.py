@@ -69,9 +69,9 @@ class Chat:
     def take(self, line: str) -> None:
         """Does what a line says: a command, pictures to show, or a question, perhaps with some."""
         line = _checked(line).strip()
-        name, *rest = line.split(maxsplit=1) or [""]
+        name = (line.split() or [""])[0]
         if name in self.commands:
-            self.commands[name](*(rest or [""]))
+            self.commands[name](line.removeprefix(name).strip())
             return
         if line == CLIPBOARD:
             self.image(CLIPBOARD)
@@ -79,7 +79,7 @@ class Chat:
         files = pasted_files(line)
         paths, question = (files, "") if files else split_line(line)
         if name.startswith("/") and (question == line or question.startswith(name)):
-            kind = "file" if "/" in name[1:] else "command"
+            kind = "picture" if "/" in name[1:] else "command"
             raise ValueError(f"There is no {kind} {name}; /help lists what can be typed.")
         self.show([Picture.read(path) for path in paths])
         if question:

@@ -222,6 +222,7 @@ def test_one_text_that_cannot_be_written_is_one_error(drawings, capsys):
     for name in ("clip.mov", "photo.raw", "other.mov", "README"):
         Path(name).touch()
     Path("a.txt").symlink_to("nowhere")
+    Path("txt").mkdir()
     assert main([".", "--out", "txt", "-m", "2"]) == 2
     *_, counts, error = capsys.readouterr().err.splitlines()
     assert counts == "3 written, 1 failed, 4 skipped (2 .mov, 1 .raw, 1 without ending)"

@@ -385,7 +385,7 @@ def test_a_picture_in_a_question_is_shown_with_it(monkeypatch, capsys):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert [line.partition("; ")[0] for line in errors] == [
         "error: There is no command /nowhere.png",
-        "error: There is no file /gone/nowhere.png",
+        "error: There is no picture /gone/nowhere.png",
         "error: There is no command /imge",
     ]
 
