@@ -28,6 +28,11 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises RuntimeError there
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads through all links, or as far as they lead."""
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError on a loop
+
+
 def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> None:
     """Raises FileExistsError unless a command may write a file, before anything is computed.
 
@@ -78,7 +83,7 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
         path (Path): The file to make or to replace; of a link, what it leads to.
         ending (str): What the hidden path must end in.
     """
-    path = path.resolve()
+    path = real_path(path)
     beside = hidden(path, f".partial{ending}")
     try:
         yield beside

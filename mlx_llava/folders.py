@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mlx_llava.files import expand_home, hidden, is_same_file
+from mlx_llava.files import expand_home, hidden, is_same_file, real_path
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.version import __version__
 
@@ -56,7 +56,7 @@ def new_folder(
     """
     keep = list(keep)
     check_target(target, kind, force, keep)
-    place = target.resolve()
+    place = real_path(target)
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = hidden(place, ".partial")
     _remove_unfinished(beside, kind)
@@ -90,7 +90,7 @@ def check_target(
     """
     if target.is_symlink():
         raise FileExistsError(f"{target} is a link to {target.readlink()}; give a folder.")
-    place = target.resolve()
+    place = real_path(target)
     _put_back(place, kind)
     if not place.exists():
         return
@@ -114,7 +114,7 @@ def check_target(
 
 def _contains(folder: Path, path: Path) -> bool:
     """Whether a path is a folder or lies in it, whatever links, case or mounts lead there."""
-    path = path.resolve()
+    path = real_path(path)
     return any(is_same_file(parent, folder) for parent in (path, *path.parents))
 
 

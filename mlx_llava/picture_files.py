@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mlx_llava.files import expand_home
+from mlx_llava.files import expand_home, real_path
 from mlx_llava.image import FORMATS
 
 
@@ -40,7 +40,7 @@ def find_pictures(
         files = [path] if path.is_file() else _find_files(path, recursive, skipped)
         new: dict[str, str] = {}
         for file in sorted(files, key=lambda file: (_links(file), str(file))):
-            new.setdefault(os.path.realpath(file), str(file))
+            new.setdefault(str(real_path(file)), str(file))
         if not new:
             hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
             raise ValueError(f"There is no picture in {place}{hint}.")

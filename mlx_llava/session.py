@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mlx_llava.decoding import GenerationResponse
-from mlx_llava.files import expand_home, whole_file
+from mlx_llava.files import expand_home, real_path, whole_file
 from mlx_llava.generate import stream_generate
 from mlx_llava.image import data_url, load_image, png
 from mlx_llava.json_files import read_json, sensible_values, write_json
@@ -33,7 +33,7 @@ class Picture:
     def read(cls, source: str) -> Picture:
         """Reads a path or a URL; see `load_image`."""
         is_url = source.startswith(("http://", "https://", "data:"))
-        return cls(source if is_url else str(expand_home(source).resolve()), load_image(source))
+        return cls(source if is_url else str(real_path(expand_home(source))), load_image(source))
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:

@@ -192,6 +192,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         ("/nothing", "There is no command /nothing"),
         ("/image", "needs a file"),
         ("/image none.png", "There is no image none.png"),
+        ("/image loop.png", "loop.png"),
         ("/images", "known: all, last"),
         ("/undo", "Nothing has been said yet"),
         ("/regenerate", "Nothing has been asked yet"),
@@ -200,7 +201,9 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         ("/load none.json", "There is no file none.json"),
     ],
 )
-def test_mistakes_are_one_line_and_the_chat_goes_on(monkeypatch, capsys, line, message):
+def test_mistakes_are_one_line_and_the_chat_goes_on(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    Path("loop.png").symlink_to("loop.png")
     assert (
         chat(monkeypatch, line, "How many objects are there?", arguments=("--image", SHAPES)) == 0
     )

@@ -190,12 +190,14 @@ def test_links_files_and_the_folder_one_is_in_are_refused(tmp_path, monkeypatch)
     write(tmp_path / "out", "old")
     (tmp_path / "link").symlink_to("out")
     (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path / "out" / "examples")
     before = snapshot(tmp_path)
     for name, message in (
         ("link", "is a link to out"),
         ("nowhere", "is a link to gone"),
+        ("loop", "is a link to loop"),
         ("file", "is no folder"),
         ("out", "is where this command runs"),
     ):
@@ -203,6 +205,8 @@ def test_links_files_and_the_folder_one_is_in_are_refused(tmp_path, monkeypatch)
             check_target(tmp_path / name, "model", force=True)
     with pytest.raises(FileExistsError, match="is no folder that can be replaced"):
         check_target(Path("/"), "model", force=True)
+    with pytest.raises(OSError, match="loop"):
+        write(tmp_path / "loop" / "out")
     assert snapshot(tmp_path) == before
 
 
