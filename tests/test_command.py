@@ -160,7 +160,7 @@ MISTAKES = {
     ),
     "no vision": (["--model", "text_only", "--image", "whole.jpg"], "model_type='llama'"),
     "template": (["--template", "nope"], "There is no template 'nope'; known: "),
-    "no config": (["--model", "empty"], "empty has no config.json."),
+    "no config": (["--model", "empty"], "empty has no config.json, and no GGUF pair."),
     "a file": (["--model", "whole.jpg"], "whole.jpg is no checkpoint"),
     "no folder": (["--model", "no/such/folder"], "There is no folder no/such/folder."),
     "lying config": (["--model", "liar"], "where config.json says (48"),

@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
     if path.is_file() or adapters.is_adapter(path) or _is_projector(path):
         return _open_adapter(path, data, parts)
     if not data:
-        raise FileNotFoundError(f"{path} has no config.json.")
+        raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
@@ -322,6 +322,8 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
     tensors = canonical_tensors(model.tensors, is_mlx=False).tensors
     if not any(name.endswith("post_layernorm.weight") for name in tensors):
         tensors |= _identity_norm(tensors)
+    if not model.settings and config.image_token_index == config.text_config.vocab_size:
+        tensors, config = original.add_placeholder(tensors, config)
     template, doubt = model.tokenizer_config.get("chat_template"), ""
     if not template:
         guess = guess_template(config, f"{path.name} {model.config['_name_or_path']}")
