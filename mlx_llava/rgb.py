@@ -123,7 +123,7 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 def to_8_bits(array: npt.NDArray[Any], black: float, white: float) -> npt.NDArray[np.uint8]:
     """Maps black..white to 0..255; what lies beyond is clipped."""
-    scaled = np.nan_to_num(array.astype(np.float32), copy=False)
+    scaled = np.nan_to_num(array.astype(np.float32), copy=False, posinf=white, neginf=black)
     scaled -= black
     scaled *= 255 / (white - black)
     return np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)

@@ -5,6 +5,7 @@ Values are read whatever type they have, since cameras and editors write any. Bi
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Directory:
         return self._value(tag)[1]
 
     def number(self, tag: int) -> float | None:
-        """The first value of a tag as a number, or None where there is none."""
+        """The first value of a tag as a number, or None where there is no finite one."""
         kind, value = self._value(tag)
         if kind == _TEXT:
             text = value.partition(b"\0")[0].strip()
@@ -46,7 +47,7 @@ class Directory:
             first, *divisor = struct.unpack_from(self.order + _LAYOUTS.get(kind, "B"), value)
         except struct.error:
             return None
-        if divisor == [0]:
+        if divisor == [0] or not math.isfinite(first):
             return None
         return float(first / divisor[0]) if divisor else float(first)
 

@@ -407,8 +407,10 @@ def sixteen_bit_png(value: int) -> bytes:
 def test_what_is_black_or_not_finite_is_not_warned_of():
     assert np.asarray(load_image(grey_tiff(np.zeros((4, 4), np.uint16)))).max() == 0
     assert np.asarray(load_image(sixteen_bit_png(65535))).min() == 255
-    odd = np.array([[np.nan, 1], [0, 0.5]], np.float32)
-    assert np.asarray(load_image(grey_tiff(odd)))[:, :, 0].tolist() == [[0, 255], [0, 128]]
+    odd = np.array([[np.nan, 1, np.inf], [0, 0.5, -np.inf]], np.float32)
+    for tags in ({}, {"t341": float("inf")}, {"t341": float("nan")}):
+        seen = np.asarray(load_image(grey_tiff(odd, **tags)))[:, :, 0]
+        assert seen.tolist() == [[0, 255, 255], [0, 128, 0]]
 
 
 def what_is_said_of(data: bytes) -> str:
