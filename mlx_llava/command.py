@@ -9,6 +9,7 @@ import argparse
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
@@ -70,6 +71,11 @@ def check_arguments(arguments: Sequence[str]) -> None:
             )
 
 
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning for people, who do not ask which line of which file it comes from."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 class ExitCode(Protocol):
     """A command's ``main``: arguments (default: those of the process) -> exit code."""
 
@@ -86,6 +92,7 @@ def command(main: Main) -> ExitCode:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        with_source, warnings.formatwarning = warnings.formatwarning, _format_warning
         try:
             check_arguments(sys.argv[1:] if argv is None else argv)
             main(argv)
@@ -99,6 +106,8 @@ def command(main: Main) -> ExitCode:
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return INTERRUPTED
+        finally:
+            warnings.formatwarning = with_source
         return 0
 
     return run

@@ -56,6 +56,19 @@ def test_quiet_says_nothing_but_the_answer(capsys):
     assert ask(capsys, "--quiet") == (0, expected(image=None) + "\n", "")
 
 
+def test_a_warning_is_one_line_for_people(capsys, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "frobnicate": 7}))
+    command = [sys.executable, "-m", "mlx_llava.generate", "--model", tmp_path / "m", "-q"]
+    done = subprocess.run(
+        [*command, "--prompt", "hi", "-m", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: config.json ")
+    assert "frobnicate" in line
+
+
 def test_json_is_one_object(capsys):
     code, out, _ = ask(capsys, "--image", str(PICTURE), "--image", str(PICTURE), "--json")
     answer = json.loads(out)

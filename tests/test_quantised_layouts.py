@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint import gptq
 from mlx_llava.checkpoint.tensors import from_array
+from tests.conftest import GOLDENS
 from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
@@ -219,3 +223,39 @@ def test_whole_checkpoints_give_the_logits_of_their_weights(kind, bits, original
     ours = np.array(model(**inputs))[..., : layouts.VOCABULARY]
     theirs = layouts.reference_logits(reference, inputs)
     assert np.abs(ours - theirs).max() < 2e-4 * np.abs(theirs).max()
+
+
+def with_bitsandbytes(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A golden checkpoint whose config speaks of bitsandbytes, with some more tensors."""
+    shutil.copytree(GOLDENS / "llava", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = mx.load(str(folder / "model.safetensors"))
+    stored |= {name: mx.array(array) for name, array in tensors.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), stored, {"format": "pt"})
+    return folder
+
+
+def test_plain_weights_are_read_whatever_quantisation_their_config_speaks_of(tmp_path):
+    """As merging a QLoRA leaves it."""
+    model, _ = load(with_bitsandbytes(tmp_path / "plain", {}))
+    expected, _ = load(GOLDENS / "llava")
+    pairs = zip(tree_flatten(model.parameters()), tree_flatten(expected.parameters()), strict=True)
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"language_model.model.layers.0.mlp.up_proj.weight": np.zeros((4, 1), np.uint8)},
+        {"language_model.model.layers.0.mlp.up_proj.weight.absmax": np.zeros(4, np.float32)},
+        {"language_model.model.layers.0.mlp.up_proj.weight_scale": np.zeros(4, np.float32)},
+    ],
+    ids=["codes", "absmax", "scale"],
+)
+def test_other_libraries_codes_are_refused_by_name(tmp_path, codes):
+    folder = with_bitsandbytes(tmp_path / "codes", codes)
+    (name,) = codes
+    with pytest.raises(ValueError, match=rf"'bitsandbytes' \({name}\), which is not read; take"):
+        load(folder)

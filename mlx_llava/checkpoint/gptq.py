@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_llava.checkpoint.layout import canonical_name
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array
 
 #: AutoAWQ's order of the eight 4-bit columns in a word, undone.
@@ -46,6 +47,21 @@ def is_packed(tensors: Mapping[str, LazyTensor]) -> bool:
     return any(key.endswith(".qweight") for key in tensors)
 
 
+def refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
+    """Raises ValueError where weights are codes of another library."""
+    codes = [key for key in tensors if ".weight_" in key or ".weight." in key]
+    codes += [
+        key
+        for key, tensor in tensors.items()
+        if key.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating)
+    ]
+    if codes:
+        raise ValueError(
+            f"The weights are quantised with {method!r} ({codes[0]}), which is not read; take the "
+            "checkpoint in 16 bits, and quantise it with convert -q."
+        )
+
+
 def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repacked:
     """Repacks every GPTQ or AWQ layer; what MLX has no layout for becomes plain weights.
 
@@ -68,6 +84,14 @@ def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repa
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
         _repack_layer(path, parts, config, result)
     return result
+
+
+def mlx_quantization(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """MLX's ``quantization``: the commonest setting, and each layer's own."""
+    layers = {canonical_name(path): {**own, "mode": "affine"} for path, own in settings.items()}
+    common = max(layers.values(), key=list(layers.values()).count)
+    own = {path: setting for path, setting in layers.items() if setting != common}
+    return {**common, **own}
 
 
 @dataclass(frozen=True)

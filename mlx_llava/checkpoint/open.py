@@ -118,7 +118,7 @@ def _open_hf(
     found = canonical_tensors(packed.tensors, is_mlx)
     config = LlavaConfig.from_dict(data)
     if packed.settings:
-        config = replace(config, quantization=_quantization(packed.settings))
+        config = replace(config, quantization=gptq.mlx_quantization(packed.settings))
     elif config.quantization is not None:
         own = {canonical_name(path): value for path, value in config.quantization.items()}
         config = replace(config, quantization=own)
@@ -137,20 +137,20 @@ def _open_hf(
 
 
 def _repack(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> gptq.Repacked:
-    """MLX's layout for the layers of GPTQ and AWQ, if there are any."""
+    """MLX's layout for the layers of GPTQ and AWQ, if there are any.
+
+    Other libraries' codes are refused; where a config speaks of some and all weights are plain,
+    they were dequantised, or would be quantised by the program that loads them.
+    """
     if not gptq.is_packed(tensors):
+        settings = data.get("quantization_config")
+        if isinstance(settings, Mapping) and "quant_method" in settings:
+            gptq.refuse_codes(tensors, settings["quant_method"])
+            del data["quantization_config"]
         return gptq.Repacked(dict(tensors), {}, {})
     own = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
     settings = data.pop("quantization_config", None) or own
     return gptq.repack(tensors, settings)
-
-
-def _quantization(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """MLX's ``quantization``: the commonest setting, and each layer's own."""
-    layers = {canonical_name(path): {**own, "mode": "affine"} for path, own in settings.items()}
-    common = max(layers.values(), key=list(layers.values()).count)
-    own = {path: setting for path, setting in layers.items() if setting != common}
-    return {**common, **own}
 
 
 def _open_original(
@@ -181,7 +181,7 @@ def _open_original(
     if not config.has_newline:
         weights.pop("image_newline", None)
     if packed.settings:
-        config = replace(config, quantization=_quantization(packed.settings))
+        config = replace(config, quantization=gptq.mlx_quantization(packed.settings))
     return _tie_head(
         Checkpoint(
             layout=layout,
@@ -318,7 +318,7 @@ def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
     model = read_pair(path, mmproj)
     config = LlavaConfig.from_dict(model.config)
     if model.settings:
-        config = replace(config, quantization=_quantization(model.settings))
+        config = replace(config, quantization=gptq.mlx_quantization(model.settings))
     tensors = canonical_tensors(model.tensors, is_mlx=False).tensors
     if not any(name.endswith("post_layernorm.weight") for name in tensors):
         tensors |= _identity_norm(tensors)
