@@ -95,6 +95,11 @@ class Message(Lenient):
         content = [content] if isinstance(content, str) else content
         return [*map(_as_part, content)] if isinstance(content, list) else content
 
+    @property
+    def is_answer_to_come(self) -> bool:
+        """Whether a client has left room for the answer, which has not begun."""
+        return self.role == "assistant" and not any(self.texts() + self.pictures())
+
     def texts(self) -> list[str]:
         """Its texts in order."""
         return [part.text for part in self.content if isinstance(part, TextPart)]

@@ -219,6 +219,8 @@ def _path(places: tuple[int | str, ...]) -> str:
 
 def _check_chat(request: ChatRequest) -> None:
     """Refuses what no template writes, and parameters that need another one."""
+    while request.messages and request.messages[-1].is_answer_to_come:
+        request.messages.pop()
     roles = [turn.role for turn in request.messages if turn.role in ("user", "assistant")]
     if roles[-1:] != ["user"]:
         found = roles[-1] if roles else "none"

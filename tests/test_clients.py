@@ -242,6 +242,10 @@ ORDERS = {
         ],
         [("user", texts("a")), ("assistant", []), ("user", texts("b"))],
     ),
+    "an answer to come": (
+        [turn("user", "a"), turn("assistant", ""), turn("assistant", None)],
+        [("user", texts("a"))],
+    ),
     "no content": (
         [turn("user", "a"), {"role": "assistant", "tool_calls": []}, turn("user", "b")],
         [("user", texts("a")), ("assistant", []), ("user", texts("b"))],
