@@ -85,8 +85,9 @@ def load_image(
     """Reads one picture as RGB.
 
     EXIF orientation is applied to everything that is a file; a ready PIL image or array is
-    taken as it stands. Transparency is composited on white, 16-bit greys are rescaled to 8
-    bits, and of an animation the first frame is used.
+    taken as it stands. Transparency is composited on white, greys of more than 8 bits are
+    rescaled (with a warning where their white had to be guessed), and of an animation the first
+    frame is used.
 
     Args:
         source (str, Path, bytes, file, PIL.Image.Image or numpy.ndarray): A path, an http(s)
@@ -96,8 +97,8 @@ def load_image(
         formats (sequence of str): What a file may be, by Pillow's names.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no picture, it is broken, or it is too large.
+        OSError: There is no such file, or it cannot be opened.
+        ValueError: It is no picture, it is broken, it is too large, or would take long to decode.
     """
     if isinstance(source, np.ndarray):
         source = from_array(source)

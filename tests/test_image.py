@@ -199,6 +199,12 @@ def test_truncated_files_are_refused(picture):
             load_image(data[: len(data) // 2])
 
 
+def test_a_ready_image_whose_file_is_cut_is_refused_too(picture):
+    data = encoded(picture, "PNG")
+    with pytest.raises(ValueError, match="The image is a broken image"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
 def test_the_pixel_limit_holds_for_every_kind_of_source(picture):
     sources = (picture, np.zeros((48, 64, 3), np.uint8), PICTURE)
     for source in sources:
