@@ -56,6 +56,8 @@ _OTHERS = {
     rb"\s*<(!doctype\s+)?html\b": "a web page, not the image on it",
     rb"%PDF": "PDF (save its pages as PNG first)",
 }
+#: What a shell makes for ``<(command)``.
+_OPEN_FILES = (Path("/dev/fd"), Path("/proc/self/fd"))
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,7 +194,8 @@ def _read(source: Any) -> tuple[bytes, str]:
         raise ValueError(f"{text} is a folder, not an image.")
     if not path.exists():
         raise FileNotFoundError(f"There is no image {text}.")
-    if not path.is_file():  # opening a pipe would wait for its writer
+    # Opening another pipe would wait for its writer, and a device may never end.
+    if not path.is_file() and not (path.is_fifo() and path.parent in _OPEN_FILES):
         raise ValueError(f"{text} is a pipe, a socket or a device, not an image file.")
     with path.open("rb") as file:
         return _read_open(file, text)

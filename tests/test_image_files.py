@@ -342,6 +342,18 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         load_image(io.StringIO("GIF89a"))
 
 
+def test_the_output_of_a_command_is_read_as_a_shell_gives_it(tmp_path):
+    """``--image <(curl ...)``."""
+    reader, writer = os.pipe()
+    content = encoded(Image.new("RGB", (4, 3), "red"), "PNG")
+    try:
+        os.write(writer, content)
+        os.close(writer)
+        assert load_image(f"/dev/fd/{reader}").size == (4, 3)
+    finally:
+        os.close(reader)
+
+
 def grey_tiff(values: np.ndarray, **tags) -> bytes:
     return encoded(
         Image.fromarray(values), "TIFF", tiffinfo={int(k[1:]): v for k, v in tags.items()}
