@@ -222,6 +222,7 @@ def test_linear_scaling_is_read_under_its_new_and_old_keys(keys, tmp_path):
 REFUSED = {
     "experts": ({"expert_count": 8}, "llama.expert_count=8 is not supported"),
     "logit scale": ({"logit_scale": 0.25}, r"llama.logit_scale=0.25 is not"),
+    "attention": ({"attention.scale": 1.0}, "llama.attention.scale=1.0 is not supported"),
     "yarn": ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not"),
     "partial rotary": ({"rope.dimension_count": 8}, r"rope.dimension_count=8 is not .* heads' 16"),
     "by layer": ({"attention.head_count_kv": [2, 2, 4]}, r"head_count_kv .*is \[2, 2, 4\]"),
@@ -385,18 +386,18 @@ def test_a_folder_with_a_pair_is_read(tmp_path):
     vision.rename(tmp_path / "a.gguf")
     assert error_of(*load(tmp_path), reference) < 1e-4
     (tmp_path / "c.gguf").write_bytes((tmp_path / "b.gguf").read_bytes())
-    message = "holds 2 GGUFs of a language model, b.gguf, c.gguf: --model FILE"
+    message = "holds 2 language model GGUFs, b.gguf, c.gguf; name one: --model FILE"
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
     (tmp_path / "c.gguf").write_bytes((tmp_path / "a.gguf").read_bytes())
-    with pytest.raises(ValueError, match="2 GGUFs of a mmproj, a.gguf, c.gguf: --mmproj FILE"):
+    with pytest.raises(ValueError, match="2 mmproj GGUFs, a.gguf, c.gguf; name one: --mmproj FILE"):
         load(tmp_path)
     assert error_of(*load(tmp_path, mmproj=tmp_path / "c.gguf"), reference) < 1e-4
     (tmp_path / "c.gguf.aria2").touch()
     with pytest.raises(ValueError, match=r"c.gguf is not whole: there is c.gguf.aria2"):
         load(tmp_path, mmproj=tmp_path / "c.gguf")
     (tmp_path / "b.gguf").unlink()
-    with pytest.raises(FileNotFoundError, match="no language model in GGUF; name one: --model"):
+    with pytest.raises(FileNotFoundError, match="no language model GGUF; name one: --model"):
         load(tmp_path)
 
 
@@ -411,7 +412,7 @@ def test_what_is_no_pair_is_named(tmp_path):
         load(tmp_path / "text.gguf", mmproj=tmp_path / "mm.gguf")
     (tmp_path / "mm.gguf").unlink()
     (tmp_path / "text.gguf").unlink()
-    with pytest.raises(FileNotFoundError, match="no mmproj in GGUF; name one: --mmproj FILE"):
+    with pytest.raises(FileNotFoundError, match="no mmproj GGUF; name one: --mmproj FILE"):
         load(tmp_path)
 
 

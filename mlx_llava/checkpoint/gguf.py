@@ -115,10 +115,11 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
         (towers, "mmproj", "--mmproj FILE"),
     ):
         if not found:
-            raise FileNotFoundError(f"{folder} holds no {what} in GGUF; name one: {option}")
+            raise FileNotFoundError(f"{folder} holds no {what} GGUF; name one: {option}")
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise ValueError(f"{folder} holds {len(found)} GGUFs of a {what}, {names}: {option}")
+            several = f"{len(found)} {what} GGUFs, {names}"
+            raise ValueError(f"{folder} holds {several}; name one: {option}")
     return kinds[False][0], towers[0]
 
 

@@ -12,21 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_llava.byte_bpe import begins_with_bos, spec_from_byte_bpe
+from mlx_llava.tokenizer import IMAGE_TOKEN
 from mlx_llava.vocabulary import NORMAL, Piece, spec_from_pieces
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_IMAGE_TOKEN = "<image>"
 _LLAMA_3_BEGIN = "<|begin_of_text|>"
-#: What would change the maths; 0 and 1 say that it does not.
-_UNSUPPORTED = tuple(
-    """
-    attention.clamp_kqv attention.max_alibi_bias attention.scale attn_logit_softcapping
-    embedding_scale expert_count final_logit_softcapping logit_scale nextn_predict_layers
-    residual_scale rope.scaling.alpha rope.scaling.attn_factor
-    """.split()
-)
+#: Keys that change the maths, and the values with which they do not.
+_NEUTRAL: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        """
+        attention.clamp_kqv attention.max_alibi_bias attention.scale attn_logit_softcapping
+        expert_count final_logit_softcapping nextn_predict_layers
+        """.split(),
+        (0,),
+    ),
+    **dict.fromkeys(
+        """
+        embedding_scale logit_scale residual_scale rope.scaling.alpha rope.scaling.attn_factor
+        """.split(),
+        (0, 1),
+    ),
+}
 
 
 def value(reader: GGUFReader, key: str, default: Any = None) -> Any:
@@ -73,7 +81,7 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
         "vision_config": _read_vision(vision),
         "tie_word_embeddings": "output.weight" not in text_names,
         # Most vocabularies have no placeholder; then it is an id that no row belongs to.
-        "image_token_index": tokens.index(_IMAGE_TOKEN) if _IMAGE_TOKEN in tokens else rows,
+        "image_token_index": tokens.index(IMAGE_TOKEN) if IMAGE_TOKEN in tokens else rows,
         # Legacy files dropped the last of CLIP-L's 24 layers: what is stored is all run.
         "vision_feature_layer": value(vision, "clip.vision.feature_layer")
         or (-2 if layers == 24 else -1),
@@ -89,8 +97,8 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
 
 def _read_text(text: GGUFReader) -> dict[str, Any]:
     """The decoder's ``text_config``, but for the size of its vocabulary."""
-    for key in _UNSUPPORTED:
-        if (found := value(text, f"llama.{key}")) not in (None, 0, 1):
+    for key, neutral in _NEUTRAL.items():
+        if (found := value(text, f"llama.{key}", 0)) not in neutral:
             raise ValueError(f"llama.{key}={found!r} is not supported.")
     names = {tensor.name for tensor in text.tensors}
     heads = number(text, "llama.attention.head_count")
