@@ -102,7 +102,9 @@ def check_target(
         raise FileExistsError(f"{target} is where this command runs; choose another folder.")
     for path in [expand_home(path) for path in keep if path is not None]:
         if path.exists() and (_contains(place, path) or _contains(path, place)):
-            raise FileExistsError(f"{target} is what {path} is read from; choose another folder.")
+            raise FileExistsError(
+                f"{target} is, holds or lies in {path}, which is read; choose another folder."
+            )
     _, strangers = _sort(place, kind)
     if strangers:
         more = f" and {len(strangers) - 1} more" if strangers[1:] else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -33,14 +33,12 @@ def find_pictures(
     Raises:
         ValueError: A place has no picture.
     """
-    found: dict[str, str] = {}
+    found: dict[Path, str] = {}
     skipped = set() if skipped is None else skipped
     for place in places:
         path = expand_home(place)
         files = [path] if path.is_file() else _find_files(path, recursive, skipped)
-        new: dict[str, str] = {}
-        for file in sorted(files, key=lambda file: (_links(file), str(file))):
-            new.setdefault(str(real_path(file)), str(file))
+        new = _name_once(files)
         if not new:
             hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
             raise ValueError(f"There is no picture in {place}{hint}.")
@@ -49,9 +47,25 @@ def find_pictures(
     return list(found.values())
 
 
-def _links(file: Path) -> int:
-    """How many links a name leads through."""
-    return sum(part.is_symlink() for part in (file, *file.parents))
+def _name_once(files: Iterable[Path]) -> dict[Path, str]:
+    """Where each file is, and the name that leads there through the fewest links."""
+    links_to = cache(_links_to)  # of a folder, once for all that is in it
+    named: list[tuple[int, str, Path]] = []
+    for file in files:
+        links, folder = links_to(file.parent)
+        if file.is_symlink():
+            named.append((links + 1, str(file), real_path(file)))
+        else:
+            named.append((links, str(file), folder / file.name))
+    names: dict[Path, str] = {}
+    for _, name, real in sorted(named):
+        names.setdefault(real, name)
+    return names
+
+
+def _links_to(folder: Path) -> tuple[int, Path]:
+    """How many links a name leads through, and where to."""
+    return sum(part.is_symlink() for part in (folder, *folder.parents)), real_path(folder)
 
 
 def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:

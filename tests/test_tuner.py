@@ -575,7 +575,7 @@ def test_notes_in_a_run_stay(folder, capsys):
     (out / "model" / "notes.txt").unlink()
     more = [*more, "--resume", "--model", str(out / "model")]
     assert command.main(arguments(folder, *more)) == 2
-    assert "is what" in capsys.readouterr().err
+    assert "which is read" in capsys.readouterr().err
 
 
 def test_checkpoints_with_notes_and_copies_of_them_stay(folder):
