@@ -29,8 +29,8 @@ _ENDS = 1 << 20
 _MODEL_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(config|generation_config|"
     r"preprocessor_config|processor_config|tokenizer|tokenizer_config|added_tokens|"
-    r"special_tokens_map|chat_template)\.json|tokenizer\.model|chat_template\.jinja|README\.md|"
-    r"\.gitattributes"
+    r"special_tokens_map|chat_template|vocab)\.json|merges\.txt|tokenizer\.model|"
+    r"chat_template\.jinja|README\.md|\.gitattributes"
 )
 _SYSTEM_FILES = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")
 
@@ -84,7 +84,7 @@ def check_target(
         target (Path): The folder to make.
         kind (str): ``model``, ``adapter`` or ``checkpoint``.
         force (bool): A folder that is there may be replaced, if everything in it is known to
-            come from this package or to be of a LLaVA model.
+            come from this package or to be of a model.
         keep (iterable of str or Path): What is read meanwhile, and never replaced, nor what it
             lies in, nor what lies in it; names of repositories are passed over.
     """
@@ -171,7 +171,7 @@ def _write_manifest(folder: Path, kind: Kind) -> None:
 def _sort(folder: Path, kind: Kind) -> tuple[list[Path], list[str]]:
     """The files and folders of a folder that are ours, and the names of what may be a user's."""
     listed = _listed(folder, kind)
-    is_model = kind == "model" and not os.path.lexists(folder / MANIFEST) and _is_llava(folder)
+    is_model = kind == "model" and _is_bare_model(folder)
 
     def is_ours(path: Path, name: str) -> bool:
         if path.is_symlink() or not path.is_file():
@@ -207,21 +207,17 @@ def _listed(folder: Path, kind: Kind) -> dict[str, Any]:
         return {}
 
 
-def _is_llava(folder: Path) -> bool:
-    """Whether a folder holds the config and weights of a LLaVA."""
-    try:
-        config = read_json(folder / "config.json")
-    except (ValueError, OSError):
-        return False
-    names = f"{config.get('model_type')} {config.get('architectures')}".lower()
-    return ("llava" in names or "mm_vision_tower" in config) and any(folder.glob("*.safetensors"))
+def _is_bare_model(folder: Path) -> bool:
+    """Whether a folder has no manifest, but the config and the weights of a model."""
+    has_weights = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return has_weights and not os.path.lexists(folder / MANIFEST)
 
 
 def _swap(beside: Path, place: Path, kind: Kind) -> None:
     """Gives a folder its name; what had the name steps aside first, and is removed last."""
     replaced = hidden(place, ".replaced")
     if place.exists():
-        if _is_llava(place) and not os.path.lexists(place / MANIFEST):
+        if _is_bare_model(place):
             _write_manifest(place, kind)  # so that what a kill leaves of it is known as ours
         place.rename(replaced)
     try:

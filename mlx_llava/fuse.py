@@ -18,8 +18,8 @@ import mlx.nn as nn
 from mlx_llava.adapter import load_adapter, merge_adapter
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.folders import check_target
-from mlx_llava.hub import embedded_model
-from mlx_llava.load import load, save
+from mlx_llava.json_files import sensible_values
+from mlx_llava.load import find_and_open, load, save
 from mlx_llava.quantized import is_quantized, layer_settings
 
 
@@ -57,8 +57,10 @@ def requantize(model: nn.Module, paths: Sequence[str], quantization: Mapping[str
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    keep = [args.model or embedded_model(), args.adapter_path]
-    keep += [args.base, args.vision_tower, args.mmproj]
+    keep = [args.adapter_path, args.base, args.vision_tower, args.mmproj]
+    if args.force:
+        with sensible_values(args.model or "the embedded model"):
+            keep += find_and_open(args.model, **source_options(args)).read_from
     check_target(Path(args.output), "model", args.force, keep)
     model, processor = load(args.model, as_stored=True, **source_options(args))
     changed = load_adapter(model, args.adapter_path)

@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 import mlx_llava
 from mlx_llava import convert
 from mlx_llava.convert import compare
+from mlx_llava.folders import _write_manifest
 from mlx_llava.fuse import main as fuse
 from mlx_llava.load import find_and_open
 from mlx_llava.plan import Quantization
@@ -290,6 +291,22 @@ def test_what_an_adapter_is_put_on_is_never_replaced(tmp_path, capsys):
     assert fuse(["--model", str(base), "--adapter-path", "a", "--output", str(base), "--force"])
     assert "which is read" in capsys.readouterr().err
     assert equal(load(base)[0], load(GOLDENS / "llava")[0])
+
+
+@pytest.mark.parametrize("part", ["clip", "llava-v1.5"])
+@pytest.mark.parametrize("command", [main, fuse])
+def test_a_tower_that_the_config_names_is_never_replaced(original, part, command, tmp_path, capsys):
+    target = original.parent / part
+    _write_manifest(target, "model")  # as if all of it were ours
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    arguments = ["--model", str(original), "--force"]
+    if command is main:
+        arguments += ["--mlx-path", str(target)]
+    else:
+        arguments += ["--output", str(target), "--adapter-path", str(tmp_path)]
+    assert command(arguments) == 2
+    assert "which is read" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(original, tmp_path, capsys, monkeypatch):

@@ -139,8 +139,8 @@ def test_a_model_of_other_programs_is_replaced(name, tmp_path):
     [
         ("photo.jpg", ""),
         ("model.gguf", ""),
-        ("config.json", '{"model_type": "clip", "vision_config": {}}'),
-        ("config.json", '["LlavaForConditionalGeneration"]'),
+        ("adapter_model.safetensors", ""),
+        ("pytorch_model.bin", ""),
         ("config.json", None),
         ("model.safetensors", None),
         ("tokenizer.json/notes.txt", ""),
