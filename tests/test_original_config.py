@@ -81,14 +81,49 @@ def test_a_renamed_class_is_read_by_its_keys_and_tensors(reference, name, tmp_pa
         {"model_type": "llava_phi3"},
         {"architectures": ["LlavaMixtralForCausalLM"]},
         {"architectures": ["LlavaErnie4_5ForCausalLM"]},
+        {"architectures": ["LlavaGptForCausalLM"], "model_type": "llava-jp"},
         {"model_type": "helium"},
     ],
 )
 def test_another_decoder_is_refused_by_name(names):
-    name = "Gemma granite Qwen phi Mixtral Ernie helium".split()
+    name = "Gemma granite Qwen phi Mixtral Ernie gpt helium".split()
     data = {"hidden_size": 64, "num_attention_heads": 4, **names}
     with pytest.raises(ValueError, match=f"(?i)the decoder ({'|'.join(name)}) is not supported"):
         original.read_config(data, {}, 99, "")
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"architectures": ["LlavaLlamaModel"], "llm_cfg": {"model_type": "llama"}}, "VILA"),
+        ({"mm_image_tower": "LanguageBind/LanguageBind_Image"}, "Video-LLaVA"),
+        ({"mm_video_tower": "LanguageBind/LanguageBind_Video_merge"}, "Video-LLaVA"),
+        ({"architectures": ["GeoChatLlamaForCausalLM"], "model_type": "geochat"}, "GeoChat"),
+    ],
+)
+def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
+    reference, keys, name, tmp_path
+):
+    config = layouts.original_config(reference, **keys)
+    if "geochat" not in config["model_type"]:
+        del config["mm_vision_tower"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is that of {name}"):
+        load(tmp_path)
+
+
+def test_a_decoder_that_only_text_config_describes_is_read(reference, tmp_path):
+    config = layouts.original_config(reference, architectures=["LlavaRForConditionalGeneration"])
+    text = "hidden_size intermediate_size num_hidden_layers rms_norm_eps rope_theta eos_token_id"
+    heads = ("num_attention_heads", "num_key_value_heads")
+    inner = {key: config.pop(key) for key in (*text.split(), *heads)}
+    config |= {"model_type": "llava", "text_config": {**inner, "max_position_embeddings": 1}}
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
+    folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
+    same_logits(folder, reference, vision_tower=clip)
+    read = original.read_config(config, {}, layouts.VOCABULARY, "")
+    assert read.eos_token_id == (2,)
+    assert read.text_config.max_position_embeddings == config["max_position_embeddings"]
 
 
 #: What PreTrainedConfig wrote into each part of CLIP's config.json, before it left defaults out.

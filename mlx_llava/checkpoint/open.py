@@ -92,17 +92,16 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
         return _open_adapter(path, data, parts)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
+    if original.is_original(data):
+        original.refuse_others(data)
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
     if original.is_original(data) or any("mm_projector." in key for key in tensors):
         return _open_original(path, data, tensors, parts)
     if "llava" not in str(data.get("model_type")):
-        kind = (
-            "a bare CLIP; give it as --vision-tower"
-            if "clip" in str(data.get("model_type"))
-            else "no LLaVA"
-        )
+        is_clip = "clip" in str(data.get("model_type"))
+        kind = "a bare CLIP; give it as --vision-tower" if is_clip else "no LLaVA"
         raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
     for option, value in (("base", parts.base), ("vision tower", parts.vision_tower)):
         if value:

@@ -36,7 +36,8 @@ _READ = frozenset(
     mm_vision_tower
     """.split()
 )
-#: llava-hf's keys, which some files have too and the original does not read.
+#: llava-hf's keys, which some files have too and the original does not read. The decoder's sizes
+#: stand in text_config alone where a file was rewritten for vLLM.
 _UNREAD = frozenset(
     """
     projector_hidden_act text_config vision_config vision_feature_layer
@@ -46,11 +47,19 @@ _UNREAD = frozenset(
 #: Decoders that are not LLaMA's; the tensors of some have the same names and other maths.
 _OTHER_DECODERS = frozenset(
     """
-    apertus baichuan bloom chatglm cohere dbrx ernie exaone falcon gemma glm granite helium
+    apertus baichuan bloom chatglm cohere dbrx ernie exaone falcon gemma glm gpt granite helium
     hunyuan internlm jamba mamba minicpm mixtral mpt nemotron olmo opt persimmon phi qwen smollm
     stablelm starcoder
     """.split()
 )
+#: LLaVAs with much the same config.json and other parts: a key or class of theirs, and what differs
+#: (mbzuai-oryx/GeoChat, clip_encoder.py; its checkpoint holds the tower of 336 pixels).
+_OTHER_LLAVAS = {
+    "llm_cfg": "VILA, whose parts are others and lie in folders of their own",
+    "mm_image_tower": "Video-LLaVA or MoE-LLaVA, whose towers or experts are not supported",
+    "mm_video_tower": "Video-LLaVA, whose towers are not supported",
+    "geochat": "GeoChat, which stretches its tower to pictures of 504 pixels",
+}
 #: CLIPs that are not OpenAI's, most of which have an exact GELU.
 _OTHER_TOWERS = re.compile(r"laion|datacomp|dfn|\beva")
 #: What a tower's shapes do not say.
@@ -92,19 +101,14 @@ def translate(
     data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
 ) -> dict[str, Any]:
     """Says with llava-hf's keys what the original's config.json says; see `read_config`."""
-    kind = f"{data.get('model_type')} {data.get('architectures')}"
-    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", kind)}
-    if others := words & _OTHER_DECODERS:
-        raise ValueError(
-            f"config.json says {kind}: the decoder {', '.join(sorted(others))} is not supported, "
-            "only LLaMA and Mistral."
-        )
+    refuse_others(data)
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
         raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")
     if data.get("mm_resampler_type"):
         raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
-    text = {key: value for key, value in data.items() if key not in _READ | _UNREAD}
+    text = {**(data.get("text_config") or {}), **data}
+    text = {key: value for key, value in text.items() if key not in _READ | _UNREAD}
     is_anyres = mode == "anyres"
     selected = data.get("mm_vision_select_feature") or "patch"
     return {
@@ -112,7 +116,7 @@ def translate(
         "vision_config": dict(vision),
         "text_config": {
             **text,
-            "model_type": "mistral" if "mistral" in kind.lower() else "llama",
+            "model_type": "mistral" if "mistral" in _kind(data).lower() else "llama",
             "vocab_size": vocabulary,
         },
         "image_token_index": vocabulary,
@@ -129,6 +133,24 @@ def translate(
         "anyres_convention": "original",
         "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
     }
+
+
+def _kind(data: Mapping[str, Any]) -> str:
+    return f"{data.get('model_type')} {data.get('architectures')}"
+
+
+def refuse_others(data: Mapping[str, Any]) -> None:
+    """Raises ValueError for a LLaVA that is none of the original's: before its tower is fetched."""
+    kind = _kind(data)
+    for mark, what in _OTHER_LLAVAS.items():
+        if data.get(mark) or mark in kind.lower():
+            raise ValueError(f"config.json ({kind}) is that of {what}.")
+    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", kind)}
+    if others := words & _OTHER_DECODERS:
+        raise ValueError(
+            f"config.json says {kind}: the decoder {', '.join(sorted(others))} is not supported, "
+            "only LLaMA and Mistral."
+        )
 
 
 def unknown_keys(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
