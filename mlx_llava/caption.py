@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_llava.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.command import command, one_line
-from mlx_llava.decoding import Options
 from mlx_llava.files import is_same_file, whole_file
+from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.generation.jobs import answer_prompts
+from mlx_llava.generation.steps import Options
+from mlx_llava.inputs.picture_files import find_pictures
 from mlx_llava.json_files import parse
 from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
-from mlx_llava.picture_files import find_pictures
-from mlx_llava.prompts_file import answer_prompts
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.

@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from mlx_llava.command import command, one_line
-from mlx_llava.image import from_clipboard
+from mlx_llava.generation.session import SHOWN, Picture, Session, Turn
+from mlx_llava.inputs.image import from_clipboard
+from mlx_llava.inputs.mentions import (
+    file_name,
+    image_names,
+    missing_paths,
+    pasted_files,
+    split_line,
+)
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
@@ -22,8 +30,6 @@ from mlx_llava.loading import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.mentions import file_name, image_names, missing_paths, pasted_files, split_line
-from mlx_llava.session import SHOWN, Picture, Session, Turn
 
 CLIPBOARD = "clipboard"
 

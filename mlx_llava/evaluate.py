@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.batch import batch_generate
+from mlx_llava.analysis.scores import SCORERS
+from mlx_llava.checkpoint.hub import EMBEDDED
 from mlx_llava.command import command
 from mlx_llava.files import check_not_read, is_file
-from mlx_llava.hub import EMBEDDED
+from mlx_llava.generation.batch import batch_generate
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
 from mlx_llava.loading import add_model_arguments, load_model
-from mlx_llava.scores import SCORERS
-from mlx_llava.tokenizer import IMAGE_TOKEN
 
 #: What a line of an answer file begins with.
 _BEGIN = '{"question_id": '

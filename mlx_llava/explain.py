@@ -2,7 +2,7 @@
 
     python -m mlx_llava.explain --image photo.jpg --prompt "What is this?" --out report.html
 
-`explain` gives the same as arrays, `mlx_llava.plots` as figures.
+`explain` gives the same as arrays, `mlx_llava.analysis.plots` as figures.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_llava.command import command, progress_bar
-from mlx_llava.explanation import (
+from mlx_llava.analysis.attribution import (
     Explanation,
     MaskEffect,
     explain,
@@ -21,10 +20,11 @@ from mlx_llava.explanation import (
     mask_effect,
     nearest_words,
 )
+from mlx_llava.analysis.report import COMMAND, check_report, sections, write_report
+from mlx_llava.analysis.trace import Trace, trace
+from mlx_llava.command import command, progress_bar
 from mlx_llava.files import check_output
 from mlx_llava.loading import add_model_arguments, load_model
-from mlx_llava.report import COMMAND, check_report, sections, write_report
-from mlx_llava.trace import Trace, trace
 
 __all__ = [
     "Explanation",

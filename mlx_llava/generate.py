@@ -21,9 +21,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.command import command
-from mlx_llava.decoding import (
+from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.generation.detokenizer import Answer
+from mlx_llava.generation.jobs import answer_prompts, read_line
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.steps import (
     MAX_TOKENS,
     PREFILL_STEP,
     GenerationResponse,
@@ -33,8 +37,8 @@ from mlx_llava.decoding import (
     generate_step,
     make_cache,
 )
+from mlx_llava.inputs.processor import Conversation, Inputs, Processor
 from mlx_llava.json_files import decode, numbered_lines
-from mlx_llava.llava import Llava
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
@@ -42,11 +46,7 @@ from mlx_llava.loading import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.precision import DTYPES
-from mlx_llava.processor import Conversation, Inputs, Processor
-from mlx_llava.prompts_file import answer_prompts, read_line
-from mlx_llava.reuse import PromptCache
-from mlx_llava.streaming import Answer
+from mlx_llava.model.llava import Llava
 
 STDIN = "standard input"
 

@@ -7,15 +7,15 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from mlx_llava.checkpoint.hub import EMBEDDED_NOTE
+from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.command import add_source_arguments, source_options
-from mlx_llava.decoding import MAX_TOKENS, Options
-from mlx_llava.hub import EMBEDDED_NOTE
-from mlx_llava.llava import Llava
-from mlx_llava.load import load
-from mlx_llava.precision import DTYPES
-from mlx_llava.preprocess import MODES
-from mlx_llava.processor import Processor
-from mlx_llava.structured import read_schema
+from mlx_llava.generation.json_schema import read_schema
+from mlx_llava.generation.steps import MAX_TOKENS, Options
+from mlx_llava.inputs.image_processor import MODES
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.model.llava import Llava
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_llava.batch import BATCH_SIZE
+from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.command import command
-from mlx_llava.decoding import Options
-from mlx_llava.hub import embedded_model
+from mlx_llava.generation.batch import BATCH_SIZE
+from mlx_llava.generation.steps import Options
 from mlx_llava.json_files import read_text
-from mlx_llava.limits import Limits
 from mlx_llava.loading import (
     add_answer_arguments,
     add_model_arguments,
@@ -30,13 +29,14 @@ from mlx_llava.loading import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.sources import Sources
+from mlx_llava.serving.limits import Limits
+from mlx_llava.serving.pictures import Sources
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from mlx_llava.engine import Engine
-    from mlx_llava.http_server import HttpServer
+    from mlx_llava.serving.engine import Engine
+    from mlx_llava.serving.http_server import HttpServer
 
 HOST, PORT = "127.0.0.1", 8080
 #: So many connections may wait to be taken.
@@ -182,7 +182,7 @@ def model_name(model: str | None) -> str:
 
 def start_engine(args: argparse.Namespace) -> Engine:
     """Loads the model in the thread that will own it."""
-    from mlx_llava.engine import Engine
+    from mlx_llava.serving.engine import Engine
 
     return Engine(
         partial(load_model, args),
@@ -196,9 +196,9 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
     """The endpoints, and what stands before them."""
     from starlette.middleware.cors import CORSMiddleware
 
-    from mlx_llava.api import OPEN_PATHS, Api
-    from mlx_llava.bodies import BodyLimit
-    from mlx_llava.guard import Guard
+    from mlx_llava.serving.app import OPEN_PATHS, Api
+    from mlx_llava.serving.bodies import BodyLimit
+    from mlx_llava.serving.guard import Guard
 
     limits = settings.limits
     api = Api(
@@ -231,8 +231,8 @@ def make_server(app: ASGIApp, args: argparse.Namespace, engine: Engine) -> HttpS
     """What speaks HTTP. It finishes running answers before it ends, and logs no bodies."""
     import uvicorn
 
-    from mlx_llava.connection import Connection
-    from mlx_llava.http_server import HttpServer
+    from mlx_llava.serving.connection import Connection
+    from mlx_llava.serving.http_server import HttpServer
 
     config = uvicorn.Config(
         app,

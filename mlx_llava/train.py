@@ -17,17 +17,17 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_llava.adapter import TARGETS, Adapter, save_adapter
+from mlx_llava.checkpoint.adapter import TARGETS, Adapter, save_adapter
+from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
+from mlx_llava.checkpoint.load import load, save
+from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
-from mlx_llava.hub import EMBEDDED, embedded_model
+from mlx_llava.inputs.image_processor import MODES
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import read_own_lines
-from mlx_llava.load import load, save
-from mlx_llava.machine import fast_dtype
-from mlx_llava.precision import DTYPES
-from mlx_llava.preprocess import MODES
-from mlx_llava.processor import Processor
+from mlx_llava.model.device import fast_dtype
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.options import STAGES, TrainingOptions
 from mlx_llava.tuner.samples import LeftOut, read_samples, summary
@@ -145,7 +145,7 @@ class Metrics:
         if not self.reports:
             return
         try:
-            from mlx_llava.plots import plot_losses
+            from mlx_llava.analysis.plots import plot_losses
         except ImportError:
             print("no loss.png: pip install 'mlx_llava[plot]'", file=sys.stderr)
         else:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from mlx_llava.config import LlavaConfig
-from mlx_llava.preprocess import Box, ImageProcessor
+from mlx_llava.inputs.image_processor import Box, ImageProcessor
+from mlx_llava.model.config import LlavaConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Tints that stay apart for colour-blind readers, being of different lightness too.

@@ -16,8 +16,8 @@ from typing import TypeAlias, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.activations import ACTIVATIONS
-from mlx_llava.backend import set_blas_threads
+from mlx_llava.model.blas import set_blas_threads
+from mlx_llava.model.layers import ACTIVATIONS
 
 Activation: TypeAlias = "Callable[[mx.array], mx.array]"
 _COEFFICIENTS = [math.log(2) ** k / math.factorial(k) for k in range(7)]

@@ -31,7 +31,7 @@ from typing import Any
 from mlx_llava import generate, load  # isort: skip - before all else, for its BLAS
 import openai
 
-from mlx_llava.image import data_url, png
+from mlx_llava.inputs.image import data_url, png
 
 import shapes  # isort: skip
 from served import served

@@ -18,16 +18,16 @@ NAMES = {
         *("load", "generate", "stream_generate", "batch_generate", "GenerationResponse"),
         *("Processor", "Llava", "LlavaConfig", "load_image", "convert"),
     ),
-    "mlx_llava.processor": ("Inputs",),
-    "mlx_llava.decoding": ("generate_step", "Options"),
-    "mlx_llava.batch": ("BatchGenerator",),
-    "mlx_llava.reuse": ("PromptCache",),
-    "mlx_llava.templates": ("get_template",),
+    "mlx_llava.inputs.processor": ("Inputs",),
+    "mlx_llava.generation.steps": ("generate_step", "Options"),
+    "mlx_llava.generation.batch": ("BatchGenerator",),
+    "mlx_llava.generation.prompt_cache": ("PromptCache",),
+    "mlx_llava.inputs.templates": ("get_template",),
     "mlx_llava.explain": (
         *("explain", "Explanation", "trace", "Trace", "nearest_words", "logit_lens"),
         *("mask_effect", "MaskEffect"),
     ),
-    "mlx_llava.plots": (
+    "mlx_llava.analysis.plots": (
         *("plot_pictures", "plot_maps", "plot_attention", "plot_heads", "plot_rollout"),
         *("plot_mask_effect", "plot_lens", "plot_nearest_words", "plot_shares", "plot_flow"),
         "plot_losses",

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mlx_llava.hub import embedded_model  # noqa: E402
+from mlx_llava.checkpoint.hub import embedded_model  # noqa: E402
 from tests.browser import browser  # noqa: E402
 from tests.serving import serving  # noqa: E402
 

@@ -21,12 +21,13 @@ from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava import cache, clip, kernels, llama
-from mlx_llava.activations import ACTIVATIONS
-from mlx_llava.decoding import generate_step
-from mlx_llava.machine import fast_dtype
-from mlx_llava.measuring import draw_pictures, rows_of
-from mlx_llava.random_model import SHAPES, write_random_model
+from mlx_llava.analysis.measure import draw_pictures, rows_of
+from mlx_llava.analysis.random_model import SHAPES, write_random_model
+from mlx_llava.generation.steps import generate_step
+from mlx_llava.model import cache, clip, llama
+from mlx_llava.model import linux_cpu as kernels
+from mlx_llava.model.device import fast_dtype
+from mlx_llava.model.layers import ACTIVATIONS
 
 Seconds = dict[str, float]
 

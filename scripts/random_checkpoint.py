@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mlx_llava.random_model import SHAPES
+from mlx_llava.analysis.random_model import SHAPES
 
 SHARD_BYTES = 5 << 30
 VICUNA = {

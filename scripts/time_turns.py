@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mlx_llava.random_model import SHAPES, write_random_model  # isort: skip - first, for its BLAS
+from mlx_llava.analysis.random_model import SHAPES, write_random_model  # isort: skip - first, for its BLAS
 import numpy as np
 import openai
 from PIL import Image
 
-from mlx_llava.image import data_url, png
-from mlx_llava.precision import DTYPES
+from mlx_llava.checkpoint.precision import DTYPES
+from mlx_llava.inputs.image import data_url, png
 
 from served import served  # isort: skip
 

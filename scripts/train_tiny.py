@@ -46,18 +46,18 @@ from tokenizers import (
 from tqdm import trange
 
 from mlx_llava import generate, train
-from mlx_llava.byte_bpe import GPT_2
-from mlx_llava.config import LlavaConfig
+from mlx_llava.checkpoint.load import save
+from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.convert import convert
 from mlx_llava.folders import check_target, new_folder
-from mlx_llava.image import load_image
-from mlx_llava.llava import Llava
-from mlx_llava.load import save
-from mlx_llava.plan import Quantization
-from mlx_llava.preprocess import ImageProcessor
-from mlx_llava.processor import Processor
-from mlx_llava.tokenizer import BYTES_OF
-from mlx_llava.tokenizer import Tokenizer as LlavaTokenizer
+from mlx_llava.inputs.byte_bpe import GPT_2
+from mlx_llava.inputs.image import load_image
+from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.tokenizer import BYTES_OF
+from mlx_llava.inputs.tokenizer import Tokenizer as LlavaTokenizer
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.optimizer import make_schedule
 from mlx_llava.tuner.stages import unfreeze_tower
 

@@ -22,13 +22,13 @@ import transformers as hf
 
 from mlx_llava import load
 from mlx_llava.checkpoint.original import read_config
+from mlx_llava.checkpoint.verify import QUESTION, example_picture, verify
 from mlx_llava.command import one_line
-from mlx_llava.config import LlavaConfig
-from mlx_llava.llava import Llava
-from mlx_llava.processor import Inputs, Processor
-from mlx_llava.prompt import JinjaTemplate
-from mlx_llava.template_choice import Guess, guess_template
-from mlx_llava.verify import QUESTION, example_picture, verify
+from mlx_llava.inputs.chat_template import JinjaTemplate
+from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.template_choice import Guess, guess_template
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava import Llava
 from tests import layouts, tiny
 from tests.certificate_files import WRITERS, Written, is_linear
 from tests.certificate_tokenizers import ids_of_original, ids_of_transformers

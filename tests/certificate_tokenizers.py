@@ -14,7 +14,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from mlx_llava.verify import QUESTION
+from mlx_llava.checkpoint.verify import QUESTION
 from tests import layouts, tiny
 from tests.conftest import SHARED
 from tests.published.row import Published

@@ -71,7 +71,7 @@ def loaded_next():
 @pytest.fixture(params=[True, False], ids=["ahead", "in step"])
 def queueing(request, monkeypatch):
     """As on a GPU, and as on a CPU."""
-    for module in ("decoding", "batch"):
+    for module in ("generation.steps", "generation.batch"):
         monkeypatch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: request.param)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import openai
 
 from mlx_llava import server
-from mlx_llava.engine import Engine
-from mlx_llava.http_server import HttpServer
-from mlx_llava.image import data_url, png
+from mlx_llava.inputs.image import data_url, png
+from mlx_llava.serving.engine import Engine
+from mlx_llava.serving.http_server import HttpServer
 
 MODEL = "tiny-llava"
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_llava import remote
+from mlx_llava.inputs import fetch as remote
 
 
 def unwanted(*_, **__):

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava.adapter import merge_adapter
+from mlx_llava.checkpoint.adapter import merge_adapter
+from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.convert import main as convert
 from mlx_llava.fuse import main as fuse
-from mlx_llava.hub import embedded_model
 from tests.conftest import load_as_stored as load
 from tests.conftest import shared_data
 

@@ -21,14 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_llava import connection, server
-from mlx_llava.api_errors import ApiError
-from mlx_llava.decoding import Options
-from mlx_llava.image import data_url, png
-from mlx_llava.parameters import UNSUPPORTED
-from mlx_llava.protocol import ChatRequest, CompletionRequest, read_request
-from mlx_llava.remote import fetch, is_public
-from mlx_llava.sources import Sources, read_below
+from mlx_llava import server
+from mlx_llava.generation.steps import Options
+from mlx_llava.inputs.fetch import fetch, is_public
+from mlx_llava.inputs.image import data_url, png
+from mlx_llava.serving import connection
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.parameters import UNSUPPORTED
+from mlx_llava.serving.pictures import Sources, read_below
+from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.serving import MODEL, receive, serving, user
 from tests.sites import DrippingHandshake, Site, network, reply_with, unwanted
 

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from mlx_llava import batch_generate, generate, stream_generate
-from mlx_llava.batch import BatchGenerator, run
-from mlx_llava.cache import Rows, fork, nbytes
-from mlx_llava.decoding import Options
+from mlx_llava.analysis.random_model import random_config
 from mlx_llava.generate import main
-from mlx_llava.llama import LanguageModel
-from mlx_llava.random_model import random_config
-from mlx_llava.reuse import PromptCache
+from mlx_llava.generation.batch import BatchGenerator, run
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.steps import Options
+from mlx_llava.model.cache import Rows, fork, nbytes
+from mlx_llava.model.llama import LanguageModel
 from tests.conftest import GOLDENS, PICTURE
 
 MODEL = str(GOLDENS / "llava")
@@ -179,7 +179,7 @@ def test_rows_wait_for_memory(loaded, monkeypatch):
     def available() -> int:
         return int(2.5 * need) - sum(min(need, nbytes(row.cache)) for row in generator._rows)
 
-    monkeypatch.setattr("mlx_llava.batch.available_memory", available)
+    monkeypatch.setattr("mlx_llava.generation.batch.available_memory", available)
     together, texts = 0, {}
     while not generator.is_idle:
         for uid, response in generator.next():
@@ -188,7 +188,7 @@ def test_rows_wait_for_memory(loaded, monkeypatch):
     assert together == 2
     assert set(texts.values()) == {generate(*loaded, "What is this?", PICTURE, max_tokens=9)}
     assert len(texts) == 6
-    monkeypatch.setattr("mlx_llava.batch.available_memory", lambda: 0)
+    monkeypatch.setattr("mlx_llava.generation.batch.available_memory", lambda: 0)
     generator.insert(processor("hi"), Options(max_tokens=2))
     assert len(list(run(generator))) == 2  # alone, what fitted when it came is answered
 
@@ -197,7 +197,7 @@ def test_many_tiles_go_through_the_tower_some_at_a_time(loaded, monkeypatch):
     model, processor = loaded
     inputs = processor("<image>" * 19, [picture(seed) for seed in range(19)])
     whole = model.encode_images(inputs.pixel_values)
-    monkeypatch.setattr("mlx_llava.llava.TILES_AT_ONCE", 4)
+    monkeypatch.setattr("mlx_llava.model.llava.TILES_AT_ONCE", 4)
     assert len(whole) == 19
     for a, b in zip(whole, model.encode_images(inputs.pixel_values), strict=True):
         assert mx.allclose(a, b, atol=1e-5)

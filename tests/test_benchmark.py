@@ -9,13 +9,16 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_llava import clip, kernels, load, random_model
+from mlx_llava import load
+from mlx_llava.analysis import random_model
+from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
+from mlx_llava.analysis.measure import draw_pictures
+from mlx_llava.analysis.peers import Peer
 from mlx_llava.benchmark import main
-from mlx_llava.cache import nbytes
 from mlx_llava.files import check_output
-from mlx_llava.measuring import draw_pictures
-from mlx_llava.peers import Peer
-from mlx_llava.work import decode_bytes, encode_flops, prefill_flops
+from mlx_llava.model import clip
+from mlx_llava.model import linux_cpu as kernels
+from mlx_llava.model.cache import nbytes
 from tests.conftest import ROOT
 
 SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
@@ -136,7 +139,7 @@ def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
 
     monkeypatch.setattr(clip, "matmul", count)
     monkeypatch.setattr(kernels.Linear, "__call__", count_linear)
-    for name in ("mlx_llava.clip.attention", "mlx_llava.cache.attention"):
+    for name in ("mlx_llava.model.clip.attention", "mlx_llava.model.cache.attention"):
         monkeypatch.setattr(name, count_attention)
     inputs = processor("<image>What? <image>", draw_pictures(tiny.parent, 2))
     embeddings = model.embed(**inputs)

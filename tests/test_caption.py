@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mlx_llava import generate, load
 from mlx_llava.caption import PROMPT, Lines, Table, in_order, main
-from mlx_llava.picture_files import find_pictures
+from mlx_llava.inputs.picture_files import find_pictures
 from tests.conftest import ROOT, shared_data
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -13,8 +13,8 @@ from PIL import Image
 
 from mlx_llava import generate, load
 from mlx_llava.chat import Chat, main
-from mlx_llava.mentions import image_names, missing_paths, pasted_files, split_line
-from mlx_llava.session import Picture, Session
+from mlx_llava.generation.session import Picture, Session
+from mlx_llava.inputs.mentions import image_names, missing_paths, pasted_files, split_line
 from tests.conftest import ROOT, shared_data
 
 EXAMPLES = ROOT / "weights" / "tiny-llava" / "examples"

@@ -16,13 +16,13 @@ import sys
 import httpx
 import pytest
 
-from mlx_llava.api_errors import ApiError
-from mlx_llava.decoding import Options
-from mlx_llava.image import data_url
-from mlx_llava.parameters import UNSUPPORTED
-from mlx_llava.prompt import read_messages
-from mlx_llava.protocol import ChatRequest, CompletionRequest, read_request
-from mlx_llava.templates import TEMPLATES
+from mlx_llava.generation.steps import Options
+from mlx_llava.inputs.chat_template import read_messages
+from mlx_llava.inputs.image import data_url
+from mlx_llava.inputs.templates import TEMPLATES
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.parameters import UNSUPPORTED
+from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.conftest import ROOT, shared_data
 from tests.serving import MODEL, serving
 

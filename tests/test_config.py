@@ -9,8 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.config import LlavaConfig, TextConfig, VisionConfig, read_pinpoints, unknown_keys
-from mlx_llava.llama import rope_frequencies
+from mlx_llava.model.config import (
+    LlavaConfig,
+    TextConfig,
+    VisionConfig,
+    read_pinpoints,
+    unknown_keys,
+)
+from mlx_llava.model.llama import rope_frequencies
 
 # The published llava-hf configs: what differs from the defaults of their classes.
 LLAVA_15 = {

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from mlx_llava import api, connection
-from mlx_llava.api_errors import ApiError
-from mlx_llava.json_bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
-from mlx_llava.protocol import ChatRequest, read_request
+from mlx_llava.serving import app as api
+from mlx_llava.serving import connection
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.json_bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
+from mlx_llava.serving.requests import ChatRequest, read_request
 from tests.serving import MODEL, endless, receive, serving, user, waits_until
 
 

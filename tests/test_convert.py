@@ -24,11 +24,11 @@ from mlx.utils import tree_flatten
 
 import mlx_llava
 from mlx_llava import convert
+from mlx_llava.checkpoint.load import find_and_open
+from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.convert import compare
 from mlx_llava.folders import _write_manifest
 from mlx_llava.fuse import main as fuse
-from mlx_llava.load import find_and_open
-from mlx_llava.plan import Quantization
 from tests.conftest import GOLDENS, PICTURE, ROOT
 from tests.conftest import load_as_stored as load
 

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from mlx_llava.image import decode_data_url, is_data_url
+from mlx_llava.inputs.image import decode_data_url, is_data_url
 
 CONTENTS = [bytes(range(256)) * 3 + bytes(extra) for extra in range(3)]
 PNG = "data:image/png;base64,"

@@ -198,7 +198,7 @@ def test_batch_generate_stops_each_row_at_its_own_end(loaded):
     first = processor.tokenizer.encode(whole[0])[-1]
     from dataclasses import replace
 
-    from mlx_llava.processor import Processor
+    from mlx_llava.inputs.processor import Processor
 
     stopping = Processor(
         processor.config,

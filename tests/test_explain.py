@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_llava import load, report
-from mlx_llava.config import LlavaConfig
+from mlx_llava import load
+from mlx_llava.analysis import report
+from mlx_llava.analysis.places import feature_boxes, heat_map, patch_boxes
+from mlx_llava.analysis.trace import trace
 from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_words
 from mlx_llava.files import check_output
-from mlx_llava.places import feature_boxes, heat_map, patch_boxes
-from mlx_llava.preprocess import ImageProcessor
-from mlx_llava.trace import trace
+from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.model.config import LlavaConfig
 from tests.conftest import GOLDENS, ROOT, load_as_stored
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -392,14 +393,14 @@ def test_mistakes_end_in_one_line(arguments, message, capsys, monkeypatch, tmp_p
 
 def test_without_matplotlib_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("mlx_llava.report.find_spec", lambda name: None)
+    monkeypatch.setattr("mlx_llava.analysis.report.find_spec", lambda name: None)
     assert main(["--prompt", "What is it?", "--out", "report.png"]) == 2
     assert "pip install 'mlx_llava[plot]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["loaded", "loaded_next", "embedded"])
 def test_every_figure_shows_something(mode, request):
-    from mlx_llava import plots
+    from mlx_llava.analysis import plots
 
     model, processor = request.getfixturevalue(mode)
     seen = explain(model, processor, "What is it?", GOLDENS / "picture.png", max_tokens=3)
@@ -424,7 +425,7 @@ def test_every_figure_shows_something(mode, request):
 
 
 def test_a_masked_part_is_drawn_with_its_own_value(embedded):
-    from mlx_llava import plots
+    from mlx_llava.analysis import plots
 
     seen = explain(*embedded, "What is it?", SHAPES, max_tokens=1)
     effect = mask_effect(*embedded, seen, window=3)

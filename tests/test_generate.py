@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from mlx_llava import GenerationResponse, generate, load, stream_generate
-from mlx_llava.cache import KVCache
-from mlx_llava.decoding import generate_step, prefill
 from mlx_llava.explain import explain
-from mlx_llava.processor import Processor
-from mlx_llava.reuse import PromptCache
-from mlx_llava.templates import get_template
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.steps import generate_step, prefill
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.templates import get_template
+from mlx_llava.model.cache import KVCache
 from tests.conftest import PICTURE
 
 QUESTION = "What is in this picture?"
@@ -107,7 +107,7 @@ def test_a_cache_of_mlx_lm_gives_the_same_tokens(loaded):
 def test_the_next_step_is_queued_before_the_token_is_read(loaded, monkeypatch, ahead, expected):
     model, processor = loaded
     events = []
-    monkeypatch.setattr("mlx_llava.decoding.queues_ahead", lambda: ahead)
+    monkeypatch.setattr("mlx_llava.generation.steps.queues_ahead", lambda: ahead)
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: events.append("queued"))
     for _ in generate_step(embeddings(model, processor), model.language_model, max_tokens=3):
         events.append("read")
@@ -214,7 +214,7 @@ def test_temperature_follows_the_models_probabilities(loaded):
     x = embeddings(model, processor)
     first = next(iter(generate_step(x, model.language_model, max_tokens=1)))
     expected = mx.softmax(first[1] / 2.0)
-    from mlx_llava.sampling import make_sampler
+    from mlx_llava.generation.sampling import make_sampler
 
     draws = make_sampler(2.0, 0, 0, 0)(mx.broadcast_to(first[1], (20_000, 320)))
     counts = np.bincount(np.array(draws), minlength=320) / 20_000

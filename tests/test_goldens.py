@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_llava import load
-from mlx_llava.decoding import generate_step
+from mlx_llava.generation.steps import generate_step
 from tests.conftest import GOLDENS, PICTURE
 
 TOLERANCE = 3e-5

@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
-from mlx_llava.adapter import Adapter  # noqa: E402
-from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_name  # noqa: E402
-from mlx_llava.quantized import plain_weight  # noqa: E402
+from mlx_llava.checkpoint.adapter import Adapter  # noqa: E402
+from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_name  # noqa: E402
+from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
 from mlx_llava.tuner.losses import answer_loss  # noqa: E402
 from mlx_llava.tuner.options import TrainingOptions  # noqa: E402
@@ -74,7 +74,7 @@ def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
     pixels = torch.tensor(np.array(batch.pixel_values).transpose(0, 3, 1, 2)).double()
     inputs = {"pixel_values": pixels}
     if batch.image_sizes is not None:
-        from mlx_llava.anyres import num_tiles
+        from mlx_llava.model.anyres import num_tiles
 
         counts = [1 + num_tiles(size, config) for size in batch.image_sizes]
         padded = torch.zeros(len(counts), max(counts), *pixels.shape[1:]).double()

@@ -119,7 +119,7 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path):
 
 
 def test_a_package_without_its_embedded_model_asks_for_one(tmp_path, monkeypatch):
-    from mlx_llava import hub
+    from mlx_llava.checkpoint import hub
 
     package = tmp_path / "mlx_llava"
     package.mkdir()

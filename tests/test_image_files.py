@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mlx_llava import image_files, load_image
-from mlx_llava.image_files import orientation
+from mlx_llava import load_image
+from mlx_llava.inputs import image_files
+from mlx_llava.inputs.image_files import orientation
 from tests.conftest import PICTURE, shared_data
 
 TURNED = Image.Transpose.ROTATE_270  # what orientation 6 asks for

@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava import kernels
-from mlx_llava.clip import PatchEmbedding
-from mlx_llava.machine import on_cpu
+from mlx_llava.model import linux_cpu as kernels
+from mlx_llava.model.clip import PatchEmbedding
+from mlx_llava.model.device import on_cpu
 
 pytestmark = pytest.mark.skipif(
     not kernels.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"

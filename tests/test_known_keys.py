@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llava.checkpoint import original
-from mlx_llava.config import LlavaConfig, unknown_keys
+from mlx_llava.model.config import LlavaConfig, unknown_keys
 from tests.conftest import load_as_stored as load
 
 #: Attributes of PreTrainedConfig, transformers 4.28 to 5.24, and of GenerationConfig, whose values

@@ -134,7 +134,7 @@ def test_other_ways_to_merge_tiles(reference_next, merge_type, tmp_path):
 
 
 def layouts_grid(model, inputs):
-    from mlx_llava.anyres import grid_size
+    from mlx_llava.model.anyres import grid_size
 
     rows, columns = grid_size(inputs.image_sizes[0], model.config)
     return rows, rows // 4, columns // 4

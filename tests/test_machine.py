@@ -12,11 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_llava import cli, convert, generate, load, machine, memory, precision, stream_generate
-from mlx_llava.cache import nbytes
-from mlx_llava.decoding import make_cache
-from mlx_llava.plan import Quantization
-from mlx_llava.quantized import is_quantized
+from mlx_llava import cli, convert, generate, load, stream_generate
+from mlx_llava.checkpoint import precision
+from mlx_llava.checkpoint.quantize import Quantization
+from mlx_llava.generation import memory
+from mlx_llava.generation.steps import make_cache
+from mlx_llava.model import device as machine
+from mlx_llava.model.cache import nbytes
+from mlx_llava.model.quantized import is_quantized
 from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
 
 on_linux_cpu = pytest.mark.skipif(
@@ -46,7 +49,7 @@ def test_doctor_is_readable(capsys, monkeypatch):
         assert out.splitlines()[-1].startswith("MLX uses its own slow BLAS for training")
 
 
-BLAS = "import mlx_llava.backend as b, ctypes; print(b.BLAS)"
+BLAS = "import mlx_llava.model.blas as b, ctypes; print(b.BLAS)"
 
 
 def blas_in(code: str, **environment: str) -> str:
@@ -67,7 +70,7 @@ def test_the_blas_is_chosen_safely():
 
 @on_linux_cpu
 def test_a_blas_that_came_before_ours_is_not_said_to_be_ours():
-    from mlx_llava import backend
+    from mlx_llava.model import blas as backend
 
     libraries = backend._candidates()
     if len(libraries) < 2:

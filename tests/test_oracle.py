@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
-from mlx_llava.decoding import generate_step  # noqa: E402
 from mlx_llava.generate import main  # noqa: E402
+from mlx_llava.generation.steps import generate_step  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
 from tests.conftest import shared_data  # noqa: E402
 

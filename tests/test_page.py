@@ -8,7 +8,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from mlx_llava.image import data_url
+from mlx_llava.inputs.image import data_url
 from tests import browser
 from tests.conftest import ROOT
 from tests.serving import serving

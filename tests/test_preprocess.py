@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_llava import preprocess
-from mlx_llava.config import LlavaConfig
-from mlx_llava.preprocess import ImageProcessor
+from mlx_llava.inputs import image_processor as preprocess
+from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.model.config import LlavaConfig
 
 hf = pytest.importorskip("transformers", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")

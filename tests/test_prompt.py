@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from mlx_llava import stream_generate
-from mlx_llava.batch import BatchGenerator, run
+from mlx_llava.checkpoint.hub import checkpoint_name
 from mlx_llava.checkpoint.original import read_config
-from mlx_llava.config import LlavaConfig
-from mlx_llava.decoding import Options
-from mlx_llava.hub import checkpoint_name
+from mlx_llava.generation.batch import BatchGenerator, run
+from mlx_llava.generation.detokenizer import Answer
+from mlx_llava.generation.steps import Options
+from mlx_llava.inputs.chat_template import JinjaTemplate, Message, read_messages
+from mlx_llava.inputs.processor import Processor, choose_template
+from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.templates import TEMPLATES, get_template
+from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
-from mlx_llava.processor import Processor, choose_template
-from mlx_llava.prompt import JinjaTemplate, Message, read_messages
-from mlx_llava.streaming import Answer
-from mlx_llava.template_choice import guess_template
-from mlx_llava.templates import TEMPLATES, get_template
-from mlx_llava.tokenizer import Tokenizer
+from mlx_llava.model.config import LlavaConfig
 from tests.conftest import GOLDENS, PICTURE, load, shared_data
 
 USER = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."  # noqa: E501

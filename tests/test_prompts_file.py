@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llava.generate import main
-from mlx_llava.prompts_file import read_line
+from mlx_llava.generation.jobs import read_line
 from tests.conftest import GOLDENS
 
 MODEL = str(GOLDENS / "llava")

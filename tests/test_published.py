@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava.checkpoint import original
-from mlx_llava.config import LlavaConfig, unknown_keys
+from mlx_llava.model.config import LlavaConfig, unknown_keys
 from tests.conftest import shared_data
 
 hf = pytest.importorskip("transformers", reason="the oracle: pip install '.[test]'")

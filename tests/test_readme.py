@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava import load
-from mlx_llava.decoding import generate_step
+from mlx_llava.generation.steps import generate_step
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava import backend, load
+from mlx_llava import load
+from mlx_llava.model import blas as backend
 from tests.conftest import shared_data
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llava import load
-from mlx_llava.processor import Processor
-from mlx_llava.prompt import JinjaTemplate, Message
-from mlx_llava.templates import TEMPLATES
+from mlx_llava.inputs.chat_template import JinjaTemplate, Message
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.train import main
 from mlx_llava.tuner.data import IGNORED, Examples
 from mlx_llava.tuner.samples import Reading, read_samples

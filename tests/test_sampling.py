@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.sampling import keep_top_p, make_logits_processors, make_sampler
+from mlx_llava.generation.sampling import keep_top_p, make_logits_processors, make_sampler
 
 theirs = pytest.importorskip("mlx_lm.sample_utils")
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_llava.scores import SCORERS, gqa_prediction, normalise, vqa_accuracy
+from mlx_llava.analysis.scores import SCORERS, gqa_prediction, normalise, vqa_accuracy
 
 
 @pytest.mark.parametrize(

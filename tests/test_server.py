@@ -24,8 +24,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_llava import generate, load, server, stream_generate
-from mlx_llava.image import data_url, png
-from mlx_llava.llava import Llava
+from mlx_llava.inputs.image import data_url, png
+from mlx_llava.model.llava import Llava
 from tests.conftest import ROOT
 from tests.serving import MODEL, endless, serving, user, waits_until
 

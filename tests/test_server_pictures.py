@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from mlx_llava import api
+from mlx_llava.serving import app as api
 from tests.serving import MODEL, serving, user
 from tests.sites import Site
 from tests.test_attacks import chat, named, refused, resident_mb

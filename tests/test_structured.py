@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llava import batch_generate, generate, load, stream_generate
-from mlx_llava.batch import AnswerError, BatchGenerator
-from mlx_llava.decoding import Options
+from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.generate import main
-from mlx_llava.hub import embedded_model
-from mlx_llava.structured import ANY_OBJECT, JsonConstraint, read_schema
-from mlx_llava.tokenizer import Tokenizer
-from mlx_llava.vocabulary import spec_from_sentencepiece
+from mlx_llava.generation.batch import AnswerError, BatchGenerator
+from mlx_llava.generation.json_schema import ANY_OBJECT, JsonConstraint, read_schema
+from mlx_llava.generation.steps import Options
+from mlx_llava.inputs.sentencepiece import spec_from_sentencepiece
+from mlx_llava.inputs.tokenizer import Tokenizer
 
 SCHEMA = {
     "type": "object",

@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llava import batch_generate, generate, load
+from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, embedded_model
 from mlx_llava.generate import main
-from mlx_llava.hub import EMBEDDED_NOTE, embedded_model
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llava.byte_bpe import spec_from_byte_bpe
-from mlx_llava.streaming import StopMatcher, StreamingDecoder
-from mlx_llava.tokenizer import Tokenizer
-from mlx_llava.vocabulary import CONTROL, NORMAL, Piece, spec_from_sentencepiece
+from mlx_llava.generation.detokenizer import StopMatcher, StreamingDecoder
+from mlx_llava.inputs.byte_bpe import spec_from_byte_bpe
+from mlx_llava.inputs.sentencepiece import CONTROL, NORMAL, Piece, spec_from_sentencepiece
+from mlx_llava.inputs.tokenizer import Tokenizer
 from tests.conftest import GOLDENS, SHARED
 
 IMAGE = 32000

@@ -20,11 +20,11 @@ from PIL import Image
 
 from mlx_llava import generate, load
 from mlx_llava import train as command
-from mlx_llava.adapter import Adapter, add_lora, load_adapter, merge_adapter
+from mlx_llava.checkpoint.adapter import Adapter, add_lora, load_adapter, merge_adapter
 from mlx_llava.fuse import main as fuse
 from mlx_llava.generate import main as generate_main
-from mlx_llava.processor import Processor
-from mlx_llava.templates import TEMPLATES
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.tuner.data import IGNORED, Examples, order
 from mlx_llava.tuner.optimizer import make_optimizer, make_schedule
 from mlx_llava.tuner.options import TrainingOptions
@@ -622,8 +622,8 @@ def test_a_quantised_model_is_trained_with_lora_only(folder):
 def test_an_adapter_of_another_model_is_refused(folder):
     assert command.main([*arguments(folder), "--stage", "projector", "--steps", "1"]) == 0
     adapter = folder / "out" / "adapter"
-    from mlx_llava.config import LlavaConfig
-    from mlx_llava.llava import Llava
+    from mlx_llava.model.config import LlavaConfig
+    from mlx_llava.model.llava import Llava
 
     data = json.loads((LLAVA / "config.json").read_text())
     data["text_config"] |= {"hidden_size": 64, "head_dim": 16}

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_llava.verify import verify
+from mlx_llava.checkpoint.verify import verify
 from tests.conftest import GOLDENS
 
 main = importlib.import_module("mlx_llava.convert").main

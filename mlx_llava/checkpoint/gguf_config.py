@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_llava.byte_bpe import begins_with_bos, spec_from_byte_bpe
-from mlx_llava.tokenizer import IMAGE_TOKEN
-from mlx_llava.vocabulary import NORMAL, Piece, spec_from_pieces
+from mlx_llava.inputs.byte_bpe import begins_with_bos, spec_from_byte_bpe
+from mlx_llava.inputs.sentencepiece import NORMAL, Piece, spec_from_pieces
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.checkpoint.layout import canonical_name
+from mlx_llava.checkpoint.names import canonical_name
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array
 
 #: AutoAWQ's order of the eight 4-bit columns in a word, undone.

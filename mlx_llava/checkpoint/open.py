@@ -12,18 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint import adapters, gptq, original
+from mlx_llava.checkpoint import gptq, original
+from mlx_llava.checkpoint import parts as adapters
 from mlx_llava.checkpoint.folder import find_files, read_folder, visible_files
 from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
-from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
+from mlx_llava.checkpoint.hub import checkpoint_name
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
+from mlx_llava.checkpoint.names import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig, unknown_keys
-from mlx_llava.config_checks import unknown_warning
-from mlx_llava.hub import checkpoint_name
+from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from mlx_llava.json_files import read_json
-from mlx_llava.template_choice import guess_template
-from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.model.config import LlavaConfig, unknown_keys
+from mlx_llava.model.config_checks import unknown_warning
 
 _EMBEDDINGS = "language_model.model.embed_tokens."
 _LM_HEAD = "language_model.lm_head."

@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.checkpoint.folder import read_folder
-from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
+from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig, VisionConfig
-from mlx_llava.config import unknown_keys as unknown_hf_keys
+from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.json_files import read_json
-from mlx_llava.template_choice import guess_template
+from mlx_llava.model.config import LlavaConfig, VisionConfig
+from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 
 TOWER = "vision_tower."
 _EMBEDDINGS = "vision_tower.vision_model.embeddings."

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.checkpoint.folder import read_file
-from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.lora import CONFIG, Lora, LowRank
+from mlx_llava.checkpoint.names import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

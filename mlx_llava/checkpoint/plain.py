@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.checkpoint.tensors import LazyTensor, combine
-from mlx_llava.quantized import layer_settings
+from mlx_llava.model.quantized import layer_settings
 
 
 def plain_layer(

@@ -17,10 +17,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.anyres import Size
-from mlx_llava.image import load_image
-from mlx_llava.processor import Processor
-from mlx_llava.prompt import Message
+from mlx_llava.inputs.chat_template import Message
+from mlx_llava.inputs.image import load_image
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.model.anyres import Size
 from mlx_llava.tuner.samples import LeftOut, Sample, UnusableError
 
 #: What a token that is not learned has for a label, as in PyTorch.

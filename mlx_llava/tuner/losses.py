@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.llava import Llava
+from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.data import IGNORED, Batch
 
 

@@ -15,9 +15,9 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from mlx_llava.files import is_file
+from mlx_llava.inputs.chat_template import Message
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import Place, read_records
-from mlx_llava.prompt import Message
-from mlx_llava.tokenizer import IMAGE_TOKEN
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_llava.adapter import Adapter, add_lora
-from mlx_llava.llava import Llava
+from mlx_llava.checkpoint.adapter import Adapter, add_lora
+from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.options import TrainingOptions
 
 

@@ -21,10 +21,10 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_llava.backend import set_blas_threads
 from mlx_llava.folders import new_folder, remove_folder
 from mlx_llava.json_files import field, read_json, write_json
-from mlx_llava.llava import Llava
+from mlx_llava.model.blas import set_blas_threads
+from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.data import Batch, Examples, order
 from mlx_llava.tuner.losses import answer_loss
 from mlx_llava.tuner.optimizer import make_optimizer

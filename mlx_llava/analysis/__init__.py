@@ -1,0 +1,1 @@
+"""What a model did, and how well and fast."""

@@ -1,0 +1,264 @@
+"""One system that answers prompts, in a process of its own: this package, or another to compare.
+
+This file is also the program of that process, `python peers.py SYSTEM FOLDER DTYPE`, with the
+Python of an environment that has the system; it then imports nothing of this package. It reads
+lines of JSON and answers each with one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+#: A row: a raw prompt, with a mark for each picture, and the pictures' paths.
+Row = tuple[str, Sequence[str]]
+
+
+class Peer:
+    """A system in its process; stays idle between calls, so that several can take turns."""
+
+    def __init__(
+        self, system: str, folder: str | Path, dtype: str, python: str | None = None
+    ) -> None:
+        """Starts it.
+
+        Args:
+            system (str): ``mlx_llava``, ``transformers`` or ``mlx-vlm``.
+            folder (str or Path): The checkpoint.
+            dtype (str): What to compute in.
+            python (str, optional): The interpreter of its environment.
+
+        Raises:
+            ValueError: It cannot load the checkpoint.
+        """
+        self.system = system
+        environment = dict(os.environ)
+        if system == "mlx-vlm":
+            from mlx_llava.model.blas import BLAS
+
+            environment |= {"LD_PRELOAD": BLAS} if BLAS else {}
+        program = ["-m", "mlx_llava.analysis.peers"] if system == "mlx_llava" else [__file__]
+        self._process = subprocess.Popen(
+            [python or sys.executable, *program, system, str(folder), dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        try:
+            self.versions: dict[str, str] = self._read()["versions"]
+        except ValueError:
+            self.close()
+            raise
+
+    def answer(self, rows: Sequence[Row], max_tokens: int) -> dict[str, Any]:
+        """Answers rows together, each with so many tokens.
+
+        Returns:
+            dict: ``first`` (seconds to the first token), ``seconds`` (in all), ``tokens`` (of
+            each row) and ``peak_gb`` (the most memory that the process held).
+
+        Raises:
+            ValueError: The system cannot do it.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"rows": rows, "max_tokens": max_tokens}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self.system} ended with code {self._process.wait()}.")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ValueError(f"{self.system} cannot do this: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+class Ours:
+    """This package."""
+
+    packages = ("mlx_llava", "mlx")
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        from mlx_llava.checkpoint.load import load
+
+        self.model, self.processor = load(folder, dtype=dtype)
+        self.processor.eos_ids = frozenset()
+        template: Any = self.processor.template
+        self.processor.template = replace(template, stops=())
+
+    def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
+        """The time until every row has its first token, and the tokens of each row."""
+        if len(rows) > 1:
+            return self._batch(rows, max_tokens)
+        from mlx_llava.generate import stream_generate
+
+        (prompt, images), started, first = rows[0], time.perf_counter(), 0.0
+        tokens = []
+        for part in stream_generate(
+            self.model, self.processor, prompt, list(images), max_tokens=max_tokens, raw=True
+        ):
+            first = first or time.perf_counter() - started
+            tokens.append(part.token)
+        return first, [tokens]
+
+    def _batch(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
+        from mlx_llava.generation.batch import BatchGenerator, run
+        from mlx_llava.generation.steps import Options
+
+        started, first = time.perf_counter(), 0.0
+        generator = BatchGenerator(self.model, self.processor, batch_size=len(rows))
+        for prompt, images in rows:
+            inputs = self.processor(prompt, list(images), raw=True)
+            generator.insert(inputs, Options(max_tokens))
+        tokens: list[list[int]] = [[] for _ in rows]
+        for uid, response in run(generator):
+            first = first or time.perf_counter() - started
+            tokens[uid].append(response.token)
+        return first, tokens
+
+
+class Transformers:
+    """Hugging Face's transformers on PyTorch, on a GPU if it has one."""
+
+    packages = ("transformers", "torch")
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "left"
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
+        self.model: Any = model.eval().to(self.device)
+
+    def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
+        from PIL import Image
+
+        started = time.perf_counter()
+        images = [[Image.open(path).convert("RGB") for path in paths] for _, paths in rows]
+        inputs = self.processor(
+            text=[prompt for prompt, _ in rows],
+            images=images if any(images) else None,
+            return_tensors="pt",
+            padding=len(rows) > 1,
+        ).to(self.device)
+        length, times = inputs["input_ids"].shape[1], []
+
+        class Clock:
+            def put(self, _: Any) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        settings = self.model.generation_config
+        settings.eos_token_id, settings.pad_token_id = None, 0
+        with self.torch.inference_mode():
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                streamer=Clock() if len(rows) == 1 else None,
+            )
+        # The first `put` is the prompt's.
+        return (times[1] - started if times else 0.0), ids[:, length:].tolist()
+
+
+class MLXVLM:
+    """mlx-vlm."""
+
+    packages = ("mlx-vlm", "mlx", "transformers")
+
+    def __init__(self, folder: str, _: str) -> None:
+        from mlx_vlm import load
+
+        self.model, self.processor = load(folder)
+
+    def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
+        from mlx_vlm.generate import generate_step
+        from mlx_vlm.utils import prepare_inputs
+
+        if len(rows) > 1:
+            raise ValueError("batches of pictures are not measured")
+        prompt, images = rows[0]
+        started, first = time.perf_counter(), 0.0
+        inputs = prepare_inputs(
+            self.processor, images=list(images), prompts=prompt, add_special_tokens=False
+        )
+        tokens: list[int] = []
+        steps = generate_step(
+            inputs.pop("input_ids"),
+            self.model,
+            inputs.pop("pixel_values", None),
+            inputs.pop("attention_mask", None),
+            max_tokens=max_tokens,
+            temperature=0.0,
+            **inputs,
+        )
+        for token, _ in steps:
+            tokens.append(int(token))
+            first = first or time.perf_counter() - started
+            if len(tokens) == max_tokens:
+                break
+        return first, [tokens]
+
+
+SYSTEMS: dict[str, Any] = {"mlx_llava": Ours, "transformers": Transformers, "mlx-vlm": MLXVLM}
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held; Linux counts in KB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def serve(name: str, folder: str, dtype: str) -> None:
+    """The process: loads a system, then does one job for each line of stdin."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=out, flush=True)
+
+    from importlib.metadata import version
+
+    try:
+        system = SYSTEMS[name](folder, dtype)
+        say({"versions": {p: version(p) for p in system.packages}})
+    except Exception as error:  # whatever another system raises
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            started = time.perf_counter()
+            first, tokens = system.answer(job["rows"], job["max_tokens"])
+            seconds = time.perf_counter() - started
+            say({"first": first, "seconds": seconds, "tokens": tokens, "peak_gb": peak_gb()})
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    if not __package__:
+        sys.path.pop(0)  # this folder, whose modules have names of others
+    serve(*sys.argv[1:])

@@ -1,0 +1,107 @@
+"""Where in a picture each of its features comes from, and maps over the picture of what they get.
+
+F features of a picture. A box is (left, top, right, bottom) in the picture's own pixels; it may
+reach beyond the picture, where there is padding. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.model.anyres import Size
+from mlx_llava.model.llava import lay_out
+
+Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
+
+#: The longer side of a map.
+LONGEST = 256
+
+
+def patch_boxes(image_processor: ImageProcessor, size: Size) -> Array:
+    """Which part of a picture each patch of each of its tiles shows.
+
+    Args:
+        image_processor (ImageProcessor): What cuts it.
+        size (height, width): The picture's.
+
+    Returns:
+        Boxes (tiles, rows, columns, 4).
+    """
+    tiles = np.array(image_processor.tile_boxes(size))
+    config = image_processor.config.vision_config
+    n = config.patches_per_side
+    edges = np.arange(n + 1) * config.patch_size / config.image_size
+    left, top, right, bottom = tiles.T[..., None]
+    across, down = left + (right - left) * edges, top + (bottom - top) * edges
+    boxes = np.empty((len(tiles), n, n, 4))
+    boxes[..., 0], boxes[..., 2] = across[:, None, :-1], across[:, None, 1:]
+    boxes[..., 1], boxes[..., 3] = down[:, :-1, None], down[:, 1:, None]
+    return boxes
+
+
+def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
+    """Which part of a picture each of its features shows.
+
+    Args:
+        image_processor (ImageProcessor): What cuts it.
+        size (height, width): The picture's.
+
+    Returns:
+        Boxes (F, 4), in the order that the features have in the prompt; NaN for a class token
+        and for the end of a line, which show no part of it.
+    """
+    config = image_processor.config
+    boxes = patch_boxes(image_processor, size)
+    boxes = boxes.reshape(len(boxes), -1, 4)
+    if config.vision_feature_select_strategy == "full":
+        boxes = np.concatenate([np.full((len(boxes), 1, 4), np.nan), boxes], axis=1)
+    sizes = [size] if image_processor.mode == "anyres" else None
+    nowhere = mx.full((4,), np.nan) if config.has_newline else None
+    (laid,) = lay_out(mx.array(boxes, mx.float32), nowhere, sizes, config)
+    return np.array(laid)
+
+
+def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
+    """Spreads what each feature got over the part of the picture that it shows.
+
+    Args:
+        values: What each got, (F,).
+        boxes: What each shows, (F, 4).
+        size (height, width): The picture's.
+        longest (int): The longer side of the map.
+
+    Returns:
+        Map (height, width) in the picture's proportions. Its sum is that of the values, less
+        those without a place and the part of each that lies beyond the picture.
+    """
+    left, top, right, bottom = boxes.T
+    painted = paint(values / ((right - left) * (bottom - top)), boxes, size, longest)
+    return painted * (size[0] * size[1] / painted.size)
+
+
+def paint(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
+    """Paints parts of a picture with their values; where parts overlap, these add up.
+
+    Anyres's whole picture and its tiles overlap. Arguments are those of `heat_map`.
+
+    Returns:
+        Map (height, width) in the picture's proportions.
+    """
+    height, width = size
+    rows, columns = (max(1, round(side * longest / max(size))) for side in size)
+    placed = ~np.isnan(boxes).any(axis=1)
+    left, top, right, bottom = boxes[placed].T * np.array([[columns / width, rows / height] * 2]).T
+    across, down = _overlap(left, right, columns), _overlap(top, bottom, rows)
+    return down.T @ (values[placed, None] * across)
+
+
+def _overlap(start: Array, end: Array, pixels: int) -> Array:
+    """How much of each pixel lies in each interval, (intervals, pixels)."""
+    edges = np.arange(pixels + 1)
+    shared = np.minimum(end[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
+    return np.maximum(shared, 0)

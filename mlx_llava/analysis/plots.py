@@ -1,0 +1,389 @@
+"""Figures of what `explain` found, and of training. Needs ``pip install 'mlx_llava[plot]'``.
+
+Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart. Every function
+draws into a figure or a part of one that it is given, or makes a figure, and returns it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch
+from PIL import Image
+
+from mlx_llava.analysis.attribution import Explanation, MaskEffect
+from mlx_llava.analysis.places import LONGEST, Array, paint
+from mlx_llava.model.llava import Llava
+
+#: Inches of one panel.
+PANEL = 1.55
+#: Panels in a row.
+COLUMNS = 6
+#: What the colours of attention mean.
+SHARE = "attention per 1 % of area"
+
+
+def _new(width: float, height: float) -> Figure:
+    """A figure, its size in inches."""
+    return Figure(figsize=(width, height), dpi=80, layout="constrained")
+
+
+def _panels(count: int, columns: int, figure: Any | None) -> tuple[Any, list[Any]]:
+    """A figure and so many axes in it, without ticks."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = figure or _new(columns * PANEL, rows * (PANEL + 0.15))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for one in axes:
+        one.set(xticks=[], yticks=[])
+    for one in axes[count:]:
+        one.remove()
+    return figure, list(axes[:count])
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """A picture as large as it is drawn; photographs of many megapixels would take long."""
+    copy = image.copy()
+    copy.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
+    return copy
+
+
+def plain(text: str) -> str:
+    """Text in which matplotlib finds no mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _label(word: str) -> str:
+    """A word as a title, with what cannot be seen spelt out."""
+    word = word.strip() or word
+    return plain(word) if word.isprintable() and word.strip() else plain(repr(word))
+
+
+def plot_pictures(
+    images: Sequence[Image.Image],
+    titles: Sequence[str] = (),
+    columns: int = COLUMNS,
+    figure: Any = None,
+) -> Any:
+    """Pictures side by side.
+
+    Args:
+        images (list of PIL.Image.Image): What to show.
+        titles (list of str): What to write above each.
+        columns (int): How many in a row.
+        figure (optional): Where to draw.
+    """
+    figure, axes = _panels(len(images), columns, figure)
+    for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
+        one.imshow(_small(image))
+        one.set_title(title, fontsize=9)
+    return figure
+
+
+def plot_maps(
+    image: Image.Image,
+    maps: Sequence[Array],
+    titles: Sequence[str],
+    label: str,
+    columns: int = COLUMNS,
+    figure: Any = None,
+) -> Any:
+    """Maps over a picture, all in the same colours.
+
+    Args:
+        image (PIL.Image.Image): What lies beneath.
+        maps: Each (height, width) in the picture's proportions.
+        titles (list of str): What to write above each.
+        label (str): What the colours mean.
+        columns (int): How many in a row.
+        figure (optional): Where to draw.
+    """
+    figure, axes = _panels(len(maps), columns, figure)
+    largest = max(float(np.abs(one).max()) for one in maps) or 1.0
+    is_signed = any(float(one.min()) < 0 for one in maps)
+    colours: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": largest}
+    if is_signed:
+        colours = {"cmap": "PuOr", "vmin": -largest, "vmax": largest}
+    extent = (0, image.width, image.height, 0)
+    shown: Any = None
+    grey = _small(image).convert("L")
+    for one, heat, title in zip(axes, maps, titles, strict=True):
+        one.imshow(grey, cmap="gray", extent=extent)
+        shown = one.imshow(heat, alpha=0.7, extent=extent, interpolation="nearest", **colours)
+        one.set_title(title, fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.02)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _maps_by_word(
+    explanation: Explanation,
+    picture: int,
+    words: Sequence[int] | None,
+    draw: Callable[[int], Array],
+    label: str,
+    figure: Any,
+) -> Any:
+    """A map over a picture for each word, or for some."""
+    chosen = range(len(explanation.words)) if words is None else words
+    titles = [_label(explanation.words[word]) for word in chosen]
+    maps = [draw(word) for word in chosen]
+    return plot_maps(explanation.images[picture], maps, titles, label, figure=figure)
+
+
+def _density(explanation: Explanation, values: Array, picture: int) -> Array:
+    """A map of how much of what the features got, (F,), is on 1 % of the picture's area."""
+    heat = explanation.on_picture(values, picture)
+    return heat * heat.size / 100
+
+
+def plot_attention(
+    explanation: Explanation,
+    picture: int = 0,
+    words: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    figure: Any = None,
+) -> Any:
+    """Where each word looked in a picture, by the mean head.
+
+    Args:
+        explanation (Explanation): What `explain` gave.
+        picture (int): Which picture.
+        words (list of int, optional): Which words of the answer; default: all.
+        layers (list of int, optional): Which layers to average; default: all.
+        figure (optional): Where to draw.
+    """
+    attention = explanation.attention(picture)
+    chosen = attention if layers is None else attention[list(layers)]
+    mean = chosen.mean(axis=(0, 1))
+
+    def draw(word: int) -> Array:
+        return _density(explanation, mean[word], picture)
+
+    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
+
+
+def plot_rollout(
+    explanation: Explanation,
+    picture: int = 0,
+    words: Sequence[int] | None = None,
+    figure: Any = None,
+) -> Any:
+    """How much of each part of a picture came to each word through all layers."""
+    rollout = explanation.rollout(picture)
+
+    def draw(word: int) -> Array:
+        return _density(explanation, rollout[word], picture)
+
+    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
+
+
+def plot_heads(
+    explanation: Explanation,
+    word: int,
+    picture: int = 0,
+    layers: Sequence[int] | None = None,
+    figure: Any = None,
+) -> Any:
+    """Where every head looked in a picture for one word; of some layers, or of all."""
+    attention = explanation.attention(picture)[:, :, word]
+    heads = attention.shape[1]
+    chosen = range(len(attention)) if layers is None else layers
+    places = [(layer, head) for layer in chosen for head in range(heads)]
+    maps = [_density(explanation, attention[place], picture) for place in places]
+    titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in places]
+    image = explanation.images[picture]
+    return plot_maps(image, maps, titles, SHARE, columns=heads, figure=figure)
+
+
+def plot_mask_effect(
+    explanation: Explanation,
+    effect: MaskEffect,
+    picture: int = 0,
+    words: Sequence[int] | None = None,
+    figure: Any = None,
+) -> Any:
+    """What each word loses when a part of a picture is masked."""
+    image = explanation.images[picture]
+
+    def draw(word: int) -> Array:
+        return paint(effect.drops[:, word], effect.boxes, (image.height, image.width))
+
+    label = "fall of log-probability (nats)"
+    return _maps_by_word(explanation, picture, words, draw, label, figure)
+
+
+def plot_lens(
+    words: Sequence[Sequence[str]],
+    probabilities: Array,
+    titles: Sequence[str],
+    figure: Any = None,
+) -> Any:
+    """What each layer would say at each position.
+
+    Args:
+        words: The likeliest word of each layer and position, (layers + 1, Q).
+        probabilities: Its probability, (layers + 1, Q).
+        titles (list of str): What to write below each position.
+        figure (optional): Where to draw.
+    """
+    layers, positions = probabilities.shape
+    figure = figure or _new(0.62 * positions + 1.8, 0.3 * layers + 1.0)
+    axes = figure.subplots()
+    shown = axes.imshow(probabilities, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for layer, position in np.ndindex(layers, positions):
+        colour = "black" if probabilities[layer, position] > 0.6 else "white"
+        text = _label(words[layer][position])
+        axes.text(position, layer, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_yticks(range(layers), ["embedding", *(f"layer {i}" for i in range(1, layers))])
+    axes.set_xticks(range(positions), [_label(title) for title in titles], rotation=60)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("the word that came", fontsize=8)
+    bar = figure.colorbar(shown, fraction=0.04, pad=0.02)
+    bar.set_label("probability", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_nearest_words(
+    explanation: Explanation, words: Sequence[str], picture: int = 0, figure: Any = None
+) -> Any:
+    """A word on each of the patches that the first tile of a picture is cut into.
+
+    Args:
+        explanation (Explanation): What `explain` gave.
+        words (list of str): A word for each feature, (F,).
+        picture (int): Which picture.
+        figure (optional): Where to draw.
+    """
+    image = explanation.images[picture]
+    figure = figure or _new(5, 5 * image.height / image.width)
+    axes = figure.subplots()
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(_small(image), alpha=0.35, extent=extent)
+    boxes = explanation.boxes[picture]
+    first = np.flatnonzero(~np.isnan(boxes[:, 0]))[: explanation.tile_patches]
+    size = 7 if len(first) < 100 else 3.5
+    for feature in first:
+        left, top, right, bottom = boxes[feature]
+        x, y = (left + right) / 2, (top + bottom) / 2
+        axes.text(x, y, _label(words[feature]), ha="center", va="center", size=size, clip_on=True)
+    axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def plot_shares(shares: Mapping[str, Array], chance: float, figure: Any = None) -> Any:
+    """How much of the attention to a picture is on something, layer by layer.
+
+    Args:
+        shares: Of each kind of thing, (examples, layers).
+        chance (float): What even attention would give.
+        figure (optional): Where to draw.
+    """
+    figure = figure or _new(6, 2.6)
+    axes = figure.subplots()
+    width = 0.8 / len(shares)
+    for i, (name, values) in enumerate(shares.items()):
+        layers = np.arange(1, values.shape[1] + 1)
+        axes.bar(
+            layers + (i - (len(shares) - 1) / 2) * width, values.mean(axis=0), width, label=name
+        )
+    axes.axhline(chance, color="black", linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(layers)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of attention")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any:
+    """The way from a picture and a question to an answer, in the arrays of one run.
+
+    A row is a token, in units of its own length; a column is one of its numbers. The letters are
+    those of Liu et al. 2023 (arXiv:2304.08485), figure 1.
+
+    Args:
+        model (Llava): The model.
+        explanation (Explanation): What `explain` gave, with one picture.
+        figure (optional): Where to draw.
+    """
+    if figure is None:
+        figure = _new(9.6, 4)
+        figure.get_layout_engine().set(w_pad=0.14)
+    trace, layer = explanation.trace, model.config.feature_layers[-1]
+    places = explanation.places[0]
+    embedded = trace.hidden_states[0][: trace.queries[0] + 1]
+    words = np.delete(embedded, places, axis=0)
+    panels = {
+        "X_v": (explanation.inputs.tiles()[0], "$X_v$: the picture"),
+        "Z_v": (trace.vision_states[layer, 0, 1:], "$Z_v = g(X_v)$: CLIP"),
+        "H_v": (trace.image_features[0], "$H_v = W Z_v$: projector"),
+        "H_q": (words, "$H_q$: the embedded words"),
+        "all": (embedded, "$H_q$ around $H_v$"),
+    }
+    axes = figure.subplot_mosaic(
+        [["X_v", "Z_v", "H_v", "all", "X_a"], [".", ".", "H_q", "all", "X_a"]],
+        width_ratios=[1, 1.2, 1.2, 1.2, 1],
+    )
+    for name, (content, title) in panels.items():
+        axes[name].set_title(title, fontsize=9)
+        axes[name].set(xticks=[], yticks=[])
+        if isinstance(content, np.ndarray):
+            scaled = content / np.maximum(content.std(axis=1, keepdims=True), 1e-12)
+            axes[name].imshow(scaled, aspect="auto", cmap="viridis", vmin=-2, vmax=2)
+            axes[name].set_xlabel(f"{content.shape[0]} x {content.shape[1]}", fontsize=8)
+        else:
+            axes[name].imshow(content)
+            axes[name].set_xlabel(f"{content.height} x {content.width} x 3", fontsize=8)
+    axes["X_a"].set_title("$X_a$: the answer", fontsize=9)
+    axes["X_a"].axis("off")
+    text = "\n".join(textwrap.wrap(plain(explanation.answer), 18))
+    axes["X_a"].text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
+    for start, end, height in (
+        ("X_v", "Z_v", 0.5),
+        ("Z_v", "H_v", 0.5),
+        ("H_v", "all", 0.76),
+        ("H_q", "all", 0.24),
+        ("all", "X_a", 0.5),
+    ):
+        arrow = ConnectionPatch(
+            (1.02, 0.5),
+            (-0.02, height),
+            coordsA="axes fraction",
+            coordsB="axes fraction",
+            axesA=axes[start],
+            axesB=axes[end],
+            arrowstyle="-|>",
+            mutation_scale=14,
+        )
+        figure.add_artist(arrow)
+    return figure
+
+
+def plot_losses(reports: Sequence[Mapping[str, float]], figure: Any = None) -> Any:
+    """Training and validation loss on a logarithmic scale.
+
+    Args:
+        reports (list of dict): What metrics.jsonl holds.
+        figure (optional): Where to draw.
+    """
+    figure = figure or Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (
+        ("loss", "training", {"linewidth": 1.2}),
+        ("valid_loss", "validation", {"marker": "o", "linestyle": "--"}),
+    ):
+        points = [(report["step"], report[key]) for report in reports if key in report]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -1,0 +1,158 @@
+"""An explanation as one picture or one page, for people without Jupyter."""
+
+from __future__ import annotations
+
+import html
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlx_llava.analysis.attribution import Explanation, logit_lens, mask_effect
+from mlx_llava.files import own_file
+from mlx_llava.inputs.image import data_url
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.model.llava import Llava
+
+#: Inches.
+WIDTH = 9.6
+ROW = 1.7
+FORMATS = (".png", ".html")
+#: What reports say of themselves, so that only they are written over.
+COMMAND = "mlx_llava.explain"
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="generator" content="{command}">
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+img {{ max-width: 100% }} h2 {{ margin-bottom: 0 }} p {{ margin-top: 0.2em; color: #444 }}</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure, what it is called, and how to read it."""
+
+    title: str
+    caption: str
+    height: float
+    draw: Callable[..., Any]
+
+
+def check_report(path: Path) -> None:
+    """Raises ValueError where no report can be written, before anything is computed."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"The report {path} must end in {' or '.join(FORMATS)}.")
+    if find_spec("matplotlib") is None:
+        raise ValueError("A report needs matplotlib: pip install 'mlx_llava[plot]'.")
+
+
+def sections(
+    model: Llava, processor: Processor, explanation: Explanation, **mask_options: Any
+) -> list[Section]:
+    """What a report shows; options are those of `mask_effect`."""
+    from mlx_llava.analysis import plots
+
+    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
+    found = []
+    if explanation.images:
+        shown = partial(plots.plot_pictures, explanation.images)
+        found.append(Section("Pictures", "As they were read.", ROW, shown))
+    for i, _ in enumerate(explanation.images):
+        effect = mask_effect(model, processor, explanation, i, **mask_options)
+        found += [
+            Section(
+                f"Picture {i + 1}: attention",
+                "Where each word looked when it was chosen; all layers, mean head.",
+                height,
+                partial(plots.plot_attention, explanation, i),
+            ),
+            Section(
+                f"Picture {i + 1}: rollout",
+                "What came from the picture to each word through all layers together.",
+                height,
+                partial(plots.plot_rollout, explanation, i),
+            ),
+            Section(
+                f"Picture {i + 1}: masking",
+                "How much less likely each word becomes when a part of the picture is hidden.",
+                height,
+                partial(plots.plot_mask_effect, explanation, effect, i),
+            ),
+        ]
+    observed = explanation.trace.hidden_states[:, explanation.trace.queries]
+    tokens, probabilities = logit_lens(model, observed)
+    words = [[processor.tokenizer.text_of(int(i)) for i in layer] for layer in tokens[..., 0]]
+    found.append(
+        Section(
+            "Layer by layer",
+            "The word that the model would have said if it had ended after each layer.",
+            1.2 + 0.3 * len(words),
+            partial(plots.plot_lens, words, probabilities[..., 0], explanation.words),
+        )
+    )
+    return found
+
+
+def write_report(found: list[Section], title: str, path: Path) -> None:
+    """Writes a PNG or a page that needs no other file.
+
+    Args:
+        found (list of Section): What `sections` gave.
+        title (str): What it is about.
+        path (Path): Where; its ending chooses the format.
+
+    Raises:
+        FileExistsError: There is a file that is no report.
+    """
+    content = _png(found, title) if path.suffix == ".png" else _page(found, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with own_file(path, COMMAND) as beside:
+        beside.write_bytes(content)
+
+
+def _png(found: list[Section], title: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    from mlx_llava.analysis import plots
+
+    heights = [section.height + 0.5 for section in found]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=100, layout="constrained")
+    figure.suptitle(plots.plain(title), fontsize=12)
+    parts = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False).flatten()
+    for part, section in zip(parts, found, strict=True):
+        part.suptitle(f"{section.title}. {section.caption}", fontsize=9)
+        section.draw(figure=part)
+    return _saved(figure)
+
+
+def _page(found: list[Section], title: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    body = []
+    for section in found:
+        figure = Figure(figsize=(WIDTH, section.height), dpi=100, layout="constrained")
+        section.draw(figure=figure)
+        heading, caption = html.escape(section.title), html.escape(section.caption)
+        body.append(
+            f"<h2>{heading}</h2>\n<p>{caption}</p>\n"
+            f'<img alt="{heading}" src="{data_url(_saved(figure))}">'
+        )
+    head = {"command": COMMAND, "title": html.escape(title)}
+    return _PAGE.format(**head, body="\n".join(body)).encode()
+
+
+def _saved(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # Letters that the font lacks become boxes. `catch_warnings` would change the filters of all
+    # threads; this one holds for what is drawn here alone.
+    warnings.filterwarnings("ignore", "Glyph .* missing", module=r"mlx_llava\.report")
+    figure.savefig(buffer, format="png", metadata={"Software": COMMAND})
+    return buffer.getvalue()

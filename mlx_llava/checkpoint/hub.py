@@ -1,0 +1,84 @@
+"""Where a checkpoint is: a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_llava.files import expand_home
+
+_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_trainables.bin"]
+#: For repositories without safetensors.
+_TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
+
+
+#: The model that comes with the package: beside it in a checkout, inside it when installed.
+EMBEDDED = "tiny-llava"
+EMBEDDED_NOTE = (
+    "note: this is the embedded model, which only knows drawings of coloured shapes; for "
+    "photographs: --model llava-hf/llava-1.5-7b-hf"
+)
+
+
+def embedded_model() -> Path:
+    """The folder of the model that comes with the package.
+
+    Raises:
+        FileNotFoundError: The package was installed without it.
+    """
+    package = Path(__file__).parent.parent
+    for place in (package, package.parent):
+        folder = place / "weights" / EMBEDDED
+        if (folder / "config.json").exists():
+            return folder
+    raise FileNotFoundError(f"{package} came without its embedded model; name a model.")
+
+
+def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offline: bool) -> Path:
+    """The local folder (or file) of a checkpoint; a repository is downloaded, a folder never is.
+
+    Without a name it is the embedded model.
+
+    Raises:
+        FileNotFoundError: It is none of these.
+    """
+    if path_or_repo is None:
+        return embedded_model()
+    path = expand_home(path_or_repo)
+    if path.exists():
+        return path
+    name = str(path_or_repo)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {name}.")
+    folder = _download(name, _FILES, revision, offline)
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, _TORCH_FILES, revision, offline)
+    return folder
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint is called: its repository in the hub's cache, or its folder.
+
+    A snapshot's folder is named by a hash. A training's ``checkpoint-500`` says as little, so the
+    folder around it is named too, as the original does.
+    """
+    path = (path.parent if path.is_file() else path).absolute()
+    for parent in path.parents:
+        if parent.name.startswith("models--"):
+            return parent.name.removeprefix("models--").replace("--", "/")
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
+def _download(name: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, local_files_only=offline
+        )
+    except Exception as error:  # the hub's own errors, and those of its HTTP library
+        where = "among the downloaded repositories" if offline else "on the Hugging Face hub"
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"There is no folder {name}, and it is not {where}: {reason}"
+        ) from error
+    return Path(folder)

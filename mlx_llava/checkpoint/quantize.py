@@ -1,0 +1,187 @@
+"""What a conversion will write, decided before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llava.checkpoint.load import check_tensors, empty_model
+from mlx_llava.checkpoint.names import to_torch_layout
+from mlx_llava.checkpoint.open import Checkpoint
+from mlx_llava.checkpoint.plain import plain_tensors
+from mlx_llava.checkpoint.precision import read_dtype
+from mlx_llava.checkpoint.tensors import LazyTensor, Output, output
+
+#: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How to quantise; see mlx-lm's convert.
+
+    Attributes:
+        bits: of each weight; None is the mode's own.
+        group_size: weights that share a scale; None is the mode's own.
+        mode: a key of MODES.
+        recipe: one of RECIPES, which gives some layers more bits.
+        vision: quantises vision tower and projector too.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    recipe: str | None = None
+    vision: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What MLX calls this."""
+        if self.mode not in MODES:
+            raise ValueError(f"There is no mode {self.mode!r}; known: {', '.join(MODES)}.")
+        group_size, bits = MODES[self.mode]
+        return {
+            "group_size": self.group_size or group_size,
+            "bits": self.bits or bits,
+            "mode": self.mode,
+        }
+
+
+@dataclass
+class Plan:
+    """What a conversion writes.
+
+    Attributes:
+        checkpoint: what is read, its config as it will be written.
+        outputs: what is computed and written, in order.
+        is_mlx: the result is in MLX's layout; else transformers reads it too.
+    """
+
+    checkpoint: Checkpoint
+    outputs: list[Output]
+    is_mlx: bool
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the weights to be written."""
+        return sum(item.nbytes for item in self.outputs)
+
+    def __str__(self) -> str:
+        """The layout, and a line for each tensor: what becomes of it or why it is dropped."""
+        lines = [f"layout: {self.checkpoint.layout}"]
+        for item in self.outputs:
+            for name, shape, dtype in item.tensors:
+                kind = str(dtype).removeprefix("mlx.core.")
+                lines.append(f"{item.source} -> {name} {kind} {list(shape)}")
+        dropped = self.checkpoint.dropped.items()
+        lines += [f"{source} -> dropped: {reason}" for source, reason in dropped]
+        lines.append(f"{len(lines) - 1 - len(dropped)} tensors, {self.nbytes / 1e9:.2f} GB")
+        return "\n".join(lines)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    quantization: Quantization | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+) -> Plan:
+    """Decides what to write, without reading a weight.
+
+    Raises:
+        ValueError: The checkpoint does not fit its config, or the settings make no sense.
+    """
+    check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)
+    tensors, config = checkpoint.tensors, checkpoint.config
+    if dequantize and config.quantization is not None:
+        tensors = plain_tensors(tensors, config.quantization)
+        config = replace(config, quantization=None)
+    if dtype is not None:
+        wanted = read_dtype(dtype)
+        tensors = {name: _cast(tensor, wanted) for name, tensor in tensors.items()}
+    layers: dict[str, dict[str, Any]] = {}
+    if quantization is not None:
+        checkpoint = replace(checkpoint, tensors=tensors, config=config)
+        layers = _layers_to_quantize(checkpoint, quantization)
+        config = replace(config, quantization=_written(config.quantization, quantization, layers))
+    is_mlx = config.quantization is not None
+    if not is_mlx:
+        tensors = to_torch_layout(tensors)
+    outputs = []
+    for name, tensor in tensors.items():
+        path = name.removesuffix(".weight")
+        outputs.append(
+            _quantized(path, tensor, layers[path])
+            if name.endswith(".weight") and path in layers
+            else output(name, tensor)
+        )
+    return Plan(replace(checkpoint, config=config, tensors=tensors), outputs, is_mlx)
+
+
+def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
+    """A floating-point tensor in another precision; codes and indices stay."""
+    if not mx.issubdtype(tensor.dtype, mx.floating) or tensor.dtype == dtype:
+        return tensor
+    return tensor.then(lambda array: array.astype(dtype))
+
+
+def _layers_to_quantize(
+    checkpoint: Checkpoint, quantization: Quantization
+) -> dict[str, dict[str, Any]]:
+    """The settings of each layer that is plain and can be quantised."""
+    settings = quantization.settings()
+    model = empty_model(checkpoint.config, checkpoint.tensors)
+    own: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
+    if quantization.recipe is not None:
+        if quantization.recipe not in RECIPES:
+            known = ", ".join(RECIPES)
+            raise ValueError(f"There is no recipe {quantization.recipe!r}; known: {known}.")
+        from mlx_lm.convert import mixed_quant_predicate_builder
+
+        own = mixed_quant_predicate_builder(
+            quantization.recipe, model.language_model, settings["group_size"]
+        )
+    layers = {}
+    for path, module in model.named_modules():
+        in_language_model = path.startswith("language_model.")
+        if not hasattr(module, "to_quantized") or not (in_language_model or quantization.vision):
+            continue
+        chosen = (
+            own(path.removeprefix("language_model."), module) if in_language_model else settings
+        )
+        if module.weight.shape[-1] % chosen["group_size"] == 0:
+            layers[path] = chosen
+    if not layers:
+        raise ValueError(f"No layer can be quantised in groups of {settings['group_size']}.")
+    return layers
+
+
+def _written(
+    already: Mapping[str, Any] | None,
+    quantization: Quantization,
+    layers: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """config.json's ``quantization``: the common settings, and those of layers that differ."""
+    common = dict(already or quantization.settings())
+    shared = {key: common.get(key, "affine") for key in ("group_size", "bits", "mode")}
+    return {**common, **{path: own for path, own in layers.items() if own != shared}}
+
+
+def _quantized(path: str, tensor: LazyTensor, settings: Mapping[str, Any]) -> Output:
+    """A layer's weight as MLX's codes, scales and, in affine mode, biases."""
+
+    def quantize(weight: mx.array) -> Sequence[mx.array]:
+        return mx.quantize(weight, **settings)
+
+    shadow = quantize(mx.zeros(tensor.shape, tensor.dtype))
+    names = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
+    planned = zip(names, shadow, strict=False)
+    return Output(
+        tuple((name, array.shape, array.dtype) for name, array in planned),
+        lambda: quantize(tensor.read()),
+        tensor.source,
+    )

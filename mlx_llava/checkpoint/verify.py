@@ -1,0 +1,187 @@
+"""Is a checkpoint read right? From its files to a forward pass, point by point."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_llava.checkpoint.load import (
+    check_tensors,
+    empty_model,
+    find_and_open,
+    load_opened,
+    template_doubt,
+)
+from mlx_llava.checkpoint.open import Checkpoint
+from mlx_llava.checkpoint.precision import suit_device
+from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.json_files import sensible_values
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.device import configure_device
+from mlx_llava.model.llava import Llava
+from mlx_llava.model.quantized import layer_settings
+
+QUESTION = "What is in this picture?"
+
+
+def example_picture() -> Image.Image:
+    """A drawn picture of 300 x 200, whose canvas the two conventions of anyres choose apart."""
+    return Image.linear_gradient("L").resize((300, 200)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check that holds.
+
+    Attributes:
+        name: what was looked at.
+        found: what it is, in words.
+    """
+
+    name: str
+    found: str
+
+
+def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Finding]:
+    """Reads a checkpoint as `load` does, and says what it was read as.
+
+    Args:
+        path_or_repo (str or Path, optional): See `load`.
+        **source: ``base``, ``vision_tower``, ``mmproj``, ``revision``, ``offline`` of `load`.
+
+    Yields:
+        Finding: The checks that hold, one after another: layout, warnings, tensors, dtypes,
+            quantisation, template, ends, pictures, features, prompt, ids and forward pass.
+
+    Raises:
+        ValueError: One does not; its name comes first.
+    """
+    with _check("layout"), sensible_values(path_or_repo or "the embedded model"):
+        checkpoint = find_and_open(path_or_repo, **source)
+    yield Finding("layout", checkpoint.layout)
+    yield Finding("warnings", " ".join(checkpoint.warnings) or "none")
+    with _check("tensors"):
+        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)
+    yield from _describe_tensors(checkpoint)
+    with _check("weights"):
+        model, processor = load_opened(checkpoint)
+        configure_device()
+        suit_device(model)
+        mx.eval(model.state)
+    yield from _describe_processor(checkpoint, processor)
+    with _check("prompt"):
+        inputs = processor(QUESTION, example_picture())
+    yield Finding("prompt", repr(inputs.prompts[0]))
+    assert inputs.pixel_values is not None  # there is a picture
+    features = model.encode_images(inputs.pixel_values, inputs.image_sizes)
+    with _check("ids"):
+        _check_ids(processor, inputs, sum(map(len, features)))
+    yield Finding("ids", _folded(inputs, model.config.image_token_index))
+    with _check("forward pass"):
+        logits = _forward(model, inputs, features)
+    extent = f"{float(logits.min()):.4g} to {float(logits.max()):.4g}"
+    yield Finding("forward pass", f"finite, logits of the first word from {extent}")
+
+
+@contextmanager
+def _check(name: str) -> Iterator[None]:
+    """Names the check that an error belongs to."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _describe_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
+    parts = _counted(name.partition(".")[0] for name in checkpoint.tensors)
+    yield Finding("tensors", f"none missing, left over or of another shape: {parts}")
+    yield Finding("dropped", _counted(checkpoint.dropped.values()) or "none")
+    dtypes = (str(tensor.dtype) for tensor in checkpoint.tensors.values())
+    yield Finding("dtypes", _counted(dtype.removeprefix("mlx.core.") for dtype in dtypes))
+    layers = sum(name.endswith(".scales") for name in checkpoint.tensors)
+    settings = layer_settings(checkpoint.config.quantization or {})
+    common = ", ".join(f"{key} {value}" for key, value in settings.items())
+    yield Finding("quantisation", f"{layers} layers, {common}" if layers else "none")
+
+
+def _counted(names: Iterable[str]) -> str:
+    """Each name with how often it occurs."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
+
+
+def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterator[Finding]:
+    config, template, images = processor.config, processor.template, processor.image_processor
+    doubt = template_doubt(checkpoint)
+    yield Finding("template", template.name + (f"; a guess: {doubt}" if doubt else ""))
+    marks = {i: processor.tokenizer.text_of(i) for i in sorted(processor.eos_ids)}
+    texts = [f"text {stop!r}" for stop in template.stops if stop not in marks.values()]
+    yield Finding("ends", ", ".join([*(f"{i} {mark}" for i, mark in marks.items()), *texts]))
+    picture = example_picture()
+    size, tokens = f"{picture.width} x {picture.height}", images.num_tokens(picture.size[::-1])
+    side = config.vision_config.image_size
+    yield Finding("pictures", f"{images.mode}, tiles of {side}; {size} takes {tokens} tokens")
+    yield Finding("features", _features(config))
+
+
+def _features(config: LlavaConfig) -> str:
+    """Which hidden states of the tower the projector reads."""
+    last = config.vision_config.num_hidden_layers
+    states = " and ".join(map(str, config.feature_layers))
+    dropped = config.vision_feature_select_strategy == "default"
+    return (
+        f"hidden state {states} of 0 to {last} (vision_feature_layer "
+        f"{config.vision_feature_layer}), class token {'dropped' if dropped else 'kept'}"
+    )
+
+
+def _check_ids(processor: Processor, inputs: Inputs, features: int) -> None:
+    """Raises ValueError for ids that say another prompt, or that the embedding has not."""
+    image, rows = processor.config.image_token_index, processor.config.text_config.vocab_size
+    ids = _ids(inputs)
+    text = [i for i in ids if i != image]
+    if len(ids) - len(text) != features:
+        found = len(ids) - len(text)
+        raise ValueError(f"the prompt has {found} placeholders, the picture {features} features.")
+    if max(text) >= rows:
+        raise ValueError(f"the tokenizer gives {max(text)}, but the embedding has {rows} rows.")
+    if QUESTION not in (read := processor.tokenizer.decode(text)):
+        raise ValueError(f"they say {read!r}, where the question is {QUESTION!r}.")
+
+
+def _ids(inputs: Inputs) -> list[int]:
+    """The ids of the only prompt."""
+    return [int(i) for i in np.array(inputs.input_ids[0])]
+
+
+def _folded(inputs: Inputs, image: int) -> str:
+    """The ids of a prompt, the placeholders of its picture as one."""
+    ids = _ids(inputs)
+    runs = ((token, len(list(run))) for token, run in groupby(ids))
+    shown = (
+        f"<{image} x {n}>" if token == image else " ".join([str(token)] * n) for token, n in runs
+    )
+    return f"{len(ids)}: {' '.join(shown)}"
+
+
+def _forward(model: Llava, inputs: Inputs, features: Sequence[mx.array]) -> mx.array:
+    """The logits of the word after a prompt.
+
+    Raises:
+        ValueError: A hidden state or a logit is NaN or infinite.
+    """
+    embeddings = model.embed(inputs.input_ids, image_features=features)
+    *_, hidden = model.language_model.hidden_states(embeddings)
+    logits = model.language_model.logits(hidden[:, -1]).astype(mx.float32)
+    for what, values in (("hidden states", hidden), ("logits", logits)):
+        if bad := int((~mx.isfinite(values)).sum()):
+            raise ValueError(f"{bad} of {values.size} {what} are NaN or infinite.")
+    return logits

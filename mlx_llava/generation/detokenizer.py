@@ -1,0 +1,95 @@
+"""Token ids -> text as they come: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mlx_llava.inputs.tokenizer import Tokenizer
+
+
+class StreamingDecoder:
+    """Turns ids into text as they come, never half a character.
+
+    The text of an id depends on its neighbours (bytes that make up one character, a space
+    that is dropped at the start), so each id is decoded after those of the last word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last ids whose text is out, then those that wait
+        self._waiting = 0
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes, or ``""`` while a character is unfinished."""
+        self._ids.append(token)
+        self._waiting += 1
+        return self._take(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end, even if it is not a whole character."""
+        return self._take(final=True)
+
+    def _take(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: len(self._ids) - self._waiting])
+        text = self._tokenizer.decode(self._ids)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids = self._ids[len(self._ids) - self._waiting :]
+        self._waiting = 0
+        return text[len(before) :]
+
+
+class StopMatcher:
+    """Withholds text that is, or could become, one of the stop texts."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Takes new text; returns what may be shown, and whether a stop has come."""
+        self._held += text
+        found = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)], True
+        safe = len(self._held) - self._possible_start()
+        shown, self._held = self._held[:safe], self._held[safe:]
+        return shown, False
+
+    def _possible_start(self) -> int:
+        """How many characters at the end could be the start of a stop."""
+        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        return max((len(start) for start in starts if self._held.endswith(start)), default=0)
+
+    def flush(self) -> str:
+        """What was withheld, once nothing more comes."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+class Answer:
+    """One answer as it grows: ids -> text, up to an end-of-answer id, a stop text or a length."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_ids: Collection[int], stops: Sequence[str], max_tokens: int
+    ) -> None:
+        self._decoder = StreamingDecoder(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._eos_ids = eos_ids
+        self._max_tokens = max_tokens
+        self.length = 0
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """The text that became readable, and ``stop`` or ``length`` if this is the end."""
+        self.length += 1
+        finish_reason = None
+        if token in self._eos_ids:
+            text, finish_reason = self._decoder.flush(), "stop"
+        else:
+            text = self._decoder.add(token)
+            if self.length == self._max_tokens:
+                text, finish_reason = text + self._decoder.flush(), "length"
+        text, stopped = self._matcher.add(text)
+        if stopped:
+            return text, "stop"
+        return (text + self._matcher.flush() if finish_reason else text), finish_reason

@@ -1,0 +1,188 @@
+"""A conversation about pictures: what was said, what was shown, and what fits the context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mlx_llava.files import expand_home, real_path, whole_file
+from mlx_llava.generate import stream_generate
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.steps import GenerationResponse
+from mlx_llava.inputs.image import data_url, load_image, png
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.json_files import read_json, sensible_values, write_json
+from mlx_llava.model.llava import Llava
+
+#: Whether every picture of a conversation is embedded, or only those that were shown last.
+SHOWN = ("all", "last")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and where it came from: a path, a URL, or itself as a data: URL."""
+
+    source: str
+    image: Image.Image = field(repr=False)
+
+    @classmethod
+    def read(cls, source: str) -> Picture:
+        """Reads a path or a URL; see `load_image`."""
+        is_url = source.startswith(("http://", "https://", "data:"))
+        return cls(source if is_url else str(real_path(expand_home(source))), load_image(source))
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Picture:
+        """A picture that came from nowhere."""
+        return cls(data_url(png(image)), image)
+
+
+@dataclass
+class Turn:
+    """A question, the pictures that were shown with it, and the answer so far."""
+
+    text: str
+    pictures: tuple[Picture, ...] = ()
+    answer: str = ""
+
+
+class Session:
+    """A conversation that goes on.
+
+    Attributes:
+        turns: what was said; the last one may be waiting for its answer.
+        system: replaces the template's system text, if it is not None.
+        shown: one of `SHOWN`.
+        processor: prepares the prompts.
+    """
+
+    def __init__(
+        self, model: Llava, processor: Processor, *, system: str | None = None, **options: Any
+    ) -> None:
+        """Begins a conversation.
+
+        Args:
+            model (Llava): The model.
+            processor (Processor): Its processor.
+            system (str, optional): Replaces the template's system text.
+            **options: Of `stream_generate`: ``max_tokens``, ``temp`` and the like.
+        """
+        self.model, self.processor, self.options = model, processor, options
+        self.system = system
+        self.shown = SHOWN[0]
+        self.turns: list[Turn] = []
+        self._cache = PromptCache(model)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation in OpenAI's shape, up to the question that waits."""
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
+        last = next((turn for turn in reversed(self.turns) if turn.pictures), None)
+        for turn in self.turns:
+            pictures = turn.pictures if self.shown == "all" or turn is last else ()
+            content = [{"type": "image", "image": picture.image} for picture in pictures]
+            text = {"type": "text", "text": turn.text}
+            messages.append({"role": "user", "content": [*content, text]})
+            if turn is not self.turns[-1]:
+                messages.append({"role": "assistant", "content": turn.answer})
+        return messages
+
+    def ask(self, text: str, pictures: Sequence[Picture] = ()) -> list[Turn]:
+        """Adds a question, and drops the oldest turns where the context is too short for all.
+
+        Returns:
+            The turns that were dropped, whole, with their pictures.
+
+        Raises:
+            ValueError: The question does not fit alone; the conversation is as it was.
+        """
+        before = list(self.turns)
+        self.turns.append(Turn(text, tuple(pictures)))
+        try:
+            while (length := self.processor.count_tokens(self.messages())) > self._room():
+                if len(self.turns) == 1:
+                    raise ValueError(
+                        f"The question takes {length} tokens; there is room for {self._room()}, "
+                        "three quarters of the model's context."
+                    )
+                self.turns.pop(0)
+        except BaseException:
+            self.turns = before
+            raise
+        return before[: len(before) + 1 - len(self.turns)]
+
+    def _room(self) -> int:
+        """How many tokens a prompt may have, so that there is room for an answer."""
+        return self.processor.context_length * 3 // 4
+
+    def answer(self) -> Iterator[GenerationResponse]:
+        """Answers the last question; what is said is kept also where it is interrupted."""
+        turn = self.turns[-1]
+        turn.answer = ""
+        options = {"prompt_cache": self._cache, **self.options}
+        for part in stream_generate(self.model, self.processor, self.messages(), **options):
+            turn.answer = part.answer.strip()
+            yield part
+
+    def undo(self) -> Turn:
+        """Takes the last turn back.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if not self.turns:
+            raise ValueError("Nothing has been said yet.")
+        return self.turns.pop()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation; pictures from files as their paths.
+
+        Raises:
+            FileExistsError: There is a file that is no conversation.
+        """
+        path = expand_home(path)
+        if path.exists() and not _is_conversation(path):
+            raise FileExistsError(f"{path} is no conversation that was saved; it stays as it is.")
+        turns = [
+            {"text": t.text, "images": [p.source for p in t.pictures], "answer": t.answer}
+            for t in self.turns
+        ]
+        with whole_file(path) as beside:
+            write_json(beside, {"system": self.system, "shown": self.shown, "turns": turns})
+
+    def load(self, path: str | Path) -> None:
+        """Goes on with what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file, or a picture is gone.
+            ValueError: It is something else; the conversation is as it was.
+        """
+        path = expand_home(path)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file {path}.")
+        data = read_json(path)
+        with sensible_values(path):
+            system, shown = data["system"], data["shown"]
+            turns = [_read_turn(turn) for turn in data["turns"]]
+        if shown not in SHOWN or not isinstance(system, (str, type(None))):
+            raise ValueError(f"{path} is not a conversation that was saved.")
+        self.system, self.shown, self.turns = system, shown, turns
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        return read_json(path).keys() == {"system", "shown", "turns"}
+    except (ValueError, OSError):
+        return False
+
+
+def _read_turn(data: dict[str, Any]) -> Turn:
+    pictures = tuple(Picture.read(source) for source in data["images"])
+    if not isinstance(data["text"], str) or not isinstance(data["answer"], str):
+        raise TypeError("a text is no text")
+    return Turn(data["text"], pictures, data["answer"])

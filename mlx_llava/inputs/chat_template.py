@@ -1,0 +1,352 @@
+"""Conversations -> the text that a checkpoint was trained on.
+
+A template is one of the original LLaVA's (templates.py) or the checkpoint's own in Jinja,
+rendered as transformers does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN
+from mlx_llava.json_files import field as json_field
+
+if TYPE_CHECKING:
+    import jinja2
+
+#: Words that no template has in itself, to see what stands around them.
+_QUESTION, _ANSWER = "Six times seven?", "Forty-two"
+#: What looks like an end mark, as text.
+_TEXT_MARK = r"(?:<[^\s<>]+>|\[[^\s\[\]]+\]|#{2,})"
+_PICTURE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        text: what was said; ``<image>`` in it marks the place of a picture.
+        images: how many pictures of this turn have no mark and go to the default place.
+    """
+
+    role: str
+    text: str
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation's text.
+
+    Attributes:
+        text: the text.
+        answer: the assistant wrote it, its end mark included: training learns it.
+    """
+
+    text: str
+    answer: bool = False
+
+
+class ChatTemplate:
+    """Anything that writes a conversation as the text that a model reads.
+
+    Attributes:
+        name: what the template is called.
+        stops: texts that end an answer.
+    """
+
+    name: str
+    stops: tuple[str, ...]
+
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
+        """The conversation's text, cut where the assistant begins and ends.
+
+        Args:
+            messages: An optional system turn, then user and assistant in turn. After a last
+                turn of the user's, the text ends where the answer begins.
+            image_position: Where unmarked pictures go in their turn, ``start`` or ``end``.
+
+        Raises:
+            ValueError: The turns have another order, or the template cannot write them.
+        """
+        raise NotImplementedError
+
+    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+        """The prompt: the text of `pieces`, ending where the assistant's answer begins.
+
+        Raises:
+            ValueError: As `pieces`, or the user does not have the last word.
+        """
+        if messages and messages[-1].role == "assistant":
+            raise ValueError("A prompt must be user, assistant, ..., user; the last is assistant.")
+        return "".join(piece.text for piece in self.pieces(messages, image_position))
+
+
+def place_images(message: Message, joint: str, position: str) -> str:
+    """The text of a turn with its unmarked pictures at the start or at the end."""
+    if position == "end":
+        return message.text + (joint + IMAGE_TOKEN) * message.images
+    return (IMAGE_TOKEN + joint) * message.images + message.text
+
+
+def wrap_images(text: str) -> str:
+    """Puts LLaVA v0's ``<im_start>`` and ``<im_end>`` around every picture."""
+    return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raises ValueError unless user and assistant take turns and the user begins."""
+    for message in messages:
+        if message.role not in ROLES:
+            raise ValueError(f"There is no role {message.role!r}; known: {', '.join(ROLES)}.")
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = [ROLES[1 + i % 2] for i in range(len(turns))]
+    if turns != expected or not turns:
+        raise ValueError(
+            "A conversation must be user, assistant, user, ... after an optional system turn; "
+            f"found {', '.join(roles) or 'nothing'}."
+        )
+
+
+@dataclass(frozen=True)
+class JinjaTemplate(ChatTemplate):
+    """A checkpoint's own chat_template, rendered in Jinja's sandbox.
+
+    Attributes:
+        tokens: other special tokens by the names that templates know, such as ``unk_token``.
+    """
+
+    source: str
+    bos: str = ""
+    eos: str = ""
+    name: str = "the checkpoint's own"
+    stops: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        import jinja2
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """Transformers' {% generation %} block, which only marks the answers."""
+
+            tags = {"generation"}  # noqa: RUF012 - jinja2's own convention
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda x, indent=None: json.dumps(
+            x, ensure_ascii=False, indent=indent
+        )
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The checkpoint's chat template is broken: {error}") from error
+
+    def pieces(
+        self, messages: Sequence[Message], image_position: str = "start"
+    ) -> tuple[Piece, ...]:
+        """Writes the conversation; see `ChatTemplate`.
+
+        In a conversation that ends with an answer, to be learned, what the template adds to a
+        prompt when its answer is given is that answer. Where it writes no end mark behind it
+        (llava-hf's do not), the tokenizer's is put there.
+
+        Raises:
+            ValueError: The template rejects the conversation or drops a part of it.
+        """
+        check_turns(messages)
+        if messages[-1].role == "user":
+            return (Piece(self._write(messages, image_position, prompting=True)),)
+        pieces: list[Piece] = []
+        written = lent = ""
+        for i, message in enumerate(messages, 1):
+            if message.role != "assistant":
+                continue
+            prompt = self._write(messages[: i - 1], image_position, prompting=True)
+            whole = self._write(messages[:i], image_position)
+            if not (prompt.startswith(written) and whole.startswith(prompt)):
+                raise ValueError(
+                    "The checkpoint's chat template rewrites earlier turns, so its answers "
+                    "cannot be told from the rest; choose another with --template."
+                )
+            pieces.append(Piece(prompt[len(written) :].removeprefix(lent)))
+            answer, mark, after = self._answer(whole[len(prompt) :], message.text.strip())
+            lent = "" if mark else self._end
+            pieces += [Piece(answer + (mark or lent), answer=True), Piece(after)]
+            written = whole
+        return tuple(pieces)
+
+    @property
+    def _end(self) -> str:
+        """The end mark of an answer behind which the template writes none."""
+        return self.stops[0] if self.stops else self.eos
+
+    def _answer(self, written: str, text: str) -> tuple[str, str, str]:
+        """An answer, its end mark if the template writes one, and what stands after that."""
+        end = written.rindex(text) + len(text)
+        after = written[end:]
+        places = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
+        mark = after[: min(places)] if places else after.rstrip()
+        return written[:end], mark, after[len(mark) :]
+
+    def find_ends(self, special_tokens: Collection[str]) -> tuple[str, ...]:
+        """The mark that the template writes after an answer: it ends one, whatever eos is.
+
+        Args:
+            special_tokens (collection of str): The tokenizer's; a mark that is none of them looks
+                like one, as ``</s>``, ``[EOS]`` and ``###`` do.
+        """
+        turns = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+        tokens = sorted(map(re.escape, {*special_tokens} - _PICTURE_TOKENS), key=len, reverse=True)
+        mark = re.compile(rf"\s*({'|'.join([*tokens, _TEXT_MARK])})")
+        try:
+            _, _, after = self._write(turns, "start").rpartition(_ANSWER)
+            if match := mark.match(after):
+                return (match[1],)
+            # Some templates write it only where a question follows; what begins that is no mark.
+            text = self._write([*turns, turns[0]], "start")
+        except ValueError:  # it wants other turns than these
+            return ()
+        before, _, rest = text.partition(_QUESTION)
+        between = rest.rpartition(_ANSWER)[2].partition(_QUESTION)[0]
+        opening = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
+        match = mark.match(between[:opening])
+        return (match[1],) if match else ()
+
+    def _write(
+        self, messages: Sequence[Message], image_position: str, prompting: bool = False
+    ) -> str:
+        """The template's own text, up to where an answer begins if `prompting`."""
+        import jinja2
+
+        try:
+            text = self._template.render(
+                messages=[self._as_dict(message, image_position) for message in messages],
+                add_generation_prompt=prompting,
+                **{**self.tokens, "bos_token": self.bos, "eos_token": self.eos},
+            )
+        except (jinja2.TemplateError, TypeError, OverflowError) as error:
+            raise ValueError(f"The checkpoint's chat template fails: {error}") from error
+        for message in messages:
+            if message.text.strip() not in text:
+                raise ValueError(
+                    f"The checkpoint's chat template drops the {message.role}'s text; choose "
+                    "another with --template."
+                )
+        return text
+
+    def _as_dict(self, message: Message, image_position: str) -> dict[str, Any]:
+        """The turn in the shape that the template reads: parts, or one string."""
+        if not re.search(r"""['"]type['"]|\.type\b""", self.source):
+            return {"role": message.role, "content": place_images(message, "\n", image_position)}
+        if image_position == "end":
+            message = Message(message.role, place_images(message, "\n", image_position))
+        images = [{"type": "image"}] * message.images
+        return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
+
+
+def read_messages(
+    conversation: str | Sequence[Mapping[str, Any]],
+    images: Sequence[Any],
+    protect: Callable[..., str],
+) -> tuple[list[Message], list[Any]]:
+    """Reads a question or a conversation in OpenAI's shape.
+
+    Text in a plain string may mark places with ``<image>``. Content in parts has its pictures
+    in parts: ``{"type": "image_url", "image_url": {"url": ...}}``, ``{"type": "image",
+    "image": ...}``, or ``{"type": "image"}`` for the next of `images`; marks in its text are
+    just text. Pictures that are given beside the conversation and have no place in it belong
+    to the first user turn.
+
+    Args:
+        conversation (str or list of dict): What is said.
+        images (list): Pictures that are given beside it.
+        protect (callable): `Tokenizer.protect`.
+
+    Returns:
+        The turns, and all pictures in reading order.
+    """
+    if isinstance(conversation, str):
+        conversation = [{"role": "user", "content": conversation}]
+    beside = iter(images)
+    messages: list[Message] = []
+    used: list[Any] = []
+    for turn in conversation:
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+            raise ValueError(f"A message must have role and content; found {turn!r:.80}.")
+        role, content = turn["role"], turn["content"]
+        if isinstance(content, str):
+            keep = {IMAGE_TOKEN} if role == "user" else ()
+            text = protect(content, keep=keep)
+            pictures: list[Any] = []
+            marks = text.count(IMAGE_TOKEN)
+            used += [picture for _, picture in zip(range(marks), beside, strict=False)]
+        else:
+            text, pictures = _read_parts(content, beside, protect)
+        used += pictures
+        messages.append(Message(role, text, images=len(pictures)))
+    unplaced = list(beside)
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    if unplaced and first is not None and IMAGE_TOKEN not in messages[first].text:
+        before = sum(message.images for message in messages[:first])
+        images_here = messages[first].images
+        used[before:before] = unplaced
+        messages[first] = replace(messages[first], images=images_here + len(unplaced))
+    else:
+        used += unplaced
+    return messages, used
+
+
+def _read_parts(content: Any, beside: Any, protect: Callable[..., str]) -> tuple[str, list[Any]]:
+    """The text and the pictures of a message whose content is a list of parts."""
+    texts: list[str] = []
+    pictures: list[Any] = []
+    if not isinstance(content, Sequence):
+        raise ValueError(f"Content must be a text or a list of parts; found {content!r:.80}.")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(protect(json_field(part, "text", str, "A part of a message")))
+        elif kind == "image_url":
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+            if url is None:
+                raise ValueError("A part of a message is an image_url without a URL.")
+            pictures.append(url)
+        elif kind == "image":
+            keys = ("image", "url", "path")
+            source = next((part[key] for key in keys if part.get(key) is not None), None)
+            source = next(beside, None) if source is None else source
+            if source is None:
+                raise ValueError("A message has more image parts than images were given.")
+            pictures.append(source)
+        else:
+            raise ValueError(
+                f"A content part must be text, image or image_url; found {part!r:.80}."
+            )
+    return "\n".join(texts), pictures

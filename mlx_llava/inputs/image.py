@@ -1,0 +1,295 @@
+"""Pictures: whatever a user has -> an RGB image of 8 bits."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import re
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageGrab
+
+from mlx_llava.inputs.image_files import essence, orientation
+from mlx_llava.inputs.rgb import from_array, to_rgb
+
+ImageSource: TypeAlias = (
+    "str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]"  # str: a path or a URL
+)
+
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 1_000_000_000
+MAX_DOWNLOAD_BYTES = 100_000_000
+DOWNLOAD_SECONDS = 30
+MAX_DATA_HEADER = 4096
+_DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
+_DATA_HEADER = re.compile(_DATA_SCHEME.pattern + r'((?:[^",]|"[^"]*")*),', re.IGNORECASE)
+_BASE64_OF_URLS = bytes.maketrans(b"-_", b"+/")
+_BLANKS = b" \t\r\n\v\f"
+_PERCENT_CODES = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%20": b""}
+#: What is tried on a file, by Pillow's names, and how each begins. Pillow knows more, one of which
+#: runs a program (EPS, Ghostscript). The brands of AVIF and HEIC may stand after another.
+_BEGINNINGS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "TIFF": rb"(II|MM)(\*\0|\0\*|\+\0|\0\+)",
+    "PPM": rb"P[1-6f]\s",
+    "ICO": rb"\0\0\x01\0",
+    "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+    "AVIF": rb"\0\0..ftyp(....)*?avi[fs]",
+    "HEIC": rb"\0\0..ftyp(....)*?(hei[cxms]|hev[cx]|mif1)",
+}
+FORMATS = tuple(_BEGINNINGS)
+#: What is often found in the place of a picture.
+_OTHERS = {
+    rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+    rb"\s*<(.*<)?svg\b": "SVG (save it as PNG first)",
+    rb"\s*<(!doctype\s+)?html\b": "a web page, not the image on it",
+    rb"%PDF": "PDF (save its pages as PNG first)",
+}
+#: What a shell makes for ``<(command)``.
+_OPEN_FILES = (Path("/dev/fd"), Path("/proc/self/fd"))
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PixelsError(ValueError):
+    """A picture has more pixels than it may have.
+
+    Attributes:
+        pixels: how many.
+    """
+
+    def __init__(self, message: str, pixels: int) -> None:
+        super().__init__(message)
+        self.pixels = pixels
+
+
+def load_image(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """Reads one picture as RGB.
+
+    EXIF orientation is applied to everything that is a file; a ready PIL image or array is
+    taken as it stands. Transparency is composited on white, greys of more than 8 bits are
+    rescaled (with a warning where their white had to be guessed), and of an animation the first
+    frame is used.
+
+    Args:
+        source (str, Path, bytes, file, PIL.Image.Image or numpy.ndarray): A path, an http(s)
+            or data: URL, the bytes of a file, an open binary file, a PIL image, or an array
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or floats in 0..1.
+        max_pixels (int): The largest width x height; checked before anything is decoded.
+        formats (sequence of str): What a file may be, by Pillow's names.
+
+    Raises:
+        OSError: There is no such file, or it cannot be opened.
+        ValueError: It is no picture, it is broken, it is too large, or would take long to decode.
+    """
+    if isinstance(source, np.ndarray):
+        source = from_array(source)
+    if isinstance(source, Image.Image):
+        check_pixels(source.size, max_pixels, "The image")
+        with _said("The image"):
+            return to_rgb(source)
+    content, name = _read(source)
+    format = _format(content, name, formats)
+    try:
+        file = essence(content, format, max_pixels)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from error
+    decoder = _decoder(format, name)
+    with _said(name):
+        image = decoder(io.BytesIO(file.content), "")
+    check_pixels(image.size, max_pixels, name)
+    with _said(name):
+        image.load()
+        held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
+        image = to_rgb(image, file.levels, name)
+        return image.transpose(_TURNS[held]) if held in _TURNS else image
+
+
+@contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Decoders raise anything on a broken file."""
+    try:
+        yield
+    except Exception as error:
+        is_told = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
+        why = str(error) if is_told else f"{type(error).__name__} {error}"
+        raise ValueError(f"{name} is a broken image: {' '.join(why.split())}") from error
+
+
+def _bytes(image: Image.Image, key: str) -> bytes:
+    """Metadata as the decoder found it."""
+    found = image.info.get(key, b"")
+    return found if isinstance(found, bytes) else b""
+
+
+def from_clipboard() -> Image.Image:
+    """The picture that was copied, or the first of the copied files.
+
+    Raises:
+        ValueError: There is none, or this system has no clipboard that Pillow can read.
+    """
+    try:
+        found = ImageGrab.grabclipboard()
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"The clipboard cannot be read: {error}") from error
+    if isinstance(found, list) and found:
+        return load_image(found[0])
+    if not isinstance(found, Image.Image):
+        raise ValueError("There is no picture in the clipboard.")
+    return load_image(found)
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Raises ValueError for a (width, height) of too many pixels, or of none."""
+    width, height = size
+    pixels = width * height
+    if pixels > max_pixels:
+        message = f"{name} is {width}x{height} = {pixels:,} pixels; the limit is {max_pixels:,}."
+        raise PixelsError(message, pixels)
+    if not width or not height:
+        raise ValueError(f"{name} is empty ({width}x{height} pixels).")
+
+
+def _read(source: Any) -> tuple[bytes, str]:
+    """The bytes of a file, and the words to name it with in an error."""
+    if isinstance(source, bytes):
+        return source, f"The image ({len(source):,} bytes)"
+    if hasattr(source, "read"):
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)
+        return _read_open(source, str(getattr(source, "name", "The image")))
+    if not isinstance(source, (str, Path)):
+        kinds = "a path, URL, bytes, file, PIL image or array"
+        raise ValueError(f"An image must be {kinds}, not {type(source).__name__}.")
+    text = str(source)
+    if is_data_url(text):
+        return decode_data_url(text), "The data: URL"
+    if text.startswith(("http://", "https://")):
+        return _download(text), text
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"There is no image {text}: {error}") from error
+    if path.is_dir():
+        raise ValueError(f"{text} is a folder, not an image.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no image {text}.")
+    # Opening another pipe would wait for its writer, and a device may never end.
+    if not path.is_file() and not (path.is_fifo() and path.parent in _OPEN_FILES):
+        raise ValueError(f"{text} is a pipe, a socket or a device, not an image file.")
+    with path.open("rb") as file:
+        return _read_open(file, text)
+
+
+def _read_open(file: BinaryIO, name: str) -> tuple[bytes, str]:
+    content = file.read(MAX_FILE_BYTES + 1)
+    if not isinstance(content, bytes):
+        raise ValueError(f"{name} was opened as text; open it with mode 'rb'.")
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes.")
+    return content, name
+
+
+def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
+    """The format of a file, by how it begins."""
+    for format in formats:
+        if re.match(_BEGINNINGS[format], content[:64], re.DOTALL):
+            return format
+    what = f"not an image ({', '.join(formats)})"
+    for beginning, other in _OTHERS.items():
+        if re.match(beginning, content[:1000], re.DOTALL | re.IGNORECASE):
+            what = other
+    raise ValueError(f"{name} is {what if content else 'empty, not an image'}.")
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    """The bytes of a PNG file as a URL that holds all of it, which `load_image` reads."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def is_data_url(text: str) -> bool:
+    """Whether a text holds a file rather than naming one."""
+    return _DATA_SCHEME.match(text) is not None
+
+
+def decode_data_url(url: str) -> bytes:
+    """What a data: URL in base64 holds, in all the spellings that clients send.
+
+    Beside RFC 2397's these are line breaks, base64 of URLs (RFC 4648), percent-encoding and
+    missing padding. What kind of file it is said to be is not believed.
+
+    Raises:
+        ValueError: It is none in base64.
+    """
+    header = _DATA_HEADER.match(url[:MAX_DATA_HEADER])
+    if header is None or "base64" not in map(str.strip, header[1].lower().split(";")[1:]):
+        raise ValueError("A data: URL must look like data:image/png;base64,...")
+    try:
+        data = url[header.end() :].encode("ascii")
+        for code, letter in _PERCENT_CODES.items() if b"%" in data else ():
+            data = data.replace(code, letter).replace(code.lower(), letter)
+        data = data.translate(_BASE64_OF_URLS, _BLANKS).rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:
+        why = "it has other letters" if isinstance(error, UnicodeError) else error
+        raise ValueError(f"The data: URL is not valid base64: {why}.") from error
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mlx_llava"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from error
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes.")
+    return data
+
+
+def _decoder(format: str, name: str) -> Callable[[BinaryIO, str], Image.Image]:
+    """What opens files of a format; HEIC (iPhone photos) through the optional pillow-heif.
+
+    `Image.open` would do the same, and warn of sizes that are allowed here.
+    """
+    if format == "HEIC":
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise ValueError(
+                f"{name} is HEIC: pip install 'mlx_llava[heic]' to read it."
+            ) from error
+        pillow_heif.register_heif_opener()
+        format = "HEIF"
+    if format not in Image.OPEN:
+        Image.init()
+    if format not in Image.OPEN:
+        raise ValueError(f"{name} is {format}: pip install -U pillow to read it.")
+    return Image.OPEN[format][0]

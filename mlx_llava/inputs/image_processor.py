@@ -1,0 +1,297 @@
+"""RGB images -> the float32 tiles that CLIP reads.
+
+S is the side of one tile, N tiles. Sizes are (height, width) except where Pillow is spoken
+to. Every step is bit-equal to transformers' Pillow image processors (CLIPImageProcessor,
+LlavaImageProcessor, LlavaNextImageProcessor): tests/test_preprocess.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mlx_llava.inputs.image import MAX_PIXELS, check_pixels
+from mlx_llava.model.anyres import Size, canvas_size, num_tokens
+from mlx_llava.model.config import LlavaConfig, read_pinpoints
+
+Pixels: TypeAlias = npt.NDArray[np.float32]
+
+MODES = ("crop", "pad", "anyres")
+
+#: OpenAI CLIP's normalisation (clip.py, _transform), for checkpoints without a processor file.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+#: In pixels, of what is made in one piece.
+LARGEST_SQUARE = 1 << 24
+
+#: (left, top, right, bottom).
+Box: TypeAlias = tuple[float, float, float, float]
+
+
+def shortest_edge_size(size: Size, side: int) -> Size:
+    """The size with a shorter edge of `side`; the longer one is truncated, not rounded."""
+    longer = int(side * max(size) / min(size))
+    return (longer, side) if size[1] <= size[0] else (side, longer)
+
+
+def center_corner(size: Size, window: Size) -> tuple[int, int]:
+    """Where a window in the middle begins, (top, left)."""
+    # Floor division as in transformers.image_transforms.center_crop, also where negative.
+    return (size[0] - window[0]) // 2, (size[1] - window[1]) // 2
+
+
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """Cuts (height, width) out of the middle; what lies outside the picture is black."""
+    top, left = center_corner((image.height, image.width), size)
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def resize_square(
+    image: Image.Image, size: Size, background: tuple[int, ...], resample: Image.Resampling
+) -> Image.Image:
+    """Centres the picture on a square of its longer side (LLaVA's expand2square), and resizes it.
+
+    The square of a panorama is far larger than the picture and is never made: Pillow resizes
+    each row by itself, to 8 bits, and then the columns, so that strips give the same bits. (Where
+    `size` is no square, it may take columns first, and some bits differ by one.)
+    """
+    height, width = size
+    side = max(image.size)
+    check_pixels((width, side), MAX_PIXELS, "The padded image")
+    top, left = center_corner((side, side), (image.height, image.width))
+    if side * side <= LARGEST_SQUARE:
+        square = Image.new("RGB", (side, side), background)
+        square.paste(image, (left, top))
+        return square.resize((width, height), resample)
+    narrow = Image.new("RGB", (width, side), background)
+    rows = max(1, LARGEST_SQUARE // side)
+    for start in range(0, image.height, rows):
+        end = min(start + rows, image.height)
+        strip = Image.new("RGB", (side, end - start), background)
+        strip.paste(image.crop((0, start, image.width, end)), (left, 0))
+        narrow.paste(strip.resize((width, end - start), resample), (0, top + start))
+    return narrow.resize((width, height), resample)
+
+
+def fitted_size(size: Size, canvas: Size) -> Size:
+    """The largest size of the same proportions that fits a canvas."""
+    (height, width), (rows, columns) = size, canvas
+    by_width, by_height = columns / width, rows / height
+    if by_width < by_height:
+        return min(math.ceil(height * by_width), rows), columns
+    return rows, min(math.ceil(width * by_height), columns)
+
+
+def anyres_canvas(image: Image.Image, canvas: Size, resample: Image.Resampling) -> Image.Image:
+    """Fits the picture into (height, width) and centres it on black."""
+    height, width = fitted_size((image.height, image.width), canvas)
+    black = Image.new("RGB", canvas[::-1])
+    top, left = center_corner(canvas, (height, width))
+    black.paste(image.resize((width, height), resample), (left, top))
+    return black
+
+
+def tile_corners(canvas: Size, side: int) -> list[tuple[int, int]]:
+    """Where the square tiles of a canvas begin, (top, left), row by row."""
+    return [(top, left) for top in range(0, canvas[0], side) for left in range(0, canvas[1], side)]
+
+
+def split_tiles(image: Image.Image, side: int) -> list[Image.Image]:
+    """Cuts a canvas into square tiles, row by row."""
+    corners = tile_corners((image.height, image.width), side)
+    return [image.crop((left, top, left + side, top + side)) for top, left in corners]
+
+
+def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
+    """A side, or (height, width), from the spellings of preprocessor_config.json."""
+    if isinstance(size, int):
+        return size
+    size = {name: pixels for name, pixels in size.items() if pixels is not None}
+    if set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    if set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    raise ValueError(f"The image processor's {key}={size!r} is not supported.")
+
+
+def _shown(size: Size, resized: Size, corner: tuple[int, int], side: int) -> Box:
+    """What a square of a resized picture, its (top, left) given, shows of the picture."""
+    (top, left), (down, across) = corner, (size[0] / resized[0], size[1] / resized[1])
+    return left * across, top * down, (left + side) * across, (top + side) * down
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Pictures -> tiles of normalised pixels, the way one checkpoint wants them.
+
+    Attributes:
+        config: the model that reads the pixels; its vision tower sets the side S of a tile.
+        mode: ``crop`` (shortest edge, centre crop), ``pad`` (LLaVA 1.5's square on the mean
+            colour) or ``anyres`` (LLaVA 1.6's base picture and tiles).
+        size: what pictures are resized to: the shorter edge, or (height, width).
+    """
+
+    config: LlavaConfig
+    mode: str
+    size: int | Size
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_config(
+        cls, data: Mapping[str, Any] | None, config: LlavaConfig, mode: str | None = None
+    ) -> ImageProcessor:
+        """Reads the content of preprocessor_config.json; None takes CLIP's own values.
+
+        Args:
+            data (dict, optional): The processor's settings.
+            config (LlavaConfig): The model that will read the pixels.
+            mode (str, optional): Overrides how pictures are cut.
+
+        Raises:
+            ValueError: A setting is not supported or does not fit the model.
+        """
+        data = {key: value for key, value in (data or {}).items() if value is not None}
+        for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if data.get(key, True) is False:
+                raise ValueError(f"The image processor has {key}=false, which is not supported.")
+        if mode is None:
+            pads = data.get("do_pad") and "LlavaImage" in data.get("image_processor_type", "")
+            mode = "anyres" if config.is_anyres else "pad" if pads else "crop"
+        side = config.vision_config.image_size
+        processor = cls(
+            config=config,
+            mode=mode,
+            size=_read_size(data.get("size", side), "size"),
+            mean=tuple(data.get("image_mean", CLIP_MEAN)),
+            std=tuple(data.get("image_std", CLIP_STD)),
+            rescale_factor=data.get("rescale_factor", 1 / 255),
+            resample=Image.Resampling(data.get("resample", Image.Resampling.BICUBIC)),
+        )
+        processor._check(data)
+        return processor
+
+    def _check(self, data: Mapping[str, Any]) -> None:
+        side = self.config.vision_config.image_size
+        if self.mode not in MODES:
+            raise ValueError(f"There is no image mode {self.mode!r}; known: {', '.join(MODES)}.")
+        crop = _read_size(data.get("crop_size", side), "crop_size")
+        if crop not in (side, (side, side)):
+            raise ValueError(
+                f"The image processor makes tiles of {crop} pixels, the vision tower reads {side}."
+            )
+        if self.mode != "anyres":
+            return
+        if not self.config.is_anyres:
+            raise ValueError("Image mode anyres needs a LLaVA 1.6 (llava_next) model.")
+        pinpoints = self.config.image_grid_pinpoints
+        if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints, side) != pinpoints:
+            raise ValueError("image_grid_pinpoints of the image processor and config.json differ.")
+        if self.size not in (side, (side, side)):
+            raise ValueError(
+                f"anyres tiles are {side} pixels but the processor's size={self.size}."
+            )
+        if any(pixels % side for pinpoint in pinpoints for pixels in pinpoint):
+            raise ValueError(f"image_grid_pinpoints must be multiples of the tile side, {side}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The preprocessor_config.json that says the same."""
+        side = self.config.vision_config.image_size
+        size = self.size
+        names = {"crop": "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
+        data: dict[str, Any] = {
+            "image_processor_type": f"{names[self.mode]}ImageProcessor",
+            "size": {"shortest_edge": size}
+            if isinstance(size, int)
+            else {"height": size[0], "width": size[1]},
+            "crop_size": {"height": side, "width": side},
+            "resample": int(self.resample),
+            "rescale_factor": self.rescale_factor,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "do_pad": self.mode != "crop",
+        }
+        if self.mode == "anyres":
+            data["image_grid_pinpoints"] = self.config.image_grid_pinpoints
+        return data
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pixels:
+        """Cuts RGB pictures and normalises them: the tiles of all in order, (N, S, S, 3)."""
+        tiles = [tile for image in images for tile in self.tiles(image)]
+        return self.normalize(np.stack([np.asarray(tile) for tile in tiles]))
+
+    def tiles(self, image: Image.Image) -> list[Image.Image]:
+        """One S x S tile, or for anyres the squashed whole picture and then its tiles."""
+        side = self.config.vision_config.image_size
+        if self.mode == "anyres":
+            canvas = canvas_size((image.height, image.width), self.config)
+            tiles = split_tiles(anyres_canvas(image, canvas, self.resample), side)
+            return [image.resize((side, side), self.resample), *tiles]
+        if self.mode == "pad":
+            size = self._resized_size((max(image.size),) * 2)
+            # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
+            background = tuple(int(mean * 255) for mean in self.mean)
+            return [
+                center_crop(resize_square(image, size, background, self.resample), (side, side))
+            ]
+        height, width = self._resized_size((image.height, image.width))
+        check_pixels((width, height), MAX_PIXELS, "The resized image")
+        return [center_crop(image.resize((width, height), self.resample), (side, side))]
+
+    def _resized_size(self, size: Size) -> Size:
+        return shortest_edge_size(size, self.size) if isinstance(self.size, int) else self.size
+
+    def tile_boxes(self, size: Size) -> list[Box]:
+        """Which part of a picture of (height, width) each of its `tiles` shows.
+
+        Returns:
+            list[Box]: In the picture's own pixels; what lies beyond its edges is padding.
+        """
+        side = self.config.vision_config.image_size
+        height, width = size
+        if self.mode == "anyres":
+            canvas = canvas_size(size, self.config)
+            fitted = fitted_size(size, canvas)
+            above, beside = center_corner(canvas, fitted)
+            corners = [(y - above, x - beside) for y, x in tile_corners(canvas, side)]
+            return [(0, 0, width, height), *(_shown(size, fitted, c, side) for c in corners)]
+        framed = (max(size),) * 2 if self.mode == "pad" else size
+        above, beside = center_corner(framed, size)
+        resized = self._resized_size(framed)
+        corner = center_corner(resized, (side, side))
+        left, top, right, bottom = _shown(framed, resized, corner, side)
+        return [(left - beside, top - above, right - beside, bottom - above)]
+
+    def normalize(self, pixels: npt.NDArray[np.uint8]) -> Pixels:
+        """Maps uint8 (..., 3) to normalised float32, through a table of the 256 levels.
+
+        The table is computed in transformers' own order: levels scaled in float64, cast to
+        float32, then normalised in float32.
+        """
+        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = np.array([self.mean, self.std], dtype=np.float32)
+        table: Pixels = (levels[:, None] - mean) / std
+        return table[pixels, np.arange(3)]
+
+    def denormalize(self, pixels: Pixels) -> npt.NDArray[np.uint8]:
+        """What `normalize` was given."""
+        mean, std = np.array([self.mean, self.std], dtype=np.float32)
+        levels = (pixels * std + mean) / self.rescale_factor
+        return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+    def num_tokens(self, size: Size) -> int:
+        """How many positions a picture of (height, width) takes in the prompt."""
+        if self.mode == "anyres":
+            return num_tokens(size, self.config)
+        # LLaVA 1.6 ends a lone tile with a newline.
+        return self.config.tokens_per_tile + self.config.has_newline

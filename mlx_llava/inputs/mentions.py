@@ -1,0 +1,212 @@
+"""Which pictures a typed line names: as terminals paste and quote paths, and within a sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+from mlx_llava.files import is_file
+from mlx_llava.inputs.picture_files import picture_endings
+
+#: Longer lines are text.
+MAX_LENGTH = 32768
+#: The longest name that is looked for, and how many quotation marks it may hold.
+_LONGEST, _MARKS = 1024, 8
+_QUOTES = {
+    "'": "'",
+    '"': '"',
+    "`": "`",
+    "\u2018": "\u2019",
+    "\u201c": "\u201d",
+    "\u00ab": "\u00bb",
+    "\u201e": "\u201c",
+}
+_BEFORE = " \t([{<,;:=" + "".join(_QUOTES)
+_AFTER = "?!.,;:)]}>" + "".join(_QUOTES.values())
+_URLS = ("http://", "https://", "data:")
+_MISSING = re.compile(r"(?:^|\s)((?:file://|~|\.{0,2}/)\S*)")
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A file that a line names from `start` to `end`."""
+
+    start: int
+    end: int
+    path: str
+
+
+def split_line(line: str) -> tuple[list[str], str]:
+    """The pictures that a line names, and the question without them.
+
+    A path before or after the question is left out of it; one within a sentence becomes "this
+    picture", or "picture 1" and so on where there are several.
+
+    Returns:
+        tuple: The paths in order, each once, and the question, "" where there is none.
+    """
+    found = list(_mentions(line, _is_picture))
+    paths = list(dict.fromkeys(mention.path for mention in found))
+    if not found:
+        return [], line.strip()
+    ends = [0, *(mention.end for mention in found)]
+    starts = [*(mention.start for mention in found), len(line)]
+    first, *between, last = [line[a:b] for a, b in zip(ends, starts, strict=True)]
+    if not any(_has_words(part) for part in between):
+        if not _has_words(first):
+            return paths, last.strip(" \t\r,;:-") if _has_words(last) else ""
+        if not _has_words(last) and _is_mark(first.rstrip()[-1], "?!.:"):
+            return paths, first.strip()
+    text = first
+    for mention, following in zip(found, [*between, last], strict=True):
+        number = paths.index(mention.path) + 1
+        text += f"picture {number}" if paths[1:] else "this picture"
+        text += following
+    return paths, text.strip()
+
+
+def pasted_files(line: str) -> list[str]:
+    """The files that a line consists of; [] if there is anything else in it."""
+    whole = _to_path(line.strip())
+    if _is_path(whole):
+        return [whole]
+    found = list(_mentions(line, _is_path))
+    rest = "".join(line[a.end : b.start] for a, b in pairwise(found))
+    is_whole = found and not (line[: found[0].start] + rest + line[found[-1].end :]).strip()
+    return [mention.path for mention in found] if is_whole else []
+
+
+def file_name(argument: str) -> str:
+    """The one file that an argument names, quoted as in a shell or not at all."""
+    try:
+        words = shlex.split(argument)
+    except ValueError:  # a quote stays open
+        words = []
+    return _to_path(words[0] if len(words) == 1 else argument)
+
+
+def image_names(arguments: str) -> list[str]:
+    """The files, URLs and other names of an argument list, also those of files that are missing."""
+    whole = _to_path(arguments.strip())
+    if _is_file(whole):
+        return [whole]
+    names, end = list[str](), 0
+    for mention in [*_mentions(arguments, _is_file), Mention(len(arguments), 0, "")]:
+        names += _other_names(arguments[end : mention.start])
+        names += [mention.path] if mention.path else []
+        end = mention.end
+    return names
+
+
+def missing_paths(line: str) -> list[str]:
+    """What looks like the path of a picture and is no file, so that it stays text."""
+    words = [word.rstrip(_AFTER) for word in _MISSING.findall(line)]
+    return [word for word in words if Path(word).suffix.lower() in picture_endings()]
+
+
+def _other_names(text: str) -> Iterator[str]:
+    """Words that are names by themselves, and what is between them as one name."""
+    words: list[str] = []
+    for word in [*text.split(), ""]:
+        if word and word != "clipboard" and not word.startswith(_URLS):
+            words.append(word)
+            continue
+        if words:
+            yield _to_path(" ".join(words).strip("'\","))
+        words = []
+        if word:
+            yield word
+
+
+def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
+    """The files that a line names, from left to right."""
+    if len(line) > MAX_LENGTH:
+        return
+    endings = "|".join(re.escape(ending) for ending in sorted(picture_endings()))
+    pattern = rf"(?i:{endings})(?![A-Za-z0-9_/\\-]|\.[A-Za-z0-9])"
+    ends = [match.end() for match in re.finditer(pattern, line)]
+    start = 0
+    while start < len(line):
+        found = None
+        if _may_begin(line, start):
+            near = [end for end in reversed(ends) if start < end <= start + _LONGEST]
+            names = _names_at(line, start, near)
+            known = ((_to_path(name), end) for name, end in names)
+            found = next(((path, end) for path, end in known if accepts(path)), None)
+        if found:
+            yield Mention(start, found[1], found[0])
+        start = found[1] if found else start + 1
+
+
+def _may_begin(line: str, start: int) -> bool:
+    """Whether a path may begin at a place, which is not after a space that is part of one."""
+    if not start:
+        return not line[0].isspace()
+    is_escaped = line[start - 2 : start - 1] == "\\"
+    is_after_mark = _is_mark(line[start - 1], _BEFORE)
+    return is_after_mark and not is_escaped and not line[start].isspace()
+
+
+def _names_at(line: str, start: int, ends: list[int]) -> Iterator[tuple[str, int]]:
+    """What may be the name of a file at a place, and where it ends, the likeliest first."""
+    closing = _QUOTES.get(line[start])
+    if closing:
+        for match in islice(re.finditer(re.escape(closing), line[start + 1 :]), _MARKS):
+            yield line[start + 1 : start + 1 + match.start()], start + 1 + match.end()
+    for end in ends:
+        yield line[start:end], end
+    word, end = _shell_word(line, start)
+    yield word, end
+    while word and _is_mark(word[-1], _AFTER) and line[end - 1] == word[-1]:
+        word, end = word[:-1], end - 1
+        yield word, end
+
+
+def _shell_word(line: str, start: int) -> tuple[str, int]:
+    """The word at a place, with quotes and backslashes taken away, and where it ends."""
+    rest = io.StringIO(line[start : start + _LONGEST])
+    words = shlex.shlex(rest, posix=True)
+    words.whitespace_split, words.commenters, words.whitespace = True, "", " \t"
+    try:
+        word = words.get_token() or ""
+    except ValueError:  # a quote stays open
+        return "", start
+    end = start + rest.tell()
+    return word, end - (line[end - 1] in " \t")
+
+
+def _to_path(name: str) -> str:
+    """The path that a name stands for: of a file: URL, and with ~ for the home folder."""
+    if name[:7].lower() == "file://":
+        return unquote(name[7:].removeprefix("localhost"))
+    return os.path.expanduser(name)  # noqa: PTH111 - Path's would take the ./ away
+
+
+def _is_file(path: str) -> bool:
+    return is_file(Path(path))
+
+
+def _is_path(path: str) -> bool:
+    """Whether a text is a file's path, and not a word that happens to be one."""
+    return ("/" in path or "." in path) and _is_file(path)
+
+
+def _is_picture(path: str) -> bool:
+    return Path(path).suffix.lower() in picture_endings() and _is_file(path)
+
+
+def _is_mark(letter: str, known: str) -> bool:
+    """Whether a letter is one of some marks, or punctuation beyond ASCII: full-width and such."""
+    return letter in known or (ord(letter) > 127 and unicodedata.category(letter)[0] == "P")
+
+
+def _has_words(text: str) -> bool:
+    return any(letter.isalnum() for letter in text)

@@ -1,0 +1,146 @@
+"""The pictures of folders and patterns, each once, whatever links lead to them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from mlx_llava.files import expand_home, real_path
+from mlx_llava.inputs.image import FORMATS
+
+
+def find_pictures(
+    places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
+) -> list[str]:
+    """The pictures of folders and patterns, those of a place in order of their names.
+
+    Links are followed, and a picture that several lead to is found once, by its own name if that
+    is in the place.
+
+    Args:
+        places (list of str): Folders, files, and patterns as ``photos/*.jpg``, in which ``**``
+            stands for any folders.
+        recursive (bool): Looks into the folders of folders.
+        skipped (set of Path, optional): Takes the files that are no pictures by their names, links
+            that lead nowhere, and folders that cannot be read.
+
+    Raises:
+        ValueError: A place has no picture.
+    """
+    found: dict[Path, str] = {}
+    skipped = set() if skipped is None else skipped
+    for place in places:
+        path = expand_home(place)
+        files = [path] if path.is_file() else _find_files(path, recursive, skipped)
+        new = _name_once(files)
+        if not new:
+            hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
+            raise ValueError(f"There is no picture in {place}{hint}.")
+        for real, name in sorted(new.items(), key=lambda item: item[1]):
+            found.setdefault(real, name)
+    return list(found.values())
+
+
+def _name_once(files: Iterable[Path]) -> dict[Path, str]:
+    """Where each file is, and the name that leads there through the fewest links."""
+    links_to = cache(_links_to)  # of a folder, once for all that is in it
+    named: list[tuple[int, str, Path]] = []
+    for file in files:
+        links, folder = links_to(file.parent)
+        if file.is_symlink():
+            named.append((links + 1, str(file), real_path(file)))
+        else:
+            named.append((links, str(file), folder / file.name))
+    names: dict[Path, str] = {}
+    for _, name, real in sorted(named):
+        names.setdefault(real, name)
+    return names
+
+
+def _links_to(folder: Path) -> tuple[int, Path]:
+    """How many links a name leads through, and where to."""
+    return sum(part.is_symlink() for part in (folder, *folder.parents)), real_path(folder)
+
+
+def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
+    """The pictures of a folder or a pattern."""
+    if path.is_dir():
+        matching = _match(path, ["**", "*"] if recursive else ["*"], skipped)
+    else:
+        start = Path(path.anchor)
+        matching = _match(start, path.parts[1:] if path.anchor else path.parts, skipped)
+    for file in matching:
+        mode = _mode(file)
+        if has_picture_name(file) and stat.S_ISREG(mode):
+            yield file
+        elif not stat.S_ISDIR(mode):
+            skipped.add(file)
+
+
+def _match(folder: Path, parts: Sequence[str], skipped: set[Path]) -> Iterator[Path]:
+    """What matches the parts of a pattern below a folder."""
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        for below in _folders(folder, skipped):
+            yield from _match(below, rest or ["*"], skipped)
+        return
+    for path in _entries(folder, first, skipped):
+        if not rest:
+            yield path
+        elif stat.S_ISDIR(_mode(path)):
+            yield from _match(path, rest, skipped)
+
+
+def _folders(folder: Path, skipped: set[Path]) -> Iterator[Path]:
+    """A folder and all below it, each once, those behind links last."""
+    seen: set[tuple[int, int]] = set()
+    own, linked = [folder], list[Path]()
+    while own or linked:
+        here = own.pop() if own else linked.pop(0)
+        found = here.stat()
+        if (found.st_dev, found.st_ino) in seen:
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield here
+        below = [path for path in _entries(here, "*", skipped) if stat.S_ISDIR(_mode(path))]
+        own += [path for path in below if not path.is_symlink()]
+        linked += [path for path in below if path.is_symlink()]
+
+
+def _entries(folder: Path, pattern: str, skipped: set[Path]) -> list[Path]:
+    """What is in a folder under a name or a pattern; hidden files match only a hidden pattern."""
+    if not any(letter in pattern for letter in "*?["):
+        return [folder / pattern] if os.path.lexists(folder / pattern) else []
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        skipped.add(folder)
+        return []
+    hidden = pattern.startswith(".")
+    return [folder / n for n in names if fnmatchcase(n, pattern) and n.startswith(".") == hidden]
+
+
+def _mode(path: Path) -> int:
+    """What a path leads to, as `stat.S_ISREG` and the like tell; 0 where it leads nowhere."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+@cache
+def picture_endings() -> set[str]:
+    """What the names of pictures end in."""
+    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    return known | {".heic", ".heif"}
+
+
+def has_picture_name(file: Path) -> bool:
+    """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
+    return file.suffix.lower() in picture_endings() and not file.name.startswith(".")

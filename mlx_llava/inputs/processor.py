@@ -1,0 +1,354 @@
+"""Prompt and pictures -> what the model reads.
+
+B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N tiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_llava.inputs import html as display
+from mlx_llava.inputs.chat_template import (
+    ChatTemplate,
+    JinjaTemplate,
+    Message,
+    Piece,
+    read_messages,
+    wrap_images,
+)
+from mlx_llava.inputs.image import ImageSource, load_image
+from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.templates import get_template
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.model.anyres import Size, num_tiles
+from mlx_llava.model.config import LlavaConfig
+
+Conversation: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+
+#: Any id will do where the attention mask is 0; 0 is in every vocabulary.
+_PADDING_ID = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `Llava` reads; unpacks with ``**`` into `Llava.__call__` and `Llava.embed`.
+
+    Attributes:
+        input_ids: int32 (B, L), one placeholder id for each image feature.
+        pixel_values: float32 (N, S, S, 3), all tiles of all pictures in reading order.
+        image_sizes: the (height, width) of each picture, where the model cuts into tiles.
+        attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
+        prompts: the texts as the model reads them, each picture as ``<image x COUNT>``.
+        image_tokens: how many placeholders each picture takes.
+        image_tiles: how many of the tiles are each picture's.
+        seconds: how long all of this took to prepare.
+        image_processor: what cut the pictures.
+    """
+
+    input_ids: mx.array
+    pixel_values: mx.array | None
+    image_sizes: tuple[Size, ...] | None
+    attention_mask: mx.array | None
+    prompts: tuple[str, ...]
+    image_tokens: tuple[int, ...]
+    image_tiles: tuple[int, ...]
+    seconds: float
+    image_processor: ImageProcessor = field(repr=False)
+
+    def keys(self) -> Iterator[str]:
+        """The model's arguments, for ``**inputs``."""
+        return iter(("input_ids", "pixel_values", "image_sizes", "attention_mask"))
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def tiles(self) -> list[Image.Image]:
+        """The tiles as pictures: all that the model sees of what was given."""
+        if self.pixel_values is None:
+            return []
+        pixels = self.image_processor.denormalize(np.array(self.pixel_values))
+        return [Image.fromarray(tile) for tile in pixels]
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the tiles, the prompts, the shapes."""
+        shapes = {
+            key: "x".join(map(str, self[key].shape))
+            for key in ("input_ids", "pixel_values", "attention_mask")
+            if self[key] is not None
+        }
+        tiles = (
+            {"image_tokens": ", ".join(map(str, self.image_tokens))} if self.image_tokens else {}
+        )
+        return (
+            display.pictures(self.tiles())
+            + display.texts(self.prompts)
+            + display.table({**shapes, **tiles})
+        )
+
+
+def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The checkpoint's own template, or the one that its shape points to."""
+    if config.conv_mode or not tokenizer.chat_template:
+        return get_template(config.conv_mode or guess_template(config).name)
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    tokens = {key: text for key, value in named.items() if (text := _text_of(value))}
+    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
+    return replace(template, stops=template.find_ends(tokenizer.special_tokens))
+
+
+def _text_of(token: Any) -> str:
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else ""
+
+
+class Processor:
+    """Tokenizer, image processor and chat template of one checkpoint.
+
+    Attributes:
+        template: writes conversations as prompts, and knows the texts that end an answer.
+        eos_ids: token ids that end an answer.
+        context_length: how many tokens the decoder can read and write in all.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        template: ChatTemplate | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            config (LlavaConfig): The model's config.
+            tokenizer (Tokenizer): Its tokenizer.
+            image_processor (ImageProcessor): Its way with pictures.
+            template (ChatTemplate, optional): Default: `choose_template`.
+            eos_ids (sequence of int): Ends of answer beyond config's and tokenizer's.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template = template or choose_template(config, tokenizer)
+        self.context_length = config.text_config.context_length
+        special = tokenizer.special_tokens
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        ends = [special[stop] for stop in self.template.stops if stop in special]
+        self.eos_ids = frozenset((*eos_ids, *config.eos_token_id, *own, *ends))
+
+    def with_template(self, name: str) -> Processor:
+        """The same with a built-in template.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        template = get_template(name)
+        return Processor(
+            self.config, self.tokenizer, self.image_processor, template, [*self.eos_ids]
+        )
+
+    def __call__(
+        self,
+        prompt: Conversation | Sequence[Conversation],
+        images: ImageSource | Sequence[Any] | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        image_position: str = "start",
+    ) -> Inputs:
+        """Prepares one prompt, or a batch of them.
+
+        Args:
+            prompt (str, list of dict, or a list of these): A question, a conversation in
+                OpenAI's shape, or a list of prompts for a batch.
+            images (image or list of images, optional): Pictures as `load_image` takes them.
+                For a batch, one list (or None) for each prompt.
+            raw (bool): The prompt is the whole text already, with its ``<image>`` marks and
+                special tokens; no template is applied.
+            system (str, optional): Replaces the template's system text.
+            image_position (str): ``start`` or ``end``: where pictures without a mark go in
+                their turn.
+
+        Returns:
+            Inputs: For ``model(**inputs)`` or ``model.embed(**inputs)``.
+
+        Raises:
+            ValueError: Marks and images do not match, or an image cannot be read.
+        """
+        prepared = self.prepare(
+            prompt, images, raw=raw, system=system, image_position=image_position
+        )
+        return prepared()
+
+    def prepare(
+        self,
+        prompt: Conversation | Sequence[Conversation],
+        images: ImageSource | Sequence[Any] | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        image_position: str = "start",
+    ) -> Callable[[], Inputs]:
+        """All of `__call__` but what MLX does.
+
+        Any thread may do this, while the one that owns MLX's work calls what is returned.
+        """
+        if image_position not in ("start", "end"):
+            raise ValueError(f"image_position is {image_position!r}; known: start, end.")
+        started = time.perf_counter()
+        texts: list[str] = []
+        pictures: list[Any] = []
+        for conversation, given in _rows(prompt, images):
+            text, own = self._render(conversation, given, raw, system, image_position)
+            self._check_marks(text, own)
+            texts.append(text)
+            pictures += own
+        return self._prepare(texts, [load_image(picture) for picture in pictures], started)
+
+    def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
+        """How many tokens a prompt takes; its pictures are read, but not made pixels."""
+        text, pictures = self._render(conversation, as_list(images), False, None, "start")
+        self._check_marks(text, pictures)
+        (row,) = self._token_rows([text], self._image_tokens(_sizes(map(load_image, pictures))))
+        return len(row)
+
+    def _render(
+        self,
+        conversation: Conversation,
+        images: list[Any],
+        raw: bool,
+        system: str | None,
+        image_position: str,
+    ) -> tuple[str, list[Any]]:
+        """The text of one prompt and its pictures in reading order."""
+        if raw:
+            if not isinstance(conversation, str):
+                raise ValueError("A raw prompt must be a text.")
+            return conversation, images
+        messages, images = read_messages(conversation, images, self.tokenizer.protect)
+        if system is not None:
+            messages = [message for message in messages if message.role != "system"]
+            messages.insert(0, Message("system", self.tokenizer.protect(system)))
+        text = self.template.render(messages, image_position)
+        return (wrap_images(text) if self.config.mm_use_im_start_end else text), images
+
+    def _check_marks(self, text: str, images: list[Any]) -> None:
+        marks = text.count(IMAGE_TOKEN)
+        if marks != len(images):
+            raise ValueError(
+                f"The prompt has {marks} {IMAGE_TOKEN} marks but {len(images)} images were given."
+            )
+
+    def learnable(
+        self, pieces: Sequence[Piece], image_tokens: Sequence[int]
+    ) -> tuple[list[int], list[bool]]:
+        """Tokenises a conversation to be learned.
+
+        A token belongs to an answer if it is not yet there when the text before that answer is
+        tokenised, as it is not when that text is the prompt.
+
+        Args:
+            pieces (list of Piece): What the template wrote.
+            image_tokens (list of int): How many placeholders each picture takes.
+
+        Returns:
+            The ids, and which of them belong to an answer.
+        """
+        text = ""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for piece in pieces:
+            text += wrap_images(piece.text) if self.config.mm_use_im_start_end else piece.text
+            longer = self.tokenizer.encode(text)
+            pairs = zip(ids, longer, strict=False)
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            learned = learned[:same] + [piece.answer] * (len(longer) - same)
+            ids = longer
+        places = self._expand(ids, iter(image_tokens))
+        return [ids[i] for i in places], [learned[i] for i in places]
+
+    def _prepare(self, texts: list[str], images: list[Any], started: float) -> Callable[[], Inputs]:
+        sizes = _sizes(images)
+        counts = self._image_tokens(sizes)
+        rows, folded = self._token_rows(texts, counts), iter(counts)
+        length = max(len(row) for row in rows)
+        padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
+        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        pixels = self.image_processor(images) if images else None
+        is_padded = any(len(row) < length for row in rows)
+        is_anyres = self.image_processor.mode == "anyres"
+        tiles = tuple(1 + num_tiles(size, self.config) if is_anyres else 1 for size in sizes)
+        image_sizes = sizes if images and is_anyres else None
+        prompts = tuple(self._fold(text, folded) for text in texts)
+        seconds = time.perf_counter() - started
+
+        def inputs() -> Inputs:
+            return Inputs(
+                input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
+                pixel_values=None if pixels is None else mx.array(pixels),
+                image_sizes=image_sizes,
+                attention_mask=mx.array(mask, mx.int32) if is_padded else None,
+                prompts=prompts,
+                image_tokens=counts,
+                image_tiles=tiles,
+                seconds=seconds,
+                image_processor=self.image_processor,
+            )
+
+        return inputs
+
+    def _image_tokens(self, sizes: Sequence[Size]) -> tuple[int, ...]:
+        """How many placeholders each picture takes."""
+        return tuple(map(self.image_processor.num_tokens, sizes))
+
+    def _token_rows(self, texts: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
+        """The ids of each prompt, with as many placeholders as its pictures take."""
+        remaining = iter(counts)
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        return [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+
+    def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
+        """The index of each token, a picture's as often as the picture has features."""
+        image = self.config.image_token_index
+        times = (next(counts) if token == image else 1 for token in ids)
+        return [i for i, n in enumerate(times) for _ in range(n)]
+
+    def _fold(self, text: str, counts: Iterator[int]) -> str:
+        """A prompt as the model reads it, each picture's placeholders folded with their count."""
+        ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
+        bos = "".join(token for token, i in special.items() if i in ids)
+        first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
+        folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
+        return self.tokenizer.unprotect(bos + first + folded)
+
+
+def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
+    """Each prompt with its own pictures: one, or the rows of a batch."""
+    if isinstance(prompt, str) or all(isinstance(message, Mapping) for message in prompt):
+        return [(prompt, as_list(images))]
+    per_row = [None] * len(prompt) if images is None else as_list(images)
+    if len(per_row) != len(prompt):
+        raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
+    return [(row, as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
+
+
+def _sizes(images: Iterable[Image.Image]) -> tuple[Size, ...]:
+    return tuple((image.height, image.width) for image in images)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One picture, several or none, as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]

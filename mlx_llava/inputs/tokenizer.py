@@ -1,0 +1,278 @@
+"""Text <-> token ids, from tokenizer.json or from a SentencePiece tokenizer.model.
+
+A prompt mixes text that may hold special tokens (the template's) with text that must not
+(the user's): `Tokenizer.protect` marks the second, `Tokenizer.encode` honours the mark.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from mlx_llava.inputs.sentencepiece import spec_from_sentencepiece
+from mlx_llava.json_files import read_json, read_text
+
+IMAGE_TOKEN = "<image>"
+IM_START, IM_END = "<im_start>", "<im_end>"
+
+#: A Unicode noncharacter, which no text holds; it breaks up special tokens in users' text.
+_MARK = "\ufdd0"
+
+#: A byte in a SentencePiece vocabulary.
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+#: How GPT-2 writes bytes: those that can be seen as themselves, others from 256 on
+#: (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES_OF = {chr(byte): bytes([byte]) for byte in _VISIBLE} | {
+    chr(256 + i): bytes([b]) for i, b in enumerate(b for b in range(256) if b not in _VISIBLE)
+}
+
+
+class Tokenizer:
+    """A fast tokenizer with LLaVA's rules for special tokens.
+
+    Attributes:
+        special_tokens: text -> id of every special token, ``<image>`` included.
+        bos_ids: what every prompt starts with (one id, or nothing).
+        eos_id: the tokenizer's own end of text, if it has one.
+        chat_template: the checkpoint's own Jinja template, if it has one.
+    """
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        config: Mapping[str, Any],
+        image_token_id: int,
+        chat_template: str | None = None,
+    ) -> None:
+        """Builds a tokenizer.
+
+        Args:
+            spec (dict): The content of tokenizer.json.
+            config (dict): The content of tokenizer_config.json.
+            image_token_id (int): The placeholder's id according to the model.
+            chat_template (str, optional): The checkpoint's Jinja template.
+
+        Raises:
+            ValueError: Tokenizer and model disagree on the id of ``<image>``.
+        """
+        tokens = [
+            {**token, "special": token["special"] or token["content"] == IMAGE_TOKEN}
+            for token in _added_tokens(spec, config)
+        ]
+        self.spec = {**spec, "added_tokens": tokens}
+        self.config = dict(config)
+        self.chat_template = chat_template
+        added = [token for token in tokens if token["special"]]
+        self._added = {token["content"] for token in tokens}
+        self.special_tokens = {token["content"].strip(): int(token["id"]) for token in added}
+        found = self.special_tokens.setdefault(IMAGE_TOKEN, image_token_id)
+        if found != image_token_id:
+            raise ValueError(
+                f"The tokenizer gives {IMAGE_TOKEN} the id {found}, config.json "
+                f"image_token_index={image_token_id}."
+            )
+        self._special = _special_pattern(added)
+        self._backend = _backend(self.spec)
+        inner = _without_first_prefix(self.spec)
+        same = inner["pre_tokenizer"] == self.spec.get("pre_tokenizer")
+        self._inner_backend = self._backend if same else _backend(inner)
+        self._is_byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
+        self.bos_ids = self._read_bos()
+        self.eos_id = self._id_of("eos_token")
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, image_token_id: int, prefer_sentencepiece: bool = False
+    ) -> Tokenizer:
+        """Reads tokenizer.json or tokenizer.model and the files beside it.
+
+        Args:
+            folder (Path): Where they are.
+            image_token_id (int): The placeholder's id according to the model.
+            prefer_sentencepiece (bool): Reads tokenizer.model where there are both, as the
+                original LLaVA does (``use_fast=False``).
+
+        Raises:
+            FileNotFoundError: The folder has neither.
+        """
+        config = read_json(folder / "tokenizer_config.json")
+        template = _read_chat_template(folder, config)
+        fast, slow = folder / "tokenizer.json", folder / "tokenizer.model"
+        if fast.exists() and not (prefer_sentencepiece and slow.exists()):
+            return cls(read_json(fast), config, image_token_id, template)
+        if not slow.exists():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model.")
+        added = read_json(folder / "added_tokens.json")
+        spec = spec_from_sentencepiece(slow.read_bytes(), added)
+        ends = {key: config.get(key) for key in ("bos_token", "eos_token")}
+        if not all(ends.values()) or ends["bos_token"] == ends["eos_token"]:
+            # LLaMA's first conversions to Hugging Face name no ends, or the wrong ones.
+            ends = {"bos_token": "<s>", "eos_token": "</s>"}
+        config = {"add_bos_token": True, **config, **ends}
+        return cls(spec, config, image_token_id, template)
+
+    def _id_of(self, key: str) -> int | None:
+        """The id of a token that tokenizer_config.json names, as text or as an object."""
+        token = self.config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _read_bos(self) -> list[int]:
+        """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
+        bos_id, wanted = self._id_of("bos_token"), self.config.get("add_bos_token")
+        if wanted is None:
+            wanted = bos_id in self._backend.encode("").ids[:1]
+        return [bos_id] if wanted and bos_id is not None else []
+
+    def protect(self, text: str, keep: Iterable[str] = ()) -> str:
+        """Marks text so that no special token in it has an effect.
+
+        Args:
+            text (str): A user's text.
+            keep (iterable of str): Special tokens that keep their effect.
+        """
+        kept = set(keep)
+        text = text.replace(_MARK, "")
+
+        def mark(match: re.Match[str]) -> str:
+            token = match.group()
+            if token.strip() in kept:
+                return token
+            return token[:-1] + _MARK + token[-1]  # before the one, or between two characters
+
+        while (marked := self._special.sub(mark, text)) != text:
+            text = marked
+        return text
+
+    def unprotect(self, text: str) -> str:
+        """Takes the marks of `protect` away again, to show the text."""
+        return text.replace(_MARK, "")
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenises a prompt: begin of text, special tokens, and the text between them.
+
+        As in the original (mm_utils.py, tokenizer_image_token) and in transformers, each piece
+        between special tokens is tokenised on its own.
+
+        Raises:
+            ValueError: The text holds half a surrogate pair, which no encoding has.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"The text holds {half!a}, which is half of a character.") from error
+        ids: list[int] = []
+        position = 0
+        for match in [*self._special.finditer(text), None]:
+            piece = text[position : match.start() if match else len(text)]
+            backend = self._backend if position == 0 else self._inner_backend
+            if piece:
+                ids += backend.encode(self.unprotect(piece), add_special_tokens=False).ids
+            if match:
+                ids.append(self.special_tokens[match.group().strip()])
+                position = match.end()
+        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
+        return ids if has_bos else self.bos_ids + ids
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """How many characters the longest token has; a longer text takes several tokens."""
+        return max(map(len, self._backend.get_vocab()))
+
+    def text_of(self, token: int) -> str:
+        """The text of one id as it stands within a text, or the name of a special token."""
+        inside = self.encode("a")[-1:]
+        text = self.decode([*inside, token])[len(self.decode(inside)) :]
+        is_text = text and "\ufffd" not in text  # which is what a single byte decodes to
+        return text if is_text else str(self._backend.id_to_token(token) or "")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that one id stands for; nothing for ids that no text has."""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if piece in self._added:
+            return piece.encode()
+        if self._is_byte_level:
+            return b"".join(BYTES_OF.get(char, char.encode()) for char in piece)
+        if _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of tokenizer.json, and those that only tokenizer_config.json has."""
+    tokens = [dict(token) for token in spec.get("added_tokens", [])]
+    listed = {token["content"] for token in tokens}
+    flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
+    return tokens + [
+        {"id": int(i), "content": token["content"], **{key: token.get(key, False) for key in flags}}
+        for i, token in config.get("added_tokens_decoder", {}).items()
+        if token["content"] not in listed
+    ]
+
+
+def _backend(spec: Mapping[str, Any]) -> Backend:
+    try:
+        backend = Backend.from_str(json.dumps(spec))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(f"tokenizer.json cannot be used: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # `Tokenizer.encode` finds them itself
+    return backend
+
+
+def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
+    """Matches every special token, the longest first, with the spaces that it swallows.
+
+    One of a single character cannot be broken up; after a mark it is not matched.
+    """
+    patterns = {IMAGE_TOKEN: re.escape(IMAGE_TOKEN)}
+    for token in added:
+        left = r"\s*" if token.get("lstrip") else ""
+        right = r"\s*" if token.get("rstrip") else ""
+        patterns[token["content"]] = left + re.escape(token["content"]) + right
+    longest_first = sorted(patterns, key=len, reverse=True)
+    return re.compile(f"(?<!{_MARK})(?:{'|'.join(patterns[text] for text in longest_first)})")
+
+
+def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for text that does not open the prompt.
+
+    Some tokenizer.json put a space before the first piece only (Metaspace, scheme "first").
+    """
+    pre = copy.deepcopy(spec.get("pre_tokenizer")) or {}
+    for step in [pre, *pre.get("pretokenizers", [])]:
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
+    return {**spec, "pre_tokenizer": pre or None}
+
+
+def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template, from the places where transformers has put it over the years."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return read_text(jinja)
+    files = ("chat_template.json", "processor_config.json")
+    template = next(
+        (found for name in files if (found := read_json(folder / name).get("chat_template"))),
+        config.get("chat_template"),
+    )
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template

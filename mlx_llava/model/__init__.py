@@ -1,0 +1,1 @@
+"""Arrays -> arrays: the network, and what it runs on."""

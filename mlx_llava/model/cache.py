@@ -1,0 +1,206 @@
+"""The decoder's memory of keys and values, with the duck type of mlx-lm's caches.
+
+H heads, L new positions, T = stored + new positions, D head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_llava.model.linux_cpu import Mask, attention, attention_of_rows
+
+
+class KVCache:
+    """Keys and values of one layer, (B, heads, L, head width), grown in steps.
+
+    Attributes:
+        offset: how many positions are stored.
+    """
+
+    step = 256
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends new positions and returns all of them."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys = self._store(self.keys, keys, start)
+        self.values = self._store(self.values, values, start)
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def _store(self, buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
+        B, heads, _, dims = new.shape
+        if buffer is None or self.offset > buffer.shape[2]:
+            stored = [] if buffer is None else [buffer[..., :start, :]]
+            capacity = -(-self.offset // self.step) * self.step
+            free = mx.zeros((B, heads, capacity - start, dims), new.dtype)
+            buffer = mx.concatenate([*stored, free], axis=2)
+        buffer[..., start : self.offset, :] = new
+        return buffer
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array]:
+        """The stored keys and values; there must be some."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @state.setter
+    def state(self, state: tuple[mx.array, mx.array]) -> None:
+        self.keys, self.values = state
+        self.offset = self.keys.shape[2]
+
+    def trim(self, n: int) -> int:
+        """Forgets the last `n` positions, or all if there are fewer; returns how many."""
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+    def is_trimmable(self) -> bool:
+        """mlx-lm asks before it trims."""
+        return True
+
+
+class RollingKVCache(KVCache):
+    """Keeps the first positions for good, and of the others the last ones.
+
+    Keys are stored with their rotation, so that the order of positions in memory means nothing
+    to a query that sees all of them (Xiao et al. 2023, arXiv:2309.17453, keep the first few).
+
+    Attributes:
+        max_size: how many positions are stored at most.
+        keep: how many of the first are never dropped.
+    """
+
+    def __init__(self, max_size: int, keep: int) -> None:
+        super().__init__()
+        self.max_size, self.keep = max_size, keep
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends new positions; a single one takes the oldest's place when there is no more."""
+        if self.offset + keys.shape[2] <= self.max_size:
+            return super().update_and_fetch(keys, values)
+        if keys.shape[2] > 1 or self.keys is None or self.values is None:
+            raise ValueError(
+                f"{self.offset + keys.shape[2]} positions do not fit a cache of {self.max_size}."
+            )
+        place = self.keep + (self.offset - self.keep) % (self.max_size - self.keep)
+        self.keys[..., place : place + 1, :] = keys
+        self.values[..., place : place + 1, :] = values
+        self.offset += 1
+        return self.keys[..., : self.max_size, :], self.values[..., : self.max_size, :]
+
+    def is_trimmable(self) -> bool:
+        """Not once a position has been dropped."""
+        return self.offset <= self.max_size
+
+
+#: One of the above, or mlx-lm's QuantizedKVCache, for every layer.
+Cache: TypeAlias = "list[Any]"
+
+
+@dataclass
+class Rows:
+    """One layer's caches of rows that are decoded together, each of its own length."""
+
+    caches: Sequence[Any]
+
+    @property
+    def offset(self) -> list[int]:
+        """How many positions each row has stored."""
+        return [cache.offset for cache in self.caches]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: list[Mask],
+    ) -> mx.array:
+        """`attend`, each row with its own cache and mask."""
+        caches = self.caches
+        new = [(queries[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in range(len(caches))]
+        if any(hasattr(cache, "bits") for cache in caches):
+            rows = zip(caches, new, mask, strict=True)
+            return mx.concatenate([attend(c, *row, scale=scale, mask=own) for c, row, own in rows])
+        stored = [
+            cache.update_and_fetch(k, v) for cache, (_, k, v) in zip(caches, new, strict=True)
+        ]
+        all_keys, all_values = zip(*stored, strict=True)
+        return attention_of_rows(queries, all_keys, all_values, scale=scale, masks=mask)
+
+
+def attend(
+    cache: Any,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Mask | list[Mask],
+) -> mx.array:
+    """Stores new keys and values, and lets the queries see all that are stored.
+
+    Args:
+        cache (KVCache, QuantizedKVCache or None): What came before. One that has an ``attend`` of
+            its own, as `Rows`, is asked instead.
+        queries (mx.array): (B, H, L, D).
+        keys (mx.array): (B, heads, L, D).
+        values (mx.array): As the keys.
+        scale (float): What scores are multiplied with.
+        mask (optional): See `kernels.attention`; of `Rows`, a list of them.
+
+    Returns:
+        mx.array: (B, H, L, D).
+    """
+    if hasattr(cache, "attend"):
+        return cache.attend(queries, keys, values, scale=scale, mask=mask)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    if hasattr(cache, "bits"):
+        from mlx_lm.models.base import scaled_dot_product_attention
+
+        return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
+    return attention(queries, keys, values, scale=scale, mask=mask)  # type: ignore[arg-type]
+
+
+def group_size(dims: int) -> int | None:
+    """How many numbers of a head share a scale when they are quantised; None if none fits."""
+    return next((size for size in (64, 32) if dims % size == 0), None)
+
+
+def fork(cache: Cache, length: int, like: Cache | None = None) -> Cache:
+    """A second cache that begins with the first `length` positions of one, which stays.
+
+    Args:
+        cache (list): What is stored.
+        length (int): How much of it.
+        like (list, optional): The limits of the new one, of the same kind; default: the old one's.
+    """
+    return [_fork(*layers, length) for layers in zip(cache, like or cache, strict=True)]
+
+
+def _fork(layer: Any, like: Any, length: int) -> Any:
+    new = copy.copy(like)
+    new.keys, new.values = tree_map(lambda a: a[..., :length, :], (layer.keys, layer.values))
+    new.offset = length
+    return new
+
+
+def nbytes(cache: Cache) -> int:
+    """The memory of a cache, in bytes."""
+    arrays: dict[str, mx.array] = dict(
+        tree_flatten([(layer.keys, layer.values) for layer in cache])
+    )
+    return sum(array.nbytes for array in arrays.values())

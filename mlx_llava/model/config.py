@@ -1,0 +1,379 @@
+"""What a checkpoint's config.json says, under Hugging Face's names.
+
+A config holds only what differs from the defaults of its class, so the defaults here are
+those of transformers' LlavaConfig, CLIPVisionConfig, LlamaConfig and MistralConfig. A key
+that changes the maths is read or refused by name (known_keys.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+from mlx_llava.model.config_checks import Section, build, names_of, refuse_empty, refuse_value
+from mlx_llava.model.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
+from mlx_llava.model.layers import ACTIVATIONS
+from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
+
+#: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
+_CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+_MISTRAL_DEFAULTS = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+#: Keys that transformers does not know; written only where they say something.
+_EXTENSIONS = frozenset(
+    """
+    anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
+    quantization
+    """.split()
+)
+_ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision tower (transformers' CLIPVisionConfig); sizes in pixels."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
+        """Reads ``vision_config``; None stands for LLaVA's own default tower."""
+        where = "vision_config"
+        data = dict(_CLIP_L_336 if data is None else data)
+        if data.get("model_type") not in (None, "clip_vision_model"):
+            refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
+        _VISION.refuse_changes(data)
+        if data.get("num_channels", 3) != 3:
+            refuse_value(where, "num_channels", data["num_channels"], "3")
+        config = build(cls, data, where)
+        refuse_empty(config, where)
+        if config.hidden_act not in ACTIVATIONS:
+            refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
+        if config.hidden_size % config.num_attention_heads:
+            heads = config.num_attention_heads
+            refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
+        if not 0 < config.patch_size <= config.image_size:
+            size = f"1 to image_size={config.image_size}"
+            refuse_value(where, "patch_size", config.patch_size, size)
+        return config
+
+    @property
+    def patches_per_side(self) -> int:
+        """The side of the square patch grid of one tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder (transformers' LlamaConfig or MistralConfig)."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
+        """Reads ``text_config``, filled with the defaults of its own model family."""
+        where = "text_config"
+        data = dict(data or {})
+        model_type = data.get("model_type") or "llama"
+        if model_type not in ("llama", "mistral"):
+            refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
+        _TEXT.refuse_changes(data)
+        if data.get("hidden_act") not in (None, "silu", "swish"):
+            refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
+        defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
+        data = {**defaults, **data, "model_type": model_type}
+        data |= read_rope(data)
+        if model_type == "llama":
+            data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
+        config = build(cls, data, where)
+        refuse_empty(config, where)
+        config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
+        check_factors(config.rope_scaling, config.dims_per_head)
+        if config.num_attention_heads % config.kv_heads:
+            heads = f"divisors of num_attention_heads={config.num_attention_heads}"
+            refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
+        return config
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dims_per_head(self) -> int:
+        """The width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the decoder can tell apart; linear RoPE scaling stretches it."""
+        scaling = self.rope_scaling or {}
+        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+        return int(self.max_position_embeddings * factor)
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A whole LLaVA (transformers' LlavaConfig and LlavaNextConfig).
+
+    Attributes:
+        vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
+            A list is concatenated along the width.
+        vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
+        image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
+        anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
+        mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
+        mm_patch_merge_type: how anyres tiles become a sequence, ``spatial_unpad`` (LLaVA 1.6),
+            ``spatial`` or ``flat``.
+        mm_use_im_start_end: LLaVA v0 wraps each picture in ``<im_start>`` and ``<im_end>``.
+        conv_mode: the built-in template, where the checkpoint has none of its own.
+        eos_token_id: every id that ends an answer according to this file.
+        quantization: MLX's quantisation: bits, group_size, mode, and settings per path.
+    """
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("llava", "llava_next")
+
+    vision_config: VisionConfig
+    text_config: TextConfig
+    model_type: str = "llava"
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | tuple[int, ...] = -2
+    vision_feature_select_strategy: str = "default"
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
+    anyres_convention: str = "hf"
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_patch_merge_type: str = "spatial_unpad"
+    mm_use_im_start_end: bool = False
+    conv_mode: str | None = None
+    tie_word_embeddings: bool = False
+    eos_token_id: tuple[int, ...] = ()
+    quantization: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LlavaConfig:
+        """Reads the content of a llava-hf config.json.
+
+        Raises:
+            ValueError: The config names a model, a value or a key that is not supported.
+        """
+        where = "config.json"
+        data = dict(data)
+        if data.get("model_type") not in cls.MODEL_TYPES:
+            refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
+        _TOP.refuse_changes(data)
+        data["eos_token_id"] = _eos_ids(data)
+        data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
+        data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
+        data["quantization"] = _mlx_quantization(data)
+        data["image_token_index"] = _image_token(data)
+        if isinstance(data.get("vision_feature_layer"), list):
+            data["vision_feature_layer"] = tuple(data["vision_feature_layer"])
+        pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
+        side = data["vision_config"].image_size
+        data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
+        if text.tie_word_embeddings:
+            data["tie_word_embeddings"] = True
+        config = build(cls, data, where)
+        config._check(data)
+        return config
+
+    def _check(self, data: Mapping[str, Any]) -> None:
+        where = "config.json"
+        if self.projector_hidden_act not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            refuse_value(where, "projector_hidden_act", self.projector_hidden_act, supported)
+        strategies = ("default",) if self.is_anyres else ("default", "full")
+        if self.vision_feature_select_strategy not in strategies:
+            found = self.vision_feature_select_strategy
+            key = "vision_feature_select_strategy"
+            refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
+        if self.is_anyres and data.get("use_image_newline_parameter", True) is not True:
+            refuse_value(where, "use_image_newline_parameter", False, "True")
+        if self.mm_patch_merge_type not in ("spatial_unpad", "spatial", "flat"):
+            expected = "'spatial_unpad', 'spatial' and 'flat'"
+            refuse_value(where, "mm_patch_merge_type", self.mm_patch_merge_type, expected)
+        _ = self.projector_layers
+        if self.anyres_convention not in ("hf", "original"):
+            expected = "'hf' and 'original'"
+            refuse_value(where, "anyres_convention", self.anyres_convention, expected)
+        _ = self.feature_layers
+
+    @property
+    def is_anyres(self) -> bool:
+        """Whether pictures are cut into tiles (LLaVA 1.6)."""
+        return self.model_type == "llava_next"
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states that are read, counted from the embedding = 0."""
+        layers = self.vision_feature_layer
+        states = self.vision_config.num_hidden_layers + 1
+        wanted = (layers,) if isinstance(layers, int) else layers
+        if not wanted or any(layer not in range(-states, states) for layer in wanted):
+            expected = f"indices from {-states} to {states - 1}"
+            refuse_value("config.json", "vision_feature_layer", layers, expected)
+        return tuple(layer % states for layer in wanted)
+
+    @property
+    def projector_layers(self) -> int:
+        """How many linear layers the projector has, activations between them."""
+        if self.mm_projector_type in ("identity", "linear"):
+            return int(self.mm_projector_type == "linear")
+        match = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
+        if not match or not 0 < int(match[1]) <= 8:
+            expected = "'linear', 'identity' and 'mlpNx_gelu'"
+            refuse_value("config.json", "mm_projector_type", self.mm_projector_type, expected)
+        return int(match[1])
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether every row of an anyres grid ends with a learned feature."""
+        return self.is_anyres and self.mm_patch_merge_type == "spatial_unpad"
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """How many positions one tile (or one LLaVA 1.5 picture) takes in the prompt."""
+        class_token = self.vision_feature_select_strategy == "full"
+        return self.vision_config.patches_per_side**2 + class_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json that says the same, with every value spelled out."""
+        data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
+        data["vision_config"]["model_type"] = "clip_vision_model"
+        name = "LlavaNext" if self.is_anyres else "Llava"
+        data["architectures"] = [f"{name}ForConditionalGeneration"]
+        for field in fields(self):
+            if field.name in _EXTENSIONS and getattr(self, field.name) == field.default:
+                del data[field.name]
+        if not self.is_anyres:
+            del data["image_grid_pinpoints"]
+        return data
+
+
+_TOP = Section(
+    "config.json",
+    {
+        *names_of(LlavaConfig),
+        "image_token_id",
+        "quantization_config",
+        "use_image_newline_parameter",
+    },
+    CHANGES,
+)
+_TEXT = Section(
+    "text_config",
+    {*names_of(TextConfig), "hidden_act", "original_max_position_embeddings", "rope_parameters"},
+    TEXT_CHANGES,
+)
+_VISION = Section("vision_config", {*names_of(VisionConfig), "num_channels"}, VISION_CHANGES)
+
+
+def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a llava-hf config.json says and nobody here understands, by ``section.key``.
+
+    It could change the maths, but then it would need other tensors or be a key that is known.
+    """
+    text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
+    return {
+        **_TOP.unknown(data),
+        **{f"text_config.{key}": value for key, value in _TEXT.unknown(text).items()},
+        **{f"text_config.{key}": value for key, value in unknown_rope_keys(text).items()},
+        **{f"vision_config.{key}": value for key, value in _VISION.unknown(vision).items()},
+    }
+
+
+def read_pinpoints(
+    pinpoints: str | Sequence[Sequence[int]], side: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """Reads ``image_grid_pinpoints``: pairs, the text of some, or LLaVA-NeXT's range of tiles.
+
+    Args:
+        pinpoints (str or list): ``[[336, 672], ...]``, or ``"(1x1),...,(6x6)"``: every grid
+            from the first to the last (mm_utils.py, process_anyres_image).
+        side (int): The side of a tile in pixels, for a range.
+    """
+    if isinstance(pinpoints, str) and "x" in pinpoints:
+        grids = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        if len(grids) < 2:
+            raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no range of grids.")
+        first, last = grids[0], grids[-1]
+        return tuple(
+            (a * side, b * side)
+            for a in range(first[0], last[0] + 1)
+            for b in range(first[1], last[1] + 1)
+        )
+    try:
+        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no list of pairs.") from error
+    return tuple((int(height), int(width)) for height, width in pairs)
+
+
+def _image_token(data: Mapping[str, Any]) -> int:
+    """The placeholder's id, under its old or its new name."""
+    given = {data[key] for key in ("image_token_index", "image_token_id") if data.get(key)}
+    if len(given) > 1:
+        raise ValueError(f"config.json gives the image token two ids: {sorted(given)}.")
+    return int(given.pop()) if given else LlavaConfig.image_token_index
+
+
+def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ends of answer of the whole model, or of its text model."""
+    ids = data.get("eos_token_id")
+    if ids is None:
+        ids = (data.get("text_config") or {}).get("eos_token_id")
+    ends = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(end) is int for end in ends):
+        refuse_value("config.json", "eos_token_id", ids, "an id or a list of ids")
+    return tuple(ends)
+
+
+def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """MLX's ``quantization``; another library's ``quantization_config`` is refused."""
+    found = data.get("quantization") or data.get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, Mapping):
+        refuse_value("config.json", "quantization", found, "an object")
+    if "quant_method" in found or "bits" not in found:
+        method = found.get("quant_method", "unknown")
+        raise ValueError(f"The checkpoint is quantised with {method!r}, which is not MLX's own.")
+    return dict(found)

@@ -1,0 +1,249 @@
+"""The decoder: Vicuna, LLaMA 1-3, Yi and Mistral, which differ in numbers only.
+
+B rows, L new tokens, T = cached + new tokens, D width, V vocabulary. Touvron et al. 2023
+(arXiv:2302.13971); sliding window: Jiang et al. 2023 (arXiv:2310.06825).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.utils import checkpoint
+
+from mlx_llava.model.cache import Cache, KVCache, attend
+from mlx_llava.model.config import TextConfig
+from mlx_llava.model.linux_cpu import Embedding, Linear, Mask, swiglu
+
+
+def rope_frequencies(config: TextConfig) -> mx.array:
+    """The rotation periods over 2 pi of each pair of dimensions, (head width / 2,).
+
+    ``linear`` stretches all of them; ``llama3`` stretches the long ones and blends between
+    (Llama 3.1); ``longrope`` has a factor for each (transformers' modeling_rope_utils.py).
+    """
+    dims = config.dims_per_head
+    periods = config.rope_theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return periods
+    if scaling["rope_type"] == "longrope":
+        return periods * mx.array(scaling["long_factor"], mx.float32)
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return periods * factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi * periods)
+    kept = mx.clip((turns - low) / (high - low), 0, 1)
+    return periods / (kept + (1 - kept) / factor)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped keys and values."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, self.head_dim = config.hidden_size, config.dims_per_head
+        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.kv_heads
+        self.scale = self.head_dim**-0.5
+        self._periods = rope_frequencies(config)
+        bias = config.attention_bias
+        self.q_proj = Linear(D, self.n_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.n_heads * self.head_dim, D, bias=bias)
+
+    def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
+        """Rotates (B, heads, L, head width); `start` is each row's first position."""
+        return mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=start,
+            freqs=self._periods,
+        )
+
+    def __call__(
+        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
+    ) -> mx.array:
+        B, L, _ = x.shape
+        queries = self.q_proj(x).reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
+        keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        queries, keys = self.rope(queries, start), self.rope(keys, start)
+        x = attend(cache, queries, keys, values, scale=self.scale, mask=mask)
+        return self.o_proj(x.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(D, hidden, bias=bias)
+        self.up_proj = Linear(D, hidden, bias=bias)
+        self.down_proj = Linear(hidden, D, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(D, eps=eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings, the stack of blocks, and the last norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def attention_mask_of(
+    L: int, offset: int, window: int | None, attention_mask: mx.array | None
+) -> Mask:
+    """What each new token may look at: itself and what came before, but no padding.
+
+    Args:
+        L (int): Number of new tokens.
+        offset (int): Number of tokens in the cache.
+        window (int, optional): Sliding window; a token sees itself and ``window - 1`` before.
+        attention_mask (mx.array, optional): (B, T), 0 where a row is padded.
+
+    Returns:
+        ``"causal"`` or None where MLX knows the pattern, else bool (B or 1, 1, L, T). A
+        padding token still sees itself: attention to nothing at all would be NaN.
+    """
+    T = offset + L
+    if attention_mask is None and (window is None or window >= T):
+        return "causal" if L > 1 else None
+    queries, keys = mx.arange(offset, T)[:, None], mx.arange(T)
+    allowed = keys <= queries
+    if window is not None:
+        allowed = allowed & (keys > queries - window)
+    if attention_mask is None:
+        return allowed[None, None]
+    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]
+
+
+class LanguageModel(nn.Module):
+    """Token ids or embeddings -> logits.
+
+    Attributes:
+        gradient_checkpointing: training computes each block again on the way back instead of
+            keeping what is inside it.
+    """
+
+    def __init__(self, config: TextConfig, tie_word_embeddings: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        if not tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The blocks; mlx-lm makes one cache for each."""
+        return self.model.layers
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What it computes in; norms are never quantised."""
+        return self.model.norm.weight.dtype
+
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """The words' embeddings, (B, L) -> (B, L, D); codes of the mx modes become bfloat16."""
+        embeddings: mx.array = self.model.embed_tokens(input_ids)
+        return embeddings.astype(self.dtype)
+
+    def make_cache(self) -> Cache:
+        """An empty cache for every layer."""
+        return [KVCache() for _ in self.layers]
+
+    def _places(
+        self, L: int, offset: int | list[int], attention_mask: mx.array | None
+    ) -> tuple[mx.array | int, Mask | list[Mask]]:
+        """The first position of the new tokens, and what they may see."""
+        window = self.config.sliding_window
+        if isinstance(offset, list):
+            return mx.array(offset), [attention_mask_of(L, o, window, None) for o in offset]
+        mask = attention_mask_of(L, offset, window, attention_mask)
+        if attention_mask is None:
+            return offset, mask
+        # Each row counts its positions from its first real token.
+        return offset - mx.argmax(attention_mask > 0, axis=1).astype(mx.int32), mask
+
+    def __call__(
+        self,
+        input_ids: mx.array | None = None,
+        cache: Cache | None = None,
+        input_embeddings: mx.array | None = None,
+        attention_mask: mx.array | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """Decodes new tokens.
+
+        Args:
+            input_ids (mx.array, optional): (B, L); read where there are no embeddings.
+            cache (list, optional): What came before, for each layer; is extended. With `Rows`,
+                every row has come as far as it has.
+            input_embeddings (mx.array, optional): (B, L, D).
+            attention_mask (mx.array, optional): (B, T), 0 for padding, which must be on the
+                left or on the right of each row.
+            last_only (bool): Gives the logits of the last token alone.
+
+        Returns:
+            mx.array: Logits (B, L, V), or (B, 1, V).
+        """
+        if input_embeddings is None:
+            assert input_ids is not None
+            input_embeddings = self.embed(input_ids)
+        (x,) = deque(self.hidden_states(input_embeddings, cache, attention_mask), maxlen=1)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def hidden_states(
+        self, x: mx.array, cache: Cache | None = None, attention_mask: mx.array | None = None
+    ) -> Iterator[mx.array]:
+        """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
+        offset = cache[0].offset if cache else 0
+        start, mask = self._places(x.shape[1], offset, attention_mask)
+        yield x
+        for i, layer in enumerate(self.layers):
+            block = checkpoint(layer) if self.gradient_checkpointing else layer
+            x = block(x, mask, start, cache[i] if cache else None)
+            yield x
+
+    def logits(self, x: mx.array) -> mx.array:
+        """What a hidden state (..., D) would say if it were the last one: logits (..., V)."""
+        return self.unembed(self.model.norm(x))
+
+    def unembed(self, x: mx.array) -> mx.array:
+        """Normed hidden states (..., D) -> logits (..., V)."""
+        if "lm_head" in self:
+            return self.lm_head(x)
+        return self.model.embed_tokens.as_linear(x)

@@ -1,0 +1,80 @@
+"""What ``text_config`` says about rotary positions, in transformers 4's spelling or 5's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_llava.model.config_checks import Section, refuse_value
+from mlx_llava.model.known_keys import ROPE_CHANGES
+
+_THETA = 10000.0
+_CONTEXT = 2048
+_READ = frozenset(
+    """
+    rope_theta rope_type type factor low_freq_factor high_freq_factor
+    original_max_position_embeddings
+    """.split()
+)
+_WHERE = "text_config.rope_parameters"
+_SECTION = Section(_WHERE, _READ, ROPE_CHANGES)
+#: A factor for each frequency, as GGUF files of Llama 3.1 have; Phi's change with the prompt.
+_FACTORS = ("short_factor", "long_factor", "attention_factor")
+_LONGROPE = Section(_WHERE, _READ | {*_FACTORS}, ROPE_CHANGES)
+#: The kinds of scaling, and the numbers that each needs.
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": _FACTORS,
+}
+
+
+def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads ``rope_theta`` and ``rope_scaling``; null where there is no scaling.
+
+    Raises:
+        ValueError: A kind of scaling that is not supported, or one that lacks a number.
+    """
+    rope = _parameters(data)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", *_NEEDED):
+        refuse_value("text_config", "rope_type", kind, ", ".join(("default", *_NEEDED)))
+    (_LONGROPE if kind == "longrope" else _SECTION).refuse_changes(rope)
+    theta = rope.get("rope_theta") or data.get("rope_theta") or _THETA
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    needed = _NEEDED[kind]
+    if missing := [key for key in needed if rope.get(key) is None]:
+        raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} in text_config.")
+    scaling = {"rope_type": kind, **{key: rope[key] for key in needed}}
+    if kind != "linear":
+        key = "original_max_position_embeddings"  # the outer one wins, as in transformers 5
+        context = data.get("max_position_embeddings") or _CONTEXT
+        scaling[key] = data.get(key) or rope.get(key) or context
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
+    """Raises ValueError for ``longrope`` with other factors for long prompts than for short ones.
+
+    Args:
+        scaling (dict, optional): What `read_rope` gives as ``rope_scaling``.
+        dims (int): The width of a head.
+    """
+    if scaling is None or scaling["rope_type"] != "longrope":
+        return
+    short, factors, attention = (scaling[key] for key in _FACTORS)
+    is_list = isinstance(factors, list) and len(factors) == dims // 2
+    if not is_list or short != factors or attention != 1:
+        same = f"{dims // 2} factors, the same for short and long prompts, and attention_factor=1"
+        refuse_value(_WHERE, "rope_type", "longrope", f"it with {same}")
+
+
+def unknown_rope_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that nobody here understands."""
+    return _SECTION.unknown(_parameters(data))
+
+
+def _parameters(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Where both spellings are given, the older one wins, as in transformers 5."""
+    return dict(data.get("rope_scaling") or data.get("rope_parameters") or {})

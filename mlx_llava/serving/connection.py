@@ -1,0 +1,151 @@
+"""A client's connection: uvicorn's, for clients that are slow, gone, half-closed or no clients.
+
+A connection closes where a request's head does not come, for which uvicorn waits forever. Of
+very many, the one that has asked for nothing for the longest gives way to a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import time
+from typing import Any, cast
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from mlx_llava.serving.errors import ApiError, busy
+from mlx_llava.serving.guard import error_response
+
+HEAD_SECONDS = 10.0
+_OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+#: So many connections, slow and idle ones with them; each is an open file.
+CONNECTIONS = 512 if _OPEN_FILES == resource.RLIM_INFINITY else min(512, _OPEN_FILES // 2)
+#: Between the letters that tell whether a half-closed client is still there.
+PROBE_SECONDS = 0.5
+#: What every answer begins with, whatever its status.
+_BEGINNING = b"HTTP/1.1 "
+
+
+class Connection(H11Protocol):
+    """Uvicorn's connection, with limits on waiting and errors in OpenAI's shape."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """See uvicorn."""
+        super().__init__(*args, **options)
+        self._late: asyncio.TimerHandle | None = None
+        self._waits_since = time.monotonic()
+        self._is_half_closed = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Waits for the first request; makes room where there are too many connections."""
+        super().connection_made(transport)
+        self._wait_for_head()
+        others = [other for other in self._others() if not other.transport.is_closing()]
+        if len(others) < CONNECTIONS:
+            return
+        waiting = [other for other in others if other.asks_for_nothing or other.cycle.more_body]
+        if waiting:
+            min(waiting, key=Connection._patience).transport.close()
+        else:
+            error = busy(f"There are {CONNECTIONS} connections, and all are being answered.")
+            error.headers["Connection"] = "close"
+            self.app = error_response(error)
+
+    def data_received(self, data: bytes) -> None:
+        """Reads; a head that is not whole yet gets no more time."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answers a client that sends no more, where it has asked; and looks if it is there.
+
+        A client that is gone looks the same until something is written to it.
+        """
+        if self.asks_for_nothing or self.cycle.more_body:
+            return False
+        self._is_half_closed = True
+        if not self.cycle.response_started:
+            self._probe(self.cycle, _Begun(self.transport))
+        return True
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is not HTTP."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        body = json.dumps(ApiError(400, msg).body()).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        response = h11.Response(status_code=400, headers=headers, reason="Bad Request")
+        events = (response, h11.Data(data=body), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """Waits for the next request, unless none can come."""
+        super().on_response_complete()
+        self._wait_for_head()
+        if self._is_half_closed and self.asks_for_nothing:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Waits for nothing any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    @property
+    def asks_for_nothing(self) -> bool:
+        """Whether there is no request, or all of them have been answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _patience(self) -> tuple[bool, float]:
+        """How long to bear with a client that keeps the server waiting: the least goes first."""
+        return not self.asks_for_nothing, self._waits_since
+
+    def _others(self) -> list[Connection]:
+        return [other for other in cast("set[Connection]", self.connections) if other is not self]
+
+    def _probe(self, cycle: RequestResponseCycle, begun: _Begun) -> None:
+        """Writes the answer's beginning letter by letter: if the client is gone, that fails."""
+        cycle.transport = cast("asyncio.Transport", begun)
+        if not cycle.response_started and not cycle.disconnected and begun.write_letter():
+            self.loop.call_later(PROBE_SECONDS, self._probe, cycle, begun)
+
+    def _wait_for_head(self) -> None:
+        self._stop_waiting()
+        if self.conn.their_state is h11.IDLE:
+            self._waits_since = time.monotonic()
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class _Begun:
+    """A transport to which an answer's first letters have been written already."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._written = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write_letter(self) -> bool:
+        """Writes the next letter; returns whether there are more."""
+        self._transport.write(_BEGINNING[self._written : self._written + 1])
+        self._written += 1
+        return self._written < len(_BEGINNING)
+
+    def write(self, content: bytes) -> None:
+        """Writes what has not been written."""
+        self._transport.write(content[self._written :])
+        self._written = 0

@@ -1,0 +1,388 @@
+"""The one thread that owns a model: questions come from asyncio, and words go back to it.
+
+Everything of MLX, loading included, happens in this thread. What leaves it is plain Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llava.generation.batch import AnswerError, BatchGenerator
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.steps import GenerationResponse, Options
+from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.model.llava import Llava
+
+logger = logging.getLogger(__name__)
+
+#: After so many steps without a pause, memory that MLX keeps for reuse is given back.
+CLEAR_EVERY = 256
+#: A prompt, made in the model's thread, and how to answer it.
+Ask: TypeAlias = "tuple[Callable[[], Inputs], Options]"
+
+
+class BusyError(Exception):
+    """There are as many questions as may wait."""
+
+
+class EngineError(Exception):
+    """The model's thread could not go on with an answer, through no fault of the question."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and its log-probability."""
+
+    text: str
+    content: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, and the likeliest ones in its place."""
+
+    chosen: Likelihood
+    top: tuple[Likelihood, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of one step of one answer.
+
+    Attributes:
+        index: which of the answers.
+        text: what became readable.
+        tokens: the tokens of that text, where they were asked for.
+        finish_reason: in the last piece.
+        figures: of the whole answer, in the last piece; see `GenerationResponse.figures`.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    figures: dict[str, Any]
+
+    def then(self, piece: Piece) -> Piece:
+        """This and the next piece of the answer in one."""
+        text, tokens = self.text + piece.text, self.tokens + piece.tokens
+        return replace(piece, text=text, tokens=tokens)
+
+
+@dataclass
+class _Answer:
+    """One answer on its way, as the model's thread sees it."""
+
+    job: _Job
+    index: int
+    ids: list[int] = field(default_factory=list)
+    pending: list[Token] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """The answers of one request.
+
+    Attributes:
+        asks: what is asked.
+        top_logprobs: how many likeliest tokens to tell, or None for no tokens at all.
+        send: takes pieces, or the error that ends all, in the asker's thread.
+    """
+
+    asks: Sequence[Ask]
+    top_logprobs: int | None
+    send: Callable[[Piece | Exception], None]
+    uids: set[int] = field(default_factory=set)
+    is_cancelled: bool = False
+
+
+class Engine:
+    """Answers many requests at once, in a thread of its own.
+
+    Attributes:
+        processor: the model's processor.
+        batch_size: how many answers run at a time.
+        capacity: how many answers may run and wait together.
+        taken: how many of these places are taken.
+        has_ended: whether the thread is gone, and nothing will be answered any more.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Llava, Processor]],
+        *,
+        batch_size: int,
+        max_waiting: int,
+        prompt_cache_bytes: int,
+    ) -> None:
+        """Loads a model, and returns when it is ready.
+
+        Args:
+            load (callable): Loads it.
+            batch_size (int): How many answers run at a time.
+            max_waiting (int): How many more may wait.
+            prompt_cache_bytes (int): How much of earlier prompts to keep, see `PromptCache`.
+
+        Raises:
+            ValueError: A number is too small; or what `load` raises.
+        """
+        if max_waiting < 0:
+            raise ValueError(f"There can be {max_waiting} waiting answers; it must be 0 or more.")
+        self.batch_size = batch_size
+        self.capacity = batch_size + max_waiting
+        self.taken = 0
+        self.has_ended = False
+        self._prompt_cache_bytes = prompt_cache_bytes
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._answers: dict[int, _Answer] = {}
+        ready: Future[Processor] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(load, ready), name="mlx_llava engine", daemon=True
+        )
+        self._thread.start()
+        try:
+            self.processor = ready.result()
+        except Exception:
+            self._thread.join()
+            raise
+
+    @property
+    def running(self) -> int:
+        """How many answers run."""
+        return min(len(self._answers), self.batch_size)
+
+    def stop(self) -> None:
+        """Asks the thread to end; answers that run are cut off after its next step."""
+        self._inbox.put(None)
+
+    def close(self) -> None:
+        """Ends the thread, and waits for it."""
+        self.stop()
+        self._thread.join()
+
+    @contextmanager
+    def place(self, count: int) -> Iterator[None]:
+        """Takes places for some answers, while they are prepared and made.
+
+        Raises:
+            BusyError: There are not so many.
+        """
+        if self.taken + count > self.capacity:
+            raise BusyError(f"{self.taken} of {self.capacity} places are taken.")
+        self.taken += count
+        try:
+            yield
+        finally:
+            self.taken -= count
+
+    async def answer(
+        self, asks: Sequence[Ask], *, top_logprobs: int | None = None, seconds: float | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """Answers; where the asker stops listening, the model stops answering.
+
+        Args:
+            asks (list): Prompts and how to answer each.
+            top_logprobs (int, optional): Tells the tokens of each piece, and so many likeliest
+                ones in place of each.
+            seconds (float, optional): How long all of it may take.
+
+        Yields:
+            Piece: Of the answers in turn, until each has its last.
+
+        Raises:
+            ValueError: A prompt does not fit, or its options make no sense.
+            TimeoutError: The time is over.
+            EngineError: The model has failed.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+        def send(piece: Piece | Exception) -> None:
+            with suppress(RuntimeError):  # the asker's loop is gone, and the asker with it
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        job = _Job(asks, top_logprobs, send)
+        self._inbox.put(lambda: self._begin(job))
+        if self.has_ended:  # perhaps before it saw the job
+            raise EngineError("The server is ending.")
+        remaining = len(asks)
+        until = None if seconds is None else time.monotonic() + seconds
+        try:
+            while remaining:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                piece = await asyncio.wait_for(pieces.get(), left)
+                if isinstance(piece, Exception):
+                    raise piece
+                remaining -= piece.finish_reason is not None
+                yield piece
+        except asyncio.TimeoutError as error:  # another class than TimeoutError in Python 3.10
+            raise TimeoutError(f"The answer took more than {seconds:g} s.") from error
+        finally:
+            if remaining:
+                self._inbox.put(lambda: self._cancel(job))
+
+    def _run(self, load: Callable[[], tuple[Llava, Processor]], ready: Future[Processor]) -> None:
+        """What the thread does."""
+        try:
+            model, processor = load()
+            self._generator = self._new_generator(model, processor)
+        except BaseException as error:
+            ready.set_exception(error)
+        else:
+            ready.set_result(processor)
+            try:
+                self._serve()
+            finally:
+                self._end()
+        finally:
+            _end_streams()
+
+    def _serve(self) -> None:
+        """Does what is asked until it is asked to end."""
+        for step in count(1):
+            if self._generator.is_idle or step % CLEAR_EVERY == 0:
+                mx.clear_cache()  # buffers of all the lengths that there were
+            for command in self._commands():
+                if command is None:
+                    return
+                command()
+            self._step()
+
+    def _end(self) -> None:
+        """Leaves nobody waiting, however it came to the end."""
+        self.has_ended = True
+        self._fail_all("The server is ending.")
+        for command in self._asked():
+            if command is not None:
+                command()
+
+    def _new_generator(self, model: Llava, processor: Processor) -> BatchGenerator:
+        cache = PromptCache(model, self._prompt_cache_bytes)
+        return BatchGenerator(model, processor, batch_size=self.batch_size, prompt_cache=cache)
+
+    def _commands(self) -> Iterator[Callable[[], None] | None]:
+        """What has been asked; waits for it where there is nothing else to do."""
+        if self._generator.is_idle:
+            yield self._inbox.get()
+        yield from self._asked()
+
+    def _asked(self) -> Iterator[Callable[[], None] | None]:
+        """What has been asked and not been done."""
+        with suppress(queue.Empty):
+            while True:
+                yield self._inbox.get_nowait()
+
+    def _begin(self, job: _Job) -> None:
+        if job.is_cancelled:
+            return
+        if self.has_ended:
+            self._fail(job, EngineError("The server is ending."))
+            return
+        try:
+            for index, (inputs, options) in enumerate(job.asks):
+                uid = self._generator.insert(inputs(), options)
+                job.uids.add(uid)
+                self._answers[uid] = _Answer(job, index)
+        except ValueError as error:
+            self._fail(job, error)
+        except Exception as error:
+            logger.exception("A prompt could not be read.")
+            self._fail(job, EngineError(f"The prompt could not be read: {error}"))
+
+    def _cancel(self, job: _Job) -> None:
+        job.is_cancelled = True
+        for uid in job.uids:
+            self._generator.remove(uid)
+            del self._answers[uid]
+        job.uids.clear()
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._cancel(job)
+        job.send(error)
+
+    def _fail_all(self, why: str) -> None:
+        jobs = {id(answer.job): answer.job for answer in self._answers.values()}
+        for job in jobs.values():
+            self._fail(job, EngineError(why))
+
+    def _step(self) -> None:
+        try:
+            responses = self._generator.next()
+        except AnswerError as error:
+            self._fail(self._answers[error.uid].job, ValueError(str(error)))
+            return
+        except Exception as error:
+            logger.exception("The model has failed; all answers that ran are lost.")
+            self._fail_all(f"The model has failed: {error}")
+            self._generator = self._new_generator(self._generator.model, self.processor)
+            return
+        for uid, response in responses:
+            answer = self._answers[uid]
+            answer.job.send(self._piece(answer, response))
+            if response.finish_reason:
+                answer.job.uids.discard(uid)
+                del self._answers[uid]
+
+    def _piece(self, answer: _Answer, response: GenerationResponse) -> Piece:
+        return Piece(
+            index=answer.index,
+            text=response.text,
+            tokens=self._tokens(answer, response),
+            finish_reason=response.finish_reason,
+            figures=response.figures() if response.finish_reason else {},
+        )
+
+    def _tokens(self, answer: _Answer, response: GenerationResponse) -> tuple[Token, ...]:
+        """The tokens whose text is out; those of a stop text, and the end itself, never are."""
+        top = answer.job.top_logprobs
+        if top is None:
+            return ()
+        if response.token not in self.processor.eos_ids:
+            answer.ids.append(response.token)
+            answer.pending.append(self._token(response.token, response.logprobs, top))
+        if not response.text and not response.finish_reason:
+            return ()
+        out = len(answer.pending)
+        if response.finish_reason == "stop":
+            before = len(answer.ids) - out
+            decode = self.processor.tokenizer.decode
+            while out and len(decode(answer.ids[: before + out])) > len(response.answer):
+                out -= 1
+        tokens, answer.pending = answer.pending[:out], answer.pending[out:]
+        return tuple(tokens)
+
+    def _token(self, chosen: int, logprobs: mx.array, top: int) -> Token:
+        """A token in its place, with log-probabilities (V,)."""
+        values = np.array(logprobs)
+        best = np.argpartition(-values, top)[:top]
+        ranked = best[np.argsort(-values[best])]
+        likeliest = [int(i) for i in ranked if np.isfinite(values[i])]
+        return Token(
+            chosen=self._likelihood(chosen, values),
+            top=tuple(self._likelihood(i, values) for i in likeliest),
+        )
+
+    def _likelihood(self, token: int, values: np.ndarray[Any, Any]) -> Likelihood:
+        content = self.processor.tokenizer.bytes_of(token)
+        return Likelihood(content.decode(errors="replace"), content, float(values[token]))
+
+
+def _end_streams() -> None:
+    """Ends what MLX runs for this thread; left to itself, it may abort the process at exit."""
+    mx.synchronize()
+    if hasattr(mx, "clear_streams"):  # before MLX 0.31, streams did not belong to threads
+        mx.clear_streams()

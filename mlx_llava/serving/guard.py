@@ -1,0 +1,136 @@
+"""Who may ask a server what: checked before anything of a request is read.
+
+A web page that someone visits can send requests to servers on the visitor's own machine, also
+under a name that it makes point there (DNS rebinding). So names and origins are checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_llava.serving.errors import ApiError
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Refuses requests that should not be, and limits how long the others take.
+
+    Attributes:
+        app: what is guarded.
+        api_key: what clients must send, or None.
+        open_paths: where they need not.
+        hosts: names under which the server may be addressed, beside addresses and localhost; in
+            lower case.
+        origins: web pages of other servers that may ask.
+        seconds: after which a request is cut off, whatever it does.
+        count: is told the path and the status of every answer.
+    """
+
+    app: ASGIApp
+    api_key: str | None
+    open_paths: Collection[str]
+    hosts: Collection[str]
+    origins: Collection[str]
+    seconds: float
+    count: Callable[[str, int], Any]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http":
+            return  # no WebSockets; uvicorn answers these with an error
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                self.count(scope["path"], message["status"])
+            await send(message)
+
+        try:
+            self.check(scope)
+        except ApiError as error:
+            await error_response(error)(scope, receive, guarded)
+            return
+        # Where time is over, or the server ends, the connection is closed, and the answer cut off.
+        with suppress(asyncio.CancelledError), anyio.move_on_after(self.seconds):
+            await self.app(scope, receive, guarded)
+
+    def check(self, scope: Scope) -> None:
+        """Raises ApiError for a request that is refused."""
+        headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # Two readers could see different ends of it (request smuggling, RFC 9112, 6.3).
+            raise ApiError(
+                400,
+                "A request has either Content-Length or Transfer-Encoding.",
+                headers={"Connection": "close"},
+            )
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._knows(hosts[0]):
+            raise ApiError(
+                403,
+                "This server does not answer to that name; start it with --allow-host NAME.",
+                code="host_not_allowed",
+            )
+        origin = headers.get("origin")
+        if origin not in (None, *self.origins, f"http://{hosts[0]}", f"https://{hosts[0]}"):
+            raise ApiError(
+                403,
+                "Web pages of other servers may not ask here; see --allow-origin.",
+                code="origin_not_allowed",
+            )
+        is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key
+        if self.api_key is not None and scope["path"] not in self.open_paths and not is_preflight:
+            self._check_key(headers.get("authorization", ""))
+
+    def _knows(self, host: str) -> bool:
+        """Whether a Host header names this server: no one else can choose an address."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name == "localhost" or name in self.hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, given = authorization.partition(" ")
+        digests = [hashlib.sha256(key.encode()).digest() for key in (given, self.api_key or "")]
+        if not hmac.compare_digest(*digests) or scheme.lower() != "bearer":
+            raise ApiError(
+                401,
+                "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """An error as clients read it."""
+    return JSONResponse(error.body(), error.status, error.headers)

@@ -1,0 +1,168 @@
+"""The messages that OpenAI's clients send -> the conversation that a template can write.
+
+Taken is what real clients were seen to send, beside what OpenAI documents: fields of their own,
+plain texts for parts and for pictures, answers without content, turns in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+
+from mlx_llava.serving.errors import unsupported
+
+MAX_MESSAGES = 1000
+MAX_PARTS = 1000
+THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
+#: What would be lost if it were left out, and the values that say nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": ({},),
+    "files": ([],),
+    "function_call": ({},),
+    "images": ([],),
+    "partial": (False,),
+    "prefix": (False,),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+
+
+class Lenient(BaseModel):
+    """Anything of a request; fields that it does not know ask nothing of the answer."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(Lenient):
+    """A text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Lenient):
+    """Where a picture is. Whatever `detail` is asked for, the model sees all that it can."""
+
+    url: str
+
+
+class ImagePart(Lenient):
+    """A picture of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _as_object(cls, image_url: Any) -> Any:
+        return {"url": image_url} if isinstance(image_url, str) else image_url
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _is_thought(part: Any) -> bool:
+    """What templates leave out of earlier answers, like the field `reasoning_content`."""
+    return isinstance(part, dict) and part.get("type") in THOUGHTS
+
+
+def _as_part(part: Any) -> Any:
+    return {"type": "text", "text": part} if isinstance(part, str) else part
+
+
+class Message(Lenient):
+    """A message, its content always in parts."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], FailFast()] = Field(max_length=MAX_PARTS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_say_nothing(cls, message: Any) -> Any:
+        """An assistant's content is null where it did something else, or holds thoughts."""
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        content = message.get("content") or []
+        if isinstance(content, list):
+            content = [part for part in content if not _is_thought(part)]
+        return {**message, "content": content}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _in_parts(cls, content: Any) -> Any:
+        content = [content] if isinstance(content, str) else content
+        return [*map(_as_part, content)] if isinstance(content, list) else content
+
+    @property
+    def is_answer_to_come(self) -> bool:
+        """Whether a client has left room for the answer, which has not begun."""
+        return self.role == "assistant" and not any(self.texts() + self.pictures())
+
+    def texts(self) -> list[str]:
+        """Its texts in order."""
+        return [part.text for part in self.content if isinstance(part, TextPart)]
+
+    def pictures(self) -> list[str]:
+        """The URLs of its pictures in order."""
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+def check_fields(messages: Any) -> None:
+    """Refuses fields of messages that say more than a text or a picture.
+
+    Raises:
+        ApiError: It names the first.
+    """
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in sorted(UNSUPPORTED.keys() & (message if isinstance(message, dict) else {})):
+            if message[name] is not None and message[name] not in UNSUPPORTED[name]:
+                raise unsupported(f"messages.{place}.{name}", "null")
+
+
+def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages for `Processor`, in the order that every template has.
+
+    The texts of all system and developer messages become one system turn at the beginning.
+    Turns of one role that follow each other are joined, and before an assistant's greeting
+    stands a user's turn that says nothing. Pictures are shown to the model by a user: those of
+    other messages go to the user's turn that follows, or to the last.
+
+    Args:
+        messages (list of Message): What is said.
+        pictures (list): Its pictures in order, for their URLs.
+    """
+    following = iter(pictures)
+    system: list[dict[str, Any]] | None = None
+    turns: list[tuple[str, list[dict[str, Any]]]] = []
+    shown: list[dict[str, Any]] = []
+    for message in messages:
+        parts = [*_parts(message, following)]
+        if message.role == "user":
+            parts, shown = shown + parts, []
+        else:
+            shown += [part for part in parts if part["type"] == "image"]
+            parts = [part for part in parts if part["type"] == "text"]
+        if message.role in ("system", "developer"):
+            system = (system or []) + parts
+        elif turns and turns[-1][0] == message.role:
+            turns[-1][1].extend(parts)
+        else:
+            turns.append((message.role, parts))
+    if turns and turns[-1][0] == "user":
+        turns[-1][1].extend(shown)
+    if turns and turns[0][0] == "assistant":
+        turns.insert(0, ("user", []))
+    if system is not None:
+        turns.insert(0, ("system", system))
+    return [{"role": role, "content": parts} for role, parts in turns]
+
+
+def _parts(message: Message, pictures: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    """The parts as `Processor` takes them, with the pictures in their places."""
+    for part in message.content:
+        if isinstance(part, TextPart):
+            yield {"type": "text", "text": part.text}
+        else:
+            yield {"type": "image", "image": next(pictures)}
