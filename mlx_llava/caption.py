@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_llava.command import command, one_line
-from mlx_llava.files import is_same_file, whole_file
+from mlx_llava.command import command
+from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts
 from mlx_llava.generation.steps import Options

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from mlx_llava.command import command, one_line
+from mlx_llava.command import command
+from mlx_llava.files import one_line
 from mlx_llava.generation.session import SHOWN, Picture, Session, Turn
 from mlx_llava.inputs.image import from_clipboard
 from mlx_llava.inputs.mentions import (

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
+from mlx_llava.files import one_line
+
 Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 
 USER_ERROR = 2
@@ -48,11 +50,6 @@ def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], Non
             bar.update(done - bar.n)
 
         yield show
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split())
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ import transformers as hf
 from mlx_llava import load
 from mlx_llava.checkpoint.original import read_config
 from mlx_llava.checkpoint.verify import QUESTION, example_picture, verify
-from mlx_llava.command import one_line
+from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.inputs.template_choice import Guess, guess_template

@@ -237,7 +237,7 @@ def script(monkeypatch, processor, text: str, eos: bool = False):
     """Replaces the decoder's choice by a text, token by token."""
     ids = processor.tokenizer.encode(processor.tokenizer.protect(text)) + [2] * eos
     monkeypatch.setattr(
-        importlib.import_module("mlx_llava.generate"),
+        importlib.import_module("mlx_llava.generation.stream"),
         "generate_step",
         lambda *args, **kw: ((i, mx.zeros(320)) for i in ids[: kw["max_tokens"]]),
     )
@@ -270,7 +270,7 @@ def test_the_stop_of_llava_v0(loaded, monkeypatch):
     monkeypatch.setattr(
         tokenizer, "decode", lambda ids: "".join("#" if i == 9 else "x" for i in ids)
     )
-    module = importlib.import_module("mlx_llava.generate")
+    module = importlib.import_module("mlx_llava.generation.stream")
     ids = [8, 9, 9, 8, 9, 9, 9, 8]
     monkeypatch.setattr(module, "generate_step", lambda *a, **k: ((i, mx.zeros(1)) for i in ids))
     assert generate(model, v0, "hi") == "x##x"

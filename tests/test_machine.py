@@ -112,7 +112,7 @@ def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch):
 
 
 def test_weights_that_cannot_fit_are_refused(monkeypatch):
-    monkeypatch.setattr(memory, "total_memory", lambda: 10_000)
+    monkeypatch.setattr(machine, "total_memory", lambda: 10_000)
     with pytest.raises(ValueError, match=r"weights take 0.0 GB and this machine has 0.0 GB; conv"):
         load(GOLDENS / "llava")
 

@@ -1,1 +1,3 @@
-"""What a model did, and how well and fast."""
+"""What a model did, how well, and how fast."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from mlx_llava.analysis.places import LONGEST, feature_boxes, heat_map, patch_boxes
 from mlx_llava.analysis.trace import Trace, as_numpy, trace, with_answer
-from mlx_llava.generate import stream_generate
+from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.processor import Conversation, Inputs, Processor, as_list
 from mlx_llava.model.linux_cpu import Array

@@ -106,7 +106,7 @@ class Ours:
         """The time until every row has its first token, and the tokens of each row."""
         if len(rows) > 1:
             return self._batch(rows, max_tokens)
-        from mlx_llava.generate import stream_generate
+        from mlx_llava.generation.stream import stream_generate
 
         (prompt, images), started, first = rows[0], time.perf_counter(), 0.0
         tokens = []

@@ -1,1 +1,3 @@
-"""Checkpoints as they are found in the wild -> config and canonical weights."""
+"""Files <-> a model."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core

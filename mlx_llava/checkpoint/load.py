@@ -21,14 +21,13 @@ from mlx_llava.checkpoint.precision import cast, suit_device
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
 from mlx_llava.folders import new_folder
-from mlx_llava.generation.memory import check_weights
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.json_files import sensible_values, write_json
 from mlx_llava.model.config import LlavaConfig
-from mlx_llava.model.device import configure_device
+from mlx_llava.model.device import check_weights, configure_device
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import PermutedQuantizedLinear, layer_settings
 

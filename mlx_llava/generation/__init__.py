@@ -1,1 +1,3 @@
 """Inputs -> text."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from mlx_llava.command import one_line
+from mlx_llava.files import one_line
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.steps import Options
 from mlx_llava.inputs.processor import Processor

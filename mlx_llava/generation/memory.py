@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from mlx_llava.model.cache import group_size
 from mlx_llava.model.config import LlavaConfig
-from mlx_llava.model.device import available_memory, total_memory
+from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import TILES_AT_ONCE
 
 _GB = 1e9
-
-
-def check_weights(nbytes: int) -> None:
-    """Raises ValueError where a model's weights cannot fit."""
-    total = total_memory()
-    if nbytes > total:
-        raise ValueError(
-            f"The weights take {nbytes / _GB:.1f} GB and this machine has {total / _GB:.1f} GB; "
-            "convert the model with -q first, or choose a smaller one."
-        )
 
 
 def kv_bytes(config: LlavaConfig, positions: int, itemsize: int, kv_bits: int | None = None) -> int:

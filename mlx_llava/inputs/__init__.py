@@ -1,1 +1,3 @@
 """What a user has -> Inputs."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core

@@ -49,6 +49,16 @@ def available_memory() -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
+def check_weights(nbytes: int) -> None:
+    """Raises ValueError where a model's weights cannot fit."""
+    total = total_memory()
+    if nbytes > total:
+        raise ValueError(
+            f"The weights take {nbytes / _GB:.1f} GB and this machine has {total / _GB:.1f} GB; "
+            "convert the model with -q first, or choose a smaller one."
+        )
+
+
 def configure_device() -> None:
     """Lets Metal keep all weights resident, and bounds what MLX keeps of freed memory."""
     if mx.metal.is_available():

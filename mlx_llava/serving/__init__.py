@@ -1,1 +1,3 @@
 """Text over HTTP."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core

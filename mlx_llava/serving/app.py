@@ -25,7 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
-from mlx_llava.command import one_line
+from mlx_llava.files import one_line
 from mlx_llava.generation.steps import ContextError, Options
 from mlx_llava.inputs.fetch import MAX_BYTES, SECONDS
 from mlx_llava.inputs.image import PixelsError, load_image

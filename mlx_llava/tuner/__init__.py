@@ -1,1 +1,3 @@
-"""Training: data, loss and loop of LLaVA's two stages and of LoRA."""
+"""Samples -> trained weights."""
+
+import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core
