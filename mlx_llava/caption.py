@@ -16,14 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_llava.command import command
+from mlx_llava.arguments import add_model_arguments, command, load_model, say_if_embedded
 from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts
 from mlx_llava.generation.steps import Options
 from mlx_llava.inputs.picture_files import find_pictures
 from mlx_llava.json_files import parse
-from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.

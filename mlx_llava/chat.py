@@ -13,7 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from mlx_llava.command import command
+from mlx_llava.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    command,
+    load_model,
+    say_if_embedded,
+)
 from mlx_llava.files import one_line
 from mlx_llava.generation.session import SHOWN, Picture, Session, Turn
 from mlx_llava.inputs.image import from_clipboard
@@ -23,13 +30,6 @@ from mlx_llava.inputs.mentions import (
     missing_paths,
     pasted_files,
     split_line,
-)
-from mlx_llava.loading import (
-    add_answer_arguments,
-    add_model_arguments,
-    answer_options,
-    load_model,
-    say_if_embedded,
 )
 
 CLIPBOARD = "clipboard"

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.arguments import add_source_arguments, command, progress_bar, source_options
 from mlx_llava.checkpoint.load import (
     find_and_open,
     load,
@@ -25,7 +26,6 @@ from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.checkpoint.quantize import MODES, RECIPES, Plan, Quantization, make_plan
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.verify import QUESTION, example_picture, verify
-from mlx_llava.command import add_source_arguments, command, progress_bar, source_options
 from mlx_llava.folders import MANIFEST, check_target, new_folder
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import sensible_values

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llava.command import command
+from mlx_llava.arguments import command
 from mlx_llava.model.device import advice, describe, matmul_rate, on_cpu, read_rate
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.analysis.scores import SCORERS
+from mlx_llava.arguments import add_model_arguments, command, load_model
 from mlx_llava.checkpoint.hub import EMBEDDED
-from mlx_llava.command import command
 from mlx_llava.files import check_not_read, is_file
 from mlx_llava.generation.batch import batch_generate
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
-from mlx_llava.loading import add_model_arguments, load_model
 
 #: What a line of an answer file begins with.
 _BEGIN = '{"question_id": '

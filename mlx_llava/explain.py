@@ -22,9 +22,8 @@ from mlx_llava.analysis.attribution import (
 )
 from mlx_llava.analysis.report import COMMAND, check_report, sections, write_report
 from mlx_llava.analysis.trace import Trace, trace
-from mlx_llava.command import command, progress_bar
+from mlx_llava.arguments import add_model_arguments, command, load_model, progress_bar
 from mlx_llava.files import check_output
-from mlx_llava.loading import add_model_arguments, load_model
 
 __all__ = [
     "Explanation",

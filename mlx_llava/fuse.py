@@ -15,9 +15,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.arguments import add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapter import load_adapter, merge_adapter
 from mlx_llava.checkpoint.load import find_and_open, load, save
-from mlx_llava.command import add_source_arguments, command, source_options
 from mlx_llava.folders import check_target
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.quantized import is_quantized, layer_settings

@@ -19,8 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_llava.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    command,
+    load_model,
+    say_if_embedded,
+)
 from mlx_llava.checkpoint.precision import DTYPES
-from mlx_llava.command import command
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, read_line
 from mlx_llava.generation.prompt_cache import PromptCache
@@ -32,13 +39,6 @@ from mlx_llava.generation.steps import (
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import decode, numbered_lines
-from mlx_llava.loading import (
-    add_answer_arguments,
-    add_model_arguments,
-    answer_options,
-    load_model,
-    say_if_embedded,
-)
 from mlx_llava.model.llava import Llava
 
 STDIN = "standard input"

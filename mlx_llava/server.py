@@ -17,18 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_llava.checkpoint.hub import embedded_model
-from mlx_llava.command import command
-from mlx_llava.generation.batch import BATCH_SIZE
-from mlx_llava.generation.steps import Options
-from mlx_llava.json_files import read_text
-from mlx_llava.loading import (
+from mlx_llava.arguments import (
     add_answer_arguments,
     add_model_arguments,
     answer_options,
+    command,
     load_model,
     say_if_embedded,
 )
+from mlx_llava.checkpoint.hub import embedded_model
+from mlx_llava.generation.batch import BATCH_SIZE
+from mlx_llava.generation.steps import Options
+from mlx_llava.json_files import read_text
 from mlx_llava.serving.limits import Limits
 from mlx_llava.serving.pictures import Sources
 

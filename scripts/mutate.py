@@ -222,7 +222,7 @@ MUTATIONS = (
     ("another system's notes are weights", "checkpoint/folder", 'if not path.name.startswith(".")', "if True"),
     ("a download that goes on is read", "checkpoint/folder", "if not head or control.exists():", "if not head:"),
     ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),
-    ("arguments that are no text", "command", "if not is_text and", "if False and"),
+    ("arguments that are no text", "arguments", "if not is_text and", "if False and"),
     ("POPE by order", "analysis/scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
     ("POPE with other labels", "analysis/scores", "if len(own) != len(labels):", "if False:"),
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from mlx_llava.files import expand_home
 
@@ -10,13 +12,38 @@ _FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_tra
 #: For repositories without safetensors.
 _TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
 
-
 #: The model that comes with the package: beside it in a checkout, inside it when installed.
 EMBEDDED = "tiny-llava"
 EMBEDDED_NOTE = (
     "note: this is the embedded model, which only knows drawings of coloured shapes; for "
     "photographs: --model llava-hf/llava-1.5-7b-hf"
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint and its parts are; `load` has a keyword, and commands a flag, for each."""
+
+    HELP: ClassVar[str] = "a folder, a GGUF file, or a hub repository"
+
+    model: str | Path | None = None
+    base: str | Path | None = field(
+        default=None, metadata={"help": "the model that a delta, a LoRA or a projector belongs to"}
+    )
+    vision_tower: str | Path | None = field(
+        default=None, metadata={"help": "CLIP, for checkpoints without a vision tower inside"}
+    )
+    mmproj: str | Path | None = field(
+        default=None, metadata={"help": "the second file of a GGUF pair"}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of a hub repository"}
+    )
+    offline: bool = field(default=False, metadata={"help": "use only what was downloaded before"})
+
+    def find(self, part: str | Path) -> Path:
+        """Where a part is on this machine; it is downloaded if it is a repository."""
+        return find_checkpoint(part, None, self.offline)
 
 
 def embedded_model() -> Path:

@@ -1,0 +1,170 @@
+"""What commands share: which model, how to answer, and how they end.
+
+They end well, with one line on a user's mistake, or by Control-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Protocol, TypeAlias
+
+from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
+from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.precision import DTYPES
+from mlx_llava.files import one_line
+from mlx_llava.generation.json_schema import read_schema
+from mlx_llava.generation.steps import MAX_TOKENS, Options
+from mlx_llava.inputs.image_processor import MODES
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.model.llava import Llava
+
+Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where the parts of a checkpoint are, as the fields of `Source`."""
+    for option in fields(Source):
+        if option.name != "model":
+            action = "store_true" if option.default is False else "store"
+            flag = f"--{option.name.replace('_', '-')}"
+            parser.add_argument(flag, action=action, help=option.metadata["help"])
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for `add_source_arguments`, as options of `load` and `convert`."""
+    names = (option.name for option in fields(Source) if option.name != "model")
+    return {name: getattr(args, name) for name in names}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which model to load, and how."""
+    add = parser.add_argument
+    add("--model", help=f"{Source.HELP} (default: embedded)")
+    add("--adapter-path", metavar="DIR", help="what was trained of the model, here or with PEFT")
+    add("--template", help="a built-in template instead of the checkpoint's own")
+    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
+    add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")
+    add_source_arguments(parser)
+
+
+def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Processor]:
+    """Loads what was asked for by `add_model_arguments`; `options` are others of `load`."""
+    return load(
+        args.model,
+        adapter_path=args.adapter_path,
+        template=args.template,
+        image_mode=args.image_mode,
+        dtype=args.dtype,
+        **source_options(args),
+        **options,
+    )
+
+
+def say_if_embedded(args: argparse.Namespace) -> None:
+    """Says on stderr what answers where no model was named."""
+    if args.model is None:
+        print(EMBEDDED_NOTE, file=sys.stderr)
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how to answer."""
+    add = parser.add_argument
+    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
+    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
+    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
+    add("--min-p", type=float, default=0.0, help="minimum relative probability (default: off)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest (default: off)")
+    add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
+    add("--seed", type=int, help="makes sampling repeatable")
+    add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
+    add("--json-schema", metavar="FILE", help="a JSON schema, or its text, that the answer follows")
+
+
+def answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for `add_answer_arguments`, as the fields of `Options`."""
+    options = {field.name: getattr(args, field.name) for field in fields(Options)}
+    if args.json_schema is not None:
+        options["json_schema"] = read_schema(args.json_schema)
+    return options
+
+
+@contextmanager
+def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; gives what is to be told (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=desc, disable=None, **options) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises ValueError for an argument that is not text.
+
+    Python hands over bytes that are not the locale's as lone surrogates, which no tokenizer and
+    no JSON takes. The name of a file may hold them all the same (PEP 383).
+    """
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        is_text = not any("\ud800" <= character <= "\udfff" for character in argument)
+        if not is_text and not os.path.lexists(value):
+            encoding = sys.getfilesystemencoding().upper()
+            raise ValueError(
+                f"The argument {argument!a:.200} is neither {encoding} text nor a file's name."
+            )
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning for people, who do not ask which line of which file it comes from."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+class ExitCode(Protocol):
+    """A command's ``main``: arguments (default: those of the process) -> exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command."""
+        ...
+
+
+def command(main: Main) -> ExitCode:
+    """Turns ``main(argv)`` into one that returns an exit code and prints no traceback.
+
+    ValueError and OSError are what the library raises for what a user can mend.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        with_source, warnings.formatwarning = warnings.formatwarning, _format_warning
+        try:
+            check_arguments(sys.argv[1:] if argv is None else argv)
+            main(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has gone (`... | head`): stop, and keep Python from flushing again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return INTERRUPTED
+        finally:
+            warnings.formatwarning = with_source
+        return 0
+
+    return run
