@@ -123,7 +123,7 @@ def test_a_package_without_its_embedded_model_asks_for_one(tmp_path, monkeypatch
 
     package = tmp_path / "mlx_llava"
     package.mkdir()
-    monkeypatch.setattr(hub, "__file__", str(package / "hub.py"))
+    monkeypatch.setattr(hub, "__file__", str(package / "checkpoint" / "hub.py"))
     with pytest.raises(FileNotFoundError, match="came without its embedded model; name a model"):
         hub.find_checkpoint(None, None, False)
     for place in (tmp_path, package):  # beside the package in a checkout, inside it in a wheel

@@ -1,9 +1,8 @@
 """PyTorch's .bin and .pt files, read without PyTorch and without running anything in them.
 
-Both containers are read: the ZIP of torch >= 1.6 and the row of pickles before it
-(torch/serialization.py). A pickle is a program. This reader executes only the few operations
-and the few names that saved tensors need, all of them its own; whatever else a file holds
-is refused by name.
+The container is the ZIP of torch >= 1.6 (torch/serialization.py) with a pickle in it, which is a
+program. This reader executes only the few operations and the few names that saved tensors need,
+all of them its own; whatever else a file holds is refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -48,12 +47,8 @@ _OPCODES = frozenset(
     BINPERSID REDUCE BUILD BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE POP POP_MARK
     """.split()
 )
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 #: No state dict's pickle is larger; one of 100,000 tensors has about 20 MB.
 _MAX_PICKLE_BYTES = 256 << 20
-#: Nor does it hold longer strings than names of tensors.
-_MAX_STRING_BYTES = 1 << 20
 #: A view may repeat values (stride 0), but not without end.
 _MAX_REPEATED = 1 << 20
 
@@ -122,33 +117,12 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(key), kind, count)
 
 
-class _Careful:
-    """A file for pickles, which does not let a number in them ask for any amount of memory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.tell, self.seek = file.tell, file.seek
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_STRING_BYTES:
-            raise ValueError(f"its pickle holds a string of {size:,} bytes")
-        return self._file.read(size)
-
-    def readline(self) -> bytes:
-        return self._file.readline(_MAX_STRING_BYTES)
-
-
-def _unpickle(binary: BinaryIO) -> Any:
-    """Executes one pickle of a file, after a look at all of its operations."""
-    file = _Careful(binary)
-    start = file.tell()
-    for opcode, _, _ in pickletools.genops(cast("BinaryIO", file)):
+def _unpickle(data: bytes) -> Any:
+    """Executes a pickle, after a look at all of its operations."""
+    for opcode, _, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise ValueError(f"its pickle has the operation {opcode.name}, which no weights need")
-        if file.tell() - start > _MAX_PICKLE_BYTES:
-            raise ValueError(f"its pickle is longer than {_MAX_PICKLE_BYTES:,} bytes")
-    file.seek(start)
-    return _Unpickler(cast("BinaryIO", file), encoding="utf-8").load()
+    return _Unpickler(io.BytesIO(data), encoding="utf-8").load()
 
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
@@ -162,8 +136,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
         ValueError: The file is broken, or holds more than tensors.
     """
     try:
-        is_zip = zipfile.is_zipfile(path)
-        state, offsets = _read_zip(path) if is_zip else _read_legacy(path)
+        state, offsets = _read_zip(path)
         return {key: _lazy(path, key, view, offsets) for key, view in _tensors(state).items()}
     except RecursionError as error:
         raise ValueError(f"{path} is refused: its pickle is nested too deep.") from error
@@ -207,7 +180,9 @@ def _lazy(path: Path, key: str, view: _View, offset_of: Callable[[_Storage], int
 
 
 def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
-    """torch >= 1.6: FOLDER/data.pkl, and each storage stored plainly as FOLDER/data/KEY."""
+    """FOLDER/data.pkl, and where each storage begins, stored plainly as FOLDER/data/KEY."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no file of torch.save (torch 1.6 and later)")
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -220,7 +195,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
         byteorder = stored.get(f"{root}byteorder")
         if byteorder and byteorder.file_size < 10 and archive.read(byteorder) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        state = _unpickle(io.BytesIO(archive.read(pickles[0])))
+        state = _unpickle(archive.read(pickles[0]))
 
     def offset_of(storage: _Storage) -> int:
         name = f"{root}data/{storage.key}"
@@ -243,34 +218,3 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
     if signature != b"PK\x03\x04":
         raise ValueError(f"the ZIP entry {info.filename} has no header")
     return int(info.header_offset + 30 + name_length + extra_length)
-
-
-def _read_legacy(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
-    """torch < 1.6: magic, protocol, system, state and storage keys, then each storage."""
-    with path.open("rb") as file:
-        if _unpickle(file) != _LEGACY_MAGIC or _unpickle(file) != _LEGACY_PROTOCOL:
-            raise ValueError("it is no file of torch.save")
-        system = _unpickle(file)
-        if not system.get("little_endian", True):
-            raise ValueError("it was written on a big-endian machine")
-        state = _unpickle(file)
-        keys = _unpickle(file)
-        items = {
-            view.storage.key: np.dtype(DTYPES[view.storage.kind][1]).itemsize
-            for view in _tensors(state).values()
-        }
-        offsets: dict[str, tuple[int, int]] = {}
-        for key in keys:
-            (count,) = struct.unpack("<q", file.read(8))
-            if key not in items or count < 0:
-                raise ValueError(f"its storage {key!r:.80} belongs to no tensor")
-            offsets[key] = (file.tell(), count)
-            file.seek(count * items[key], io.SEEK_CUR)
-
-    def offset_of(storage: _Storage) -> int:
-        offset, count = offsets[storage.key]
-        if count != storage.count:
-            raise ValueError(f"storage {storage.key} has {count} values, not {storage.count}")
-        return offset
-
-    return state, offset_of
