@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_llava.checkpoint.load import load
     from mlx_llava.convert import convert
     from mlx_llava.generation.batch import batch_generate
-    from mlx_llava.generation.steps import GenerationResponse
+    from mlx_llava.generation.response import GenerationResponse
     from mlx_llava.generation.stream import generate, stream_generate
     from mlx_llava.inputs.image import load_image
     from mlx_llava.inputs.processor import Processor
@@ -41,7 +41,7 @@ __all__ = [
 
 #: Where each name is, which is imported when it is first used.
 _PLACES = {
-    "GenerationResponse": "generation.steps",
+    "GenerationResponse": "generation.response",
     "Llava": "model.llava",
     "LlavaConfig": "model.config",
     "Processor": "inputs.processor",

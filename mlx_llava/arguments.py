@@ -20,7 +20,7 @@ from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import one_line
 from mlx_llava.generation.json_schema import read_schema
-from mlx_llava.generation.steps import MAX_TOKENS, Options
+from mlx_llava.generation.sampling import MAX_TOKENS, Options
 from mlx_llava.inputs.image_processor import MODES
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava

@@ -20,7 +20,7 @@ from mlx_llava.arguments import add_model_arguments, command, load_model, say_if
 from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.picture_files import find_pictures
 from mlx_llava.json_files import parse
 

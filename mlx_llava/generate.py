@@ -31,11 +31,9 @@ from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, read_line
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.steps import (
-    GenerationResponse,
-    Options,
-    make_cache,
-)
+from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.steps import make_cache
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import decode, numbered_lines

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llava import server
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import fetch, is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import connection

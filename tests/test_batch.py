@@ -15,7 +15,7 @@ from mlx_llava.analysis.random_model import random_config
 from mlx_llava.generate import main
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.model.cache import Rows, fork, nbytes
 from mlx_llava.model.llama import LanguageModel
 from tests.conftest import GOLDENS, PICTURE

@@ -16,7 +16,7 @@ import sys
 import httpx
 import pytest
 
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.chat_template import read_messages
 from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.templates import TEMPLATES

@@ -15,7 +15,7 @@ from mlx_llava.checkpoint.hub import checkpoint_name
 from mlx_llava.checkpoint.original import read_config
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.detokenizer import Answer
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.chat_template import JinjaTemplate, Message, read_messages
 from mlx_llava.inputs.processor import Processor, choose_template
 from mlx_llava.inputs.template_choice import guess_template

@@ -12,7 +12,8 @@ from mlx_llava import generate, load, stream_generate
 from mlx_llava.generate import main
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache, fingerprint
-from mlx_llava.generation.steps import Options, generate_step, make_cache
+from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.steps import generate_step, make_cache
 from mlx_llava.model.cache import KVCache, RollingKVCache, nbytes
 from tests.conftest import GOLDENS, PICTURE
 from tests.test_batch import picture

@@ -19,7 +19,7 @@ from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.generate import main
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.json_schema import ANY_OBJECT, JsonConstraint, read_schema
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.sentencepiece import spec_from_sentencepiece
 from mlx_llava.inputs.tokenizer import Tokenizer
 

@@ -119,7 +119,7 @@ class Ours:
 
     def _batch(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
         from mlx_llava.generation.batch import BatchGenerator, run
-        from mlx_llava.generation.steps import Options
+        from mlx_llava.generation.sampling import Options
 
         started, first = time.perf_counter(), 0.0
         generator = BatchGenerator(self.model, self.processor, batch_size=len(rows))

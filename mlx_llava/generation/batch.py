@@ -17,20 +17,11 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_llava.generation.detokenizer import Answer
-from mlx_llava.generation.memory import kv_bytes
+from mlx_llava.generation.memory import check_request, kv_bytes
 from mlx_llava.generation.prompt_cache import Prompt, PromptCache
-from mlx_llava.generation.sampling import LogitsProcessor, Sampler, greedy
-from mlx_llava.generation.steps import (
-    PREFILL_STEP,
-    GenerationResponse,
-    Meter,
-    Options,
-    check_request,
-    choose_token,
-    make_cache,
-    prefill,
-    queues_ahead,
-)
+from mlx_llava.generation.response import GenerationResponse, Meter
+from mlx_llava.generation.sampling import LogitsProcessor, Options, Sampler, greedy
+from mlx_llava.generation.steps import PREFILL_STEP, choose_token, make_cache, prefill, queues_ahead
 from mlx_llava.inputs.processor import Conversation, Inputs, Processor
 from mlx_llava.model.cache import Cache, Rows, nbytes
 from mlx_llava.model.device import available_memory

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mlx_llava.files import one_line
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import Place, decode, field, parse
 

@@ -5,10 +5,11 @@ Estimates: weights and keys and values are exact, the rest is the largest arrays
 
 from __future__ import annotations
 
+from mlx_llava.inputs.processor import Inputs
 from mlx_llava.model.cache import group_size
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import available_memory
-from mlx_llava.model.llava import TILES_AT_ONCE
+from mlx_llava.model.llava import TILES_AT_ONCE, Llava
 
 _GB = 1e9
 
@@ -62,3 +63,51 @@ def check_prompt(
             f"{needed / _GB:.1f} GB ({sizes}) and {available / _GB:.1f} GB are free; use fewer "
             "pictures, fewer --max-tokens, or --kv-bits 8."
         )
+
+
+class ContextError(ValueError):
+    """A prompt is longer than the model's context."""
+
+
+def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+    """How many tokens can be made; raises ContextError where there is room for none."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
+    if prompt_tokens >= context_length:
+        raise ContextError(
+            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
+            "use fewer or smaller images, or a shorter text."
+        )
+    return min(max_tokens, context_length - prompt_tokens)
+
+
+def check_request(
+    model: Llava,
+    inputs: Inputs,
+    max_tokens: int,
+    context_length: int,
+    *,
+    prefill_step: int,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+) -> int:
+    """How many tokens the answer to one prompt can have.
+
+    Raises:
+        ValueError: It is not one prompt, it is longer than the context, or memory is too small.
+    """
+    rows, prompt_tokens = inputs.input_ids.shape
+    if rows != 1:
+        raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
+    max_tokens = limit_tokens(prompt_tokens, max_tokens, context_length)
+    check_prompt(
+        model.config,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        tiles=sum(inputs.image_tiles),
+        itemsize=model.language_model.dtype.size,
+        prefill_step=prefill_step,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+    )
+    return max_tokens

@@ -7,14 +7,20 @@ seconds, and a server's model would stand still meanwhile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
+
+from mlx_llava.generation.json_schema import JsonConstraint
+from mlx_llava.inputs.processor import Processor
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
+MAX_TOKENS = 512
 #: How many tokens back a repetition counts.
 REPETITION_CONTEXT = 20
 
@@ -117,3 +123,60 @@ def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProce
         return logits
 
     return [penalize]
+
+
+_OPTIONAL = ("seed", "repetition_penalty", "json_schema")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer, for one prompt; see `mlx_llava.generate.stream_generate`."""
+
+    max_tokens: int = MAX_TOKENS
+    temp: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    json_schema: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks kinds, since options may come from a file or over a network."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        is_list = isinstance(self.stop, (list, tuple))
+        if not is_list or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a text or a list of texts.")
+        for name in ("max_tokens", "top_k", "seed"):
+            self._check(name, Integral, "a whole number")
+        for name in ("temp", "top_p", "min_p", "repetition_penalty"):
+            self._check(name, Real, "a number")
+        self._check("json_schema", Mapping, "an object")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
+
+    def _check(self, name: str, kind: type, words: str) -> None:
+        value = getattr(self, name)
+        optional = value is None and name in _OPTIONAL
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if kind is Real and fits:
+            fits = -math.inf < value < math.inf
+        if not optional and not fits:
+            raise ValueError(f"{name} is {value!r}; it must be {words}.")
+
+    def sampler(self) -> Sampler:
+        """What chooses the next token."""
+        return make_sampler(self.temp, self.top_p, self.min_p, self.top_k, self.seed)
+
+    def logits_processors(self, processor: Processor) -> list[LogitsProcessor]:
+        """What changes the logits before that, for one answer."""
+        processors = make_logits_processors(self.repetition_penalty)
+        if self.json_schema is not None:
+            vocab_size = processor.config.text_config.vocab_size
+            ends = processor.eos_ids
+            processors.append(
+                JsonConstraint(self.json_schema, processor.tokenizer, ends, vocab_size)
+            )
+        return processors

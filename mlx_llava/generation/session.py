@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_llava.files import expand_home, real_path, whole_file
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.steps import GenerationResponse
+from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import data_url, load_image, png
 from mlx_llava.inputs.processor import Processor

@@ -9,17 +9,11 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_llava.generation.detokenizer import Answer
+from mlx_llava.generation.memory import check_request
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.steps import (
-    MAX_TOKENS,
-    PREFILL_STEP,
-    GenerationResponse,
-    Meter,
-    Options,
-    check_request,
-    generate_step,
-    make_cache,
-)
+from mlx_llava.generation.response import GenerationResponse, Meter
+from mlx_llava.generation.sampling import MAX_TOKENS, Options
+from mlx_llava.generation.steps import PREFILL_STEP, generate_step, make_cache
 from mlx_llava.inputs.processor import Conversation, Inputs, Processor
 from mlx_llava.model.llava import Llava
 

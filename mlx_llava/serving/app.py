@@ -26,7 +26,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
 from mlx_llava.files import one_line
-from mlx_llava.generation.steps import ContextError, Options
+from mlx_llava.generation.memory import ContextError
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import MAX_BYTES, SECONDS
 from mlx_llava.inputs.image import PixelsError, load_image
 from mlx_llava.serving.engine import Ask, BusyError, Engine, EngineError, Piece

@@ -22,7 +22,8 @@ import numpy as np
 
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.steps import GenerationResponse, Options
+from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mlx_llava.generation.steps import Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.answer_formats import AnswerFormat
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.json_bodies import read_json
