@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_llava.version import __version__
 
 if TYPE_CHECKING:
+    from mlx_llava.checkpoint.convert import convert
     from mlx_llava.checkpoint.load import load
-    from mlx_llava.convert import convert
     from mlx_llava.generation.batch import batch_generate
     from mlx_llava.generation.response import GenerationResponse
     from mlx_llava.generation.stream import generate, stream_generate
@@ -46,7 +46,7 @@ _PLACES = {
     "LlavaConfig": "model.config",
     "Processor": "inputs.processor",
     "batch_generate": "generation.batch",
-    "convert": "convert",
+    "convert": "checkpoint.convert",
     "generate": "generation.stream",
     "load": "checkpoint.load",
     "load_image": "inputs.image",

@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_llava.arguments import add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapter import load_adapter, merge_adapter
-from mlx_llava.checkpoint.load import find_and_open, load, save
+from mlx_llava.checkpoint.load import find_and_open, load
+from mlx_llava.checkpoint.save import save
 from mlx_llava.folders import check_target
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.quantized import is_quantized, layer_settings

@@ -20,8 +20,9 @@ from mlx.utils import tree_flatten
 from mlx_llava.arguments import add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
-from mlx_llava.checkpoint.load import load, save
+from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.precision import DTYPES
+from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
 from mlx_llava.inputs.image_processor import MODES

@@ -46,9 +46,9 @@ from tokenizers import (
 from tqdm import trange
 
 from mlx_llava import generate, train
-from mlx_llava.checkpoint.load import save
+from mlx_llava.checkpoint.convert import convert
 from mlx_llava.checkpoint.quantize import Quantization
-from mlx_llava.convert import convert
+from mlx_llava.checkpoint.save import save
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.inputs.byte_bpe import GPT_2
 from mlx_llava.inputs.image import load_image

@@ -26,7 +26,7 @@ import mlx_llava
 from mlx_llava import convert
 from mlx_llava.checkpoint.load import find_and_open
 from mlx_llava.checkpoint.quantize import Quantization
-from mlx_llava.convert import compare
+from mlx_llava.checkpoint.verify import compare
 from mlx_llava.folders import _write_manifest
 from mlx_llava.fuse import main as fuse
 from tests.conftest import GOLDENS, PICTURE, ROOT
@@ -340,7 +340,7 @@ def test_a_kill_leaves_nothing_or_a_whole_folder(original, tmp_path):
         "def slowly(path, outputs, metadata, progress):\n"
         "    write(path, outputs, metadata, lambda n: (progress(n), time.sleep(0.005)))\n"
         "s._write_file = slowly\n"
-        "from mlx_llava.convert import convert; print('go', flush=True)\n"
+        "from mlx_llava.checkpoint.convert import convert; print('go', flush=True)\n"
         f"convert({str(original)!r}, {str(tmp_path / 'out')!r}, force=True)"
     )
     rng = random.Random(0)

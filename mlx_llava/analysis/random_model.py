@@ -11,8 +11,9 @@ import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
 from mlx_llava.checkpoint.hub import embedded_model
-from mlx_llava.checkpoint.load import load, save
+from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.precision import read_dtype
+from mlx_llava.checkpoint.save import save
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.config import LlavaConfig

@@ -15,17 +15,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.checkpoint.adapter import load_adapter
 from mlx_llava.checkpoint.hub import find_checkpoint
-from mlx_llava.checkpoint.names import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
-from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.checkpoint.tensors import LazyTensor, from_array, output
-from mlx_llava.folders import new_folder
+from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.templates import get_template
-from mlx_llava.json_files import sensible_values, write_json
+from mlx_llava.json_files import sensible_values
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import check_weights, configure_device
 from mlx_llava.model.llava import Llava
@@ -272,56 +269,3 @@ def _device(name: str | None) -> mx.DeviceType | None:
     if name == "gpu" and not mx.is_available(mx.gpu):
         raise ValueError("This MLX has no GPU; leave --vision-device away or use cpu.")
     return mx.cpu if name == "cpu" else mx.gpu
-
-
-def save(
-    model: Llava,
-    processor: Processor,
-    folder: str | Path,
-    *,
-    force: bool = False,
-    keep: Iterable[str | Path | None] = (),
-) -> None:
-    """Writes a checkpoint that `load` and, unless it is quantised, transformers read.
-
-    The folder appears complete or not at all.
-
-    Args:
-        model (Llava): Its weights are written as they are.
-        processor (Processor): Its processor.
-        folder (str or Path): Where to write.
-        force (bool): Replaces a model's folder that is there; see `folders.check_target`.
-        keep (iterable of str or Path): What the model was read from, which is never replaced.
-
-    Raises:
-        FileExistsError: There is something at `folder` that is not replaced.
-    """
-    arrays = dict(tree_flatten(model.parameters()))
-    tensors = {name: from_array("the model", array) for name, array in arrays.items()}
-    with new_folder(Path(folder), "model", force, keep) as beside:
-        is_mlx = model.config.quantization is not None
-        layout = tensors if is_mlx else to_torch_layout(tensors)
-        outputs = [output(name, tensor) for name, tensor in layout.items()]
-        write_weights(beside, outputs, is_mlx=is_mlx)
-        write_settings(beside, model.config, processor)
-
-
-def write_settings(folder: Path, config: LlavaConfig, processor: Processor) -> None:
-    """Writes everything but the weights; config.json last, without which nothing is loaded."""
-    tokenizer = processor.tokenizer
-    write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
-    write_json(folder / "tokenizer.json", tokenizer.spec)
-    write_json(folder / "tokenizer_config.json", tokenizer.config)
-    write_json(folder / "preprocessor_config.json", processor.image_processor.to_dict())
-    write_json(
-        folder / "processor_config.json",
-        {
-            "processor_class": "LlavaNextProcessor" if config.is_anyres else "LlavaProcessor",
-            "patch_size": config.vision_config.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        },
-    )
-    if tokenizer.chat_template:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    write_json(folder / "config.json", config.to_dict())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -185,3 +186,26 @@ def _forward(model: Llava, inputs: Inputs, features: Sequence[mx.array]) -> mx.a
         if bad := int((~mx.isfinite(values)).sum()):
             raise ValueError(f"{bad} of {values.size} {what} are NaN or infinite.")
     return logits
+
+
+def compare(
+    source: tuple[nn.Module, Processor], result: tuple[nn.Module, Processor]
+) -> dict[str, float]:
+    """Runs two models on one drawn picture and question.
+
+    Returns:
+        dict: ``max_difference`` of the logits, ``top_1`` the fraction of positions with the same
+        likeliest token, ``kl`` the mean divergence of the result from the source in nats.
+    """
+    picture = example_picture()
+    (model, processor), (other, other_processor) = source, result
+    logits = model(**processor(QUESTION, picture)).astype(mx.float32)
+    others = other(**other_processor(QUESTION, picture)).astype(mx.float32)
+    rows = min(logits.shape[-1], others.shape[-1])
+    logits, others = logits[..., :rows], others[..., :rows]
+    log_p, log_q = nn.log_softmax(logits), nn.log_softmax(others)
+    return {
+        "max_difference": float(mx.abs(logits - others).max()),
+        "top_1": float((logits.argmax(-1) == others.argmax(-1)).mean()),
+        "kl": float((mx.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+    }

@@ -1,0 +1,70 @@
+"""A model and its processor -> a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from mlx_llava.checkpoint.names import to_torch_layout
+from mlx_llava.checkpoint.safetensors import write_weights
+from mlx_llava.checkpoint.tensors import from_array, output
+from mlx_llava.folders import new_folder
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.json_files import write_json
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava import Llava
+
+
+def save(
+    model: Llava,
+    processor: Processor,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    keep: Iterable[str | Path | None] = (),
+) -> None:
+    """Writes a checkpoint that `load` and, unless it is quantised, transformers read.
+
+    The folder appears complete or not at all.
+
+    Args:
+        model (Llava): Its weights are written as they are.
+        processor (Processor): Its processor.
+        folder (str or Path): Where to write.
+        force (bool): Replaces a model's folder that is there; see `folders.check_target`.
+        keep (iterable of str or Path): What the model was read from, which is never replaced.
+
+    Raises:
+        FileExistsError: There is something at `folder` that is not replaced.
+    """
+    arrays = dict(tree_flatten(model.parameters()))
+    tensors = {name: from_array("the model", array) for name, array in arrays.items()}
+    with new_folder(Path(folder), "model", force, keep) as beside:
+        is_mlx = model.config.quantization is not None
+        layout = tensors if is_mlx else to_torch_layout(tensors)
+        outputs = [output(name, tensor) for name, tensor in layout.items()]
+        write_weights(beside, outputs, is_mlx=is_mlx)
+        write_settings(beside, model.config, processor)
+
+
+def write_settings(folder: Path, config: LlavaConfig, processor: Processor) -> None:
+    """Writes everything but the weights; config.json last, without which nothing is loaded."""
+    tokenizer = processor.tokenizer
+    write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
+    write_json(folder / "tokenizer.json", tokenizer.spec)
+    write_json(folder / "tokenizer_config.json", tokenizer.config)
+    write_json(folder / "preprocessor_config.json", processor.image_processor.to_dict())
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaNextProcessor" if config.is_anyres else "LlavaProcessor",
+            "patch_size": config.vision_config.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        },
+    )
+    if tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    write_json(folder / "config.json", config.to_dict())
