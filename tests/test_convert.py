@@ -69,7 +69,7 @@ def test_the_result_is_the_source(original, tmp_path):
     assert other.image_processor.mode == "pad"
     assert other.template.name == processor.template.name == "vicuna_v1"
     assert other("Q", PICTURE).prompts == processor("Q", PICTURE).prompts
-    assert mx.array_equal(other("Q", PICTURE).input_ids, processor("Q", PICTURE).input_ids)
+    assert (other("Q", PICTURE).input_ids == processor("Q", PICTURE).input_ids).all()
     assert plan.checkpoint.layout == "original LLaVA"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".mlx_llava.json",

@@ -64,6 +64,15 @@ def test_imports_point_only_downward(module):
     assert room not in GROUND or all(room_of(name) in GROUND for name in imports(module))
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "inputs"])
+def test_inputs_need_no_mlx(module):
+    tree = ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in nodes for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in names if name.partition(".")[0] == "mlx"]
+
+
 def test_no_file_is_too_long():
     long = {path.name for path in PACKAGE.rglob("*.py") if path.read_text().count("\n") > 400}
     assert not long

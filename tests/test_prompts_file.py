@@ -82,7 +82,7 @@ def test_any_line_is_a_prompt_or_an_error(data, loaded):
     line = st.fixed_dictionaries({"prompt": prompt}, optional={"images": value, "id": value})
     with suppress(ValueError, OSError):
         record = read_line("file", (1, json.dumps(data.draw(line | value)).encode()))
-        loaded[1].prepare(record["prompt"], record.get("images"))
+        loaded[1](record["prompt"], record.get("images"))
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path, capsys):

@@ -113,7 +113,7 @@ def explain(
     if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
-    places = np.flatnonzero(np.array(inputs.input_ids[0]) == model.config.image_token_index)
+    places = np.flatnonzero(inputs.input_ids[0] == model.config.image_token_index)
     sizes = [(one.height, one.width) for one in images]
     return Explanation(
         images=images,
@@ -249,11 +249,10 @@ def _drops(model: Llava, explanation: Explanation, picture: int, pixels: Sequenc
     """`MaskEffect.drops` of some masked pictures, each as its tiles, (B, G)."""
     inputs, tokens = explanation.inputs, np.array(explanation.tokens)
     sizes = inputs.image_sizes and [inputs.image_sizes[picture]] * len(pixels)
-    masked = model.encode_images(mx.array(np.concatenate(pixels)), sizes)
+    masked = model.encode_images(np.concatenate(pixels), sizes)
     others = [mx.array(features) for features in explanation.trace.image_features]
     features = [one for new in masked for one in (*others[:picture], new, *others[picture + 1 :])]
-    (ids,) = with_answer(inputs, explanation.tokens).input_ids
-    ids = mx.broadcast_to(ids, (len(pixels), len(ids)))
+    ids = np.repeat(with_answer(inputs, explanation.tokens).input_ids, len(pixels), axis=0)
     decoder = model.language_model
     (x,) = deque(decoder.hidden_states(model.embed(ids, image_features=features)), maxlen=1)
     after = _log_softmax(as_numpy(decoder.logits(x[:, -len(tokens) - 1 : -1])))

@@ -147,8 +147,8 @@ def _see(model: Llava, inputs: Inputs) -> tuple[list[mx.array], list[mx.array]]:
 
 def with_answer(inputs: Inputs, answer: Sequence[int]) -> Inputs:
     """The same prompt with the tokens of an answer after it."""
-    ids = mx.array([list(answer)], mx.int32)
-    return replace(inputs, input_ids=mx.concatenate([inputs.input_ids, ids], axis=1))
+    ids = np.array([answer], np.int32)
+    return replace(inputs, input_ids=np.concatenate([inputs.input_ids, ids], axis=1))
 
 
 def as_numpy(array: Any) -> Array:

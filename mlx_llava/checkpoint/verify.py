@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from PIL import Image
 
 from mlx_llava.checkpoint.load import (
@@ -147,7 +146,7 @@ def _features(config: LlavaConfig) -> str:
 def _check_ids(processor: Processor, inputs: Inputs, features: int) -> None:
     """Raises ValueError for ids that say another prompt, or that the embedding has not."""
     image, rows = processor.config.image_token_index, processor.config.text_config.vocab_size
-    ids = _ids(inputs)
+    ids = inputs.input_ids[0].tolist()
     text = [i for i in ids if i != image]
     if len(ids) - len(text) != features:
         found = len(ids) - len(text)
@@ -158,14 +157,9 @@ def _check_ids(processor: Processor, inputs: Inputs, features: int) -> None:
         raise ValueError(f"they say {read!r}, where the question is {QUESTION!r}.")
 
 
-def _ids(inputs: Inputs) -> list[int]:
-    """The ids of the only prompt."""
-    return [int(i) for i in np.array(inputs.input_ids[0])]
-
-
 def _folded(inputs: Inputs, image: int) -> str:
     """The ids of a prompt, the placeholders of its picture as one."""
-    ids = _ids(inputs)
+    ids = inputs.input_ids[0].tolist()
     runs = ((token, len(list(run))) for token, run in groupby(ids))
     shown = (
         f"<{image} x {n}>" if token == image else " ".join([str(token)] * n) for token, n in runs

@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.files import whole_file
+from mlx_llava.inputs.image_processor import Pixels
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.model.anyres import Size
 from mlx_llava.model.cache import Cache, fork, nbytes
@@ -43,7 +44,7 @@ class Picture:
     """
 
     digest: str
-    pixel_values: mx.array
+    pixel_values: Pixels
     size: Size | None
     places: range
 
@@ -52,18 +53,18 @@ def pictures_of(inputs: Inputs, image_token_index: int) -> list[Picture]:
     """The pictures of one prompt in reading order."""
     if inputs.pixel_values is None:
         return []
-    ids = cast("list[int]", inputs.input_ids[0].tolist())
+    positions = np.flatnonzero(inputs.input_ids[0] == image_token_index)
     pictures = []
-    tile = position = 0
+    tile = seen = 0
     for i, (count, tiles) in enumerate(zip(inputs.image_tokens, inputs.image_tiles, strict=True)):
         pixels = inputs.pixel_values[tile : tile + tiles]
         size = inputs.image_sizes[i] if inputs.image_sizes else None
         digest = hashlib.sha256(repr((size, pixels.shape)).encode())
-        digest.update(np.array(pixels, copy=False).tobytes())
-        position = ids.index(image_token_index, position)
-        places = range(position, position + count)
+        digest.update(np.ascontiguousarray(pixels).data)
+        start = int(positions[seen])
+        places = range(start, start + count)
         pictures.append(Picture(digest.hexdigest(), pixels, size, places))
-        tile, position = tile + tiles, places.stop
+        tile, seen = tile + tiles, seen + count
     return pictures
 
 
@@ -85,7 +86,7 @@ class Prompt:
     def of(cls, inputs: Inputs, image_token_index: int) -> Prompt:
         """Reads the inputs of one prompt."""
         pictures = pictures_of(inputs, image_token_index)
-        keys = cast("list[Key]", inputs.input_ids[0].tolist())
+        keys: list[Key] = inputs.input_ids[0].tolist()
         for picture in pictures:
             for place in picture.places:
                 keys[place] = picture.digest
@@ -121,7 +122,7 @@ class FeatureCache:
         found = {h: self._features[h] for h in pictures.keys() & self._features.keys()}
         new = {h: picture for h, picture in pictures.items() if h not in found}
         if new:
-            pixels = mx.concatenate([picture.pixel_values for picture in new.values()])
+            pixels = np.concatenate([picture.pixel_values for picture in new.values()])
             sizes = [picture.size for picture in new.values() if picture.size is not None]
             encoded = self.model.encode_images(pixels, sizes or None)
             mx.eval(encoded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -98,8 +98,7 @@ def stream_generate(
         (embeddings,) = prompt_cache.embed([content], [known])
     mx.eval(embeddings)
     meter = Meter(inputs, time.perf_counter() - started, known)
-    ids = cast("list[int]", inputs.input_ids[0].tolist())
-    text_ids = [i for i in ids if i != model.config.image_token_index]
+    ids = inputs.input_ids[0]
     steps = generate_step(
         embeddings,
         model.language_model,
@@ -107,7 +106,7 @@ def stream_generate(
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=processors,
-        prompt_ids=mx.array(text_ids, mx.int32),
+        prompt_ids=mx.array(ids[ids != model.config.image_token_index]),
         prefill_step=prefill_step,
     )
     stops = [*processor.template.stops, *stop]

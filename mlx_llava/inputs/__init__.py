@@ -1,3 +1,1 @@
-"""What a user has -> Inputs."""
-
-import mlx_llava.model  # noqa: F401 - its BLAS comes before mlx.core
+"""What a user has -> Inputs, in NumPy."""

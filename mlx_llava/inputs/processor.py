@@ -6,13 +6,13 @@ B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
-import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs import html as display
@@ -25,7 +25,7 @@ from mlx_llava.inputs.chat_template import (
     wrap_images,
 )
 from mlx_llava.inputs.image import ImageSource, load_image
-from mlx_llava.inputs.image_processor import ImageProcessor
+from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -33,6 +33,7 @@ from mlx_llava.model.anyres import Size, num_tiles
 from mlx_llava.model.config import LlavaConfig
 
 Conversation: TypeAlias = "str | Sequence[Mapping[str, Any]]"
+Ids: TypeAlias = npt.NDArray[np.int32]
 
 #: Any id will do where the attention mask is 0; 0 is in every vocabulary.
 _PADDING_ID = 0
@@ -41,6 +42,8 @@ _PADDING_ID = 0
 @dataclass(frozen=True)
 class Inputs:
     """What `Llava` reads; unpacks with ``**`` into `Llava.__call__` and `Llava.embed`.
+
+    The arrays are NumPy's, which any thread may make; the model makes them MLX's.
 
     Attributes:
         input_ids: int32 (B, L), one placeholder id for each image feature.
@@ -54,10 +57,10 @@ class Inputs:
         image_processor: what cut the pictures.
     """
 
-    input_ids: mx.array
-    pixel_values: mx.array | None
+    input_ids: Ids
+    pixel_values: Pixels | None
     image_sizes: tuple[Size, ...] | None
-    attention_mask: mx.array | None
+    attention_mask: Ids | None
     prompts: tuple[str, ...]
     image_tokens: tuple[int, ...]
     image_tiles: tuple[int, ...]
@@ -75,7 +78,7 @@ class Inputs:
         """The tiles as pictures: all that the model sees of what was given."""
         if self.pixel_values is None:
             return []
-        pixels = self.image_processor.denormalize(np.array(self.pixel_values))
+        pixels = self.image_processor.denormalize(self.pixel_values)
         return [Image.fromarray(tile) for tile in pixels]
 
     def _repr_html_(self) -> str:
@@ -186,24 +189,6 @@ class Processor:
         Raises:
             ValueError: Marks and images do not match, or an image cannot be read.
         """
-        prepared = self.prepare(
-            prompt, images, raw=raw, system=system, image_position=image_position
-        )
-        return prepared()
-
-    def prepare(
-        self,
-        prompt: Conversation | Sequence[Conversation],
-        images: ImageSource | Sequence[Any] | None = None,
-        *,
-        raw: bool = False,
-        system: str | None = None,
-        image_position: str = "start",
-    ) -> Callable[[], Inputs]:
-        """All of `__call__` but what MLX does.
-
-        Any thread may do this, while the one that owns MLX's work calls what is returned.
-        """
         if image_position not in ("start", "end"):
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
         started = time.perf_counter()
@@ -214,7 +199,7 @@ class Processor:
             self._check_marks(text, own)
             texts.append(text)
             pictures += own
-        return self._prepare(texts, [load_image(picture) for picture in pictures], started)
+        return self._inputs(texts, [load_image(picture) for picture in pictures], started)
 
     def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
         """How many tokens a prompt takes; its pictures are read, but not made pixels."""
@@ -278,35 +263,28 @@ class Processor:
         places = self._expand(ids, iter(image_tokens))
         return [ids[i] for i in places], [learned[i] for i in places]
 
-    def _prepare(self, texts: list[str], images: list[Any], started: float) -> Callable[[], Inputs]:
+    def _inputs(self, texts: list[str], images: list[Image.Image], started: float) -> Inputs:
         sizes = _sizes(images)
         counts = self._image_tokens(sizes)
         rows, folded = self._token_rows(texts, counts), iter(counts)
-        length = max(len(row) for row in rows)
-        padded = [[_PADDING_ID] * (length - len(row)) + row for row in rows]
-        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-        pixels = self.image_processor(images) if images else None
-        is_padded = any(len(row) < length for row in rows)
+        ids = np.full((len(rows), max(map(len, rows))), _PADDING_ID, np.int32)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            start = ids.shape[1] - len(row)
+            ids[i, start:], mask[i, start:] = row, 1
         is_anyres = self.image_processor.mode == "anyres"
         tiles = tuple(1 + num_tiles(size, self.config) if is_anyres else 1 for size in sizes)
-        image_sizes = sizes if images and is_anyres else None
-        prompts = tuple(self._fold(text, folded) for text in texts)
-        seconds = time.perf_counter() - started
-
-        def inputs() -> Inputs:
-            return Inputs(
-                input_ids=mx.array(padded, mx.int32).reshape(len(rows), length),
-                pixel_values=None if pixels is None else mx.array(pixels),
-                image_sizes=image_sizes,
-                attention_mask=mx.array(mask, mx.int32) if is_padded else None,
-                prompts=prompts,
-                image_tokens=counts,
-                image_tiles=tiles,
-                seconds=seconds,
-                image_processor=self.image_processor,
-            )
-
-        return inputs
+        return Inputs(
+            input_ids=ids,
+            pixel_values=self.image_processor(images) if images else None,
+            image_sizes=sizes if images and is_anyres else None,
+            attention_mask=None if mask.all() else mask,
+            prompts=tuple(self._fold(text, folded) for text in texts),
+            image_tokens=counts,
+            image_tiles=tiles,
+            seconds=time.perf_counter() - started,
+            image_processor=self.image_processor,
+        )
 
     def _image_tokens(self, sizes: Sequence[Size]) -> tuple[int, ...]:
         """How many placeholders each picture takes."""

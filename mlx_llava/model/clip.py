@@ -6,12 +6,18 @@ Module names are the checkpoint's, `pre_layrnorm` is spelt as there.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy.typing as npt
 
 from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.layers import ACTIVATIONS
 from mlx_llava.model.linux_cpu import Linear, attention, matmul
+
+#: What a model takes: it makes NumPy's arrays MLX's.
+AnyArray: TypeAlias = mx.array | npt.NDArray[Any]
 
 
 class PatchEmbedding(nn.Module):
@@ -142,11 +148,11 @@ class CLIPVisionTower(nn.Module):
         """The tower's own precision; its patches are never quantised."""
         return self.vision_model.embeddings.patch_embedding.weight.dtype
 
-    def __call__(self, pixel_values: mx.array, num_layers: int) -> list[mx.array]:
+    def __call__(self, pixel_values: AnyArray, num_layers: int) -> list[mx.array]:
         """Runs the embedding and the first `num_layers` blocks, and nothing above them.
 
         Args:
-            pixel_values (mx.array): Normalised pixels (B, H, W, 3), cast to the tower's dtype.
+            pixel_values (array): Normalised pixels (B, H, W, 3), cast to the tower's dtype.
             num_layers (int): How many blocks to run.
 
         Returns:
@@ -160,4 +166,4 @@ class CLIPVisionTower(nn.Module):
             raise ValueError(
                 f"pixel_values are {pixel_values.shape}; the tower reads (B, {side}, {side}, 3)."
             )
-        return self.vision_model(pixel_values.astype(self.dtype), num_layers)
+        return self.vision_model(mx.array(pixel_values).astype(self.dtype), num_layers)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_llava.model.anyres import Size, grid_size, num_tiles, unpadded_grid
 from mlx_llava.model.cache import Cache
-from mlx_llava.model.clip import CLIPVisionTower
+from mlx_llava.model.clip import AnyArray, CLIPVisionTower
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.projector import Projector
@@ -123,12 +123,12 @@ class Llava(nn.Module):
             self.image_newline = mx.zeros((config.text_config.hidden_size,))
 
     def encode_images(
-        self, pixel_values: mx.array, image_sizes: Sequence[Size] | None = None
+        self, pixel_values: AnyArray, image_sizes: Sequence[Size] | None = None
     ) -> list[mx.array]:
         """Encodes and projects pictures.
 
         Args:
-            pixel_values (mx.array): The tiles of all pictures in order, (N, H, W, 3).
+            pixel_values (array): The tiles of all pictures in order, (N, H, W, 3).
             image_sizes (sequence of (height, width), optional): The pictures' own sizes, for
                 anyres; without them every tile is a picture.
 
@@ -148,7 +148,7 @@ class Llava(nn.Module):
         newline = self.image_newline if self.config.has_newline else None
         return lay_out(self.multi_modal_projector(features), newline, image_sizes, self.config)
 
-    def _vision_features(self, pixel_values: mx.array) -> mx.array:
+    def _vision_features(self, pixel_values: AnyArray) -> mx.array:
         """The chosen hidden states of all tiles, some tiles at a time to bound memory."""
         if self.training or len(pixel_values) <= TILES_AT_ONCE:
             return self._tower_features(pixel_values)
@@ -158,7 +158,7 @@ class Llava(nn.Module):
             mx.eval(chunks[-1])
         return mx.concatenate(chunks)
 
-    def _tower_features(self, pixel_values: mx.array) -> mx.array:
+    def _tower_features(self, pixel_values: AnyArray) -> mx.array:
         return self._select(self.vision_tower(pixel_values, max(self.config.feature_layers)))
 
     def _select(self, hidden_states: Sequence[mx.array]) -> mx.array:
@@ -171,19 +171,20 @@ class Llava(nn.Module):
 
     def embed(
         self,
-        input_ids: mx.array,
-        pixel_values: mx.array | None = None,
+        input_ids: AnyArray,
+        pixel_values: AnyArray | None = None,
         image_sizes: Sequence[Size] | None = None,
-        attention_mask: mx.array | None = None,  # noqa: ARG002 - so that **inputs fits
+        attention_mask: AnyArray | None = None,  # noqa: ARG002 - so that **inputs fits
         image_features: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """Embeds a prompt and its pictures.
 
         Args:
-            input_ids (mx.array): (B, L), with one placeholder id for every image feature.
-            pixel_values (mx.array, optional): See `encode_images`.
+            input_ids (array): Of MLX or NumPy, (B, L), with one placeholder id for every image
+                feature.
+            pixel_values (array, optional): See `encode_images`.
             image_sizes (sequence of (height, width), optional): See `encode_images`.
-            attention_mask (mx.array, optional): Not needed here.
+            attention_mask (array, optional): Not needed here.
             image_features (list of mx.array, optional): What `encode_images` gave for the
                 pictures, instead of their pixels.
 
@@ -193,6 +194,7 @@ class Llava(nn.Module):
         Raises:
             ValueError: There are more or fewer placeholders than features.
         """
+        input_ids = mx.array(input_ids)
         is_image = input_ids == self.config.image_token_index
         # The placeholder's id may lie outside the embedding table.
         embeddings = self.language_model.embed(mx.where(is_image, 0, input_ids))
@@ -206,10 +208,10 @@ class Llava(nn.Module):
 
     def __call__(
         self,
-        input_ids: mx.array,
-        pixel_values: mx.array | None = None,
+        input_ids: AnyArray,
+        pixel_values: AnyArray | None = None,
         image_sizes: Sequence[Size] | None = None,
-        attention_mask: mx.array | None = None,
+        attention_mask: AnyArray | None = None,
         cache: Cache | None = None,
     ) -> mx.array:
         """Runs the whole model; ``model(**processor(prompt, images))``.
@@ -218,6 +220,5 @@ class Llava(nn.Module):
             mx.array: Logits (B, L, V).
         """
         embeddings = self.embed(input_ids, pixel_values, image_sizes)
-        return self.language_model(
-            input_embeddings=embeddings, attention_mask=attention_mask, cache=cache
-        )
+        mask = None if attention_mask is None else mx.array(attention_mask)
+        return self.language_model(input_embeddings=embeddings, attention_mask=mask, cache=cache)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import MAX_BYTES, SECONDS
 from mlx_llava.inputs.image import PixelsError, load_image
+from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.serving.errors import ApiError, busy
 from mlx_llava.serving.guard import error_response
@@ -257,14 +258,13 @@ class Api:
 
     def _prepare(
         self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes], options: Options
-    ) -> list[Callable[[], Any]]:
+    ) -> list[Inputs]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
         processor = self.engine.processor
         options.logits_processors(processor)  # compiles a schema, once
-        prepare = processor.prepare
         if isinstance(wanted, CompletionRequest):
-            return [prepare(text, raw=True) for text in wanted.prompt]
-        return [prepare(wanted.conversation(self._decode(urls, files)))]
+            return [processor(text, raw=True) for text in wanted.prompt]
+        return [processor(wanted.conversation(self._decode(urls, files)))]
 
     def _decode(self, urls: Sequence[str], files: Mapping[str, bytes]) -> list[Image.Image]:
         """The pictures of a request, from what was fetched and what is at hand."""

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: After so many steps without a pause, memory that MLX keeps for reuse is given back.
 CLEAR_EVERY = 256
-#: A prompt, made in the model's thread, and how to answer it.
-Ask: TypeAlias = "tuple[Callable[[], Inputs], Options]"
+#: A prompt, and how to answer it.
+Ask: TypeAlias = tuple[Inputs, Options]
 
 
 class BusyError(Exception):
@@ -295,7 +295,7 @@ class Engine:
             return
         try:
             for index, (inputs, options) in enumerate(job.asks):
-                uid = self._generator.insert(inputs(), options)
+                uid = self._generator.insert(inputs, options)
                 job.uids.add(uid)
                 self._answers[uid] = _Answer(job, index)
         except ValueError as error:
