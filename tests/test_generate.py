@@ -238,7 +238,7 @@ def script(monkeypatch, processor, text: str, eos: bool = False):
     ids = processor.tokenizer.encode(processor.tokenizer.protect(text)) + [2] * eos
     monkeypatch.setattr(
         importlib.import_module("mlx_llava.generation.stream"),
-        "generate_step",
+        "decode",
         lambda *args, **kw: ((i, mx.zeros(320)) for i in ids[: kw["max_tokens"]]),
     )
 
@@ -272,7 +272,7 @@ def test_the_stop_of_llava_v0(loaded, monkeypatch):
     )
     module = importlib.import_module("mlx_llava.generation.stream")
     ids = [8, 9, 9, 8, 9, 9, 9, 8]
-    monkeypatch.setattr(module, "generate_step", lambda *a, **k: ((i, mx.zeros(1)) for i in ids))
+    monkeypatch.setattr(module, "decode", lambda *a, **k: ((i, mx.zeros(1)) for i in ids))
     assert generate(model, v0, "hi") == "x##x"
 
 

@@ -7,70 +7,24 @@ ends, and a waiting one takes its place. B rows, V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.generation.detokenizer import Answer
-from mlx_llava.generation.memory import check_request, kv_bytes
-from mlx_llava.generation.prompt_cache import Prompt, PromptCache
-from mlx_llava.generation.response import GenerationResponse, Meter
-from mlx_llava.generation.sampling import LogitsProcessor, Options, Sampler, greedy
-from mlx_llava.generation.steps import PREFILL_STEP, choose_token, make_cache, prefill, queues_ahead
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.row import Row, embedded
+from mlx_llava.generation.sampling import Options, greedy
+from mlx_llava.generation.steps import PREFILL_STEP, log_softmax, prefill, queues_ahead
 from mlx_llava.inputs.processor import Conversation, Inputs, Processor
-from mlx_llava.model.cache import Cache, Rows, nbytes
+from mlx_llava.model.cache import Rows, nbytes
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import Llava
 
 BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """One prompt that has no place yet."""
-
-    uid: int
-    inputs: Inputs
-    options: Options
-    sampler: Sampler
-    processors: list[LogitsProcessor]
-    kv_bytes: int  # of the prompt and the longest answer
-
-
-@dataclass
-class _Row:
-    """One prompt that is being answered."""
-
-    uid: int
-    prompt: Prompt
-    answer: Answer
-    sampler: Sampler
-    processors: list[LogitsProcessor]
-    cache: Cache
-    kv_bytes: int
-    known: int
-    max_tokens: int
-    seen: mx.array
-    tokens: list[int] = field(default_factory=list)
-    token: mx.array = field(default_factory=lambda: mx.zeros((1,), mx.int32))
-    logprobs: mx.array = field(default_factory=lambda: mx.zeros((1, 1)))
-    meter: Meter = field(init=False)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token is taken as it is."""
-        return self.sampler is greedy and not self.processors
-
-    def choose(self, logits: mx.array) -> None:
-        """Takes the next token from logits (1, V)."""
-        self.token, self.logprobs = choose_token(logits, self.seen, self.sampler, self.processors)
-        if self.processors:
-            self.seen = mx.concatenate([self.seen, self.token])
 
 
 class AnswerError(ValueError):
@@ -124,8 +78,8 @@ class BatchGenerator:
         self.prefill_step = prefill_step
         self._keeps_prompts = prompt_cache is not None
         self._reuse = prompt_cache or PromptCache(model)
-        self._waiting: deque[_Waiting] = deque()
-        self._rows: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
         self._failed: deque[AnswerError] = deque()
         self._next_uid = 0
 
@@ -152,32 +106,19 @@ class BatchGenerator:
         Raises:
             ValueError: It does not fit context or memory, or its options make no sense.
         """
-        options = options or Options()
-        sampler, processors = options.sampler(), options.logits_processors(self.processor)
-        max_tokens = check_request(
-            self.model,
-            inputs,
-            options.max_tokens,
-            self.processor.context_length,
+        row = Row(
+            *(self.model, self.processor, inputs, options or Options()),
+            uid=self._next_uid,
             prefill_step=self.prefill_step,
             kv_bits=self.kv_bits,
         )
-        options = replace(options, max_tokens=max_tokens)
-        uid, self._next_uid = self._next_uid, self._next_uid + 1
-        self._waiting.append(
-            _Waiting(uid, inputs, options, sampler, processors, self._kv_bytes(inputs, max_tokens))
-        )
-        return uid
-
-    def _kv_bytes(self, inputs: Inputs, max_tokens: int) -> int:
-        positions = inputs.input_ids.shape[1] + max_tokens
-        return kv_bytes(
-            self.model.config, positions, self.model.language_model.dtype.size, self.kv_bits
-        )
+        self._next_uid += 1
+        self._waiting.append(row)
+        return row.uid
 
     def remove(self, uid: int) -> None:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
-        self._waiting = deque(waiting for waiting in self._waiting if waiting.uid != uid)
+        self._waiting = deque(row for row in self._waiting if row.uid != uid)
         self._rows = [row for row in self._rows if row.uid != uid]
         self._failed = deque(error for error in self._failed if error.uid != uid)
 
@@ -195,13 +136,13 @@ class BatchGenerator:
         if ahead:
             self._queue([row for row in running if len(row.tokens) + 1 < row.max_tokens])
         responses = [
-            (row.uid, self._respond(row, cast("int", token.item()), logprobs[0]))
+            (row.uid, row.respond(cast("int", token.item()), logprobs[0]))
             for row, (token, logprobs) in zip(running, ready, strict=True)
         ]
         ended = {uid for uid, response in responses if response.finish_reason}
         for row in running:
             if row.uid in ended and self._keeps_prompts:
-                self._reuse.store(row.prompt, row.tokens, row.cache)
+                row.store(self._reuse)
         self._rows = [row for row in self._rows if row.uid not in ended]
         self._failed = deque(error for error in self._failed if error.uid not in ended)
         if not ahead:
@@ -214,15 +155,8 @@ class BatchGenerator:
         admitted = [self._waiting.popleft() for _ in range(self._room())]
         if not admitted:
             return
-        started = time.perf_counter()
-        rows = [self._row(waiting) for waiting in admitted]
-        embeddings = self._reuse.embed([row.prompt for row in rows], [row.known for row in rows])
-        mx.eval(embeddings)
-        encoded = time.perf_counter()
-        for row, embedded in zip(rows, embeddings, strict=True):
-            row.meter = Meter(row.prompt.inputs, (encoded - started) / len(rows), row.known)
-            language_model = self.model.language_model
-            logits = prefill(embedded, language_model, row.cache, self.prefill_step)
+        for row, embeddings in embedded(admitted, self._reuse):
+            logits = prefill(embeddings, self.model.language_model, row.cache, self.prefill_step)
             self._rows += self._choose([(row, logits)])
 
     def _room(self) -> int:
@@ -232,38 +166,20 @@ class BatchGenerator:
             return 0
         promised = (max(0, row.kv_bytes - nbytes(row.cache)) for row in self._rows)
         free = available_memory() - sum(promised)
-        needed = accumulate(waiting.kv_bytes for waiting in islice(self._waiting, places))
+        needed = accumulate(row.kv_bytes for row in islice(self._waiting, places))
         # One prompt alone was found to fit when it came.
         return max(sum(total <= free for total in needed), 0 if self._rows else 1)
 
-    def _row(self, waiting: _Waiting) -> _Row:
-        prompt, options = self._reuse.prompt(waiting.inputs), waiting.options
-        empty = make_cache(self.model.language_model, len(prompt.keys), self.kv_bits)
-        cache, known = self._reuse.begin(prompt, empty)
-        stops = [*self.processor.template.stops, *options.stop]
-        tokenizer, eos_ids = self.processor.tokenizer, self.processor.eos_ids
-        return _Row(
-            uid=waiting.uid,
-            prompt=prompt,
-            answer=Answer(tokenizer, eos_ids, stops, options.max_tokens),
-            sampler=waiting.sampler,
-            processors=waiting.processors,
-            cache=cache,
-            kv_bytes=waiting.kv_bytes,
-            known=known,
-            max_tokens=options.max_tokens,
-            seen=mx.array([key for key in prompt.keys if isinstance(key, int)], mx.int32),
-        )
-
-    def _queue(self, rows: list[_Row]) -> None:
+    def _queue(self, rows: list[Row]) -> None:
         """Computes, or on a GPU queues, the next token of some rows."""
         if not rows:
             return
         ids = mx.concatenate([row.token for row in rows])[:, None]
         cache = [Rows(layers) for layers in zip(*(row.cache for row in rows), strict=True)]
         logits = self.model.language_model(ids, cache=cache)[:, -1]
-        if all(row.is_plain for row in rows):
-            tokens, logprobs = choose_token(logits, ids, greedy, ())
+        if all(row.choose.is_plain for row in rows):
+            logprobs = log_softmax(logits)
+            tokens = greedy(logprobs)
             for i, row in enumerate(rows):
                 row.token, row.logprobs = tokens[i : i + 1], logprobs[i : i + 1]
             mx.async_eval([(row.token, row.logprobs) for row in rows])
@@ -272,22 +188,18 @@ class BatchGenerator:
         failed = {row.uid for row in rows} - {row.uid for row in chosen}
         self._rows = [row for row in self._rows if row.uid not in failed]
 
-    def _choose(self, rows: Sequence[tuple[_Row, mx.array]]) -> list[_Row]:
+    def _choose(self, rows: Sequence[tuple[Row, mx.array]]) -> list[Row]:
         """Takes the next token of rows from their logits (1, V); returns those that can go on."""
         chosen = []
         for row, logits in rows:
             try:
-                row.choose(logits)
+                row.take(logits)
             except ValueError as error:
                 self._failed.append(AnswerError(row.uid, str(error)))
             else:
                 chosen.append(row)
         mx.async_eval([(row.token, row.logprobs) for row in chosen])
         return chosen
-
-    def _respond(self, row: _Row, token: int, logprobs: mx.array) -> GenerationResponse:
-        row.tokens.append(token)
-        return row.meter.response(token, logprobs, *row.answer.add(token))
 
 
 def batch_generate(

@@ -23,62 +23,8 @@ def kv_bytes(config: LlavaConfig, positions: int, itemsize: int, kv_bits: int | 
     return numbers * kv_bits // 8 + 2 * itemsize * numbers // (group_size(text.dims_per_head) or 1)
 
 
-def check_prompt(
-    config: LlavaConfig,
-    *,
-    prompt_tokens: int,
-    max_tokens: int,
-    tiles: int,
-    itemsize: int,
-    prefill_step: int,
-    kv_bits: int | None = None,
-    max_kv_size: int | None = None,
-) -> None:
-    """Raises ValueError where answering a prompt cannot fit beside the weights.
-
-    Args:
-        config (LlavaConfig): The model's.
-        prompt_tokens (int): The length of the prompt.
-        max_tokens (int): The longest answer.
-        tiles (int): How many tiles the pictures were cut into.
-        itemsize (int): Bytes of a number.
-        prefill_step (int): How many positions are read at a time.
-        kv_bits (int, optional): Of the cache.
-        max_kv_size (int, optional): Of the cache.
-    """
-    vision, text = config.vision_config, config.text_config
-    positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
-    chunk, at_once = min(prompt_tokens, prefill_step), min(tiles, TILES_AT_ONCE)
-    tokens = vision.patches_per_side**2 + 1
-    parts = {
-        "keys and values": kv_bytes(config, positions, itemsize, kv_bits),
-        "pictures": at_once * tokens * (vision.intermediate_size * 2) * itemsize,
-        "prefill": chunk * (text.intermediate_size * 3) * itemsize,
-    }
-    needed, available = sum(parts.values()), available_memory()
-    if needed > available:
-        sizes = ", ".join(f"{name} {size / _GB:.1f}" for name, size in parts.items())
-        raise ValueError(
-            f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "
-            f"{needed / _GB:.1f} GB ({sizes}) and {available / _GB:.1f} GB are free; use fewer "
-            "pictures, fewer --max-tokens, or --kv-bits 8."
-        )
-
-
 class ContextError(ValueError):
     """A prompt is longer than the model's context."""
-
-
-def limit_tokens(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
-    """How many tokens can be made; raises ContextError where there is room for none."""
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
-    if prompt_tokens >= context_length:
-        raise ContextError(
-            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
-            "use fewer or smaller images, or a shorter text."
-        )
-    return min(max_tokens, context_length - prompt_tokens)
 
 
 def check_request(
@@ -94,20 +40,36 @@ def check_request(
     """How many tokens the answer to one prompt can have.
 
     Raises:
-        ValueError: It is not one prompt, it is longer than the context, or memory is too small.
+        ContextError: The prompt leaves no room in the context.
+        ValueError: It is not one prompt, or it and its answer do not fit beside the weights.
     """
     rows, prompt_tokens = inputs.input_ids.shape
     if rows != 1:
         raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
-    max_tokens = limit_tokens(prompt_tokens, max_tokens, context_length)
-    check_prompt(
-        model.config,
-        prompt_tokens=prompt_tokens,
-        max_tokens=max_tokens,
-        tiles=sum(inputs.image_tiles),
-        itemsize=model.language_model.dtype.size,
-        prefill_step=prefill_step,
-        kv_bits=kv_bits,
-        max_kv_size=max_kv_size,
-    )
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
+    if prompt_tokens >= context_length:
+        raise ContextError(
+            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
+            "use fewer or smaller images, or a shorter text."
+        )
+    max_tokens = min(max_tokens, context_length - prompt_tokens)
+    vision, text = model.config.vision_config, model.config.text_config
+    itemsize = model.language_model.dtype.size
+    positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
+    chunk, tiles = min(prompt_tokens, prefill_step), min(sum(inputs.image_tiles), TILES_AT_ONCE)
+    patches = vision.patches_per_side**2 + 1
+    parts = {
+        "keys and values": kv_bytes(model.config, positions, itemsize, kv_bits),
+        "pictures": tiles * patches * (vision.intermediate_size * 2) * itemsize,
+        "prefill": chunk * (text.intermediate_size * 3) * itemsize,
+    }
+    needed, available = sum(parts.values()), available_memory()
+    if needed > available:
+        sizes = ", ".join(f"{name} {size / _GB:.1f}" for name, size in parts.items())
+        raise ValueError(
+            f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "
+            f"{needed / _GB:.1f} GB ({sizes}) and {available / _GB:.1f} GB are free; use fewer "
+            "pictures, fewer --max-tokens, or --kv-bits 8."
+        )
     return max_tokens

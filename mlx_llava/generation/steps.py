@@ -96,15 +96,62 @@ def queues_ahead() -> bool:
     return not on_cpu()
 
 
-def choose_token(
-    logits: mx.array, seen: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor]
-) -> tuple[mx.array, mx.array]:
-    """Logits (B, V) -> ids (B,) and the log-probabilities (B, V) that they were chosen from."""
-    logits = logits.astype(mx.float32)  # in 16 bits, subtracting would make ties
-    for process in processors:
-        logits = process(seen, logits)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return sampler(logprobs), logprobs
+def log_softmax(logits: mx.array) -> mx.array:
+    """Logits (B, V) -> log-probabilities; in 16 bits, subtracting would make ties."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class Chooser:
+    """Takes the tokens of one answer from logits.
+
+    Attributes:
+        is_plain: whether the likeliest token is taken as it is.
+    """
+
+    def __init__(
+        self, sampler: Sampler, processors: Sequence[LogitsProcessor], prompt_ids: mx.array
+    ) -> None:
+        self.is_plain = sampler is greedy and not processors
+        self._sampler, self._processors, self._seen = sampler, processors, prompt_ids
+
+    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from."""
+        logits = logits.astype(mx.float32)
+        for process in self._processors:
+            logits = process(self._seen, logits)
+        logprobs = log_softmax(logits)
+        token = self._sampler(logprobs)
+        if self._processors:
+            self._seen = mx.concatenate([self._seen, token])
+        return token, logprobs
+
+
+def decode(
+    logits: mx.array,
+    language_model: LanguageModel,
+    cache: Cache,
+    choose: Chooser,
+    *,
+    max_tokens: int,
+) -> Generator[tuple[int, mx.array], None, None]:
+    """Goes on from the logits (1, V) after a prompt; yields as `generate_step`."""
+
+    def take(logits: mx.array) -> tuple[mx.array, mx.array]:
+        token, logprobs = choose(logits)
+        mx.async_eval(token, logprobs)
+        return token, logprobs
+
+    def following(token: mx.array) -> tuple[mx.array, mx.array]:
+        return take(language_model(token[:, None], cache=cache)[:, -1])
+
+    ahead = queues_ahead()
+    token, logprobs = take(logits)
+    for _ in range(max_tokens - 1):
+        queued = following(token) if ahead else None
+        yield cast("int", token.item()), logprobs[0]
+        token, logprobs = queued or following(token)
+    yield cast("int", token.item()), logprobs[0]
 
 
 def generate_step(
@@ -135,22 +182,6 @@ def generate_step(
     """
     cache = language_model.make_cache() if cache is None else cache
     seen = mx.zeros((0,), mx.int32) if prompt_ids is None else prompt_ids
-
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        token, logprobs = choose_token(logits, seen, sampler or greedy, logits_processors)
-        mx.async_eval(token, logprobs)
-        return token, logprobs
-
-    def following(token: mx.array) -> tuple[mx.array, mx.array]:
-        nonlocal seen
-        if logits_processors:
-            seen = mx.concatenate([seen, token])
-        return choose(language_model(token[:, None], cache=cache)[:, -1])
-
-    ahead = queues_ahead()
-    token, logprobs = choose(prefill(embeddings, language_model, cache, prefill_step))
-    for _ in range(max_tokens - 1):
-        queued = following(token) if ahead else None
-        yield cast("int", token.item()), logprobs[0]
-        token, logprobs = queued or following(token)
-    yield cast("int", token.item()), logprobs[0]
+    choose = Chooser(sampler or greedy, logits_processors, seen)
+    logits = prefill(embeddings, language_model, cache, prefill_step)
+    yield from decode(logits, language_model, cache, choose, max_tokens=max_tokens)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_llava.generation.detokenizer import Answer
-from mlx_llava.generation.memory import check_request
 from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.response import GenerationResponse, Meter
+from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
-from mlx_llava.generation.steps import PREFILL_STEP, generate_step, make_cache
+from mlx_llava.generation.steps import PREFILL_STEP, decode, prefill
 from mlx_llava.inputs.processor import Conversation, Inputs, Processor
 from mlx_llava.model.llava import Llava
 
@@ -74,54 +70,29 @@ def stream_generate(
         inputs = processor(inputs, image, **prompt_options)
     elif image is not None or prompt_options:
         raise ValueError("Inputs are complete; images and options belong to the processor's call.")
-    max_tokens = check_request(
-        model,
-        inputs,
-        max_tokens,
-        processor.context_length,
+    options = Options(
+        max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,), json_schema
+    )
+    row = Row(
+        *(model, processor, inputs, options),
         prefill_step=prefill_step,
         kv_bits=kv_bits,
         max_kv_size=max_kv_size,
     )
-    options = Options(
-        max_tokens, temp, top_p, min_p, top_k, repetition_penalty, seed, (*stop,), json_schema
-    )
-    sampler, processors = options.sampler(), options.logits_processors(processor)
-    started = time.perf_counter()
-    known, length = 0, inputs.input_ids.shape[1]
-    cache = make_cache(model.language_model, length, kv_bits, max_kv_size)
-    if prompt_cache is None:
-        embeddings = model.embed(**inputs)
-    else:
-        content = prompt_cache.prompt(inputs)
-        cache, known = prompt_cache.begin(content, cache)
-        (embeddings,) = prompt_cache.embed([content], [known])
-    mx.eval(embeddings)
-    meter = Meter(inputs, time.perf_counter() - started, known)
-    ids = inputs.input_ids[0]
-    steps = generate_step(
-        embeddings,
-        model.language_model,
-        cache=cache,
-        max_tokens=max_tokens,
-        sampler=sampler,
-        logits_processors=processors,
-        prompt_ids=mx.array(ids[ids != model.config.image_token_index]),
-        prefill_step=prefill_step,
-    )
-    stops = [*processor.template.stops, *stop]
-    answer = Answer(processor.tokenizer, processor.eos_ids, stops, max_tokens)
-    tokens: list[int] = []
+    ((_, embeddings),) = embedded([row], prompt_cache or PromptCache(model, max_feature_bytes=0))
     try:
+        logits = prefill(embeddings, model.language_model, row.cache, prefill_step)
+        steps = decode(
+            logits, model.language_model, row.cache, row.choose, max_tokens=row.max_tokens
+        )
         for token, logprobs in steps:
-            tokens.append(token)
-            response = meter.response(token, logprobs, *answer.add(token))
+            response = row.respond(token, logprobs)
             yield response
             if response.finish_reason:
                 return
     finally:
         if prompt_cache is not None:
-            prompt_cache.store(content, tokens, cache)
+            row.store(prompt_cache)
 
 
 def generate(

@@ -1,0 +1,118 @@
+"""One prompt and its answer as it grows, alone or beside others. V vocabulary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_llava.generation.detokenizer import Answer
+from mlx_llava.generation.memory import check_request, kv_bytes
+from mlx_llava.generation.prompt_cache import Prompt, PromptCache
+from mlx_llava.generation.response import GenerationResponse, Meter
+from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.steps import PREFILL_STEP, Chooser, make_cache
+from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.model.llava import Llava
+
+
+class Row:
+    """What happens to one prompt: it is embedded, read, continued token by token, and kept.
+
+    Attributes:
+        uid: by which others know it.
+        inputs: the prompt.
+        prompt: the same, known by its content.
+        cached: how many of its first positions were read before.
+        max_tokens: the longest answer.
+        kv_bytes: what keys and values of all that can take.
+        choose: takes its tokens from logits.
+        cache: its keys and values.
+        tokens: its answer so far.
+        token: the token that comes next, (1,), and
+        logprobs: the log-probabilities that it was chosen from, (1, V).
+    """
+
+    prompt: Prompt
+    token: mx.array
+    logprobs: mx.array
+    _meter: Meter
+
+    def __init__(
+        self,
+        model: Llava,
+        processor: Processor,
+        inputs: Inputs,
+        options: Options,
+        *,
+        uid: int = 0,
+        prefill_step: int = PREFILL_STEP,
+        kv_bits: int | None = None,
+        max_kv_size: int | None = None,
+    ) -> None:
+        """Checks that a prompt can be answered.
+
+        Raises:
+            ValueError: It does not fit context or memory, or its options make no sense.
+        """
+        self.uid, self.inputs, self.tokens = uid, inputs, list[int]()
+        self.max_tokens = check_request(
+            model,
+            inputs,
+            options.max_tokens,
+            processor.context_length,
+            prefill_step=prefill_step,
+            kv_bits=kv_bits,
+            max_kv_size=max_kv_size,
+        )
+        ids = inputs.input_ids[0]
+        text_ids = ids[ids != model.config.image_token_index]
+        self.choose = Chooser(
+            options.sampler(), options.logits_processors(processor), mx.array(text_ids)
+        )
+        self.cache = make_cache(model.language_model, len(ids), kv_bits, max_kv_size)
+        dtype, positions = model.language_model.dtype, len(ids) + self.max_tokens
+        self.kv_bytes = kv_bytes(model.config, positions, dtype.size, kv_bits)
+        self.cached = 0
+        stops = [*processor.template.stops, *options.stop]
+        self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens)
+
+    def begin(self, reuse: PromptCache) -> None:
+        """Takes over what is known of the prompt."""
+        self.prompt = reuse.prompt(self.inputs)
+        self.cache, self.cached = reuse.begin(self.prompt, self.cache)
+
+    def start_clock(self, encode_seconds: float) -> None:
+        """Begins to measure: the prompt is embedded, and is read next."""
+        self._meter = Meter(self.inputs, encode_seconds, self.cached)
+
+    def take(self, logits: mx.array) -> None:
+        """Takes the next token from logits (1, V)."""
+        self.token, self.logprobs = self.choose(logits)
+
+    def respond(self, token: int, logprobs: mx.array) -> GenerationResponse:
+        """What there is to say of the next token, with log-probabilities (V,)."""
+        self.tokens.append(token)
+        return self._meter.response(token, logprobs, *self._answer.add(token))
+
+    def store(self, reuse: PromptCache) -> None:
+        """Keeps the prompt and its answer for others that begin so."""
+        reuse.store(self.prompt, self.tokens, self.cache)
+
+
+def embedded(rows: Sequence[Row], reuse: PromptCache) -> Iterator[tuple[Row, mx.array]]:
+    """Embeds what is not known of some prompts, their pictures together.
+
+    Yields:
+        tuple[Row, mx.array]: Each row as its clock starts, and what is to be read, (1, L, D).
+    """
+    started = time.perf_counter()
+    for row in rows:
+        row.begin(reuse)
+    embeddings = reuse.embed([row.prompt for row in rows], [row.cached for row in rows])
+    mx.eval(embeddings)
+    seconds = (time.perf_counter() - started) / len(rows)
+    for row, embedding in zip(rows, embeddings, strict=True):
+        row.start_clock(seconds)
+        yield row, embedding
