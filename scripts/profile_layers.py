@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ import mlx.nn as nn
 from mlx_llava.analysis.measure import draw_pictures, rows_of
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
 from mlx_llava.generation.steps import generate_step
-from mlx_llava.model import cache, clip, llama
-from mlx_llava.model import linux_cpu as kernels
+from mlx_llava.model import clip, llama
 from mlx_llava.model.device import fast_dtype
-from mlx_llava.model.layers import ACTIVATIONS
+from mlx_llava.model.llava import Llava
 
 Seconds = dict[str, float]
 
@@ -47,30 +46,26 @@ def timed(name: str, function: Callable[..., Any], seconds: Seconds) -> Callable
 
 
 @contextmanager
-def watched(seconds: Seconds) -> Iterator[None]:
-    """Puts `timed` functions in the place of what models are made of."""
-    places: list[tuple[Any, str, str]] = [
-        (kernels.Linear, "__call__", "matmul"),
+def watched(model: Llava, seconds: Seconds) -> Iterator[None]:
+    """Puts `timed` functions in the place of what a model is made of."""
+    parts: list[tuple[Any, str, str]] = [
+        (type(model.language_model.layers[0].mlp.up_proj), "__call__", "matmul"),
         (clip.PatchEmbedding, "__call__", "matmul"),
-        (nn.QuantizedLinear, "__call__", "quantised matmul"),
         (nn.LayerNorm, "__call__", "norm"),
         (nn.RMSNorm, "__call__", "norm"),
         (llama.Attention, "rope", "rope"),
-        (clip, "attention", "attention"),
-        (cache, "attention", "attention"),
-        (llama, "swiglu", "gate"),
     ]
-    saved = [(place, attribute, getattr(place, attribute)) for place, attribute, _ in places]
-    quick_gelu = ACTIVATIONS["quick_gelu"]
-    for place, attribute, name in places:
-        setattr(place, attribute, timed(name, getattr(place, attribute), seconds))
-    ACTIVATIONS["quick_gelu"] = timed("gate", quick_gelu, seconds)
+    held = {"attention": "attention", "gate": "gate", "activation": "gate"}
+    for module in model.modules():
+        parts += [(module, key, name) for key, name in held.items() if key in vars(module)]
+    saved = [(part, attribute, getattr(part, attribute)) for part, attribute, _ in parts]
+    for part, attribute, name in parts:
+        setattr(part, attribute, timed(name, getattr(part, attribute), seconds))
     try:
         yield
     finally:
-        for place, attribute, function in saved:
-            setattr(place, attribute, function)
-        ACTIVATIONS["quick_gelu"] = quick_gelu
+        for part, attribute, function in saved:
+            setattr(part, attribute, function)
 
 
 def report(name: str, total: float, seconds: Seconds, whole: float) -> None:
@@ -84,11 +79,11 @@ def report(name: str, total: float, seconds: Seconds, whole: float) -> None:
 def profile(folder: Path, dtype: str, tokens: int, picture: str) -> None:
     """Measures one prompt with one picture."""
     seconds: Seconds = defaultdict(float)
+    model, processor = load(folder, dtype=dtype)
+    prompt, paths = rows_of([picture], 1, 1)[0]
+    inputs = processor(prompt, paths, raw=True)
     for watching in (False, True):
-        with watched(seconds) if watching else contextmanager(lambda: iter([None]))():
-            model, processor = load(folder, dtype=dtype)
-            prompt, paths = rows_of([picture], 1, 1)[0]
-            inputs = processor(prompt, paths, raw=True)
+        with watched(model, seconds) if watching else nullcontext():
             stages: list[tuple[str, float, Seconds]] = []
             for name in ("warm-up", "encode", "prefill", f"{tokens} tokens"):
                 seconds.clear()

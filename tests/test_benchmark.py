@@ -16,8 +16,6 @@ from mlx_llava.analysis.measure import draw_pictures
 from mlx_llava.analysis.peers import Peer
 from mlx_llava.benchmark import main
 from mlx_llava.files import check_output
-from mlx_llava.model import clip
-from mlx_llava.model import linux_cpu as kernels
 from mlx_llava.model.cache import nbytes
 from tests.conftest import ROOT
 
@@ -119,17 +117,18 @@ def test_our_own_process_answers_rows(tiny, tmp_path):
 def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
     model, processor = load(tiny, dtype="float32")
     counted = 0
-    matmul, attention, linear = kernels.matmul, kernels.attention, kernels.Linear.__call__
+    layers = [module for module in model.modules() if hasattr(module, "attention")]
+    attention = layers[0].attention
 
-    def count(x, weight):
-        nonlocal counted
-        counted += 2 * x.size * len(weight)
-        return matmul(x, weight)
+    def count_calls(kind, method):
+        call = getattr(kind, method)
 
-    def count_linear(self, x):
-        nonlocal counted
-        counted += 2 * x.size * len(self.weight)
-        return linear(self, x)
+        def count(self, x):
+            nonlocal counted
+            counted += 2 * x.size * len(self.weight)
+            return call(self, x)
+
+        monkeypatch.setattr(kind, method, count)
 
     def count_attention(queries, keys, values, *, scale, mask=None):
         nonlocal counted
@@ -137,10 +136,11 @@ def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
         counted += 4 * share * queries.size * keys.shape[2]
         return attention(queries, keys, values, scale=scale, mask=mask)
 
-    monkeypatch.setattr(clip, "matmul", count)
-    monkeypatch.setattr(kernels.Linear, "__call__", count_linear)
-    for name in ("mlx_llava.model.clip.attention", "mlx_llava.model.cache.attention"):
-        monkeypatch.setattr(name, count_attention)
+    tower = model.vision_tower.vision_model
+    count_calls(type(tower.embeddings.patch_embedding), "project")
+    count_calls(type(model.language_model.lm_head), "__call__")
+    for layer in layers:
+        monkeypatch.setattr(layer, "attention", count_attention)
     inputs = processor("<image>What? <image>", draw_pictures(tiny.parent, 2))
     embeddings = model.embed(**inputs)
     assert counted == pytest.approx(encode_flops(model.config, 2), rel=1e-6)

@@ -6,9 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_llava.model import layers
 from mlx_llava.model import linux_cpu as kernels
-from mlx_llava.model.clip import PatchEmbedding
+from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
+from mlx_llava.model.llava import Llava
 
 pytestmark = pytest.mark.skipif(
     not kernels.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
@@ -65,6 +67,16 @@ def test_attention_to_a_part_of_a_cache():
     )
 
 
+def test_attention_of_rows_of_different_lengths():
+    queries = mx.random.normal((2, 6, 3, 8))
+    keys, values = [[mx.random.normal((1, 3, T, 8)) for T in (9, 30)] for _ in range(2)]
+    ours, theirs = (
+        attend(queries, keys, values, scale=0.3, mask=["causal", None])
+        for attend in (kernels.attention, layers.attention)
+    )
+    assert mx.allclose(ours, theirs, atol=2e-6)
+
+
 FUNCTIONS = {
     "matmul": (kernels.matmul, lambda x, w: x @ w.T, [(2, 3, 17), (5, 17)]),
     "one row": (kernels.matmul, lambda x, w: x @ w.T, [(1, 17), (5, 17)]),
@@ -107,8 +119,32 @@ def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
 
 @pytest.mark.parametrize("size", [28, 30])
 def test_patches_are_a_convolution(size):
-    embedding = PatchEmbedding(7, 12)
+    embedding = kernels.PatchEmbedding(7, 12)
     embedding.weight = mx.random.normal(embedding.weight.shape)
     pixels = mx.random.normal((2, size, size, 3))
     convolved = mx.conv2d(pixels, embedding.weight, stride=7).flatten(1, 2)
     assert mx.allclose(embedding(pixels), convolved, atol=1e-4)
+
+
+def test_a_model_is_plain_until_it_adopts_them(monkeypatch):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    text = {**sizes, "intermediate_size": 32, "vocab_size": 40}
+    data = {"model_type": "llava", "image_token_index": 3, "vision_config": vision}
+    model = Llava(LlavaConfig.from_dict({**data, "text_config": text}))
+    inputs = mx.array([[1, 3, 3, 3, 3, 2]]), mx.random.normal((1, 28, 28, 3))
+    with monkeypatch.context() as plain:
+        plain.setattr(kernels, "_by_numpy", None)
+        expected = model(*inputs)
+    names = [name for name, _ in model.named_modules()]
+    kernels.adopt(model)
+    assert mx.allclose(model(*inputs), expected, atol=1e-5)
+    assert [name for name, _ in model.named_modules()] == names
+    layer, tower = model.language_model.layers[0], model.vision_tower.vision_model
+    assert type(layer.mlp.up_proj) is kernels.Linear
+    assert type(model.language_model.model.embed_tokens) is kernels.Embedding
+    assert type(tower.embeddings.patch_embedding) is kernels.PatchEmbedding
+    assert layer.self_attn.attention is kernels.attention
+    assert tower.encoder.layers[0].self_attn.attention is kernels.attention
+    assert layer.mlp.gate is kernels.swiglu
+    assert tower.encoder.layers[0].mlp.activation is kernels.quick_gelu

@@ -119,7 +119,8 @@ def test_other_ways_to_merge_tiles(reference_next, merge_type, tmp_path):
     model, processor = load(folder)
     assert model.config.image_grid_pinpoints[:4] == ((28, 28), (28, 56), (28, 84), (56, 28))
     inputs = layouts.inputs_of(processor)
-    features = model.multi_modal_projector(model._vision_features(inputs.pixel_values))
+    states = model.vision_tower(inputs.pixel_values, max(model.config.feature_layers))
+    features = model.multi_modal_projector(model.select(states))
     merged = model.encode_images(inputs.pixel_values, inputs.image_sizes)[0]
     tiles, patches, _ = features.shape
     assert merged.shape[0] == inputs.image_tokens[0] == tiles * patches

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.model.anyres import Size
-from mlx_llava.model.llava import lay_out
+from mlx_llava.model.anyres import Size, lay_out
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.inputs.processor import Inputs
-from mlx_llava.model.cache import KVCache
-from mlx_llava.model.linux_cpu import Array, Mask
+from mlx_llava.model.cache import Attention, KVCache
+from mlx_llava.model.layers import Mask
 from mlx_llava.model.llava import Llava
+
+Array: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class Observer:
@@ -52,7 +54,14 @@ class ObservedCache(KVCache):
         self.observer = observer
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        attention: Attention,  # noqa: ARG002 - which gives no weights
+        scale: float,
+        mask: Mask,
     ) -> mx.array:
         """`cache.attend` by the weights that the observer sees."""
         keys, values = self.update_and_fetch(keys, values)
@@ -142,7 +151,7 @@ def _see(model: Llava, inputs: Inputs) -> tuple[list[mx.array], list[mx.array]]:
         return [], []
     depth = model.config.vision_config.num_hidden_layers
     states = model.vision_tower(inputs.pixel_values, num_layers=depth)
-    return states, model.project(states, inputs.image_sizes)
+    return states, model.project(model.select(states), inputs.image_sizes)
 
 
 def with_answer(inputs: Inputs, answer: Sequence[int]) -> Inputs:

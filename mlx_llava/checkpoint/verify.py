@@ -25,6 +25,7 @@ from mlx_llava.checkpoint.open import Checkpoint
 from mlx_llava.checkpoint.precision import suit_device
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import sensible_values
+from mlx_llava.model import linux_cpu
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import configure_device
 from mlx_llava.model.llava import Llava
@@ -76,6 +77,7 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
         model, processor = load_opened(checkpoint)
         configure_device()
         suit_device(model)
+        linux_cpu.adopt(model)
         mx.eval(model.state)
     yield from _describe_processor(checkpoint, processor)
     with _check("prompt"):

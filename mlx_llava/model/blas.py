@@ -65,23 +65,5 @@ def set_blas_threads(count: int) -> None:
             getattr(library, name)(count)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep up to 256 MB of freed memory, in one arena, for the next operation.
-
-    MLX's CPU backend frees what each operation made; given back to the system, the same pages
-    would be asked for, and zeroed, again and again (mallopt(3)).
-    """
-    if sys.platform != "linux" or os.environ.get("MLX_LLAVA_BLAS") == "off":
-        return
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl has none
-        mallopt(arena_max, 1)
-        mallopt(trim_threshold, 256 << 20)
-        mallopt(mmap_threshold, 32 << 20)
-
-
 #: The library below MLX, or None.
 BLAS = preload_blas()
-set_blas_threads(1)
-keep_freed_memory()

@@ -6,14 +6,54 @@ H heads, L new positions, T = stored + new positions, D head width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_llava.model.linux_cpu import Mask, attention, attention_of_rows
+from mlx_llava.model.layers import Mask
+
+Attention: TypeAlias = Callable[..., mx.array]
+
+
+class LayerCache(Protocol):
+    """What one layer stores: a `KVCache`, or one of mlx-lm's.
+
+    Attributes:
+        keys: (B, heads, capacity, head width), or the codes, scales and biases of such; None
+            where nothing is stored.
+        values: as the keys.
+        offset: how many positions are stored.
+    """
+
+    keys: Any
+    values: Any
+    offset: int
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Appends new positions and returns all of them."""
+
+    def trim(self, n: int) -> int:
+        """Forgets the last `n` positions, or all if there are fewer; returns how many."""
+
+    def is_trimmable(self) -> bool:
+        """mlx-lm asks before it trims."""
+
+
+class Attending(Protocol):
+    """What has an `attend` of its own."""
+
+    @property
+    def attend(self) -> Attention:
+        """As `attend`, but for the cache."""
+
+
+#: One for every layer.
+Cache: TypeAlias = list[LayerCache]
+Layer = TypeVar("Layer", bound=LayerCache)
 
 
 class KVCache:
@@ -104,15 +144,11 @@ class RollingKVCache(KVCache):
         return self.offset <= self.max_size
 
 
-#: One of the above, or mlx-lm's QuantizedKVCache, for every layer.
-Cache: TypeAlias = "list[Any]"
-
-
 @dataclass
 class Rows:
     """One layer's caches of rows that are decoded together, each of its own length."""
 
-    caches: Sequence[Any]
+    caches: Sequence[LayerCache]
 
     @property
     def offset(self) -> list[int]:
@@ -125,54 +161,54 @@ class Rows:
         keys: mx.array,
         values: mx.array,
         *,
+        attention: Attention,
         scale: float,
-        mask: list[Mask],
+        mask: Sequence[Mask],
     ) -> mx.array:
         """`attend`, each row with its own cache and mask."""
-        caches = self.caches
-        new = [(queries[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in range(len(caches))]
-        if any(hasattr(cache, "bits") for cache in caches):
-            rows = zip(caches, new, mask, strict=True)
-            return mx.concatenate([attend(c, *row, scale=scale, mask=own) for c, row, own in rows])
-        stored = [
-            cache.update_and_fetch(k, v) for cache, (_, k, v) in zip(caches, new, strict=True)
-        ]
+        new = [mx.split(array, len(self.caches)) for array in (queries, keys, values)]
+        if any(hasattr(cache, "bits") for cache in self.caches):
+            attend_row = partial(attend, attention=attention, scale=scale)
+            rows = zip(self.caches, *new, mask, strict=True)
+            return mx.concatenate([attend_row(*row, mask=own) for *row, own in rows])
+        stored = [c.update_and_fetch(k, v) for c, _, k, v in zip(self.caches, *new, strict=True)]
         all_keys, all_values = zip(*stored, strict=True)
-        return attention_of_rows(queries, all_keys, all_values, scale=scale, masks=mask)
+        return attention(queries, all_keys, all_values, scale=scale, mask=mask)
 
 
 def attend(
-    cache: Any,
+    cache: LayerCache | Attending | None,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     *,
+    attention: Attention,
     scale: float,
-    mask: Mask | list[Mask],
+    mask: Mask | Sequence[Mask],
 ) -> mx.array:
     """Stores new keys and values, and lets the queries see all that are stored.
 
     Args:
-        cache (KVCache, QuantizedKVCache or None): What came before. One that has an ``attend`` of
-            its own, as `Rows`, is asked instead.
+        cache (optional): What came before.
         queries (mx.array): (B, H, L, D).
         keys (mx.array): (B, heads, L, D).
         values (mx.array): As the keys.
+        attention (callable): `layers.attention`, or what stands for it.
         scale (float): What scores are multiplied with.
-        mask (optional): See `kernels.attention`; of `Rows`, a list of them.
+        mask (optional): As of `layers.attention`; of `Rows`, a list.
 
     Returns:
         mx.array: (B, H, L, D).
     """
-    if hasattr(cache, "attend"):
-        return cache.attend(queries, keys, values, scale=scale, mask=mask)
+    if cache is not None and hasattr(cache, "attend"):
+        return cache.attend(queries, keys, values, attention=attention, scale=scale, mask=mask)
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
     if hasattr(cache, "bits"):
         from mlx_lm.models.base import scaled_dot_product_attention
 
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
-    return attention(queries, keys, values, scale=scale, mask=mask)  # type: ignore[arg-type]
+    return attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def group_size(dims: int) -> int | None:
@@ -191,7 +227,7 @@ def fork(cache: Cache, length: int, like: Cache | None = None) -> Cache:
     return [_fork(*layers, length) for layers in zip(cache, like or cache, strict=True)]
 
 
-def _fork(layer: Any, like: Any, length: int) -> Any:
+def _fork(layer: LayerCache, like: Layer, length: int) -> Layer:
     new = copy.copy(like)
     new.keys, new.values = tree_map(lambda a: a[..., :length, :], (layer.keys, layer.values))
     new.offset = length

@@ -6,18 +6,11 @@ Module names are the checkpoint's, `pre_layrnorm` is spelt as there.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import mlx.core as mx
 import mlx.nn as nn
-import numpy.typing as npt
 
 from mlx_llava.model.config import VisionConfig
-from mlx_llava.model.layers import ACTIVATIONS
-from mlx_llava.model.linux_cpu import Linear, attention, matmul
-
-#: What a model takes: it makes NumPy's arrays MLX's.
-AnyArray: TypeAlias = mx.array | npt.NDArray[Any]
+from mlx_llava.model.layers import ACTIVATIONS, AnyArray, attention
 
 
 class PatchEmbedding(nn.Module):
@@ -28,13 +21,16 @@ class PatchEmbedding(nn.Module):
         self.weight = mx.zeros((dims, side, side, 3))
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        D, side = self.weight.shape[:2]
+        side = self.weight.shape[1]
         B, H, W, _ = pixel_values.shape
         rows, columns = H // side, W // side
-        whole = pixel_values[:, : rows * side, : columns * side]
-        patches = whole.reshape(B, rows, side, columns, side, 3).swapaxes(2, 3)
-        patches = patches.reshape(B, rows * columns, -1)
-        return matmul(patches, self.weight.reshape(D, -1))  # (B, P, D), row by row
+        x = pixel_values[:, : rows * side, : columns * side]
+        x = x.reshape(B, rows, side, columns, side, 3).swapaxes(2, 3)
+        return self.project(x.reshape(B, rows * columns, -1))  # (B, P, D), row by row
+
+    def project(self, patches: mx.array) -> mx.array:
+        """(B, P, side side 3) -> (B, P, D)."""
+        return patches @ self.weight.flatten(1).T
 
 
 class Embeddings(nn.Module):
@@ -48,10 +44,10 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.patches_per_side**2 + 1, dims)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        patches = self.patch_embedding(pixel_values)
+        patches = self.patch_embedding(pixel_values)  # (B, P, D)
         B, P, D = patches.shape
         class_token = mx.broadcast_to(self.class_embedding, (B, 1, D))
-        tokens = mx.concatenate([class_token, patches], axis=1)
+        tokens = mx.concatenate([class_token, patches], axis=1)  # (B, L, D)
         return tokens + self.position_embedding(mx.arange(P + 1))
 
 
@@ -63,19 +59,20 @@ class Attention(nn.Module):
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.scale = (D // self.num_heads) ** -0.5
-        self.q_proj = Linear(D, D)
-        self.k_proj = Linear(D, D)
-        self.v_proj = Linear(D, D)
-        self.out_proj = Linear(D, D)
+        self.attention = attention
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, L, D = x.shape
         queries, keys, values = (
             projection(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = attention(queries, keys, values, scale=self.scale)
-        return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, L, D))
+        )  # (B, heads, L, head width)
+        x = self.attention(queries, keys, values, scale=self.scale)
+        return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, L, D))  # (B, L, D)
 
 
 class MLP(nn.Module):
@@ -84,11 +81,12 @@ class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.activation(self.fc1(x)))
+        x = self.activation(self.fc1(x))  # (B, L, hidden)
+        return self.fc2(x)  # (B, L, D)
 
 
 class EncoderLayer(nn.Module):
@@ -102,7 +100,7 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = x + self.self_attn(self.layer_norm1(x))  # (B, L, D)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -129,7 +127,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, pixel_values: mx.array, num_layers: int) -> list[mx.array]:
-        hidden_states = [self.pre_layrnorm(self.embeddings(pixel_values))]
+        hidden_states = [self.pre_layrnorm(self.embeddings(pixel_values))]  # (B, L, D)
         for layer in self.encoder.layers[:num_layers]:
             hidden_states.append(layer(hidden_states[-1]))
         return hidden_states

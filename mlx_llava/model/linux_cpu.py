@@ -1,19 +1,20 @@
-"""The operations that take the time, each in the fastest form that the device has.
+"""What Linux's CPU needs to be fast: layers and functions that `adopt` puts into a loaded model.
 
-On a GPU that is MLX's own. MLX's CPU backend on Linux takes exp one number at a time, and its
-matmul of one row reads weights at half the speed of memory; there, NumPy, which is vectorised and
-whose wheels bring an OpenBLAS, does what is large and in float32. Gradients stay MLX's, and so does
-all that `mx.compile` traces, which has no values to give to NumPy.
+MLX's CPU backend on Linux takes exp one number at a time, and its matmul of one row reads weights
+at half the speed of memory; NumPy, which is vectorised and whose wheels bring an OpenBLAS, does
+what is large and in float32. Gradients stay MLX's, and so does all that `mx.compile` traces, which
+has no values to give to NumPy. On a GPU, adopted layers do what they did before.
 
 B rows, H heads, L queries, T keys, D head width.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, TypeAlias, cast
 
@@ -21,9 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_llava.model import clip, layers
+from mlx_llava.model.blas import set_blas_threads
+from mlx_llava.model.layers import Mask, Stored
+
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Function: TypeAlias = "Callable[..., mx.array]"
-Mask: TypeAlias = "mx.array | str | None"
 
 #: Below this many multiplications, going to NumPy and back (about 20 us) does not pay.
 SMALLEST = 1 << 17
@@ -36,8 +40,39 @@ FEW = 4
 NUMPY = sys.platform == "linux" and os.environ.get("MLX_LLAVA_BLAS") != "off"
 
 
+def adopt(model: nn.Module) -> None:
+    """Swaps a model's layers, and the functions that they hold, for the ones of this file.
+
+    Does nothing on other systems, or where ``MLX_LLAVA_BLAS=off`` is set.
+    """
+    if not NUMPY:
+        return
+    _settle_process()
+    for module in model.modules():
+        module.__class__ = _LAYERS.get(type(module), type(module))
+        for name, value in list(vars(module).items()):
+            if callable(value) and value in _FUNCTIONS:
+                setattr(module, name, _FUNCTIONS[value])
+
+
+@cache
+def _settle_process() -> None:
+    """One thread below MLX, as NumPy does what is large; and one arena that keeps freed memory.
+
+    MLX's CPU backend frees what each operation made; given back to the system, the same pages
+    would be asked for, and zeroed, again and again (mallopt(3)).
+    """
+    set_blas_threads(1)
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(arena_max, 1)
+        mallopt(trim_threshold, 256 << 20)
+        mallopt(mmap_threshold, 32 << 20)
+
+
 def _fits(work: int, *arrays: mx.array) -> bool:
-    """Whether NumPy should do some work: here, on this device, on these arrays."""
+    """Whether NumPy should do some work: on this device, on these arrays."""
     return (
         NUMPY
         and work >= SMALLEST
@@ -70,7 +105,14 @@ def _by_numpy(numpy: Callable[..., Array], mlx: Function, *arrays: mx.array) -> 
         return mlx(*arrays)
 
 
-def _matmul(x: mx.array, weight: mx.array) -> mx.array:
+def matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """``x @ weight.T``: (..., inputs) and (outputs, inputs) -> (..., outputs)."""
+    if _fits(x.size * len(weight), x, weight):
+        return _by_numpy(_numpy_matmul, _mlx_matmul, x, weight)
+    return _mlx_matmul(x, weight)
+
+
+def _mlx_matmul(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 
 
@@ -94,15 +136,8 @@ def _few_rows(rows: Array, weight: Array) -> Array:
     return outputs
 
 
-def matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """``x @ weight.T``: (..., inputs) and (outputs, inputs) -> (..., outputs)."""
-    if _fits(x.size * len(weight), x, weight):
-        return _by_numpy(_numpy_matmul, _matmul, x, weight)
-    return _matmul(x, weight)
-
-
 class Linear(nn.Linear):
-    """MLX's linear layer, by `matmul` where NumPy does it."""
+    """MLX's linear layer by `matmul`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., inputs) -> (..., outputs)."""
@@ -120,99 +155,96 @@ class Embedding(nn.Embedding):
         return matmul(x, self.weight)
 
 
+class PatchEmbedding(clip.PatchEmbedding):
+    """CLIP's by `matmul`."""
+
+    def project(self, patches: mx.array) -> mx.array:
+        """(B, P, side side 3) -> (B, P, D)."""
+        return matmul(patches, self.weight.flatten(1))
+
+
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
-) -> mx.array:
-    """Scaled dot-product attention.
-
-    Args:
-        queries (mx.array): (B, H, L, D).
-        keys (mx.array): (B, heads, T, D); each of their heads serves H / heads of the queries'.
-        values (mx.array): As the keys.
-        scale (float): What scores are multiplied with.
-        mask (optional): ``"causal"`` for the last L of T positions, or what may be seen, bool
-            (B or 1, 1, L, T).
-
-    Returns:
-        mx.array: (B, H, L, D).
-    """
-    mlx = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
-    if _fits(queries.size * keys.shape[2], queries, keys, values):
-        numpy = partial(_numpy_attention, scale=scale, mask=mask)
-        return _by_numpy(numpy, mlx, queries, keys, values)
-    return mlx(queries, keys, values)
-
-
-def attention_of_rows(
     queries: mx.array,
-    keys: Sequence[mx.array],
-    values: Sequence[mx.array],
+    keys: Stored,
+    values: Stored,
     *,
     scale: float,
-    masks: Sequence[Mask],
+    mask: Mask | Sequence[Mask] = None,
 ) -> mx.array:
-    """`attention` of rows with keys of different lengths.
+    """As `layers.attention`."""
+    of_rows = not isinstance(keys, mx.array)
+    stored: list[mx.array] = [*keys, *values] if of_rows else [keys, values]  # type: ignore[list-item]
+    half = len(stored) // 2
 
-    Args:
-        queries (mx.array): (B, H, L, D).
-        keys (list of mx.array): Of each row, (1, heads, T, D).
-        values (list of mx.array): As the keys.
-        scale (float): What scores are multiplied with.
-        masks (list): Of each row, as in `attention`.
+    def by(attend: Callable[..., Any], queries: Any, *stored: Any) -> Any:
+        keys, values = (stored[:half], stored[half:]) if of_rows else stored
+        return attend(queries, keys, values, scale=scale, mask=mask)
 
-    Returns:
-        mx.array: (B, H, L, D).
-    """
-    B = len(keys)
-
-    def by_row(attend: Callable[..., Any], arrays: Sequence[Any]) -> list[Any]:
-        queries, keys, values = arrays[0], arrays[1 : B + 1], arrays[B + 1 :]
-        return [
-            attend(queries[i : i + 1], keys[i], values[i], scale=scale, mask=masks[i])
-            for i in range(B)
-        ]
-
-    def mlx(*arrays: mx.array) -> mx.array:
-        return mx.concatenate(by_row(mx.fast.scaled_dot_product_attention, arrays))
-
-    def numpy(*arrays: Array) -> Array:
-        return np.concatenate(by_row(_numpy_attention, arrays))
-
-    if _fits(queries.size * sum(row.shape[2] for row in keys), queries, *keys, *values):
-        return _by_numpy(numpy, mlx, queries, *keys, *values)
-    return mlx(queries, *keys, *values)
+    mlx, numpy = partial(by, layers.attention), partial(by, _numpy_attention)
+    if _fits(queries.size * sum(array.shape[2] for array in stored[:half]), queries, *stored):
+        return _by_numpy(numpy, mlx, queries, *stored)
+    return cast("mx.array", mlx(queries, *stored))
 
 
 def _numpy_attention(
-    queries: Array, keys: Array, values: Array, *, scale: float, mask: Mask
+    queries: Array,
+    keys: Array | Sequence[Array],
+    values: Array | Sequence[Array],
+    *,
+    scale: float,
+    mask: Mask | Sequence[Mask],
 ) -> Array:
-    """Attention in blocks of heads and queries; no score that the causal mask hides is taken."""
     B, H, L, D = queries.shape
-    heads, T = keys.shape[1:3]
+    output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
+    for i in range(B):
+        own = mask[i] if isinstance(mask, list) else mask
+        hidden = ~_view(own)[min(i, len(own) - 1), 0] if isinstance(own, mx.array) else None
+        key, value = (array.reshape(array.shape[-3:]) for array in (keys[i], values[i]))
+        _attend(output[i], queries[i] * scale, key, value, hidden, isinstance(own, str))
+    return output.swapaxes(1, 2)
+
+
+def _attend(
+    output: Array, queries: Array, keys: Array, values: Array, hidden: Array | None, causal: bool
+) -> None:
+    """One row's attention, (L, H, D), in blocks of heads and queries.
+
+    No score that the causal mask hides is taken.
+    """
+    (H, L, D), (heads, T, _) = queries.shape, keys.shape
     group = H // heads
     together = max(1, BLOCK // (L * T * group))
     step = max(16, BLOCK // (T * group))
-    output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
-    causal = isinstance(mask, str)
     later = ~np.tri(min(step, L), dtype=bool)
-    allowed = np.array(mask, copy=False) if isinstance(mask, mx.array) else None
-    for row, head, start in product(range(B), range(0, heads, together), range(0, L, step)):
+    for head, start in product(range(0, heads, together), range(0, L, step)):
         block = slice(start, min(start + step, L))
         rows, seen = block.stop - start, T - L + block.stop if causal else T
         own, mine = slice(head, head + together), slice(head * group, (head + together) * group)
-        scaled = (queries[row, mine, block] * scale).reshape(-1, group * rows, D)
-        scores = scaled @ keys[row, own, :seen].swapaxes(1, 2)
+        scores = queries[mine, block].reshape(-1, group * rows, D)
+        scores = scores @ keys[own, :seen].swapaxes(1, 2)
         by_query = scores.reshape(-1, rows, seen)
         if causal:
             np.copyto(by_query[..., seen - rows :], -np.inf, where=later[:rows, :rows])
-        elif allowed is not None:
-            hidden = ~allowed[min(row, len(allowed) - 1), 0, block]
-            np.copyto(by_query, -np.inf, where=hidden)
+        elif hidden is not None:
+            np.copyto(by_query, -np.inf, where=hidden[block])
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
-        mixed = (scores @ values[row, own, :seen]) / scores.sum(axis=-1, keepdims=True)
-        output[row, block, mine] = mixed.reshape(-1, rows, D).swapaxes(0, 1)
-    return output.swapaxes(1, 2)
+        mixed = (scores @ values[own, :seen]) / scores.sum(axis=-1, keepdims=True)
+        output[block, mine] = mixed.reshape(-1, rows, D).swapaxes(0, 1)
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """As `layers.quick_gelu`."""
+    if _fits(EXP * x.size, x):
+        return _by_numpy(partial(_in_blocks, _quick_gelu), layers.quick_gelu, x)
+    return layers.quick_gelu(x)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """As `layers.swiglu`."""
+    if _fits(EXP * gate.size, gate, up):
+        return _by_numpy(partial(_in_blocks, _swiglu), layers.swiglu, gate, up)
+    return layers.swiglu(gate, up)
 
 
 def _in_blocks(function: Callable[..., None], *arrays: Array) -> Array:
@@ -224,6 +256,15 @@ def _in_blocks(function: Callable[..., None], *arrays: Array) -> Array:
     return output
 
 
+def _quick_gelu(output: Array, x: Array) -> None:
+    _gate(output, x, slope=1.702)
+
+
+def _swiglu(output: Array, gate: Array, up: Array) -> None:
+    _gate(output, gate, slope=1)
+    output *= up
+
+
 def _gate(output: Array, x: Array, slope: float) -> None:
     """x sigmoid(slope x)."""
     np.multiply(x, np.float32(-slope), out=output)
@@ -233,26 +274,13 @@ def _gate(output: Array, x: Array, slope: float) -> None:
     np.divide(x, output, out=output)
 
 
-def quick_gelu(x: mx.array) -> mx.array:
-    """x sigmoid(1.702 x), OpenAI CLIP's activation."""
-    if _fits(EXP * x.size, x):
-        numpy = partial(_in_blocks, partial(_gate, slope=1.702))
-        return _by_numpy(numpy, nn.gelu_fast_approx, x)
-    return nn.gelu_fast_approx(x)
-
-
-def _numpy_swiglu(output: Array, gate: Array, up: Array) -> None:
-    _gate(output, gate, slope=1)
-    output *= up
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """SiLU(gate) up (Shazeer 2020, arXiv:2002.05202)."""
-    if _fits(EXP * gate.size, gate, up):
-        return _by_numpy(partial(_in_blocks, _numpy_swiglu), _swiglu, gate, up)
-    return _swiglu(gate, up)
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    clip.PatchEmbedding: PatchEmbedding,
+}
+_FUNCTIONS: dict[Function, Function] = {
+    layers.attention: attention,
+    layers.quick_gelu: quick_gelu,
+    layers.swiglu: swiglu,
+}

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlx_llava.model.cache import Cache, KVCache, attend
+from mlx_llava.model.cache import Attending, Cache, KVCache, LayerCache, Rows, attend
 from mlx_llava.model.config import TextConfig
-from mlx_llava.model.linux_cpu import Embedding, Linear, Mask, swiglu
+from mlx_llava.model.layers import Mask, attention, swiglu
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -50,12 +49,13 @@ class Attention(nn.Module):
         D, self.head_dim = config.hidden_size, config.dims_per_head
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.kv_heads
         self.scale = self.head_dim**-0.5
+        self.attention = attention
         self._periods = rope_frequencies(config)
         bias = config.attention_bias
-        self.q_proj = Linear(D, self.n_heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = Linear(self.n_heads * self.head_dim, D, bias=bias)
+        self.q_proj = nn.Linear(D, self.n_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=bias)
 
     def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
         """Rotates (B, heads, L, head width); `start` is each row's first position."""
@@ -70,15 +70,23 @@ class Attention(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
+        self,
+        x: mx.array,
+        mask: Mask | list[Mask],
+        start: mx.array | int,
+        cache: LayerCache | Attending | None,
     ) -> mx.array:
-        B, L, _ = x.shape
-        queries = self.q_proj(x).reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
-        keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        queries = self._heads(self.q_proj(x), self.n_heads)  # (B, heads, L, head width)
+        keys = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, kv heads, L, head width)
+        values = self._heads(self.v_proj(x), self.n_kv_heads)
         queries, keys = self.rope(queries, start), self.rope(keys, start)
-        x = attend(cache, queries, keys, values, scale=self.scale, mask=mask)
-        return self.o_proj(x.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        x = attend(
+            cache, queries, keys, values, attention=self.attention, scale=self.scale, mask=mask
+        )  # (B, heads, L, head width)
+        return self.o_proj(x.swapaxes(1, 2).flatten(2))  # (B, L, D)
+
+    def _heads(self, x: mx.array, n: int) -> mx.array:
+        return x.reshape(*x.shape[:2], n, self.head_dim).swapaxes(1, 2)
 
 
 class MLP(nn.Module):
@@ -87,12 +95,14 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(D, hidden, bias=bias)
-        self.up_proj = Linear(D, hidden, bias=bias)
-        self.down_proj = Linear(hidden, D, bias=bias)
+        self.gate_proj = nn.Linear(D, hidden, bias=bias)
+        self.up_proj = nn.Linear(D, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, D, bias=bias)
+        self.gate = swiglu
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        x = self.gate(self.gate_proj(x), self.up_proj(x))  # (B, L, hidden)
+        return self.down_proj(x)  # (B, L, D)
 
 
 class DecoderLayer(nn.Module):
@@ -107,9 +117,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(
-        self, x: mx.array, mask: Mask | list[Mask], start: mx.array | int, cache: Any
+        self,
+        x: mx.array,
+        mask: Mask | list[Mask],
+        start: mx.array | int,
+        cache: LayerCache | Attending | None,
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)
+        x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)  # (B, L, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -118,7 +132,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -142,12 +156,12 @@ def attention_mask_of(
     if attention_mask is None and (window is None or window >= T):
         return "causal" if L > 1 else None
     queries, keys = mx.arange(offset, T)[:, None], mx.arange(T)
-    allowed = keys <= queries
+    allowed = keys <= queries  # (L, T)
     if window is not None:
         allowed = allowed & (keys > queries - window)
     if attention_mask is None:
         return allowed[None, None]
-    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]
+    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]  # (B, 1, L, T)
 
 
 class LanguageModel(nn.Module):
@@ -164,7 +178,7 @@ class LanguageModel(nn.Module):
         self.gradient_checkpointing = False
         self.model = Decoder(config)
         if not tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -185,7 +199,7 @@ class LanguageModel(nn.Module):
         """An empty cache for every layer."""
         return [KVCache() for _ in self.layers]
 
-    def _places(
+    def _positions(
         self, L: int, offset: int | list[int], attention_mask: mx.array | None
     ) -> tuple[mx.array | int, Mask | list[Mask]]:
         """The first position of the new tokens, and what they may see."""
@@ -201,7 +215,7 @@ class LanguageModel(nn.Module):
     def __call__(
         self,
         input_ids: mx.array | None = None,
-        cache: Cache | None = None,
+        cache: Sequence[LayerCache | Rows] | None = None,
         input_embeddings: mx.array | None = None,
         attention_mask: mx.array | None = None,
         last_only: bool = False,
@@ -224,18 +238,21 @@ class LanguageModel(nn.Module):
             assert input_ids is not None
             input_embeddings = self.embed(input_ids)
         (x,) = deque(self.hidden_states(input_embeddings, cache, attention_mask), maxlen=1)
-        return self.logits(x[:, -1:] if last_only else x)
+        return self.logits(x[:, -1:] if last_only else x)  # (B, L or 1, V)
 
     def hidden_states(
-        self, x: mx.array, cache: Cache | None = None, attention_mask: mx.array | None = None
+        self,
+        x: mx.array,
+        cache: Sequence[LayerCache | Rows] | None = None,
+        attention_mask: mx.array | None = None,
     ) -> Iterator[mx.array]:
         """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
         offset = cache[0].offset if cache else 0
-        start, mask = self._places(x.shape[1], offset, attention_mask)
+        start, mask = self._positions(x.shape[1], offset, attention_mask)
         yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
-            x = block(x, mask, start, cache[i] if cache else None)
+            x = block(x, mask, start, cache[i] if cache else None)  # (B, L, D)
             yield x
 
     def logits(self, x: mx.array) -> mx.array:

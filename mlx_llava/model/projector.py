@@ -10,7 +10,6 @@ import mlx.nn as nn
 
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.layers import ACTIVATIONS
-from mlx_llava.model.linux_cpu import Linear
 from mlx_llava.model.quantized import float_dtype
 
 
@@ -28,12 +27,12 @@ class Projector(nn.Module):
         self.num_layers = config.projector_layers
         self.activation = ACTIVATIONS[config.projector_hidden_act]
         for n in range(1, self.num_layers + 1):
-            self[f"linear_{n}"] = Linear(dims, text_dims, bias=bias)
+            self[f"linear_{n}"] = nn.Linear(dims, text_dims, bias=bias)
             dims = text_dims
 
     def __call__(self, features: mx.array) -> mx.array:
         for n in range(1, self.num_layers + 1):
             layer = self[f"linear_{n}"]
             features = features.astype(float_dtype(layer, features.dtype))
-            features = layer(self.activation(features) if n > 1 else features)
+            features = layer(self.activation(features) if n > 1 else features)  # (..., D)
         return features

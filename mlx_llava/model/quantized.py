@@ -9,8 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_llava.model.linux_cpu import Embedding, Linear
-
 
 class PermutedQuantizedLinear(nn.QuantizedLinear):
     """Sorts its inputs by group, so that groups are contiguous as MLX's kernels need them.
@@ -76,7 +74,7 @@ def float_dtype(layer: nn.Module, default: mx.Dtype) -> mx.Dtype:
 def with_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
     """A plain layer like another, its bias included, that has this weight."""
     is_linear = isinstance(layer, (nn.Linear, nn.QuantizedLinear))
-    plain = Linear(1, 1, bias="bias" in layer) if is_linear else Embedding(1, 1)
+    plain = nn.Linear(1, 1, bias="bias" in layer) if is_linear else nn.Embedding(1, 1)
     plain.weight = weight
     if "bias" in layer:
         plain.bias = layer.bias
