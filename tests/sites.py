@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import anyio
 import pytest
 
 from mlx_llava.inputs import fetch as remote
@@ -19,11 +20,15 @@ def unwanted(*_, **__):
     raise AssertionError("something was connected to, or looked up")
 
 
-def network(monkeypatch, **functions):
-    """Replaces functions of `socket` for remote.py alone."""
-    names = {name: getattr(socket, name) for name in ("SOCK_STREAM", "SHUT_RDWR", "getaddrinfo")}
-    given = {**names, "create_connection": unwanted, **functions}
-    monkeypatch.setattr(remote, "socket", SimpleNamespace(socket=socket.socket, **given))
+def network(monkeypatch, getaddrinfo=socket.getaddrinfo, connect_tcp=unwanted):
+    """Replaces how fetch.py looks up names, and how httpx connects for it."""
+    names = SimpleNamespace(SOCK_STREAM=socket.SOCK_STREAM, getaddrinfo=getaddrinfo)
+    monkeypatch.setattr(remote, "socket", names)
+    monkeypatch.setattr(anyio, "connect_tcp", connect_tcp)
+
+
+def fetch(url, max_bytes=20_000_000, seconds=10):
+    return anyio.run(remote.fetch, url, max_bytes, seconds)
 
 
 class Site:
@@ -132,7 +137,7 @@ def tls(monkeypatch):
 @pytest.fixture
 def internet(monkeypatch):
     """Names with public addresses, of which 93.184.216.34 leads to a site of the test."""
-    looked_up = []
+    looked_up, connect = [], anyio.connect_tcp
 
     def names(table, port):
         table = {name: [*addresses] for name, addresses in table.items()}
@@ -144,11 +149,11 @@ def internet(monkeypatch):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             return [(family, socket.SOCK_STREAM, 6, "", (address, 80))]
 
-        def create_connection(address, timeout):
-            assert address[0] == "93.184.216.34", f"connected to {address}"
-            return socket.create_connection(("127.0.0.1", port), timeout)
+        async def connect_tcp(remote_host, remote_port, **_):
+            assert remote_host == "93.184.216.34", f"connected to {remote_host}"
+            return await connect("127.0.0.1", port)
 
-        network(monkeypatch, getaddrinfo=getaddrinfo, create_connection=create_connection)
+        network(monkeypatch, getaddrinfo, connect_tcp)
         return looked_up
 
     return names

@@ -15,6 +15,7 @@ import time
 import zlib
 from pathlib import Path, PurePosixPath
 
+import anyio
 import httpx
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from PIL import Image
 
 from mlx_llava import server
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.fetch import fetch, is_public
+from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import connection
 from mlx_llava.serving.errors import ApiError
@@ -31,7 +32,7 @@ from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.pictures import Sources, read_below
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.serving import MODEL, receive, serving, user
-from tests.sites import DrippingHandshake, Site, network, reply_with, unwanted
+from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
 SECRET = "the secret of the house"
 PICTURE = Image.new("RGB", (8, 8), "red")
@@ -140,7 +141,8 @@ class TestRemotePictures:
     def test_are_fetched_where_allowed(self, internet):
         with Site(reply_with(png(PICTURE))) as site:
             looked_up = internet({"pictures.example": ["93.184.216.34"]}, site.port)
-            assert Sources(remote=True).read("http://pictures.example/a.png?b=c") == png(PICTURE)
+            url, sources = "http://pictures.example/a.png?b=c", Sources(remote=True)
+            assert anyio.run(sources.fetch, url, 1_000_000, 60) == png(PICTURE)
             assert site.asked == [("pictures.example", "/a.png?b=c")]
             assert looked_up == ["pictures.example"]
 
@@ -211,9 +213,26 @@ class TestRemotePictures:
         site = DrippingHandshake() if part == "handshake" else Site(drip, scheme == "https" and tls)
         with site:
             internet({"a.example": ["93.184.216.34"]}, site.port)
-            with pytest.raises(ValueError, match="took longer than 0.5 s"):
+            # What is no HTTP from its first byte is refused by that.
+            is_http = (scheme, part) != ("http", "handshake")
+            said = "took longer than 0.5 s" if is_http else "illegal request line"
+            with pytest.raises(ValueError, match=said):
                 fetch(f"{scheme}://a.example/", seconds=0.5)
         assert not to_its_end
+
+    def test_certificate_is_the_names(self, internet, tls):
+        """Of the redirect's name too, though both are at one address."""
+        asked = []
+        tls.server.sni_callback = lambda _, name, __: asked.append(name)
+        answers = iter([(b"", 302), (b"picture", 200)])
+
+        def answer(handler):
+            reply_with(*next(answers), Location="https://b.example/")(handler)
+
+        with Site(answer, tls) as site:
+            internet({f"{a}.example": ["93.184.216.34"] for a in "ab"}, site.port)
+            assert fetch("https://a.example/") == b"picture"
+        assert asked == ["a.example", "b.example"]
 
     def test_errors_say_nothing_of_what_answered(self, internet):
         with Site(reply_with(SECRET.encode(), 500)) as site:

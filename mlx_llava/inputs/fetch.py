@@ -1,35 +1,77 @@
-"""Fetch a picture for someone else: from public addresses only, within bounds of size and time.
+"""Fetch a picture from a URL, within bounds of size and time.
 
-A name is resolved once, and the connection goes to the address that was checked, so that a name
-which changes its address in between gains nothing. So it is for every redirect.
+`download` does it for a user, from wherever the URL leads; `fetch` for someone else, from public
+addresses only. There a name is looked up once, and the connection goes to the address that was
+checked, so that a name which changes its address in between gains nothing. So it is for every
+redirect.
 """
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import socket
 import ssl
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from urllib.parse import SplitResult, urljoin, urlsplit
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import anyio
+import anyio.to_thread
+import httpcore
+import httpx
 
 from mlx_llava.version import __version__
 
-MAX_BYTES = 20_000_000
-SECONDS = 10.0
 REDIRECTS = 3
-_PORTS = {"http": 80, "https": 443}
-_CHUNK = 1 << 16
+MAX_DOWNLOAD_BYTES = 100_000_000
+DOWNLOAD_SECONDS = 30.0
+#: Compressed, a few bytes could become any number.
+_HEADERS = (
+    ("User-Agent", f"mlx_llava/{__version__}"),
+    ("Accept", "image/*"),
+    ("Accept-Encoding", "identity"),
+)
 #: Networks whose addresses carry an IPv4 address in their last 32 bits: IPv4-compatible
 #: (RFC 4291) and NAT64 (RFC 6052, RFC 8215).
 _CARRIERS = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")))
 
+_FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 
-def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> bytes:
-    """What a URL gives.
+T = TypeVar("T")
+
+
+def download(url: str) -> bytes:
+    """What a user's URL gives, through the proxies that the environment names.
+
+    Raises:
+        ValueError: It cannot be fetched, or gives too much.
+    """
+    content = bytearray()
+    try:
+        with (
+            httpx.Client(
+                verify=ssl.create_default_context(), timeout=DOWNLOAD_SECONDS, follow_redirects=True
+            ) as client,
+            client.stream("GET", url, headers=_HEADERS) as response,
+        ):
+            if not response.is_success:
+                raise ValueError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
+            for chunk in response.iter_raw():
+                content += chunk
+                if len(content) > MAX_DOWNLOAD_BYTES:
+                    break
+    # ImportError: of a proxy that httpx needs a further package for.
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from error
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes.")
+    return bytes(content)
+
+
+async def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
+    """What a URL of someone else's gives.
 
     Args:
         url (str): An http or https URL.
@@ -39,33 +81,73 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> byt
     Raises:
         ValueError: The URL is refused, or cannot be fetched within these bounds.
     """
-    deadline = time.monotonic() + seconds
-    for _ in range(REDIRECTS + 1):
-        parts = _check_url(url)
-        try:
-            with _get(parts, deadline) as response:
-                if response.status in (301, 302, 303, 307, 308):
-                    url = urljoin(url, response.getheader("Location") or "")
-                    continue
-                if response.status != 200:
-                    raise ValueError(f"The image URL answered {response.status}.")
-                return _read(response, max_bytes, deadline)
-        except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() >= deadline:
-                raise ValueError(f"The image URL took longer than {seconds:.2g} s.") from error
-            raise ValueError(f"The image URL cannot be fetched: {error}") from error
+    try:
+        with anyio.fail_after(seconds):
+            context = await _in_thread(ssl.create_default_context)
+            async with (
+                aclosing(_PublicNetwork()) as network,
+                httpcore.AsyncConnectionPool(context, network_backend=network) as pool,
+            ):
+                for _ in range(REDIRECTS + 1):
+                    _check_url(url)
+                    async with pool.stream("GET", url, headers=_HEADERS) as response:
+                        if response.status not in (301, 302, 303, 307, 308):
+                            return await _content(response, max_bytes)
+                        headers = {name.lower(): value for name, value in response.headers}
+                        url = urljoin(url, headers.get(b"location", b"").decode("latin-1"))
+    except TimeoutError as error:
+        raise ValueError(f"The image URL took longer than {seconds:.2g} s.") from error
+    except (OSError, *_FAILURES) as error:
+        raise ValueError(f"The image URL cannot be fetched: {error}") from error
     raise ValueError(f"The image URL redirects more than {REDIRECTS} times.")
 
 
-def _check_url(url: str) -> SplitResult:
+async def _content(response: httpcore.Response, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise ValueError(f"The image URL answered {response.status}.")
+    content = bytearray()
+    async for chunk in response.aiter_stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise ValueError(f"The image URL gives more than {max_bytes:,} bytes.")
+    return bytes(content)
+
+
+class _PublicNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to addresses that were checked, and in the end leaves no connection."""
+
+    def __init__(self) -> None:
+        self._opened: list[httpcore.AsyncNetworkStream] = []
+
+    async def connect_tcp(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> httpcore.AsyncNetworkStream:
+        address = await _in_thread(partial(public_address, host, port))
+        stream = await httpcore.AnyIOBackend().connect_tcp(address, port, *args, **kwargs)
+        self._opened.append(stream)
+        return stream
+
+    async def aclose(self) -> None:
+        """Ends also what TLS had not taken over when the time was up."""
+        with anyio.CancelScope(shield=True):
+            for stream in self._opened:
+                await stream.aclose()
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Does what would hold up others; nobody waits for it after the deadline."""
+    limiter = anyio.CapacityLimiter(1)
+    return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+
+
+def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in _PORTS and parts.hostname and parts.port != 0
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError as error:
         raise ValueError(f"The image URL is broken: {error}") from error
     if not usable or parts.username is not None or not url.isascii() or not url.isprintable():
         raise ValueError("An image URL must be http(s)://HOST/..., without a user name.")
-    return parts
 
 
 def public_address(host: str, port: int) -> str:
@@ -77,9 +159,8 @@ def public_address(host: str, port: int) -> str:
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(address[0]) for *_, address in found]
-    for address in addresses:
-        if not is_public(address):
-            raise ValueError("The image URL does not lead to a public address.")
+    if not all(map(is_public, addresses)):
+        raise ValueError("The image URL does not lead to a public address.")
     return addresses[0]
 
 
@@ -98,65 +179,3 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
         return True
     return ip.is_global and not ip.is_multicast
-
-
-@contextmanager
-def _get(parts: SplitResult, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Asks an address that was checked; everything but looking up its name ends at the deadline."""
-    host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
-    address = public_address(host, port)
-    connection = http.client.HTTPConnection(host, port)
-    # The second handle leads to the same connection, also when TLS has taken over the first.
-    with (
-        socket.create_connection((address, port), _left(deadline)) as raw,
-        raw.dup() as handle,
-        _cutting(handle, deadline),
-        closing(connection),
-    ):
-        connection.sock = raw
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        agent = f"mlx_llava/{__version__}"
-        connection.request("GET", path, headers={"User-Agent": agent, "Accept": "image/*"})
-        with connection.getresponse() as response:
-            yield response
-
-
-def _left(deadline: float) -> float:
-    """The seconds that are left; raises TimeoutError where there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-@contextmanager
-def _cutting(handle: socket.socket, deadline: float) -> Iterator[None]:
-    """Ends whatever waits for a connection at the deadline."""
-    timer = threading.Timer(_left(deadline), _cut, [handle])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # its handle's number may soon be another's
-
-
-def _cut(connection: socket.socket) -> None:
-    """Ends a connection that another thread waits for."""
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # it has ended by itself
-
-
-def _read(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
-    content = bytearray()
-    while chunk := response.read1(_CHUNK):
-        content += chunk
-        if len(content) > max_bytes:
-            raise ValueError(f"The image URL gives more than {max_bytes:,} bytes.")
-    _left(deadline)  # what was cut looks as if it had ended
-    return bytes(content)

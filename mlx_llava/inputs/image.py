@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import re
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +23,6 @@ ImageSource: TypeAlias = (
 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1_000_000_000
-MAX_DOWNLOAD_BYTES = 100_000_000
-DOWNLOAD_SECONDS = 30
 MAX_DATA_HEADER = 4096
 _DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
 _DATA_HEADER = re.compile(_DATA_SCHEME.pattern + r'((?:[^",]|"[^"]*")*),', re.IGNORECASE)
@@ -185,7 +181,9 @@ def _read(source: Any) -> tuple[bytes, str]:
     if is_data_url(text):
         return decode_data_url(text), "The data: URL"
     if text.startswith(("http://", "https://")):
-        return _download(text), text
+        from mlx_llava.inputs.fetch import download
+
+        return download(text), text
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
@@ -260,18 +258,6 @@ def decode_data_url(url: str) -> bytes:
     except ValueError as error:
         why = "it has other letters" if isinstance(error, UnicodeError) else error
         raise ValueError(f"The data: URL is not valid base64: {why}.") from error
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mlx_llava"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"{url} cannot be fetched: {error}") from error
-    if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES:,} bytes.")
-    return data
 
 
 def _decoder(format: str, name: str) -> Callable[[BinaryIO, str], Image.Image]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from starlette.types import Send
 from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.fetch import MAX_BYTES, SECONDS
 from mlx_llava.inputs.image import PixelsError, load_image
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.engine import Ask, BusyError, Engine, EngineError, Piece
@@ -36,7 +35,7 @@ from mlx_llava.serving.errors import ApiError, busy
 from mlx_llava.serving.guard import error_response
 from mlx_llava.serving.limits import Limits
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.pictures import Sources, is_remote
+from mlx_llava.serving.pictures import MAX_BYTES, Sources, is_remote
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, Wanted, read_request
 from mlx_llava.serving.responses import ChatShape, CompletionShape, Shape, Usage
 from mlx_llava.serving.workers import Workers
@@ -52,6 +51,8 @@ LONG_BODY = 1_000_000
 FETCHES = 8
 #: How long fetching all pictures of a request may take.
 REMOTE_SECONDS = 30.0
+#: And one of them.
+SECONDS = 10.0
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class Api:
         # One request's pictures are decoded at a time, so that their pixels never add up; texts
         # wait for no pictures, and pictures that are sent for none of elsewhere.
         self._decoding, self._reading, self._parsing = Workers(1), Workers(4), Workers(1)
-        self._fetching, self._holding = Workers(FETCHES), asyncio.Semaphore(FETCHES)
+        self._holding = asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
         """The ASGI app; unguarded, see guard.py."""
@@ -236,9 +237,9 @@ class Api:
                 message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
                 raise ApiError(400, message, param="messages", code="invalid_image_url")
             room = min(MAX_BYTES, self.limits.body_bytes - sum(map(len, files.values())))
-            read = partial(self._read, url, seconds=min(SECONDS, left), max_bytes=room)
             if url not in files:
-                files[url] = await self._fetching.run(read)
+                with _invalid_url():
+                    files[url] = await self.sources.fetch(url, room, min(SECONDS, left))
         return files
 
     def _check_length(self, characters: int) -> None:
@@ -249,12 +250,6 @@ class Api:
                 f"The text has {characters:,} characters, more than the model's context of "
                 f"{processor.context_length} tokens can hold."
             )
-
-    def _read(self, url: str, **bounds: Any) -> bytes:
-        try:
-            return self.sources.read(url, **bounds)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
 
     def _prepare(
         self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes], options: Options
@@ -271,7 +266,8 @@ class Api:
         pictures: list[Image.Image] = []
         limit, pixels = self.limits.pixels, 0
         for url in urls:
-            file = files[url] if url in files else self._read(url)
+            with _invalid_url():
+                file = files[url] if url in files else self.sources.read(url)
             try:
                 pictures.append(load_image(file, limit - pixels, FORMATS))
             except ValueError as error:
@@ -371,6 +367,14 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
     if tasks[0].cancelled():
         raise ClientDisconnect
     return tasks[0].result()
+
+
+@contextmanager
+def _invalid_url() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
 
 
 def _context_error(message: str) -> ApiError:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from mlx_llava.inputs.fetch import MAX_BYTES, SECONDS, fetch
 from mlx_llava.inputs.image import decode_data_url, is_data_url
 
+#: Of a picture that is elsewhere, or a file.
+MAX_BYTES = 20_000_000
 #: How JPEG, PNG, GIF and WebP begin in base64, which some clients send without data: before it.
 _BARE = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 _NO_FILE = "There is no such file in the image root."
@@ -21,20 +22,30 @@ class Sources:
     """Which pictures may be read.
 
     Attributes:
-        remote: http(s) URLs, as `remote.fetch` does it.
+        remote: http(s) URLs, as `inputs.fetch` does it.
         root: the folder whose files may be named, by ``file://`` URLs or paths within it.
     """
 
     remote: bool = False
     root: Path | None = None
 
-    def read(self, url: str, seconds: float = SECONDS, max_bytes: int = MAX_BYTES) -> bytes:
-        """The bytes of a picture.
+    async def fetch(self, url: str, max_bytes: int, seconds: float) -> bytes:
+        """The bytes of a picture that is elsewhere; see `inputs.fetch`.
 
-        Args:
-            url (str): Names it.
-            seconds (float): How long it may take, if it is remote.
-            max_bytes (int): How many it may have, if it is remote.
+        Raises:
+            ValueError: That is not allowed, or it cannot be fetched.
+        """
+        if not self.remote:
+            raise ValueError(
+                "Remote images are not allowed here (--allow-remote-images); send the "
+                "picture as a data: URL."
+            )
+        from mlx_llava.inputs.fetch import fetch
+
+        return await fetch(url, max_bytes, seconds)
+
+    def read(self, url: str) -> bytes:
+        """The bytes of a picture that is sent, or is here.
 
         Raises:
             ValueError: The source is not allowed, or cannot be read.
@@ -43,13 +54,6 @@ class Sources:
             url = f"data:;base64,{url}"
         if is_data_url(url):
             return decode_data_url(url)
-        if is_remote(url):
-            if not self.remote:
-                raise ValueError(
-                    "Remote images are not allowed here (--allow-remote-images); send the "
-                    "picture as a data: URL."
-                )
-            return fetch(url, max_bytes, seconds)
         if _scheme(url) not in ("", "file"):
             raise ValueError("An image URL must be a data: or an http(s) URL.")
         if self.root is None:
