@@ -20,7 +20,7 @@ from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import one_line
 from mlx_llava.generation.json_schema import read_schema
-from mlx_llava.generation.sampling import MAX_TOKENS, Options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image_processor import MODES
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava
@@ -77,17 +77,11 @@ def say_if_embedded(args: argparse.Namespace) -> None:
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how to answer."""
-    add = parser.add_argument
-    add("--max-tokens", "-m", type=int, default=MAX_TOKENS, help="(default: %(default)s)")
-    add("--temp", type=float, default=0.0, help="temperature (default: 0, the likeliest word)")
-    add("--top-p", type=float, default=0.0, help="nucleus sampling (default: off)")
-    add("--min-p", type=float, default=0.0, help="minimum relative probability (default: off)")
-    add("--top-k", type=int, default=0, help="sample from the k likeliest (default: off)")
-    add("--repetition-penalty", type=float, help="above 1 makes repetition less likely")
-    add("--seed", type=int, help="makes sampling repeatable")
-    add("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
-    add("--json-schema", metavar="FILE", help="a JSON schema, or its text, that the answer follows")
+    """Adds how to answer, as the fields of `Options`."""
+    for option in fields(Options):
+        names = [f"--{option.name.replace('_', '-')}"]
+        names += ["-m"] if option.name == "max_tokens" else []
+        parser.add_argument(*names, **option.metadata["flag"])
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,9 @@ python scripts/make_api_docs.py
 
 from __future__ import annotations
 
+import inspect
+import pydoc
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,8 @@ def page() -> str:
 
 def describe(thing: Any) -> list[str]:
     """A function, or a class and its public methods."""
+    if thing.docstring:  # a decorator may have said more than the source does
+        thing.docstring.value = inspect.getdoc(pydoc.locate(thing.path)) or ""
     lines = [f"### {thing.name}\n", f"```text\n{signature(thing)}\n```\n", *sections(thing)]
     methods = thing.functions if thing.is_class else {}
     for name, method in methods.items():
@@ -72,19 +77,24 @@ def describe(thing: Any) -> list[str]:
 
 def signature(thing: Any) -> str:
     """How it is called, on one line or on one for each parameter."""
-    function = thing.functions.get("__init__") if thing.is_class else thing
-    parameters = [p for p in function.parameters if p.name != "self"] if function else []
     shown, keyword_only = [], False
-    for parameter in parameters:
-        kind = parameter.kind.value
-        if kind == "keyword-only" and not keyword_only:
+    real: Any = pydoc.locate(thing.path)
+    found = inspect.signature(real)
+    function = thing.functions.get("__init__") if thing.is_class else thing
+    written = {} if is_dataclass(real) else {p.name: p.default for p in function.parameters}
+    for parameter in found.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             shown.append("*")
-        stars = {"variadic positional": "*", "variadic keyword": "**"}.get(kind, "")
-        default = f" = {parameter.default}" if parameter.default and not stars else ""
-        annotation = f": {parameter.annotation}" if parameter.annotation else ""
-        shown.append(f"{stars}{parameter.name}{annotation}{default}")
-    result = f" -> {function.returns}" if function and not thing.is_class else ""
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        has_default = parameter.default is not parameter.empty
+        value = written.get(parameter.name) or repr(parameter.default)
+        default = f" = {value}" if has_default else ""
+        annotation = f": {parameter.annotation}" if isinstance(parameter.annotation, str) else ""
+        shown.append(f"{stars.get(parameter.kind, '')}{parameter.name}{annotation}{default}")
+    result = "" if thing.is_class else f" -> {found.return_annotation}"
     line = f"{thing.name}({', '.join(shown)}){result}"
     if len(line) <= 90:
         return line

@@ -6,11 +6,12 @@ seconds, and a server's model would stand still meanwhile.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ from mlx_llava.generation.json_schema import JsonConstraint
 from mlx_llava.inputs.processor import Processor
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
+Function = TypeVar("Function", bound=Callable[..., Any])
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
 MAX_TOKENS = 512
@@ -125,22 +127,61 @@ def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProce
     return [penalize]
 
 
-_OPTIONAL = ("seed", "repetition_penalty", "json_schema")
+#: What an option may be, and how that is said.
+_KINDS: Mapping[type, tuple[type, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    dict: (Mapping, "an object"),
+}
+
+
+def _option(default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None) -> Any:
+    """A field: of what kind it is, what it does, and what argparse is told of its flag."""
+    given = "" if default is None else " (default: %(default)s)"
+    number = {"type": kind, "default": default, "help": what + given}
+    return field(default=default, metadata={"kind": kind, "help": what, "flag": flag or number})
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer, for one prompt; see `mlx_llava.generate.stream_generate`."""
+    """How to answer one prompt.
 
-    max_tokens: int = MAX_TOKENS
-    temp: float = 0.0
-    top_p: float = 0.0
-    min_p: float = 0.0
-    top_k: int = 0
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    json_schema: Mapping[str, Any] | None = None
+    `stream_generate` has a keyword for each, a line of a prompts file a key, and commands a flag.
+    """
+
+    max_tokens: int = _option(
+        MAX_TOKENS, int, "the longest answer; less if the context is full before"
+    )
+    temp: float = _option(0.0, float, "temperature; 0 takes the likeliest token")
+    top_p: float = _option(
+        0.0, float, "samples from the likeliest tokens of this total probability; 0 is off"
+    )
+    min_p: float = _option(
+        0.0, float, "drops tokens below this fraction of the likeliest one's probability"
+    )
+    top_k: int = _option(0, int, "samples from that many likeliest tokens; 0 is off")
+    repetition_penalty: float | None = _option(
+        None, float, "above 1, tokens of the last 20 become less likely"
+    )
+    seed: int | None = _option(None, int, "makes sampling repeatable")
+    stop: Sequence[str] = _option(
+        (),
+        str,
+        "texts that end the answer, beside the template's own",
+        {"action": "append", "default": [], "help": "a text that ends the answer; repeatable"},
+    )
+    json_schema: Mapping[str, Any] | None = _option(
+        None,
+        dict,
+        "makes the answer JSON of this schema, if it is not cut off",
+        {"metavar": "FILE", "help": "a JSON schema, or its text, that the answer follows"},
+    )
+
+    @classmethod
+    def take(cls, keywords: dict[str, Any]) -> Options:
+        """What there is of options among keywords, from which it is removed."""
+        names = [option.name for option in fields(cls) if option.name in keywords]
+        return cls(**{name: keywords.pop(name) for name in names})
 
     def __post_init__(self) -> None:
         """Checks kinds, since options may come from a file or over a network."""
@@ -149,22 +190,16 @@ class Options:
         is_list = isinstance(self.stop, (list, tuple))
         if not is_list or not all(isinstance(text, str) for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a text or a list of texts.")
-        for name in ("max_tokens", "top_k", "seed"):
-            self._check(name, Integral, "a whole number")
-        for name in ("temp", "top_p", "min_p", "repetition_penalty"):
-            self._check(name, Real, "a number")
-        self._check("json_schema", Mapping, "an object")
+        for option in fields(self):
+            value, kind = getattr(self, option.name), option.metadata["kind"]
+            if kind not in _KINDS or (value is None and option.default is None):
+                continue
+            number, words = _KINDS[kind]
+            fits = isinstance(value, number) and not isinstance(value, bool)
+            if not fits or (kind is float and not -math.inf < value < math.inf):
+                raise ValueError(f"{option.name} is {value!r}; it must be {words}.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
-
-    def _check(self, name: str, kind: type, words: str) -> None:
-        value = getattr(self, name)
-        optional = value is None and name in _OPTIONAL
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        if kind is Real and fits:
-            fits = -math.inf < value < math.inf
-        if not optional and not fits:
-            raise ValueError(f"{name} is {value!r}; it must be {words}.")
 
     def sampler(self) -> Sampler:
         """What chooses the next token."""
@@ -180,3 +215,26 @@ class Options:
                 JsonConstraint(self.json_schema, processor.tokenizer, ends, vocab_size)
             )
         return processors
+
+
+def with_options(function: Function) -> Function:
+    """Shows each field of `Options` where a function takes them, in signature and docstring."""
+    signature = inspect.signature(function)
+    *named, others = signature.parameters.values()
+    keywords, lines = [], []
+    for option in fields(Options):
+        keywords.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=option.type,
+            )
+        )
+        what = option.metadata["help"]
+        lines.append(f"        {option.name} ({option.type}): {what[0].upper()}{what[1:]}.\n")
+    shown: Any = function
+    shown.__signature__ = signature.replace(parameters=[*named, *keywords, others])
+    before, rest, after = (function.__doc__ or "").partition("        **options")
+    shown.__doc__ = "".join([before, *lines, rest, after])
+    return function
