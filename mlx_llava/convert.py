@@ -13,7 +13,9 @@ from typing import Any
 
 from mlx_llava.arguments import add_source_arguments, command, progress_bar, source_options
 from mlx_llava.checkpoint.convert import DEFAULT_PATH, convert
-from mlx_llava.checkpoint.load import find_and_open, load
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.checkpoint.quantize import MODES, RECIPES, Quantization, make_plan
 from mlx_llava.checkpoint.verify import compare, verify
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = {"quantization": quantization, "dtype": args.dtype, "dequantize": args.dequantize}
     if args.dry_run:
         with sensible_values(args.model):
-            print(make_plan(find_and_open(args.model, **source), **wanted))
+            print(make_plan(open_checkpoint(Source(args.model, **source)), **wanted))
         return
     converts = args.mlx_path or args.quantize or args.dequantize or args.dtype or args.upload_repo
     if args.verify and not converts:
@@ -103,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             **wanted,
             **source,
         )
-    for warning in plan.checkpoint.warnings:
+    for warning in plan.contents.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{plan.checkpoint.layout} -> {target}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr)
+    print(f"{plan.contents.layout} -> {target}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr)
     if args.verify:
         _print_checks(target)
         measured = compare(load(args.model, **source), load(target))

@@ -17,7 +17,9 @@ import mlx.nn as nn
 
 from mlx_llava.arguments import add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapter import load_adapter, merge_adapter
-from mlx_llava.checkpoint.load import find_and_open, load
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.save import save
 from mlx_llava.folders import check_target
 from mlx_llava.json_files import sensible_values
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep = [args.adapter_path, args.base, args.vision_tower, args.mmproj]
     if args.force:
         with sensible_values(args.model or "the embedded model"):
-            keep += find_and_open(args.model, **source_options(args)).read_from
+            source = Source(args.model, **source_options(args))
+            keep += open_checkpoint(source).contents.read_from
     check_target(Path(args.output), "model", args.force, keep)
     model, processor = load(args.model, as_stored=True, **source_options(args))
     changed = load_adapter(model, args.adapter_path)

@@ -21,7 +21,7 @@ import torch
 import transformers as hf
 
 from mlx_llava import load
-from mlx_llava.checkpoint.original import read_config
+from mlx_llava.checkpoint.original import translate
 from mlx_llava.checkpoint.verify import QUESTION, example_picture, verify
 from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
@@ -239,7 +239,7 @@ def published_guess(row: Published) -> Guess:
     if "text_config" in data:
         return guess_template(LlavaConfig.from_dict(data))
     name = f"{row.name.rpartition('/')[2]} {data.get('_name_or_path')}"
-    config = read_config(data, CLIP_336, data["vocab_size"], name)
+    config = LlavaConfig.from_dict(translate(data, CLIP_336, data["vocab_size"]))
     return guess_template(config, "" if row.layout == "gguf" else name)
 
 

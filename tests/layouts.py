@@ -148,7 +148,7 @@ def write_folder(
             save_file(part, folder / f"model{number}.safetensors", {"format": "pt"})
         else:
             path = folder / f"pytorch_model{number}.bin"
-            torch.save(part, path, _use_new_zipfile_serialization=kind == "zip")
+            torch.save(part, path)
     return folder
 
 

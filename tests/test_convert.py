@@ -24,7 +24,8 @@ from mlx.utils import tree_flatten
 
 import mlx_llava
 from mlx_llava import convert
-from mlx_llava.checkpoint.load import find_and_open
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.checkpoint.verify import compare
 from mlx_llava.folders import _write_manifest
@@ -70,7 +71,7 @@ def test_the_result_is_the_source(original, tmp_path):
     assert other.template.name == processor.template.name == "vicuna_v1"
     assert other("Q", PICTURE).prompts == processor("Q", PICTURE).prompts
     assert (other("Q", PICTURE).input_ids == processor("Q", PICTURE).input_ids).all()
-    assert plan.checkpoint.layout == "original LLaVA"
+    assert plan.contents.layout == "original LLaVA"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".mlx_llava.json",
         "README.md",
@@ -282,7 +283,10 @@ def test_the_source_and_its_parts_are_never_replaced(original, tmp_path, capsys,
 
 
 def test_parts_that_only_the_config_names_are_known(original):
-    assert find_and_open(original).read_from == [original, original.parent / "clip"]
+    assert open_checkpoint(Source(original)).contents.read_from == [
+        original,
+        original.parent / "clip",
+    ]
 
 
 def test_what_an_adapter_is_put_on_is_never_replaced(tmp_path, capsys):

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_llava import convert
 from mlx_llava.checkpoint import gguf as reader
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS
+from mlx_llava.checkpoint.gptq import Repacked
 from mlx_llava.inputs.byte_bpe import spec_from_byte_bpe
 from mlx_llava.inputs.sentencepiece import CONTROL, NORMAL, USER_DEFINED, Piece
 from mlx_llava.model.llama import rope_frequencies
@@ -88,7 +89,7 @@ def tensor_of(folder: Path, kind: str, data: np.ndarray):
     writer.write_tensors_to_file()
     writer.close()
     (tensor,) = reader.open_reader(folder / "x.gguf", "llama").tensors
-    model = reader.GGUFModel({}, {}, {}, {}, (), [])
+    model = Repacked()
     reader._add(model, folder / "x.gguf", tensor, "language_model.lm_head.weight", None)
     for lazy in model.tensors.values():
         array = lazy.read()

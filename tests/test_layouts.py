@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava import generate
+from mlx_llava import LlavaConfig, generate
+from mlx_llava.checkpoint.original import translate
+from mlx_llava.inputs.template_choice import guess_template
 from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
@@ -56,9 +58,7 @@ def same_logits(model, processor, reference, count: int = 1, tolerance: float = 
     assert np.abs(ours - theirs).max() < tolerance
 
 
-@pytest.mark.parametrize(
-    ("kind", "shards"), [("zip", 1), ("zip", 2), ("legacy", 2), ("safetensors", 2)]
-)
+@pytest.mark.parametrize(("kind", "shards"), [("zip", 1), ("zip", 2), ("safetensors", 2)])
 def test_v15_with_a_tower_from_clip(reference, kind, shards, tmp_path):
     state = layouts.state_dict(reference)
     original = layouts.to_original(state)
@@ -86,7 +86,7 @@ def test_without_a_tower_the_error_says_what_to_give(reference, tmp_path):
         load(folder, offline=True)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip"])
 def test_v16_keeps_its_own_tower(reference_next, kind, tmp_path):
     state = layouts.state_dict(reference_next)
     config = layouts.original_config(
@@ -240,7 +240,7 @@ def test_a_delta_is_added_to_its_llama(reference, tmp_path):
     clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
     delta = {key: t for key, t in delta.items() if "vision_tower" not in key}
     config = layouts.original_config(reference, mm_vision_tower=str(clip))
-    folder = layouts.write_folder(tmp_path / "delta", delta, config, "legacy", 2)
+    folder = layouts.write_folder(tmp_path / "delta", delta, config, "zip", 2)
     model, _ = load(folder, base=base)
     expected = {}
     for key, tensor in delta.items():
@@ -468,13 +468,13 @@ V16_MISTRAL = {
 
 
 def test_published_configs_are_read():
-    from mlx_llava.checkpoint.original import read_config
-
-    config = read_config(V15, CLIP_L, 32000, "anything")
-    assert (config.model_type, config.conv_mode) == ("llava", "vicuna_v1")
+    config = LlavaConfig.from_dict(translate(V15, CLIP_L, 32000))
+    guess = guess_template(config, "anything")
+    assert (config.model_type, guess.name) == ("llava", "vicuna_v1")
     assert (config.text_config.kv_heads, config.text_config.rms_norm_eps) == (32, 1e-5)
     assert (config.feature_layers, config.projector_layers) == ((23,), 2)
-    config = read_config(V16_MISTRAL, CLIP_L, 32000, "anything")
-    assert (config.model_type, config.conv_mode) == ("llava_next", "mistral_instruct")
+    config = LlavaConfig.from_dict(translate(V16_MISTRAL, CLIP_L, 32000))
+    guess = guess_template(config, "anything")
+    assert (config.model_type, guess.name) == ("llava_next", "mistral_instruct")
     assert (config.text_config.model_type, config.text_config.sliding_window) == ("mistral", None)
     assert (config.has_newline, config.anyres_convention) == (True, "original")

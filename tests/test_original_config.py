@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlx_llava import LlavaConfig
 from mlx_llava.checkpoint import original
 from tests.conftest import load_as_stored as load
 
@@ -89,7 +90,7 @@ def test_another_decoder_is_refused_by_name(names):
     name = "Gemma granite Qwen phi Mixtral Ernie gpt helium".split()
     data = {"hidden_size": 64, "num_attention_heads": 4, **names}
     with pytest.raises(ValueError, match=f"(?i)the decoder ({'|'.join(name)}) is not supported"):
-        original.read_config(data, {}, 99, "")
+        LlavaConfig.from_dict(original.translate(data, {}, 99))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_decoder_that_only_text_config_describes_is_read(reference, tmp_path):
     clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
     folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
     same_logits(folder, reference, vision_tower=clip)
-    read = original.read_config(config, {}, layouts.VOCABULARY, "")
+    read = LlavaConfig.from_dict(original.translate(config, {}, layouts.VOCABULARY))
     assert read.eos_token_id == (2,)
     assert read.text_config.max_position_embeddings == config["max_position_embeddings"]
 

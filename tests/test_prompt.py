@@ -12,7 +12,7 @@ import pytest
 
 from mlx_llava import stream_generate
 from mlx_llava.checkpoint.hub import checkpoint_name
-from mlx_llava.checkpoint.original import read_config
+from mlx_llava.checkpoint.original import translate
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.sampling import Options
@@ -296,8 +296,8 @@ def test_names_and_numbers_point_to_a_template(case, loaded):
 
 def test_a_published_llama_2_whose_names_are_lost_is_known_by_its_numbers():
     data = read_json(shared_data("published/llama-2-renamed") / "config.json")
-    config = read_config(data, {}, data["vocab_size"], "/data/x preview")
-    assert config.conv_mode == "llava_llama_2"
+    config = LlavaConfig.from_dict(translate(data, {}, data["vocab_size"]))
+    assert guess_template(config, "/data/x preview").name == "llava_llama_2"
 
 
 def test_a_checkpoint_in_the_hubs_cache_has_its_repositorys_name(tmp_path, monkeypatch):

@@ -90,8 +90,9 @@ def test_what_trainers_and_converters_wrote_is_read_as_it_was_meant():
             ours = LlavaConfig.from_dict({"model_type": "llava", "vision_config": settings})
             assert values(ours.vision_config, VISION) == values(theirs, VISION)
         elif original.is_original(data):
-            assert original.unknown_keys(data, {}) == {}
-            ours = original.read_config(data, {}, data["vocab_size"], "")
+            read = original.translate(data, {}, data["vocab_size"])
+            assert original.unknown_keys(read) == {}
+            ours = LlavaConfig.from_dict(read)
             same_text(ours.text_config, hf.LlamaConfig.from_dict(data))
             assert ours.vision_feature_layer == data["mm_vision_select_layer"]
             assert ours.mm_projector_type == data["mm_projector_type"]

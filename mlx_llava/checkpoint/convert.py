@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.checkpoint.load import find_and_open, make_processor
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.load import make_processor
+from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.quantize import Plan, Quantization, make_plan
 from mlx_llava.checkpoint.safetensors import write_weights
 from mlx_llava.checkpoint.save import write_settings
@@ -50,14 +52,15 @@ def convert(
         ValueError: The checkpoint cannot be converted, or the disk is too full.
     """
     target = Path(mlx_path)
-    keep = [path_or_repo, *(source.get(part) for part in ("base", "vision_tower", "mmproj"))]
+    where = Source(path_or_repo, **source)
+    keep = [path_or_repo, where.base, where.vision_tower, where.mmproj]
     check_target(target, "model", force, keep)
     with sensible_values(path_or_repo):
-        checkpoint = find_and_open(path_or_repo, **source)
-        keep += checkpoint.read_from
+        checkpoint = open_checkpoint(where)
+        keep += checkpoint.contents.read_from
         check_target(target, "model", force, keep)
         plan = make_plan(checkpoint, quantization=quantization, dtype=dtype, dequantize=dequantize)
-        processor = make_processor(plan.checkpoint)
+        processor = make_processor(checkpoint)
     _check_disk(target, plan.nbytes)
     done = 0
 
@@ -70,7 +73,7 @@ def convert(
         write_weights(beside, plan.outputs, is_mlx=plan.is_mlx, progress=advance)
         card = _model_card(str(path_or_repo), plan)
         (beside / "README.md").write_text(card, encoding="utf-8")
-        write_settings(beside, plan.checkpoint.config, processor)
+        write_settings(beside, plan.config, processor)
     return plan
 
 
@@ -86,16 +89,15 @@ def _check_disk(target: Path, nbytes: int) -> None:
 
 def _model_card(source: str, plan: Plan) -> str:
     """The README.md of the result."""
-    config = plan.checkpoint.config
-    settings = layer_settings(config.quantization or {})
+    settings = layer_settings(plan.config.quantization or {})
     common = ", ".join(f"{key} {value}" for key, value in settings.items())
     return (
         f"---\nlibrary_name: mlx\ntags:\n- mlx\n- llava\n---\n\n"
         f"# {Path(source).name}\n\n"
-        f"Converted from `{source}` ({plan.checkpoint.layout}) by mlx_llava {__version__}.\n\n"
+        f"Converted from `{source}` ({plan.contents.layout}) by mlx_llava {__version__}.\n\n"
         f"- size: {plan.nbytes / 1e9:.2f} GB\n"
         f"- quantisation: {common or 'none'}\n"
-        f"- template: {config.conv_mode or 'in chat_template.jinja, or chosen by shape'}\n\n"
+        f"- template: {plan.config.conv_mode or 'in chat_template.jinja, or chosen by shape'}\n\n"
         "```sh\npython -m mlx_llava.generate --model . --image photo.jpg "
         '--prompt "What is in this picture?"\n```\n'
     )

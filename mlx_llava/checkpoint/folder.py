@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from mlx_llava.checkpoint import safetensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.checkpoint.torch_file import read_torch_file
 from mlx_llava.files import is_pointer
 from mlx_llava.json_files import read_json
+
+#: Tensors by key or name.
+Tensors: TypeAlias = Mapping[str, LazyTensor]
 
 #: The two ways to store weights: their index, and the files where there is no index.
 _KINDS = (

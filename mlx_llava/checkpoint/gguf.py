@@ -7,15 +7,16 @@ fc1 and fc2 and drops the tower's last layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.folder import check_download, visible_files
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS, GROUP_SIZE, Bytes, dequantize
 from mlx_llava.checkpoint.gguf_config import (
@@ -27,7 +28,10 @@ from mlx_llava.checkpoint.gguf_config import (
     read_tokenizer,
     value,
 )
+from mlx_llava.checkpoint.gptq import Repacked, mlx_quantization
+from mlx_llava.checkpoint.names import canonical_tensors
 from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, map_values, to_mlx
+from mlx_llava.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -65,33 +69,6 @@ _DROPPED = (
     (r"^blk\.\d+\.attn_rot_embd\b", "follows from the config"),
     (r"^(t\.|text_projection|visual_projection|logit_scale)", "is CLIP's text encoder"),
 )
-
-
-@dataclass
-class GGUFModel:
-    """What a GGUF pair says.
-
-    Attributes:
-        tensors: by canonical name, the patch convolution as PyTorch lays it out.
-        settings: bits and group_size of each quantised layer.
-        config: a llava-hf config.json.
-        image_processor: a preprocessor_config.json.
-        tokenizer: the content of tokenizer.json.
-        tokenizer_config: the content of tokenizer_config.json, chat_template included.
-        eos_ids: ends of an answer beside the tokenizer's.
-        warnings: what its user should know.
-        dropped: source -> reason.
-    """
-
-    config: dict[str, Any]
-    image_processor: dict[str, Any]
-    tokenizer: dict[str, Any]
-    tokenizer_config: dict[str, Any]
-    eos_ids: tuple[int, ...]
-    warnings: list[str]
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
 
 
 def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
@@ -163,33 +140,70 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
     return reader
 
 
-def read_pair(text_path: Path, vision_path: Path) -> GGUFModel:
-    """Reads the two files of a LLaVA.
+def read_gguf(path: Path, mmproj: Path | None) -> Contents:
+    """Reads the two files of a LLaVA, named or in one folder.
 
     Raises:
+        FileNotFoundError: A file is missing.
         ValueError: A file is not what it should be.
     """
-    text, vision = open_reader(text_path, "llama"), open_reader(vision_path, "clip")
+    if path.is_dir():
+        path, mmproj = find_pair(path, mmproj)
+    if mmproj is None:
+        raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
+    text, vision = open_reader(path, "llama"), open_reader(mmproj, "clip")
     newer = value(vision, "clip.vision.projector_type", "mlp")
     projector = value(vision, "clip.projector_type", newer)
     if projector != "mlp" or any(t.name == "mm.3.weight" for t in vision.tensors):
-        raise ValueError(f"{vision_path} has a projector {projector!r}, expected LLaVA's mlp.")
-    config = read_config(text, vision)
-    processor = read_image_processor(vision, config)
-    model = GGUFModel(
-        config, processor, *read_tokenizer(text), read_ends(text), check_tokenizer(text)
+        raise ValueError(f"{mmproj} has a projector {projector!r}, expected LLaVA's mlp.")
+    settings = read_config(text, vision)
+    spec, tokenizer_config = read_tokenizer(text)
+    template = tokenizer_config.get("chat_template")
+    found = _read_decoder(path, text)
+    for tensor in vision.tensors:
+        name = _vision_name(tensor, settings["vision_config"]["hidden_size"])
+        _add(found, mmproj, tensor, name, None, keep_quantised=False)
+    tensors = canonical_tensors(found.tensors, is_mlx=False).tensors
+    if not any(name.endswith("post_layernorm.weight") for name in tensors):
+        tensors |= _identity_norm(tensors)
+    if found.settings:
+        settings["quantization"] = mlx_quantization(found.settings)
+    has_row = settings["image_token_index"] != settings["text_config"]["vocab_size"]
+    return Contents(
+        layout="GGUF pair",
+        settings=settings,
+        tensors=tensors,
+        tokenizer=partial(Tokenizer, spec, tokenizer_config, chat_template=template),
+        image_processor=read_image_processor(vision, settings),
+        eos_ids=read_ends(text),
+        names=None if template else f"{path.name} {settings['_name_or_path']}",
+        has_placeholder=has_row or bool(found.settings),
+        dropped=found.dropped,
+        warnings=check_tokenizer(text),
+        read_from=[mmproj],
     )
+
+
+def _read_decoder(path: Path, text: GGUFReader) -> Repacked:
+    """The decoder's tensors."""
+    result = Repacked()
     heads = number(text, "llama.attention.head_count")
     kv_heads = number(text, "llama.attention.head_count_kv", heads)
     for tensor in text.tensors:
         rows = None
         if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name):
             rows = _unpermuted(int(tensor.shape[-1]), heads if match[1] == "q" else kv_heads)
-        _add(model, text_path, tensor, _rename(tensor.name, _TEXT_NAMES), rows)
-    for tensor in vision.tensors:
-        name = _vision_name(tensor, config["vision_config"]["hidden_size"])
-        _add(model, vision_path, tensor, name, None, keep_quantised=False)
-    return model
+        _add(result, path, tensor, _rename(tensor.name, _TEXT_NAMES), rows)
+    return result
+
+
+def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tower's last norm, which LLaVA never applies and GGUF files leave out."""
+    like = tensors[f"{_TOWER}pre_layrnorm.weight"]
+    return {
+        f"{_TOWER}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
+        f"{_TOWER}post_layernorm.bias": like.then(lambda w: w * 0),
+    }
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
@@ -215,7 +229,7 @@ def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
 
 
 def _add(
-    model: GGUFModel,
+    result: Repacked,
     path: Path,
     tensor: ReaderTensor,
     name: str | None,
@@ -228,7 +242,7 @@ def _add(
         reason = next((why for pattern, why in _DROPPED if re.search(pattern, tensor.name)), None)
         if reason is None:
             raise ValueError(f"{path} has a tensor {tensor.name}, which no LLaVA of LLaMA has.")
-        model.dropped[source] = reason
+        result.dropped[source] = reason
         return
     shape = tuple(int(n) for n in reversed(tensor.shape))
     kind = tensor.tensor_type.name
@@ -241,17 +255,17 @@ def _add(
         return raw if rows is None else raw[rows]
 
     if blocks is None:
-        model.tensors[name] = _plain(source, tensor, shape, data)
+        result.tensors[name] = _plain(source, tensor, shape, data)
         return
     path_of = name.removesuffix(".weight")
-    model.settings[path_of] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
+    result.settings[path_of] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
     codes, groups = shape[1] * blocks.bits // 32, shape[1] // GROUP_SIZE
     for part, columns, dtype, read in (
         ("weight", codes, mx.uint32, lambda: blocks.read_codes(data())),
         ("scales", groups, blocks.dtype, lambda: blocks.read_affine(data())[0]),
         ("biases", groups, blocks.dtype, lambda: blocks.read_affine(data())[1]),
     ):
-        model.tensors[f"{path_of}.{part}"] = LazyTensor(source, (shape[0], columns), dtype, read)
+        result.tensors[f"{path_of}.{part}"] = LazyTensor(source, (shape[0], columns), dtype, read)
 
 
 def _plain(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from mlx_llava.checkpoint.names import canonical_name
 from mlx_llava.checkpoint.tensors import LazyTensor, from_array
+from mlx_llava.json_files import read_json
 
 #: AutoAWQ's order of the eight 4-bit columns in a word, undone.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -37,17 +39,33 @@ class Repacked:
         dropped: what was left out: source -> reason.
     """
 
-    tensors: dict[str, LazyTensor]
-    settings: dict[str, dict[str, Any]]
-    dropped: dict[str, str]
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
-def is_packed(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether there are layers of GPTQ or AWQ."""
-    return any(key.endswith(".qweight") for key in tensors)
+def repack_folder(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Repacked:
+    """MLX's layout for the layers of GPTQ and AWQ, if there are any.
+
+    Other libraries' codes are refused; where a config speaks of some and all weights are plain,
+    they were dequantised, or would be quantised by the program that loads them.
+
+    Args:
+        path (Path): The folder.
+        data (dict): Its config.json, which loses its ``quantization_config``.
+        tensors (dict): Its tensors, by key.
+    """
+    if any(key.endswith(".qweight") for key in tensors):
+        own = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
+        return repack(tensors, data.pop("quantization_config", None) or own)
+    settings = data.get("quantization_config")
+    if isinstance(settings, Mapping) and "quant_method" in settings:
+        _refuse_codes(tensors, settings["quant_method"])
+        del data["quantization_config"]
+    return Repacked(dict(tensors))
 
 
-def refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
+def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
     """Raises ValueError where weights are codes of another library."""
     codes = [key for key in tensors if ".weight_" in key or ".weight." in key]
     codes += [
@@ -73,7 +91,7 @@ def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repa
         ValueError: A layer is incomplete or of an unknown kind.
     """
     layers = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
-    result = Repacked({}, {}, {})
+    result = Repacked()
     for key, tensor in tensors.items():
         match = _PART.match(key)
         if not match or match[1] not in layers:

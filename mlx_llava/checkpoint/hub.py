@@ -42,7 +42,7 @@ class Source:
     offline: bool = field(default=False, metadata={"help": "use only what was downloaded before"})
 
     def find(self, part: str | Path) -> Path:
-        """Where a part is on this machine; it is downloaded if it is a repository."""
+        """The local folder or file of a part."""
         return find_checkpoint(part, None, self.offline)
 
 

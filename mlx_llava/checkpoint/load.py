@@ -14,13 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.checkpoint.adapter import load_adapter
-from mlx_llava.checkpoint.hub import find_checkpoint
-from mlx_llava.checkpoint.open import Checkpoint, Parts, open_checkpoint
+from mlx_llava.checkpoint.hub import Source, find_checkpoint
+from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
-from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model import linux_cpu
@@ -80,17 +79,11 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         ValueError: The checkpoint is broken, not supported, or larger than memory.
     """
+    source = Source(path_or_repo, base, vision_tower, mmproj, revision, offline)
     with sensible_values(path_or_repo or "the embedded model"):
-        checkpoint = find_and_open(
-            path_or_repo,
-            revision=revision,
-            offline=offline,
-            base=base,
-            vision_tower=vision_tower,
-            mmproj=mmproj,
-        )
+        checkpoint = open_checkpoint(source)
         model, processor = load_opened(checkpoint, image_mode, template)
-    for warning in checkpoint.warnings:
+    for warning in checkpoint.contents.warnings:
         warnings.warn(warning, stacklevel=2)
     if adapter_path is not None:
         load_adapter(model, find_checkpoint(adapter_path, None, offline))
@@ -107,31 +100,12 @@ def load(
     return model, processor
 
 
-def find_and_open(
-    path_or_repo: str | Path | None,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    **parts: Any,
-) -> Checkpoint:
-    """Opens a checkpoint wherever it is; arguments as in `load`."""
-    found = [find_checkpoint(path_or_repo, revision, offline)]
-
-    def find(part: str | Path) -> Path:
-        found.append(find_checkpoint(part, None, offline))
-        return found[-1]
-
-    checkpoint = open_checkpoint(found[0], Parts(find, **parts))
-    checkpoint.read_from = found
-    return checkpoint
-
-
 def load_opened(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> tuple[Llava, Processor]:
     """The model of a checkpoint, if memory holds it, and its processor."""
     processor = make_processor(checkpoint, image_mode, template)
-    sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.tensors.values()]
+    sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.contents.tensors.values()]
     check_weights(sum(sizes))
     return make_model(checkpoint), processor
 
@@ -140,28 +114,20 @@ def make_processor(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> Processor:
     """The processor of a checkpoint; says in the log where its template is a guess."""
-    settings, config = checkpoint.image_processor, checkpoint.config
+    contents, config = checkpoint.contents, checkpoint.config
     processor = Processor(
         config,
         checkpoint.tokenizer,
-        ImageProcessor.from_config(settings, config, image_mode),
+        ImageProcessor.from_config(contents.image_processor, config, image_mode),
         template=get_template(template) if template else None,
-        eos_ids=checkpoint.eos_ids,
+        eos_ids=contents.eos_ids,
     )
-    if (doubt := template_doubt(checkpoint)) and not template:
+    if checkpoint.template_doubt and not template:
         logger.warning(
             f"No file says which template the model was trained with. {processor.template.name} is "
-            f"taken ({doubt}); --template NAME takes another."
+            f"taken ({checkpoint.template_doubt}); --template NAME takes another."
         )
     return processor
-
-
-def template_doubt(checkpoint: Checkpoint) -> str:
-    """Why another template may be right than the one that is chosen; empty where none can."""
-    config = checkpoint.config
-    if config.conv_mode or checkpoint.tokenizer.chat_template:
-        return checkpoint.template_doubt
-    return guess_template(config).doubt
 
 
 def make_model(checkpoint: Checkpoint) -> Llava:
@@ -170,9 +136,10 @@ def make_model(checkpoint: Checkpoint) -> Llava:
     Raises:
         ValueError: A tensor is missing, unknown, or of another size than the config says.
     """
-    model = empty_model(checkpoint.config, checkpoint.tensors)
-    check_tensors(model, checkpoint.tensors)
-    model.load_weights([(name, tensor.read()) for name, tensor in checkpoint.tensors.items()])
+    tensors = checkpoint.contents.tensors
+    model = empty_model(checkpoint.config, tensors)
+    check_tensors(model, tensors)
+    model.load_weights([(name, tensor.read()) for name, tensor in tensors.items()])
     model.eval()
     return model
 

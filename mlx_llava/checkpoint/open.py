@@ -1,96 +1,104 @@
 """Any checkpoint -> config, canonical tensors, tokenizer: the one way in for `load` and `convert`.
 
-What a folder is, its keys and its config.json tell, never its name.
+What a folder is, its keys and its config.json tell, never its name. A reader for each layout
+hands back plain data, of which config and tokenizer are built once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_llava.checkpoint import gptq, original
-from mlx_llava.checkpoint import parts as adapters
-from mlx_llava.checkpoint.folder import find_files, read_folder, visible_files
-from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
-from mlx_llava.checkpoint.hub import checkpoint_name
+from mlx_llava.checkpoint.contents import EMBEDDINGS, LM_HEAD, Contents, read_ends
+from mlx_llava.checkpoint.folder import Tensors, find_files, read_folder, visible_files
+from mlx_llava.checkpoint.gguf import gguf_files, read_gguf
+from mlx_llava.checkpoint.hub import Source, find_checkpoint
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
 from mlx_llava.checkpoint.names import canonical_name, canonical_tensors
-from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.checkpoint.parts import PROJECTOR_FILE, is_adapter, read_adapter, read_projector
 from mlx_llava.inputs.template_choice import guess_template
-from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import LlavaConfig, unknown_keys
 from mlx_llava.model.config_checks import unknown_warning
 
-_EMBEDDINGS = "language_model.model.embed_tokens."
-_LM_HEAD = "language_model.lm_head."
-
 
 @dataclass
 class Checkpoint:
-    """A whole LLaVA, still on disk.
+    """A whole LLaVA, whose weights are still on disk.
 
     Attributes:
-        layout: what it was found to be, in words.
+        contents: what was read, with the tensors that the config asks for.
         config: its config.
-        tensors: by canonical name.
         tokenizer: its tokenizer.
-        image_processor: its preprocessor_config.json, if it has one.
-        eos_ids: ends of answer from generation_config.json.
-        dropped: tensors that were left out: source -> reason.
-        warnings: what its user should know.
-        template_doubt: why the template in its config may be another.
-        read_from: the folders and files of it and of its parts.
+        template_doubt: why another template may be right than the one in its files or by names.
     """
 
-    layout: str
+    contents: Contents
     config: LlavaConfig
-    tensors: dict[str, LazyTensor]
     tokenizer: Tokenizer
-    image_processor: dict[str, Any] | None
-    eos_ids: tuple[int, ...] = ()
-    dropped: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    template_doubt: str = ""
-    read_from: list[Path] = field(default_factory=list)
+    template_doubt: str
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The other files that a checkpoint needs to be whole.
-
-    Attributes:
-        find: a path or a repository's name -> a local path.
-        base: what a delta, a LoRA or a projector is put on.
-        vision_tower: CLIP, where the checkpoint has no tower inside.
-        mmproj: the second file of a GGUF pair.
-    """
-
-    find: Callable[[str | Path], Path]
-    base: str | Path | None = None
-    vision_tower: str | Path | None = None
-    mmproj: str | Path | None = None
-
-
-def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
-    """Opens a checkpoint of any layout.
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Finds a checkpoint of any layout, and opens it.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: It is broken, not supported, or a part of it is not given.
     """
-    if path.suffix == ".gguf" or parts.mmproj or _is_gguf(path):
-        return _open_gguf(path, parts)
+    path = find_checkpoint(source.model, source.revision, source.offline)
+    contents = _read(path, source)
+    contents.read_from.insert(0, path)
+    return _build(contents)
+
+
+def _build(contents: Contents) -> Checkpoint:
+    config, doubt = LlavaConfig.from_dict(contents.settings), ""
+    if contents.names is not None:
+        guess = guess_template(config, contents.names)
+        config, doubt = replace(config, conv_mode=guess.name), guess.doubt
+    if not contents.has_placeholder:
+        config = _add_placeholder(contents, config)
+    tokenizer = contents.tokenizer(config.image_token_index)
+    if not config.conv_mode and not tokenizer.chat_template:
+        doubt = guess_template(config).doubt
+    return Checkpoint(contents, config, tokenizer, doubt)
+
+
+def _add_placeholder(contents: Contents, config: LlavaConfig) -> LlavaConfig:
+    """Gives the vocabulary a row for the placeholder, and more up to a multiple of 64.
+
+    llava-hf's own conversions do the same. transformers needs the row, although no one reads
+    it; the new rows are the mean of the old ones, whose logit is never the largest.
+    """
+    rows = config.text_config.vocab_size
+    padded = -(-(rows + 2) // 64) * 64
+
+    def pad(weight: mx.array) -> mx.array:
+        mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
+        new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
+        return mx.concatenate([weight, new])
+
+    for name in (f"{EMBEDDINGS}weight", f"{LM_HEAD}weight"):
+        if name in contents.tensors:
+            contents.tensors[name] = contents.tensors[name].then(pad)
+    return replace(config, text_config=replace(config.text_config, vocab_size=padded))
+
+
+def _read(path: Path, source: Source) -> Contents:
+    if path.suffix == ".gguf" or source.mmproj or _is_gguf(path):
+        return read_gguf(path, source.find(source.mmproj) if source.mmproj else None)
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
-    folder = path if path.is_dir() else path.parent
-    data = read_json(folder / "config.json")
-    if path.is_file() or adapters.is_adapter(path) or _is_projector(path):
-        return _open_adapter(path, data, parts)
+    data = read_json((path if path.is_dir() else path.parent) / "config.json")
+    if path.is_file() or is_adapter(path) or _is_projector(path):
+        return _read_part(path, data, source)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
     if original.is_original(data):
@@ -99,146 +107,15 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
     if original.is_original(data) or any("mm_projector." in key for key in tensors):
-        return _open_original(path, data, tensors, parts)
+        return original.read_original(path, data, tensors, source)
     if "llava" not in str(data.get("model_type")):
         is_clip = "clip" in str(data.get("model_type"))
         kind = "a bare CLIP; give it as --vision-tower" if is_clip else "no LLaVA"
         raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
-    for option, value in (("base", parts.base), ("vision tower", parts.vision_tower)):
+    for option, value in (("base", source.base), ("vision tower", source.vision_tower)):
         if value:
             raise ValueError(f"{path} is whole; the {option} {value} has no place in it.")
-    return _open_hf(path, data, tensors, is_mlx)
-
-
-def _open_hf(
-    path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor], is_mlx: bool
-) -> Checkpoint:
-    """llava-hf's layout in all its spellings, plain or quantised."""
-    packed = _repack(path, data, tensors)
-    found = canonical_tensors(packed.tensors, is_mlx)
-    config = LlavaConfig.from_dict(data)
-    if packed.settings:
-        config = replace(config, quantization=gptq.mlx_quantization(packed.settings))
-    elif config.quantization is not None:
-        own = {canonical_name(path): value for path, value in config.quantization.items()}
-        config = replace(config, quantization=own)
-    nested = read_json(path / "processor_config.json").get("image_processor")
-    checkpoint = Checkpoint(
-        layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if packed.settings else ""),
-        config=config,
-        tensors=found.tensors,
-        tokenizer=Tokenizer.from_folder(path, config.image_token_index),
-        image_processor=read_json(path / "preprocessor_config.json") or nested,
-        eos_ids=_eos_ids(path),
-        dropped=packed.dropped | found.dropped,
-        warnings=unknown_warning(unknown_keys(data)),
-    )
-    return _tie_head(checkpoint)
-
-
-def _repack(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> gptq.Repacked:
-    """MLX's layout for the layers of GPTQ and AWQ, if there are any.
-
-    Other libraries' codes are refused; where a config speaks of some and all weights are plain,
-    they were dequantised, or would be quantised by the program that loads them.
-    """
-    if not gptq.is_packed(tensors):
-        settings = data.get("quantization_config")
-        if isinstance(settings, Mapping) and "quant_method" in settings:
-            gptq.refuse_codes(tensors, settings["quant_method"])
-            del data["quantization_config"]
-        return gptq.Repacked(dict(tensors), {}, {})
-    own = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
-    settings = data.pop("quantization_config", None) or own
-    return gptq.repack(tensors, settings)
-
-
-def _open_original(
-    path: Path,
-    data: dict[str, Any],
-    tensors: Mapping[str, LazyTensor],
-    parts: Parts,
-    tokenizer_folder: Path | None = None,
-) -> Checkpoint:
-    """haotian-liu's layout: whole, or with a tower and a base from elsewhere."""
-    packed = _repack(path, data, tensors)
-    found = canonical_tensors(packed.tensors, is_mlx=False)
-    layout = "original LLaVA" + (", GPTQ or AWQ" if packed.settings else "")
-    weights = found.tensors
-    if parts.base and tokenizer_folder is None:
-        weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
-        layout += ", delta applied"
-    weights, vision, warnings = _with_tower(weights, data, parts)
-    rows = weights[_EMBEDDINGS + "weight"].shape[0]
-    named = (path, tokenizer_folder or path)
-    name = " ".join([*map(checkpoint_name, named), str(data.get("_name_or_path"))])
-    config = original.read_config(data, vision, rows, name)
-    doubt = guess_template(config, name).doubt
-    warnings += unknown_warning(original.unknown_keys(data, vision))
-    weights, config, tokenizer = _with_placeholder(
-        weights, config, tokenizer_folder or path, is_quantised=bool(packed.settings)
-    )
-    if not config.has_newline:
-        weights.pop("image_newline", None)
-    if packed.settings:
-        config = replace(config, quantization=gptq.mlx_quantization(packed.settings))
-    return _tie_head(
-        Checkpoint(
-            layout=layout,
-            config=config,
-            tensors=weights,
-            tokenizer=tokenizer,
-            image_processor=original.image_processor(data, config),
-            eos_ids=_eos_ids(path),
-            dropped=packed.dropped | found.dropped,
-            warnings=warnings,
-            template_doubt=doubt,
-        )
-    )
-
-
-def _with_tower(
-    weights: dict[str, LazyTensor], data: Mapping[str, Any], parts: Parts
-) -> tuple[dict[str, LazyTensor], dict[str, Any], list[str]]:
-    """The tower that is inside, which may be tuned and is never replaced, or the named one.
-
-    Returns:
-        The weights with a tower, its ``vision_config``, and warnings.
-    """
-    inside = {name: t for name, t in weights.items() if name.startswith(original.TOWER)}
-    if inside:
-        other = parts.find(parts.vision_tower) if parts.vision_tower else None
-        return weights, *original.tower_inside(inside, data, other)
-    where = parts.vision_tower or data.get("mm_vision_tower")
-    if not where:
-        raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
-    try:
-        folder = parts.find(where)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"The vision tower {where} is needed; give it with --vision-tower. {error}"
-        ) from error
-    tower, vision = original.read_tower(folder)
-    return weights | tower, vision, []
-
-
-def _with_placeholder(
-    weights: dict[str, LazyTensor], config: LlavaConfig, folder: Path, is_quantised: bool
-) -> tuple[dict[str, LazyTensor], LlavaConfig, Tokenizer]:
-    """The vocabulary with a placeholder for pictures: the tokenizer's own, or one more."""
-    added = read_json(folder / "added_tokens.json")
-    if IMAGE_TOKEN in added:
-        config = replace(config, image_token_index=added[IMAGE_TOKEN])
-    elif not is_quantised:
-        weights, config = original.add_placeholder(weights, config)
-    tokenizer = Tokenizer.from_folder(folder, config.image_token_index, prefer_sentencepiece=True)
-    return weights, config, tokenizer
-
-
-def _read_base(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of the model that a part is put on."""
-    tensors, is_mlx = read_folder(folder)
-    return canonical_tensors(tensors, is_mlx).tensors
+    return _read_hf(path, data, tensors, is_mlx)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -248,7 +125,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _is_projector(path: Path) -> bool:
     """Whether a folder holds a stand-alone projector and no model."""
-    if not (path / adapters.PROJECTOR_FILE).exists():
+    if not (path / PROJECTOR_FILE).exists():
         return False
     try:
         find_files(path)
@@ -257,145 +134,86 @@ def _is_projector(path: Path) -> bool:
     return False
 
 
-def _open_adapter(path: Path, data: dict[str, Any], parts: Parts) -> Checkpoint:
+def _read_hf(path: Path, data: dict[str, Any], tensors: Tensors, is_mlx: bool) -> Contents:
+    """llava-hf's layout in all its spellings, plain or quantised."""
+    packed = gptq.repack_folder(path, data, tensors)
+    found = canonical_tensors(packed.tensors, is_mlx)
+    warnings = unknown_warning(unknown_keys(data))
+    for key in ("quantization", "quantization_config"):
+        if isinstance(layers := data.get(key), dict):
+            data[key] = {canonical_name(name): value for name, value in layers.items()}
+    if packed.settings:
+        data["quantization"] = gptq.mlx_quantization(packed.settings)
+    nested = read_json(path / "processor_config.json").get("image_processor")
+    contents = Contents(
+        layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if packed.settings else ""),
+        settings=data,
+        tensors=found.tensors,
+        tokenizer=partial(Tokenizer.from_folder, path),
+        image_processor=read_json(path / "preprocessor_config.json") or nested,
+        eos_ids=read_ends(path),
+        dropped=packed.dropped | found.dropped,
+        warnings=warnings,
+    )
+    contents.tie_head()
+    return contents
+
+
+def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
     """A LoRA or a projector on a base: a LLaMA, or a whole LLaVA."""
-    is_lora = adapters.is_adapter(path)
+    is_lora = is_adapter(path)
     kind = "LoRA" if is_lora else "projector"
-    if not parts.base:
+    if not source.base:
         base = read_json(path / CONFIG).get("base_model_name_or_path")
         named = f" ({CONFIG} names {base})" if base else ""
         raise ValueError(
             f"{path} is a {kind}; give the model that it belongs to with --base{named}."
         )
-    part = adapters.read_adapter(path) if is_lora else adapters.read_projector(path)
-    folder = parts.find(parts.base)
+    part = read_adapter(path) if is_lora else read_projector(path)
+    folder = source.find(source.base)
     base_data = read_json(folder / "config.json")
     if original.is_original({**base_data, **data}):
-        checkpoint = _open_on_original(path, {**base_data, **data}, part, folder, parts)
+        contents = _read_on_original(path, {**base_data, **data}, part, folder, source)
     elif "llava" in str(base_data.get("model_type")):
-        checkpoint = open_checkpoint(folder, replace(parts, base=None))
-        part.check_tied(checkpoint.config.tie_word_embeddings)
-        merged = merge_lora(checkpoint.tensors, part, checkpoint.config.quantization)
-        plain = sum(name.endswith(".scales") for name in checkpoint.tensors.keys() - merged.keys())
-        if plain:
-            checkpoint.warnings.append(
-                f"{plain} quantised layers became plain; --model {folder} --adapter-path {path} "
-                "leaves them as they are."
-            )
-        checkpoint.tensors = merged
+        contents = _read_on_hf(path, part, folder, source)
     else:
         raise ValueError(
             f"{path} needs a base that is a LLaVA, or a config.json with LLaVA's mm_ keys; "
             f"{folder} has model_type={base_data.get('model_type')!r}."
         )
-    checkpoint.layout = f"{kind} on {folder.name}"
-    checkpoint.warnings += part.warnings
-    return checkpoint
+    contents.layout = f"{kind} on {folder.name}"
+    contents.warnings += part.warnings
+    contents.read_from.insert(0, folder)
+    return contents
 
 
-def _open_on_original(
-    path: Path, data: dict[str, Any], part: Lora, folder: Path, parts: Parts
-) -> Checkpoint:
+def _read_on_hf(path: Path, part: Lora, folder: Path, source: Source) -> Contents:
+    contents = _read(folder, replace(source, base=None))
+    settings = contents.settings
+    part.check_tied(settings.get("tie_word_embeddings", False))
+    quantization = settings.get("quantization") or settings.get("quantization_config")
+    merged = merge_lora(contents.tensors, part, quantization)
+    plain = sum(name.endswith(".scales") for name in contents.tensors.keys() - merged.keys())
+    if plain:
+        contents.warnings.append(
+            f"{plain} quantised layers became plain; --model {folder} --adapter-path {path} "
+            "leaves them as they are."
+        )
+    contents.tensors = merged
+    return contents
+
+
+def _read_on_original(
+    path: Path, data: dict[str, Any], part: Lora, folder: Path, source: Source
+) -> Contents:
     """A part on a LLaMA or an original LLaVA, whose vocabulary it was trained with."""
-    base = _read_base(folder)
+    base = canonical_tensors(*read_folder(folder)).tensors
     has_projector = any(name.startswith(PROJECTOR) for name in base)
-    checkpoint = _open_original(path, data, merge_lora(base, part), parts, tokenizer_folder=folder)
+    merged = merge_lora(base, part)
+    contents = original.read_original(path, data, merged, source, tokenizer_folder=folder)
     if data.get("tune_mm_mlp_adapter") and has_projector and not part.changes:
-        checkpoint.warnings.append(
+        contents.warnings.append(
             "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "
             "a projector of its own; together they cannot see."
         )
-    return checkpoint
-
-
-def _open_gguf(path: Path, parts: Parts) -> Checkpoint:
-    """llama.cpp's pair of files, named or in one folder."""
-    mmproj = parts.find(parts.mmproj) if parts.mmproj else None
-    if path.is_dir():
-        path, mmproj = find_pair(path, mmproj)
-    if mmproj is None:
-        raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
-    model = read_pair(path, mmproj)
-    config = LlavaConfig.from_dict(model.config)
-    if model.settings:
-        config = replace(config, quantization=gptq.mlx_quantization(model.settings))
-    tensors = canonical_tensors(model.tensors, is_mlx=False).tensors
-    if not any(name.endswith("post_layernorm.weight") for name in tensors):
-        tensors |= _identity_norm(tensors)
-    if not model.settings and config.image_token_index == config.text_config.vocab_size:
-        tensors, config = original.add_placeholder(tensors, config)
-    template, doubt = model.tokenizer_config.get("chat_template"), ""
-    if not template:
-        guess = guess_template(config, f"{path.name} {model.config['_name_or_path']}")
-        config, doubt = replace(config, conv_mode=guess.name), guess.doubt
-    tokenizer = Tokenizer(
-        model.tokenizer, model.tokenizer_config, config.image_token_index, template
-    )
-    return Checkpoint(
-        layout="GGUF pair",
-        config=config,
-        tensors=tensors,
-        tokenizer=tokenizer,
-        image_processor=model.image_processor,
-        eos_ids=model.eos_ids,
-        dropped=model.dropped,
-        warnings=model.warnings,
-        template_doubt=doubt,
-    )
-
-
-def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tower's last norm, which LLaVA never applies and GGUF files leave out."""
-    prefix = "vision_tower.vision_model."
-    like = tensors[f"{prefix}pre_layrnorm.weight"]
-    return {
-        f"{prefix}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
-        f"{prefix}post_layernorm.bias": like.then(lambda w: w * 0),
-    }
-
-
-def _tie_head(checkpoint: Checkpoint) -> Checkpoint:
-    """Ties the output layer to the embedding where config.json says so and no tensor says no.
-
-    transformers 4 asks ``text_config`` and 5 asks the top level too, whose ``true`` versions 4.36
-    to 4.57 wrote unasked; so a stored head that is not the embedding is kept, as 5 does.
-    """
-    config, tensors = checkpoint.config, checkpoint.tensors
-    tied = config.tie_word_embeddings
-    head, embedding = _part(tensors, _LM_HEAD), _part(tensors, _EMBEDDINGS)
-    if tied and head and not embedding:  # the one that is stored is both
-        tensors |= {_EMBEDDINGS + key: head[key] for key in head}
-    elif tied and head and not _same(head, embedding):
-        tied = False
-        checkpoint.warnings.append(
-            "config.json says tie_word_embeddings, but the stored lm_head is not the embedding; "
-            "the stored one is used."
-        )
-    if tied:
-        for key in head:
-            source = tensors.pop(_LM_HEAD + key).source
-            checkpoint.dropped[source] = "is the embedding (tie_word_embeddings)"
-    text = replace(config.text_config, tie_word_embeddings=tied)
-    checkpoint.config = replace(config, text_config=text, tie_word_embeddings=tied)
-    return checkpoint
-
-
-def _part(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
-    """The tensors of one layer."""
-    return {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }
-
-
-def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:
-    """Whether two layers have the very same values."""
-    return one.keys() == other.keys() and all(
-        mx.array_equal(one[key].read(), other[key].read()).item() for key in one
-    )
-
-
-def _eos_ids(path: Path) -> tuple[int, ...]:
-    ends = read_json(path / "generation_config.json").get("eos_token_id")
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+    return contents

@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_llava.checkpoint.folder import read_folder
+from mlx_llava.checkpoint import gptq
+from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, read_ends
+from mlx_llava.checkpoint.folder import Tensors, read_folder
+from mlx_llava.checkpoint.hub import Source, checkpoint_name
 from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_tensors
+from mlx_llava.checkpoint.parts import apply_delta
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from mlx_llava.json_files import read_json
-from mlx_llava.model.config import LlavaConfig, VisionConfig
+from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
+from mlx_llava.model.config_checks import unknown_warning
 
 TOWER = "vision_tower."
-_EMBEDDINGS = "vision_tower.vision_model.embeddings."
-_VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+_PATCHES = "vision_tower.vision_model.embeddings."
 
 #: Keys of LLaVA that are read here.
 _READ = frozenset(
@@ -76,31 +78,92 @@ def is_original(data: Mapping[str, Any]) -> bool:
     )
 
 
-def read_config(
-    data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int, name: str
-) -> LlavaConfig:
+def read_original(
+    path: Path,
+    data: dict[str, Any],
+    tensors: Tensors,
+    source: Source,
+    tokenizer_folder: Path | None = None,
+) -> Contents:
+    """haotian-liu's layout: whole, or with a tower and a base from elsewhere.
+
+    Args:
+        path (Path): Where config.json is.
+        data (dict): Its content, and that of a base's.
+        tensors (dict): By any name; a base is in them already where it has a folder below.
+        source (Source): Where other parts are.
+        tokenizer_folder (Path, optional): The base that a part was put on.
+    """
+    packed = gptq.repack_folder(path, data, tensors)
+    found = canonical_tensors(packed.tensors, is_mlx=False)
+    layout = "original LLaVA" + (", GPTQ or AWQ" if packed.settings else "")
+    weights, read_from = found.tensors, []
+    if source.base and tokenizer_folder is None:
+        read_from.append(source.find(source.base))
+        base = canonical_tensors(*read_folder(read_from[0])).tensors
+        weights = apply_delta(base, weights)
+        layout += ", delta applied"
+    inside = {name: t for name, t in weights.items() if name.startswith(TOWER)}
+    if inside:  # it may be tuned, and is never replaced
+        folder = source.find(source.vision_tower) if source.vision_tower else None
+        vision, warnings = tower_inside(inside, data, folder)
+    else:
+        folder = _find_tower(source.vision_tower or data.get("mm_vision_tower"), source)
+        (tower, vision), warnings = read_tower(folder), []
+        weights |= tower
+    read_from += [folder] if folder else []
+    rows = weights[EMBEDDINGS + "weight"].shape[0]
+    settings = translate(data, vision, rows)
+    warnings += unknown_warning(unknown_keys(settings))
+    vocabulary = tokenizer_folder or path
+    placeholder = read_json(vocabulary / "added_tokens.json").get(IMAGE_TOKEN)
+    if placeholder is not None:
+        settings["image_token_index"] = placeholder
+    if packed.settings:
+        settings["quantization"] = gptq.mlx_quantization(packed.settings)
+    if settings["model_type"] != "llava_next" or settings["mm_patch_merge_type"] != "spatial_unpad":
+        weights.pop("image_newline", None)
+    contents = Contents(
+        layout=layout,
+        settings=settings,
+        tensors=weights,
+        tokenizer=partial(Tokenizer.from_folder, vocabulary, prefer_sentencepiece=True),
+        image_processor=image_processor(data, vision),
+        eos_ids=read_ends(path),
+        names=" ".join([*map(checkpoint_name, (path, vocabulary)), str(data.get("_name_or_path"))]),
+        has_placeholder=placeholder is not None or bool(packed.settings),
+        dropped=packed.dropped | found.dropped,
+        warnings=warnings,
+        read_from=read_from,
+    )
+    contents.tie_head()
+    return contents
+
+
+def _find_tower(where: str | Path | None, source: Source) -> Path:
+    if not where:
+        raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
+    try:
+        return source.find(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The vision tower {where} is needed; give it with --vision-tower. {error}"
+        ) from error
+
+
+def translate(
+    data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
+) -> dict[str, Any]:
     """Says with llava-hf's keys what the original's config.json says.
 
     Args:
         data (dict): The original config.json.
         vision (dict): The tower's ``vision_config``.
         vocabulary (int): How many rows the embedding has, whatever config.json says.
-        name (str): All names that it is known by, for `guess_template`.
 
     Raises:
         ValueError: The config names something that is not supported.
     """
-    config = LlavaConfig.from_dict(translate(data, vision, vocabulary))
-    ends = config.eos_token_id
-    if (data.get("bos_token_id"), ends) == (0, (1,)):  # Lightning's ids are wrong; 1 is <s>
-        ends = ()
-    return replace(config, conv_mode=guess_template(config, name).name, eos_token_id=ends)
-
-
-def translate(
-    data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
-) -> dict[str, Any]:
-    """Says with llava-hf's keys what the original's config.json says; see `read_config`."""
     refuse_others(data)
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
@@ -109,6 +172,8 @@ def translate(
         raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
     text = {**(data.get("text_config") or {}), **data}
     text = {key: value for key, value in text.items() if key not in _READ | _UNREAD}
+    if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
+        del text["eos_token_id"]  # Lightning's ids are wrong; 1 is <s>
     is_anyres = mode == "anyres"
     selected = data.get("mm_vision_select_feature") or "patch"
     return {
@@ -153,15 +218,15 @@ def refuse_others(data: Mapping[str, Any]) -> None:
         )
 
 
-def unknown_keys(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+def unknown_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What neither the original's config.json nor its tower's should say (config.unknown_keys)."""
-    unknown = unknown_hf_keys(translate(data, vision, 0))
+    unknown = unknown_hf_keys(settings)
     return {key.removeprefix("text_config."): value for key, value in unknown.items()}
 
 
-def image_processor(data: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
+def image_processor(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
     """The preprocessor_config.json of an original checkpoint."""
-    side = config.vision_config.image_size
+    side = vision.get("image_size") or VisionConfig.image_size
     mode = _MODES[data.get("image_aspect_ratio")]
     names = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}
     return {
@@ -178,8 +243,7 @@ def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     Raises:
         ValueError: It is no CLIP.
     """
-    tensors, is_mlx = read_folder(folder)
-    found = canonical_tensors(tensors, is_mlx).tensors
+    found = canonical_tensors(*read_folder(folder)).tensors
     tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
     if not tower:
         raise ValueError(f"{folder} has no CLIP vision tower.")
@@ -229,9 +293,9 @@ def tower_inside(
 
 def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
-    width = tensors[_EMBEDDINGS + "class_embedding"].shape[0]
+    width = tensors[_PATCHES + "class_embedding"].shape[0]
     patch = tensors[PATCH_EMBEDDING].shape[1]
-    positions = tensors[_EMBEDDINGS + "position_embedding.weight"].shape[0]
+    positions = tensors[_PATCHES + "position_embedding.weight"].shape[0]
     layers = {name.split(".")[4] for name in tensors if ".encoder.layers." in name}
     return {
         "model_type": "clip_vision_model",
@@ -242,26 +306,3 @@ def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
         "patch_size": patch,
         "image_size": patch * math.isqrt(positions - 1),
     }
-
-
-def add_placeholder(
-    tensors: dict[str, LazyTensor], config: LlavaConfig
-) -> tuple[dict[str, LazyTensor], LlavaConfig]:
-    """Gives the vocabulary a row for the placeholder, and more up to a multiple of 64.
-
-    llava-hf's own conversions do the same. transformers needs the row, although no one reads
-    it; the new rows are the mean of the old ones, whose logit is never the largest.
-    """
-    rows = config.text_config.vocab_size
-    padded = -(-(rows + 2) // 64) * 64
-
-    def pad(weight: mx.array) -> mx.array:
-        mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
-        new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
-        return mx.concatenate([weight, new])
-
-    tensors = {
-        name: tensor.then(pad) if name in _VOCABULARY else tensor
-        for name, tensor in tensors.items()
-    }
-    return tensors, replace(config, text_config=replace(config.text_config, vocab_size=padded))

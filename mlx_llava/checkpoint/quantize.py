@@ -9,12 +9,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.load import check_tensors, empty_model
 from mlx_llava.checkpoint.names import to_torch_layout
 from mlx_llava.checkpoint.open import Checkpoint
 from mlx_llava.checkpoint.plain import plain_tensors
 from mlx_llava.checkpoint.precision import read_dtype
 from mlx_llava.checkpoint.tensors import LazyTensor, Output, output
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava import Llava
 
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
@@ -56,12 +59,14 @@ class Plan:
     """What a conversion writes.
 
     Attributes:
-        checkpoint: what is read, its config as it will be written.
+        contents: what is read.
+        config: as it will be written.
         outputs: what is computed and written, in order.
         is_mlx: the result is in MLX's layout; else transformers reads it too.
     """
 
-    checkpoint: Checkpoint
+    contents: Contents
+    config: LlavaConfig
     outputs: list[Output]
     is_mlx: bool
 
@@ -72,12 +77,12 @@ class Plan:
 
     def __str__(self) -> str:
         """The layout, and a line for each tensor: what becomes of it or why it is dropped."""
-        lines = [f"layout: {self.checkpoint.layout}"]
+        lines = [f"layout: {self.contents.layout}"]
         for item in self.outputs:
             for name, shape, dtype in item.tensors:
                 kind = str(dtype).removeprefix("mlx.core.")
                 lines.append(f"{item.source} -> {name} {kind} {list(shape)}")
-        dropped = self.checkpoint.dropped.items()
+        dropped = self.contents.dropped.items()
         lines += [f"{source} -> dropped: {reason}" for source, reason in dropped]
         lines.append(f"{len(lines) - 1 - len(dropped)} tensors, {self.nbytes / 1e9:.2f} GB")
         return "\n".join(lines)
@@ -95,8 +100,8 @@ def make_plan(
     Raises:
         ValueError: The checkpoint does not fit its config, or the settings make no sense.
     """
-    check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)
-    tensors, config = checkpoint.tensors, checkpoint.config
+    tensors, config = checkpoint.contents.tensors, checkpoint.config
+    check_tensors(empty_model(config, tensors), tensors)
     if dequantize and config.quantization is not None:
         tensors = plain_tensors(tensors, config.quantization)
         config = replace(config, quantization=None)
@@ -105,8 +110,7 @@ def make_plan(
         tensors = {name: _cast(tensor, wanted) for name, tensor in tensors.items()}
     layers: dict[str, dict[str, Any]] = {}
     if quantization is not None:
-        checkpoint = replace(checkpoint, tensors=tensors, config=config)
-        layers = _layers_to_quantize(checkpoint, quantization)
+        layers = _layers_to_quantize(empty_model(config, tensors), quantization)
         config = replace(config, quantization=_written(config.quantization, quantization, layers))
     is_mlx = config.quantization is not None
     if not is_mlx:
@@ -119,7 +123,7 @@ def make_plan(
             if name.endswith(".weight") and path in layers
             else output(name, tensor)
         )
-    return Plan(replace(checkpoint, config=config, tensors=tensors), outputs, is_mlx)
+    return Plan(checkpoint.contents, config, outputs, is_mlx)
 
 
 def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
@@ -129,12 +133,9 @@ def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
     return tensor.then(lambda array: array.astype(dtype))
 
 
-def _layers_to_quantize(
-    checkpoint: Checkpoint, quantization: Quantization
-) -> dict[str, dict[str, Any]]:
+def _layers_to_quantize(model: Llava, quantization: Quantization) -> dict[str, dict[str, Any]]:
     """The settings of each layer that is plain and can be quantised."""
     settings = quantization.settings()
-    model = empty_model(checkpoint.config, checkpoint.tensors)
     own: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
     if quantization.recipe is not None:
         if quantization.recipe not in RECIPES:

@@ -14,14 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from PIL import Image
 
+from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import (
     check_tensors,
     empty_model,
-    find_and_open,
     load_opened,
-    template_doubt,
 )
-from mlx_llava.checkpoint.open import Checkpoint
+from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import suit_device
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import sensible_values
@@ -67,11 +66,12 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
         ValueError: One does not; its name comes first.
     """
     with _check("layout"), sensible_values(path_or_repo or "the embedded model"):
-        checkpoint = find_and_open(path_or_repo, **source)
-    yield Finding("layout", checkpoint.layout)
-    yield Finding("warnings", " ".join(checkpoint.warnings) or "none")
+        checkpoint = open_checkpoint(Source(path_or_repo, **source))
+    yield Finding("layout", checkpoint.contents.layout)
+    yield Finding("warnings", " ".join(checkpoint.contents.warnings) or "none")
     with _check("tensors"):
-        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)
+        tensors = checkpoint.contents.tensors
+        check_tensors(empty_model(checkpoint.config, tensors), tensors)
     yield from _describe_tensors(checkpoint)
     with _check("weights"):
         model, processor = load_opened(checkpoint)
@@ -104,12 +104,13 @@ def _check(name: str) -> Iterator[None]:
 
 
 def _describe_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
-    parts = _counted(name.partition(".")[0] for name in checkpoint.tensors)
+    tensors, dropped = checkpoint.contents.tensors, checkpoint.contents.dropped
+    parts = _counted(name.partition(".")[0] for name in tensors)
     yield Finding("tensors", f"none missing, left over or of another shape: {parts}")
-    yield Finding("dropped", _counted(checkpoint.dropped.values()) or "none")
-    dtypes = (str(tensor.dtype) for tensor in checkpoint.tensors.values())
+    yield Finding("dropped", _counted(dropped.values()) or "none")
+    dtypes = (str(tensor.dtype) for tensor in tensors.values())
     yield Finding("dtypes", _counted(dtype.removeprefix("mlx.core.") for dtype in dtypes))
-    layers = sum(name.endswith(".scales") for name in checkpoint.tensors)
+    layers = sum(name.endswith(".scales") for name in tensors)
     settings = layer_settings(checkpoint.config.quantization or {})
     common = ", ".join(f"{key} {value}" for key, value in settings.items())
     yield Finding("quantisation", f"{layers} layers, {common}" if layers else "none")
@@ -122,7 +123,7 @@ def _counted(names: Iterable[str]) -> str:
 
 def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterator[Finding]:
     config, template, images = processor.config, processor.template, processor.image_processor
-    doubt = template_doubt(checkpoint)
+    doubt = checkpoint.template_doubt
     yield Finding("template", template.name + (f"; a guess: {doubt}" if doubt else ""))
     marks = {i: processor.tokenizer.text_of(i) for i in sorted(processor.eos_ids)}
     texts = [f"text {stop!r}" for stop in template.stops if stop not in marks.values()]

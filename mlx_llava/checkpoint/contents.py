@@ -1,0 +1,87 @@
+"""What a reader finds in the files of a LLaVA: plain data, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.inputs.tokenizer import Tokenizer
+from mlx_llava.json_files import read_json
+
+EMBEDDINGS = "language_model.model.embed_tokens."
+LM_HEAD = "language_model.lm_head."
+
+
+@dataclass
+class Contents:
+    """A whole LLaVA, still on disk, of which nothing is built yet.
+
+    Attributes:
+        layout: what it was found to be, in words.
+        settings: the llava-hf config.json that says what its own files say.
+        tensors: by canonical name.
+        tokenizer: makes its tokenizer, once the placeholder's id is known.
+        image_processor: its preprocessor_config.json, if it has one.
+        eos_ids: ends of answer from generation_config.json.
+        names: all names that it is known by, where they choose its template; else None.
+        has_placeholder: the vocabulary has a row for the placeholder, or can have none.
+        dropped: tensors that were left out: source -> reason.
+        warnings: what its user should know.
+        read_from: the folders and files of it and of its parts.
+    """
+
+    layout: str
+    settings: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    tokenizer: Callable[[int], Tokenizer]
+    image_processor: dict[str, Any] | None
+    eos_ids: tuple[int, ...] = ()
+    names: str | None = None
+    has_placeholder: bool = True
+    dropped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    read_from: list[Path] = field(default_factory=list)
+
+    def tie_head(self) -> None:
+        """Ties the output layer to the embedding where config.json says so and no tensor says no.
+
+        transformers 4 asks ``text_config`` and 5 asks the top level too, whose ``true`` versions
+        4.36 to 4.57 wrote unasked; so a stored head that is not the embedding is kept, as 5 does.
+        """
+        key, text = "tie_word_embeddings", self.settings.get("text_config") or {}
+        if True not in (self.settings.get(key), text.get(key)):
+            return
+        head, embedding = _layer(self.tensors, LM_HEAD), _layer(self.tensors, EMBEDDINGS)
+        tied = not head or not embedding or _same(head, embedding)
+        if not tied:
+            self.warnings.append(
+                "config.json says tie_word_embeddings, but the stored lm_head is not the "
+                "embedding; the stored one is used."
+            )
+        elif not embedding:  # the one that is stored is both
+            self.tensors |= {EMBEDDINGS + part: head[part] for part in head}
+        for part in head if tied else ():
+            source = self.tensors.pop(LM_HEAD + part).source
+            self.dropped[source] = "is the embedding (tie_word_embeddings)"
+        self.settings |= {key: tied, "text_config": {**text, key: tied}}
+
+
+def read_ends(folder: Path) -> tuple[int, ...]:
+    """The ends of an answer that generation_config.json names."""
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
+
+def _layer(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+
+
+def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        mx.array_equal(one[key].read(), other[key].read()).item() for key in one
+    )
