@@ -237,6 +237,7 @@ def test_ends_of_answer():
 
 REFUSED = {
     "model_type": ({"model_type": "qwen2_vl"}, "model_type='qwen2_vl'"),
+    "no_model_type": ({"model_type": None}, "model_type='None'"),
     "text_model": ({"text_config": {"model_type": "qwen2"}}, "model_type='qwen2'"),
     "vision_model": ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
     "unknown": ({"mm_resampler": "perceiver"}, "mm_resampler='perceiver'"),

@@ -80,6 +80,12 @@ def test_a_blas_that_came_before_ours_is_not_said_to_be_ours():
     assert blas_in(code, MLX_LLAVA_BLAS=second) == "None"
 
 
+@on_linux_cpu
+def test_importing_settles_nothing_in_the_process():
+    settled = "from mlx_llava.model import linux_cpu as l; print(l._settle_process.cache_info()[3])"
+    assert blas_in("from mlx_llava import load; " + settled) == "0"
+
+
 def dtypes(model) -> set[mx.Dtype]:
     return {array.dtype for array in precision.arrays_of(model)}
 

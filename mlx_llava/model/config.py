@@ -11,9 +11,9 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
-from mlx_llava.model.config_checks import Section, build, names_of, refuse_empty, refuse_value
+from mlx_llava.model.config_checks import Section, names_of, refuse_empty, refuse_value
 from mlx_llava.model.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
 from mlx_llava.model.layers import ACTIVATIONS
 from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
@@ -59,17 +59,11 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
         """Reads ``vision_config``; None stands for LLaVA's own default tower."""
-        where = "vision_config"
-        data = dict(_CLIP_L_336 if data is None else data)
-        if data.get("model_type") not in (None, "clip_vision_model"):
-            refuse_value(where, "model_type", data["model_type"], "'clip_vision_model'")
-        _VISION.refuse_changes(data)
-        if data.get("num_channels", 3) != 3:
-            refuse_value(where, "num_channels", data["num_channels"], "3")
-        config = build(cls, data, where)
+        data = _CLIP_L_336 if data is None else data
+        where = _VISION.where
+        _VISION.check(data)
+        config = _VISION.build(cls, data)
         refuse_empty(config, where)
-        if config.hidden_act not in ACTIVATIONS:
-            refuse_value(where, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
         if config.hidden_size % config.num_attention_heads:
             heads = config.num_attention_heads
             refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
@@ -108,20 +102,15 @@ class TextConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
         """Reads ``text_config``, filled with the defaults of its own model family."""
-        where = "text_config"
-        data = dict(data or {})
+        data, where = data or {}, _TEXT.where
+        _TEXT.check(data)
         model_type = data.get("model_type") or "llama"
-        if model_type not in ("llama", "mistral"):
-            refuse_value(where, "model_type", model_type, "'llama' and 'mistral'")
-        _TEXT.refuse_changes(data)
-        if data.get("hidden_act") not in (None, "silu", "swish"):
-            refuse_value(where, "hidden_act", data["hidden_act"], "'silu'")
         defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
         data = {**defaults, **data, "model_type": model_type}
         data |= read_rope(data)
         if model_type == "llama":
             data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
-        config = build(cls, data, where)
+        config = _TEXT.build(cls, data)
         refuse_empty(config, where)
         config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
         check_factors(config.rope_scaling, config.dims_per_head)
@@ -167,8 +156,6 @@ class LlavaConfig:
         quantization: MLX's quantisation: bits, group_size, mode, and settings per path.
     """
 
-    MODEL_TYPES: ClassVar[tuple[str, ...]] = ("llava", "llava_next")
-
     vision_config: VisionConfig
     text_config: TextConfig
     model_type: str = "llava"
@@ -194,11 +181,8 @@ class LlavaConfig:
         Raises:
             ValueError: The config names a model, a value or a key that is not supported.
         """
-        where = "config.json"
-        data = dict(data)
-        if data.get("model_type") not in cls.MODEL_TYPES:
-            refuse_value(where, "model_type", data.get("model_type"), "'llava' and 'llava_next'")
-        _TOP.refuse_changes(data)
+        data, where = dict(data), _TOP.where
+        _TOP.check({**data, "model_type": str(data.get("model_type"))})
         data["eos_token_id"] = _eos_ids(data)
         data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
         data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
@@ -211,30 +195,14 @@ class LlavaConfig:
         data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
         if text.tie_word_embeddings:
             data["tie_word_embeddings"] = True
-        config = build(cls, data, where)
-        config._check(data)
-        return config
-
-    def _check(self, data: Mapping[str, Any]) -> None:
-        where = "config.json"
-        if self.projector_hidden_act not in ACTIVATIONS:
-            supported = ", ".join(ACTIVATIONS)
-            refuse_value(where, "projector_hidden_act", self.projector_hidden_act, supported)
-        strategies = ("default",) if self.is_anyres else ("default", "full")
-        if self.vision_feature_select_strategy not in strategies:
-            found = self.vision_feature_select_strategy
+        config = _TOP.build(cls, data)
+        if config.is_anyres and config.vision_feature_select_strategy != "default":
             key = "vision_feature_select_strategy"
-            refuse_value(where, key, found, f"{' and '.join(strategies)} with {self.model_type}")
-        if self.is_anyres and data.get("use_image_newline_parameter", True) is not True:
+            refuse_value(where, key, data[key], f"default with {config.model_type}")
+        if config.is_anyres and data.get("use_image_newline_parameter", True) is not True:
             refuse_value(where, "use_image_newline_parameter", False, "True")
-        if self.mm_patch_merge_type not in ("spatial_unpad", "spatial", "flat"):
-            expected = "'spatial_unpad', 'spatial' and 'flat'"
-            refuse_value(where, "mm_patch_merge_type", self.mm_patch_merge_type, expected)
-        _ = self.projector_layers
-        if self.anyres_convention not in ("hf", "original"):
-            expected = "'hf' and 'original'"
-            refuse_value(where, "anyres_convention", self.anyres_convention, expected)
-        _ = self.feature_layers
+        _ = config.projector_layers, config.feature_layers  # which may refuse their keys
+        return config
 
     @property
     def is_anyres(self) -> bool:
@@ -290,20 +258,33 @@ class LlavaConfig:
 
 _TOP = Section(
     "config.json",
-    {
-        *names_of(LlavaConfig),
-        "image_token_id",
-        "quantization_config",
-        "use_image_newline_parameter",
-    },
+    names_of(LlavaConfig)
+    | {"image_token_id", "quantization_config", "use_image_newline_parameter"},
     CHANGES,
+    {
+        "model_type": ("llava", "llava_next"),
+        "projector_hidden_act": tuple(ACTIVATIONS),
+        "vision_feature_select_strategy": ("default", "full"),
+        "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
+        "anyres_convention": ("hf", "original"),
+    },
 )
 _TEXT = Section(
     "text_config",
-    {*names_of(TextConfig), "hidden_act", "original_max_position_embeddings", "rope_parameters"},
+    names_of(TextConfig) | {"original_max_position_embeddings", "rope_parameters"},
     TEXT_CHANGES,
+    {"model_type": ("llama", "mistral"), "hidden_act": ("silu", "swish")},
 )
-_VISION = Section("vision_config", {*names_of(VisionConfig), "num_channels"}, VISION_CHANGES)
+_VISION = Section(
+    "vision_config",
+    names_of(VisionConfig),
+    VISION_CHANGES,
+    {
+        "model_type": ("clip_vision_model",),
+        "num_channels": (3,),
+        "hidden_act": tuple(ACTIVATIONS),
+    },
+)
 
 
 def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:

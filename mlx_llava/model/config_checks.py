@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import translate
 from functools import cache
 from typing import Any, NoReturn, TypeVar
@@ -37,16 +37,23 @@ class Section:
 
     Attributes:
         where: its name.
-        read: the keys that this package reads.
+        keys: what this package reads.
         changes: what is known to change the maths where it is not read.
+        allowed: of keys that it reads, all values that it knows.
     """
 
     where: str
-    read: AbstractSet[str]
+    keys: AbstractSet[str]
     changes: Changes
+    allowed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
-    def refuse_changes(self, data: Mapping[str, Any]) -> None:
-        """Raises ValueError for keys that change the maths and are not read."""
+    def check(self, data: Mapping[str, Any]) -> None:
+        """Raises ValueError for values that are not known, and keys that change the maths."""
+        for key, allowed in self.allowed.items():
+            if data.get(key) is not None and data[key] not in allowed:
+                *others, last = map(repr, allowed)
+                expected = f"{', '.join(others)} and {last}" if others else last
+                refuse_value(self.where, key, data[key], expected)
         found = [
             f"{key}={_short(value)} ({meaning})"
             for key, value in self._others(data).items()
@@ -59,6 +66,19 @@ class Section:
                 f"{', '.join(found)}."
             )
 
+    def build(self, cls: type[Config], data: Mapping[str, Any]) -> Config:
+        """Makes a config of the keys that it has; null stands for a default that is not null."""
+        values = {}
+        for part in fields(cls):  # type: ignore[arg-type]
+            value, default = data.get(part.name), part.default
+            if part.name not in data or (value is None and default is not None):
+                continue
+            kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+            if type(default) in kinds and not isinstance(value, (*kinds[type(default)], tuple)):
+                refuse_value(self.where, part.name, value, f"a {type(default).__name__}")
+            values[part.name] = value
+        return cls(**values)
+
     def unknown(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The keys that are neither read, nor known, nor off (null, false, empty)."""
         known = _pattern(" ".join(names for _, _, names in self.changes))
@@ -69,12 +89,8 @@ class Section:
         }
 
     def _others(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        harmless = _pattern(HARMLESS)
-        return {
-            key: value
-            for key, value in data.items()
-            if key not in self.read and not harmless.match(key)
-        }
+        read, harmless = {*self.keys, *self.allowed}, _pattern(HARMLESS)
+        return {k: value for k, value in data.items() if k not in read and not harmless.match(k)}
 
 
 def unknown_warning(unknown: Mapping[str, Any]) -> list[str]:
@@ -101,20 +117,6 @@ def refuse_value(where: str, key: str, found: object, expected: object) -> NoRet
 def names_of(cls: type) -> set[str]:
     """The names of a dataclass's fields."""
     return {field.name for field in fields(cls)}
-
-
-def build(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
-    """Makes a config of the keys that it has; null stands for a default that is not null."""
-    values = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        value, default = data.get(field.name), field.default
-        if field.name not in data or (value is None and default is not None):
-            continue
-        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
-        if kinds and not isinstance(value, (*kinds, tuple)):
-            refuse_value(where, field.name, value, f"a {type(default).__name__}")
-        values[field.name] = value
-    return cls(**values)
 
 
 def refuse_empty(config: object, where: str) -> None:

@@ -17,12 +17,11 @@ _READ = frozenset(
     """.split()
 )
 _WHERE = "text_config.rope_parameters"
-_SECTION = Section(_WHERE, _READ, ROPE_CHANGES)
 #: A factor for each frequency, as GGUF files of Llama 3.1 have; Phi's change with the prompt.
 _FACTORS = ("short_factor", "long_factor", "attention_factor")
-_LONGROPE = Section(_WHERE, _READ | {*_FACTORS}, ROPE_CHANGES)
 #: The kinds of scaling, and the numbers that each needs.
-_NEEDED = {
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": _FACTORS,
@@ -37,13 +36,13 @@ def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope = _parameters(data)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", *_NEEDED):
-        refuse_value("text_config", "rope_type", kind, ", ".join(("default", *_NEEDED)))
-    (_LONGROPE if kind == "longrope" else _SECTION).refuse_changes(rope)
+    if kind not in _NEEDED:
+        refuse_value("text_config", "rope_type", kind, ", ".join(_NEEDED))
+    needed = _NEEDED[kind]
+    Section(_WHERE, _READ | {*needed}, ROPE_CHANGES).check(rope)
     theta = rope.get("rope_theta") or data.get("rope_theta") or _THETA
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}
-    needed = _NEEDED[kind]
     if missing := [key for key in needed if rope.get(key) is None]:
         raise ValueError(f"rope_type={kind!r} needs {', '.join(missing)} in text_config.")
     scaling = {"rope_type": kind, **{key: rope[key] for key in needed}}
@@ -72,7 +71,7 @@ def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
 
 def unknown_rope_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that nobody here understands."""
-    return _SECTION.unknown(_parameters(data))
+    return Section(_WHERE, _READ, ROPE_CHANGES).unknown(_parameters(data))
 
 
 def _parameters(data: Mapping[str, Any]) -> dict[str, Any]:
