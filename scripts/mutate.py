@@ -158,7 +158,7 @@ MUTATIONS = (
     ("parameters without effect taken", "serving/requests", "    check_parameters(data)\n", ""),
     ("parts of messages lost", "serving/requests", '    check_fields(data.get("messages"))\n', ""),
     ("earlier system texts forgotten", "serving/messages", "system = (system or []) + parts", "system = parts"),
-    ("pictures of the system's lost", "serving/messages", 'shown += [part for part in parts if part["type"] == "image"]', "pass"),
+    ("pictures of the system's lost", "serving/messages", "shown += [part for part in parts if isinstance(part, ImagePart)]", "pass"),
     ("turns not joined", "serving/messages", "elif turns and turns[-1][0] == message.role:", "elif False:"),
     ("blanks in base64", "inputs/image", "translate(_BASE64_OF_URLS, _BLANKS)", "translate(_BASE64_OF_URLS)"),
     ("any number of keys parsed", "serving/json_bodies", "    _check_structure(body)\n", ""),

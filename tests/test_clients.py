@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.chat_template import read_messages
 from mlx_llava.inputs.image import data_url
+from mlx_llava.inputs.messages import ImagePart, Turn, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
@@ -299,10 +299,8 @@ def read(messages, **fields):
 def test_turns(messages, expected):
     request = read(messages)
     given = request.conversation(range(len(request.pictures())))
-    pictures = lambda parts: [  # noqa: E731
-        {"type": "image", "image": part} if isinstance(part, int) else part for part in parts
-    ]
-    assert given == [{"role": role, "content": pictures(parts)} for role, parts in expected]
+    read_part = lambda part: ImagePart(part) if isinstance(part, int) else part["text"]  # noqa: E731
+    assert given == [Turn(role, [*map(read_part, parts)]) for role, parts in expected]
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())

@@ -16,7 +16,8 @@ from mlx_llava.checkpoint.original import translate
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.chat_template import JinjaTemplate, Message, read_messages
+from mlx_llava.inputs.chat_template import JinjaTemplate
+from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.processor import Processor, choose_template
 from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.templates import TEMPLATES, get_template

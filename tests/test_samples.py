@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_llava import load
-from mlx_llava.inputs.chat_template import JinjaTemplate, Message
+from mlx_llava.inputs.chat_template import JinjaTemplate
+from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.train import main

@@ -20,7 +20,8 @@ from mlx_llava.analysis.places import LONGEST, feature_boxes, heat_map, patch_bo
 from mlx_llava.analysis.trace import Array, Trace, as_numpy, trace, with_answer
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
-from mlx_llava.inputs.processor import Conversation, Inputs, Processor, as_list
+from mlx_llava.inputs.messages import Conversation
+from mlx_llava.inputs.processor import Inputs, Processor, as_list
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import plain_weight
 

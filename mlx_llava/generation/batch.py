@@ -19,7 +19,8 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options, greedy
 from mlx_llava.generation.steps import PREFILL_STEP, log_softmax, prefill, queues_ahead
-from mlx_llava.inputs.processor import Conversation, Inputs, Processor
+from mlx_llava.inputs.messages import Conversation
+from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import Rows, nbytes
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import Llava

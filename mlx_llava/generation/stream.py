@@ -10,7 +10,8 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options, with_options
 from mlx_llava.generation.steps import PREFILL_STEP, decode, prefill
-from mlx_llava.inputs.processor import Conversation, Inputs, Processor
+from mlx_llava.inputs.messages import Conversation
+from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mlx_llava.inputs.messages import Message, check_turns
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN
-from mlx_llava.json_files import field as json_field
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,23 +25,6 @@ _QUESTION, _ANSWER = "Six times seven?", "Forty-two"
 #: What looks like an end mark, as text.
 _TEXT_MARK = r"(?:<[^\s<>]+>|\[[^\s\[\]]+\]|#{2,})"
 _PICTURE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
-
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn.
-
-    Attributes:
-        role: ``system``, ``user`` or ``assistant``.
-        text: what was said; ``<image>`` in it marks the place of a picture.
-        images: how many pictures of this turn have no mark and go to the default place.
-    """
-
-    role: str
-    text: str
-    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,21 +87,6 @@ def place_images(message: Message, joint: str, position: str) -> str:
 def wrap_images(text: str) -> str:
     """Puts LLaVA v0's ``<im_start>`` and ``<im_end>`` around every picture."""
     return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
-
-
-def check_turns(messages: Sequence[Message]) -> None:
-    """Raises ValueError unless user and assistant take turns and the user begins."""
-    for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"There is no role {message.role!r}; known: {', '.join(ROLES)}.")
-    roles = [message.role for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = [ROLES[1 + i % 2] for i in range(len(turns))]
-    if turns != expected or not turns:
-        raise ValueError(
-            "A conversation must be user, assistant, user, ... after an optional system turn; "
-            f"found {', '.join(roles) or 'nothing'}."
-        )
 
 
 @dataclass(frozen=True)
@@ -268,85 +236,3 @@ class JinjaTemplate(ChatTemplate):
             message = Message(message.role, place_images(message, "\n", image_position))
         images = [{"type": "image"}] * message.images
         return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
-
-
-def read_messages(
-    conversation: str | Sequence[Mapping[str, Any]],
-    images: Sequence[Any],
-    protect: Callable[..., str],
-) -> tuple[list[Message], list[Any]]:
-    """Reads a question or a conversation in OpenAI's shape.
-
-    Text in a plain string may mark places with ``<image>``. Content in parts has its pictures
-    in parts: ``{"type": "image_url", "image_url": {"url": ...}}``, ``{"type": "image",
-    "image": ...}``, or ``{"type": "image"}`` for the next of `images`; marks in its text are
-    just text. Pictures that are given beside the conversation and have no place in it belong
-    to the first user turn.
-
-    Args:
-        conversation (str or list of dict): What is said.
-        images (list): Pictures that are given beside it.
-        protect (callable): `Tokenizer.protect`.
-
-    Returns:
-        The turns, and all pictures in reading order.
-    """
-    if isinstance(conversation, str):
-        conversation = [{"role": "user", "content": conversation}]
-    beside = iter(images)
-    messages: list[Message] = []
-    used: list[Any] = []
-    for turn in conversation:
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-            raise ValueError(f"A message must have role and content; found {turn!r:.80}.")
-        role, content = turn["role"], turn["content"]
-        if isinstance(content, str):
-            keep = {IMAGE_TOKEN} if role == "user" else ()
-            text = protect(content, keep=keep)
-            pictures: list[Any] = []
-            marks = text.count(IMAGE_TOKEN)
-            used += [picture for _, picture in zip(range(marks), beside, strict=False)]
-        else:
-            text, pictures = _read_parts(content, beside, protect)
-        used += pictures
-        messages.append(Message(role, text, images=len(pictures)))
-    unplaced = list(beside)
-    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
-    if unplaced and first is not None and IMAGE_TOKEN not in messages[first].text:
-        before = sum(message.images for message in messages[:first])
-        images_here = messages[first].images
-        used[before:before] = unplaced
-        messages[first] = replace(messages[first], images=images_here + len(unplaced))
-    else:
-        used += unplaced
-    return messages, used
-
-
-def _read_parts(content: Any, beside: Any, protect: Callable[..., str]) -> tuple[str, list[Any]]:
-    """The text and the pictures of a message whose content is a list of parts."""
-    texts: list[str] = []
-    pictures: list[Any] = []
-    if not isinstance(content, Sequence):
-        raise ValueError(f"Content must be a text or a list of parts; found {content!r:.80}.")
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            texts.append(protect(json_field(part, "text", str, "A part of a message")))
-        elif kind == "image_url":
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, Mapping) else url
-            if url is None:
-                raise ValueError("A part of a message is an image_url without a URL.")
-            pictures.append(url)
-        elif kind == "image":
-            keys = ("image", "url", "path")
-            source = next((part[key] for key in keys if part.get(key) is not None), None)
-            source = next(beside, None) if source is None else source
-            if source is None:
-                raise ValueError("A message has more image parts than images were given.")
-            pictures.append(source)
-        else:
-            raise ValueError(
-                f"A content part must be text, image or image_url; found {part!r:.80}."
-            )
-    return "\n".join(texts), pictures

@@ -85,7 +85,7 @@ def load_image(
     EXIF orientation is applied to everything that is a file; a ready PIL image or array is
     taken as it stands. Transparency is composited on white, greys of more than 8 bits are
     rescaled (with a warning where their white had to be guessed), and of an animation the first
-    frame is used.
+    frame is used. A ready RGB image is returned as it is.
 
     Args:
         source (str, Path, bytes, file, PIL.Image.Image or numpy.ndarray): A path, an http(s)
@@ -102,6 +102,9 @@ def load_image(
         source = from_array(source)
     if isinstance(source, Image.Image):
         check_pixels(source.size, max_pixels, "The image")
+        is_plain = type(source) is Image.Image and "transparency" not in source.info
+        if is_plain and source.mode == "RGB":
+            return source
         with _said("The image"):
             return to_rgb(source)
     content, name = _read(source)

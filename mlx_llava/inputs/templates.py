@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_llava.inputs.chat_template import ChatTemplate, Message, Piece, check_turns, place_images
+from mlx_llava.inputs.chat_template import ChatTemplate, Piece, place_images
+from mlx_llava.inputs.messages import Message, check_turns
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
+from mlx_llava.inputs.messages import ImagePart, Turn
 from mlx_llava.serving.errors import unsupported
 
 MAX_MESSAGES = 1000
@@ -48,7 +49,7 @@ class ImageUrl(Lenient):
     url: str
 
 
-class ImagePart(Lenient):
+class UrlPart(Lenient):
     """A picture of a message."""
 
     type: Literal["image_url"]
@@ -60,7 +61,7 @@ class ImagePart(Lenient):
         return {"url": image_url} if isinstance(image_url, str) else image_url
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[TextPart | UrlPart, Field(discriminator="type")]
 
 
 def _is_thought(part: Any) -> bool:
@@ -106,7 +107,7 @@ class Message(Lenient):
 
     def pictures(self) -> list[str]:
         """The URLs of its pictures in order."""
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in self.content if isinstance(part, UrlPart)]
 
 
 def check_fields(messages: Any) -> None:
@@ -121,7 +122,7 @@ def check_fields(messages: Any) -> None:
                 raise unsupported(f"messages.{place}.{name}", "null")
 
 
-def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[dict[str, Any]]:
+def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[Turn]:
     """The messages for `Processor`, in the order that every template has.
 
     The texts of all system and developer messages become one system turn at the beginning.
@@ -134,16 +135,16 @@ def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[d
         pictures (list): Its pictures in order, for their URLs.
     """
     following = iter(pictures)
-    system: list[dict[str, Any]] | None = None
-    turns: list[tuple[str, list[dict[str, Any]]]] = []
-    shown: list[dict[str, Any]] = []
+    system: list[str | ImagePart] | None = None
+    turns: list[tuple[str, list[str | ImagePart]]] = []
+    shown: list[str | ImagePart] = []
     for message in messages:
         parts = [*_parts(message, following)]
         if message.role == "user":
             parts, shown = shown + parts, []
         else:
-            shown += [part for part in parts if part["type"] == "image"]
-            parts = [part for part in parts if part["type"] == "text"]
+            shown += [part for part in parts if isinstance(part, ImagePart)]
+            parts = [part for part in parts if isinstance(part, str)]
         if message.role in ("system", "developer"):
             system = (system or []) + parts
         elif turns and turns[-1][0] == message.role:
@@ -156,13 +157,13 @@ def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[d
         turns.insert(0, ("user", []))
     if system is not None:
         turns.insert(0, ("system", system))
-    return [{"role": role, "content": parts} for role, parts in turns]
+    return [Turn(role, parts) for role, parts in turns]
 
 
-def _parts(message: Message, pictures: Iterator[Any]) -> Iterator[dict[str, Any]]:
+def _parts(message: Message, pictures: Iterator[Any]) -> Iterator[str | ImagePart]:
     """The parts as `Processor` takes them, with the pictures in their places."""
     for part in message.content:
         if isinstance(part, TextPart):
-            yield {"type": "text", "text": part.text}
+            yield part.text
         else:
-            yield {"type": "image", "image": next(pictures)}
+            yield ImagePart(next(pictures))

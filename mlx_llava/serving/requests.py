@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.messages import Turn
 from mlx_llava.serving.answer_formats import AnswerFormat
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.json_bodies import read_json
@@ -149,7 +150,7 @@ class ChatRequest(_Request):
         """All texts in order."""
         return [text for message in self.messages for text in message.texts()]
 
-    def conversation(self, pictures: Sequence[Any]) -> list[dict[str, Any]]:
+    def conversation(self, pictures: Sequence[Any]) -> list[Turn]:
         """The messages for `Processor`, with the pictures in their places."""
         return conversation(self.messages, pictures)
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.inputs.chat_template import Message
 from mlx_llava.inputs.image import load_image
+from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.anyres import Size
 from mlx_llava.tuner.samples import LeftOut, Sample, UnusableError

@@ -15,7 +15,7 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from mlx_llava.files import is_file
-from mlx_llava.inputs.chat_template import Message
+from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import Place, read_records
 
