@@ -88,7 +88,7 @@ def signature(thing: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             shown.append("*")
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        stars: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         has_default = parameter.default is not parameter.empty
         value = written.get(parameter.name) or repr(parameter.default)
         default = f" = {value}" if has_default else ""

@@ -226,7 +226,7 @@ MUTATIONS = (
     ("POPE by order", "analysis/scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
     ("POPE with other labels", "analysis/scores", "if len(own) != len(labels):", "if False:"),
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),
-    ("a bad line ends all", "generation/jobs", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),
+    ("a bad line ends all", "generation/batch", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),
     ("the schema looks at the prompt", "generation/json_schema", "if self._begun:", "if True:"),
 )  # fmt: skip
 

@@ -8,7 +8,8 @@ ends, and a waiting one takes its place. B rows, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, islice
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ class BatchGenerator:
             batch_size (int): How many prompts are answered at a time.
             prompt_cache (PromptCache, optional): What to reuse, and to keep for later. Without
                 one, pictures are still encoded together and once.
-            kv_bits (int, optional): See `decoding.make_cache`.
+            kv_bits (int, optional): See `make_cache`.
             prefill_step (int): The length of the chunks in which prompts are read.
 
         Raises:
@@ -226,7 +227,7 @@ def batch_generate(
         batch_size (int): How many are answered at a time.
         prompt_cache (PromptCache, optional): What to reuse.
         prompt_options (dict, optional): ``raw``, ``system``, ``image_position`` of `Processor`.
-        **options: Of `decoding.Options`: for all rows one value, or a list with one for each.
+        **options: Of `Options`: for all rows one value, or a list with one for each.
 
     Returns:
         list[str]: The answers.
@@ -240,14 +241,42 @@ def batch_generate(
         raise ValueError(f"There are {len(prompts)} prompts but images for {len(given)}.")
     generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
     texts = [""] * len(prompts)
-    remaining = zip(prompts, given, rows, strict=True)
+
+    def ask(prompt: Conversation, pictures: Any, own: Options) -> tuple[Inputs, Options]:
+        return processor(prompt, pictures, **(prompt_options or {})), own
+
+    asks = (partial(ask, *row) for row in zip(prompts, given, rows, strict=True))
+    for index, outcome in answer_each(generator, asks):
+        if isinstance(outcome, Exception):
+            raise outcome
+        texts[index] += outcome.text
+    return texts
+
+
+def answer_each(
+    generator: BatchGenerator, asks: Iterable[Callable[[], tuple[Inputs, Options]]]
+) -> Iterator[tuple[int, GenerationResponse | Exception]]:
+    """Answers what is asked, which is made only as far ahead as there are places.
+
+    Yields:
+        tuple: The number of an ask from 0, and what comes of it: responses, or one error.
+    """
+    remaining = enumerate(asks)
+    running: dict[int, int] = {}
     while True:
-        for prompt, pictures, own in islice(remaining, generator.free):
-            generator.insert(processor(prompt, pictures, **(prompt_options or {})), own)
+        while generator.free > 0 and (following := next(remaining, None)):
+            index, ask = following
+            try:
+                running[generator.insert(*ask())] = index
+            except (ValueError, OSError, TypeError, RecursionError) as error:
+                yield index, error
         if generator.is_idle:
-            return texts
-        for uid, response in generator.next():
-            texts[uid] += response.text
+            return
+        try:
+            for uid, response in generator.next():
+                yield running[uid], response
+        except AnswerError as error:
+            yield running[error.uid], error
 
 
 def split_options(options: dict[str, Any], rows: int) -> list[Options]:

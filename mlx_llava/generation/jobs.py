@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from mlx_llava.files import one_line
-from mlx_llava.generation.batch import AnswerError, BatchGenerator
+from mlx_llava.generation.batch import BatchGenerator, answer_each
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import Place, decode, field, parse
 
 _OPTIONS = {field.name for field in fields(Options)}
@@ -41,35 +42,21 @@ def answer_prompts(
         dict: ``index`` of the prompt from 0, its ``id`` if it has one, and either the answer with
         its figures or an ``error``. In the order in which answers end.
     """
-    remaining = enumerate(prompts)
-    running: dict[int, dict[str, Any]] = {}
-    more = True
-    while more or not generator.is_idle:
-        while more and generator.free > 0:
-            following = next(remaining, None)
-            if following is None:
-                more = False
-                break
-            index, prompt = following
-            record: dict[str, Any] = {"index": index}
-            try:
-                data = read(prompt)
-                record |= {"id": data["id"]} if "id" in data else {}
-                options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
-                inputs = processor(data["prompt"], data.get("images"), **prompt_options)
-                uid = generator.insert(inputs, options)
-            except (ValueError, OSError, TypeError, RecursionError) as error:
-                yield {**record, "error": one_line(error)}
-            else:
-                running[uid] = record
-        try:
-            responses = generator.next()
-        except AnswerError as error:
-            yield {**running.pop(error.uid), "error": one_line(error)}
-            continue
-        for uid, response in responses:
-            if response.finish_reason:
-                yield {**running.pop(uid), "text": response.answer, **response.figures()}
+    records: dict[int, dict[str, Any]] = {}
+
+    def ask(index: int, prompt: T) -> tuple[Inputs, Options]:
+        records[index] = {"index": index}
+        data = read(prompt)
+        records[index] |= {"id": data["id"]} if "id" in data else {}
+        options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
+        return processor(data["prompt"], data.get("images"), **prompt_options), options
+
+    asks = (partial(ask, index, prompt) for index, prompt in enumerate(prompts))
+    for index, outcome in answer_each(generator, asks):
+        if isinstance(outcome, Exception):
+            yield {**records.pop(index), "error": one_line(outcome)}
+        elif outcome.finish_reason:
+            yield {**records.pop(index), "text": outcome.answer, **outcome.figures()}
 
 
 def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
