@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_llava.analysis.machine import describe
 from mlx_llava.analysis.measure import Alone, Figures, Plan, compare, draw_pictures, tell
 from mlx_llava.analysis.peers import SYSTEMS
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
@@ -25,7 +26,7 @@ from mlx_llava.checkpoint.hub import find_checkpoint
 from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import check_output, own_file
 from mlx_llava.json_files import write_json
-from mlx_llava.model.device import describe, fast_dtype
+from mlx_llava.model.device import fast_dtype
 
 #: What its files say of themselves, so that only they are written over.
 COMMAND = "mlx_llava.benchmark"

@@ -10,8 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_llava.analysis.machine import advice, describe, matmul_rate, read_rate
 from mlx_llava.arguments import command
-from mlx_llava.model.device import advice, describe, matmul_rate, on_cpu, read_rate
+from mlx_llava.model.device import on_cpu
 
 
 def examine() -> dict[str, Any]:

@@ -13,11 +13,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_llava import cli, convert, generate, load, stream_generate
+from mlx_llava.analysis import machine
 from mlx_llava.checkpoint import precision
 from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.generation import memory
 from mlx_llava.generation.steps import make_cache
-from mlx_llava.model import device as machine
+from mlx_llava.model import device
 from mlx_llava.model.cache import nbytes
 from mlx_llava.model.quantized import is_quantized
 from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
@@ -118,7 +119,7 @@ def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch):
 
 
 def test_weights_that_cannot_fit_are_refused(monkeypatch):
-    monkeypatch.setattr(machine, "total_memory", lambda: 10_000)
+    monkeypatch.setattr(device, "total_memory", lambda: 10_000)
     with pytest.raises(ValueError, match=r"weights take 0.0 GB and this machine has 0.0 GB; conv"):
         load(GOLDENS / "llava")
 

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
+from mlx_llava.analysis.machine import matmul_rate, read_rate
 from mlx_llava.analysis.peers import Ours, Peer, Row, peak_gb
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.steps import generate_step
-from mlx_llava.model.device import matmul_rate, read_rate
 
 Figures: TypeAlias = "dict[str, Any]"
 PARTS = ("preprocess", "encode", "prefill", "token")
