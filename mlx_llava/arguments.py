@@ -30,26 +30,26 @@ Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
+_MODEL, *_SOURCE = fields(Source)
+
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says where the parts of a checkpoint are, as the fields of `Source`."""
-    for option in fields(Source):
-        if option.name != "model":
-            action = "store_true" if option.default is False else "store"
-            flag = f"--{option.name.replace('_', '-')}"
-            parser.add_argument(flag, action=action, help=option.metadata["help"])
+    for option in _SOURCE:
+        action = "store_true" if option.default is False else "store"
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, action=action, help=option.metadata["help"])
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for `add_source_arguments`, as options of `load` and `convert`."""
-    names = (option.name for option in fields(Source) if option.name != "model")
-    return {name: getattr(args, name) for name in names}
+    return {option.name: getattr(args, option.name) for option in _SOURCE}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds which model to load, and how."""
     add = parser.add_argument
-    add("--model", help=f"{Source.HELP} (default: embedded)")
+    add("--model", help=f"{_MODEL.metadata['help']} (default: embedded)")
     add("--adapter-path", metavar="DIR", help="what was trained of the model, here or with PEFT")
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")

@@ -15,7 +15,7 @@ from mlx_llava.model.config import LlavaConfig
 DOCS = Path(__file__).parent.parent / "docs"
 PACKAGE = DOCS.parent / "mlx_llava"
 #: Files at the top of the package that are no commands.
-GROUND = ("files", "folders", "json_files", "version")
+GROUND = ("files", "folders", "json_files", "signatures", "version")
 INSIDE = ("__init__", "__main__", "cli", "arguments")
 # Tints that stay apart for colour-blind readers, being of different lightness too.
 SEEN, PROJECTED, WORD, DECODER, INK = "#dbeafe", "#fbcf8b", "#f1f1f1", "#cfe3c4", "#444444"

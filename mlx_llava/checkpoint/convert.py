@@ -16,11 +16,13 @@ from mlx_llava.checkpoint.save import write_settings
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.quantized import layer_settings
+from mlx_llava.signatures import takes
 from mlx_llava.version import __version__
 
 DEFAULT_PATH = "mlx_model"
 
 
+@takes(Source, "model")
 def convert(
     path_or_repo: str | Path,
     mlx_path: str | Path = DEFAULT_PATH,
@@ -42,7 +44,7 @@ def convert(
         dequantize (bool): Makes plain weights of quantised ones.
         force (bool): Replaces a model's folder that is there and holds nothing else.
         progress (callable): Is told the bytes that are written, and how many there will be.
-        **source: ``base``, ``vision_tower``, ``mmproj``, ``revision``, ``offline`` of `load`.
+        **source: Fields of `Source`.
 
     Returns:
         Plan: What was written.

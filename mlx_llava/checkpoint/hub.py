@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 from mlx_llava.files import expand_home
 
@@ -24,9 +23,9 @@ EMBEDDED_NOTE = (
 class Source:
     """Where a checkpoint and its parts are; `load` has a keyword, and commands a flag, for each."""
 
-    HELP: ClassVar[str] = "a folder, a GGUF file, or a hub repository"
-
-    model: str | Path | None = None
+    model: str | Path | None = field(
+        default=None, metadata={"help": "a folder, a GGUF file, or a hub repository"}
+    )
     base: str | Path | None = field(
         default=None, metadata={"help": "the model that a delta, a LoRA or a projector belongs to"}
     )

@@ -27,28 +27,26 @@ from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import check_weights, configure_device
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import PermutedQuantizedLinear, layer_settings
+from mlx_llava.signatures import takes
 
 logger = logging.getLogger("mlx_llava")
 _ENCODER = "vision_tower.vision_model.encoder.layers."
 
 
+@takes(Source, "model")
 def load(
     path_or_repo: str | Path | None = None,
     *,
     adapter_path: str | Path | None = None,
-    revision: str | None = None,
-    offline: bool = False,
     dtype: str | None = None,
     vision_dtype: str | None = None,
     projector_dtype: str | None = None,
     vision_device: str | None = None,
     image_mode: str | None = None,
     template: str | None = None,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    mmproj: str | Path | None = None,
     as_stored: bool = False,
     lazy: bool = False,
+    **source: Any,
 ) -> tuple[Llava, Processor]:
     """Loads a LLaVA checkpoint of any layout.
 
@@ -57,8 +55,6 @@ def load(
             Hugging Face hub. Default: the embedded model, which knows coloured shapes.
         adapter_path (str or Path, optional): What `mlx_llava.train`, PEFT, mlx-lm or mlx-vlm made
             of it: a folder, or a repository.
-        revision (str, optional): A branch, tag or commit of the repository.
-        offline (bool): Uses only what was downloaded before.
         dtype (str, optional): ``float32``, ``float16`` or ``bfloat16`` for all weights.
             Default: what the device is fast at, `precision.suit_device`.
         vision_dtype (str, optional): The same for the vision tower alone.
@@ -66,11 +62,9 @@ def load(
         vision_device (str, optional): ``cpu`` or ``gpu``: where pictures are encoded.
         image_mode (str, optional): ``crop``, ``pad`` or ``anyres``. Default: the checkpoint's.
         template (str, optional): The name of a built-in template. Default: the checkpoint's.
-        base (str or Path, optional): The model that a delta, a LoRA or a projector belongs to.
-        vision_tower (str or Path, optional): CLIP, for original checkpoints without a tower.
-        mmproj (str or Path, optional): The second file of a GGUF pair.
         as_stored (bool): Keeps the checkpoint's numbers, also where others are faster.
         lazy (bool): Reads each weight when it is first used instead of now.
+        **source: Fields of `Source`.
 
     Returns:
         tuple[Llava, Processor]: The model and what prepares its inputs.
@@ -79,14 +73,14 @@ def load(
         FileNotFoundError: The folder or a file in it is missing.
         ValueError: The checkpoint is broken, not supported, or larger than memory.
     """
-    source = Source(path_or_repo, base, vision_tower, mmproj, revision, offline)
+    where = Source(path_or_repo, **source)
     with sensible_values(path_or_repo or "the embedded model"):
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(where)
         model, processor = load_opened(checkpoint, image_mode, template)
     for warning in checkpoint.contents.warnings:
         warnings.warn(warning, stacklevel=2)
     if adapter_path is not None:
-        load_adapter(model, find_checkpoint(adapter_path, None, offline))
+        load_adapter(model, find_checkpoint(adapter_path, None, where.offline))
     configure_device()
     if dtype is None and not as_stored:
         suit_device(model)

@@ -29,6 +29,7 @@ from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import configure_device
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
+from mlx_llava.signatures import takes
 
 QUESTION = "What is in this picture?"
 
@@ -51,12 +52,13 @@ class Finding:
     found: str
 
 
+@takes(Source, "model")
 def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Finding]:
     """Reads a checkpoint as `load` does, and says what it was read as.
 
     Args:
         path_or_repo (str or Path, optional): See `load`.
-        **source: ``base``, ``vision_tower``, ``mmproj``, ``revision``, ``offline`` of `load`.
+        **source: Fields of `Source`.
 
     Yields:
         Finding: The checks that hold, one after another: layout, warnings, tensors, dtypes,

@@ -6,12 +6,11 @@ seconds, and a server's model would stand still meanwhile.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -19,7 +18,6 @@ from mlx_llava.generation.json_schema import JsonConstraint
 from mlx_llava.inputs.processor import Processor
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
-Function = TypeVar("Function", bound=Callable[..., Any])
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
 MAX_TOKENS = 512
@@ -215,26 +213,3 @@ class Options:
                 JsonConstraint(self.json_schema, processor.tokenizer, ends, vocab_size)
             )
         return processors
-
-
-def with_options(function: Function) -> Function:
-    """Shows each field of `Options` where a function takes them, in signature and docstring."""
-    signature = inspect.signature(function)
-    *named, others = signature.parameters.values()
-    keywords, lines = [], []
-    for option in fields(Options):
-        keywords.append(
-            inspect.Parameter(
-                option.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=option.default,
-                annotation=option.type,
-            )
-        )
-        what = option.metadata["help"]
-        lines.append(f"        {option.name} ({option.type}): {what[0].upper()}{what[1:]}.\n")
-    shown: Any = function
-    shown.__signature__ = signature.replace(parameters=[*named, *keywords, others])
-    before, rest, after = (function.__doc__ or "").partition("        **options")
-    shown.__doc__ = "".join([before, *lines, rest, after])
-    return function

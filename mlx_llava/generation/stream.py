@@ -8,14 +8,15 @@ from typing import Any
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
-from mlx_llava.generation.sampling import Options, with_options
+from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import PREFILL_STEP, decode, prefill
 from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
+from mlx_llava.signatures import takes
 
 
-@with_options
+@takes(Options, others=True)
 def stream_generate(
     model: Llava,
     processor: Processor,

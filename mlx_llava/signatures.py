@@ -1,0 +1,50 @@
+"""Functions that take the fields of a dataclass as keywords, and show each of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound="Callable[..., Any]")
+
+
+def takes(cls: type, *omitted: str, others: bool = False) -> Callable[[Function], Function]:
+    """Shows fields of a dataclass in the signature and the docstring of a function.
+
+    They stand in the place of its ``**keywords``; a field's metadata hold its ``help``.
+
+    Args:
+        cls (type): The dataclass.
+        *omitted (str): Fields that the function has under another name.
+        others (bool): The function takes other keywords too, which its docstring names.
+    """
+    shown = [option for option in fields(cls) if option.name not in omitted]
+
+    def show(function: Function) -> Function:
+        changed: Any = function
+        signature = inspect.signature(function)
+        *named, rest = signature.parameters.values()
+        keywords = [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=option.type,
+            )
+            for option in shown
+        ]
+        parameters = [*named, *keywords, *([rest] if others else [])]
+        changed.__signature__ = signature.replace(parameters=parameters)
+        lines = []
+        for option in shown:
+            what = option.metadata["help"]
+            lines.append(f"        {option.name} ({option.type}): {what[0].upper()}{what[1:]}.\n")
+        before, mark, after = (function.__doc__ or "").partition(f"        **{rest.name}")
+        if not others:
+            mark, after = "", after.partition("\n")[2]
+        changed.__doc__ = "".join([before, *lines, mark, after])
+        return function
+
+    return show
