@@ -71,8 +71,8 @@ def test_install_and_first_answer(tmp_path):
     )
     assert done.stdout == EXPECTED, done.stderr
     (installed,) = tmp_path.glob(".venv/lib/*/site-packages/mlx_llava")
-    assert {path.name for path in (installed / "page").iterdir()} == {
-        path.name for path in (ROOT / "mlx_llava" / "page").iterdir()
+    assert {path.name for path in (installed / "serving" / "page").iterdir()} == {
+        path.name for path in (ROOT / "mlx_llava" / "serving" / "page").iterdir()
     }
 
 

@@ -153,6 +153,6 @@ def _saved(figure: Any) -> bytes:
     buffer = io.BytesIO()
     # Letters that the font lacks become boxes. `catch_warnings` would change the filters of all
     # threads; this one holds for what is drawn here alone.
-    warnings.filterwarnings("ignore", "Glyph .* missing", module=r"mlx_llava\.report")
+    warnings.filterwarnings("ignore", "Glyph .* missing", module=r"mlx_llava\.analysis\.report")
     figure.savefig(buffer, format="png", metadata={"Software": COMMAND})
     return buffer.getvalue()
