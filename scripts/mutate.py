@@ -26,6 +26,7 @@ TESTS = (
     *("tests/test_evaluate_files.py", "tests/test_prompts_file.py", "tests/test_command.py"),
     *("tests/test_checkpoint.py", "tests/test_gguf.py"),
     *("tests/test_folders.py", "tests/test_chat.py", "tests/test_caption.py"),
+    "tests/test_verify.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -228,6 +229,11 @@ MUTATIONS = (
     ("labels of other questions", "scores", "if not given & truth:", "if False:"),
     ("a bad line ends all", "prompts_file", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),
     ("the schema looks at the prompt", "structured", "if self._begun:", "if True:"),
+    ("NaN let through", "verify", "if bad := int((~mx.isfinite(values)).sum()):", "if bad := 0:"),
+    ("ids that the embedding has not let through", "verify", "if max(text) >= rows:", "if False:"),
+    ("ids of another text let through", "verify", "if QUESTION not in (read := processor.tokenizer.decode(text)):", "if False:"),
+    ("shapes not compared when verifying", "verify", "        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)", "        pass"),
+    ("converts when asked to verify", "convert", "if args.verify and not any((*to_convert, args.force)):", "if False:"),
 )  # fmt: skip
 
 
