@@ -252,6 +252,8 @@ def test_a_delta_is_added_to_its_llama(reference, tmp_path):
         array = np.array(ours[f"language_model.model.{key}"].astype(mx.float32))[: len(theirs)]
         assert np.array_equal(array, theirs), key
 
+    with pytest.warns(UserWarning, match="delta is called a delta, .* without that LLaMA: --base"):
+        load(folder)
     wrong = {key: tensor[..., :32] for key, tensor in llama.items()}
     other = layouts.write_folder(tmp_path / "other", wrong, {"model_type": "llama"})
     with pytest.raises(ValueError, match=r"\(\d+, 64\) in the delta but \(\d+, 32\) in the base"):

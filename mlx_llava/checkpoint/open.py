@@ -168,12 +168,12 @@ def _open_original(
         weights = adapters.apply_delta(_read_base(parts.find(parts.base)), weights)
         layout += ", delta applied"
     weights, vision, warnings = _with_tower(weights, data, parts)
-    rows = weights[_EMBEDDINGS + "weight"].shape[0]
     named = (path, tokenizer_folder or path)
     name = " ".join([*map(checkpoint_name, named), str(data.get("_name_or_path"))])
-    config = original.read_config(data, vision, rows, name)
+    config = original.read_config(data, vision, weights[_EMBEDDINGS + "weight"].shape[0], name)
     doubt = guess_template(config, name).doubt
     warnings += unknown_warning(original.unknown_keys(data, vision))
+    warnings += [] if parts.base else adapters.delta_warning(checkpoint_name(path))
     weights, config, tokenizer = _with_placeholder(
         weights, config, tokenizer_folder or path, is_quantised=bool(packed.settings)
     )
