@@ -78,10 +78,18 @@ def scaled(row: Published) -> Settings:
     return config
 
 
+#: What transformers reads of an original config.json.
+LLAMA_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "sliding_window", "hidden_act", "attention_bias"),
+)
+
+
 def as_hf(config: Settings) -> Settings:
     """What an original config.json means, in llava-hf's words."""
     is_next = config.get("image_aspect_ratio") == "anyres"
-    text = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_"))}
+    text = {key: config[key] for key in LLAMA_KEYS if key in config}
     is_mistral = "Mistral" in config["architectures"][0]
     text |= {
         "model_type": "mistral" if is_mistral else "llama",
@@ -111,27 +119,14 @@ class OneLayer(torch.nn.Module):
         return self.linear_1(features)
 
 
-_READ_BY_REFERENCE = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    *("rope_theta", "rope_scaling", "sliding_window", "vocab_size", "model_type"),
-)
-
-
 def reference(config: Settings) -> Any:
     """transformers' model of a scaled config.json, with weights that bfloat16 holds."""
-    data = config if "text_config" in config else as_hf(config)
-    text = {k: v for k, v in data["text_config"].items() if k in _READ_BY_REFERENCE}
-    top = ("image_grid_pinpoints", "vision_feature_layer", "vision_feature_select_strategy")
-    kept = {key: data[key] for key in top if key in data}
-    linear = "text_config" not in config and is_linear(config)
-    spelled = {
-        **kept,
-        "text_config": text,
-        "vision_config": data["vision_config"],
-        "tie_word_embeddings": False,
-    }
-    return _reference(data["model_type"], json.dumps(spelled, sort_keys=True), linear)
+    is_hf = "text_config" in config
+    data = config if is_hf else as_hf(config)
+    passed = ("text_config", "vision_config", "tie_word_embeddings", "image_grid_pinpoints")
+    passed += ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+    spelled = json.dumps({key: data[key] for key in passed if key in data}, sort_keys=True)
+    return _reference(data["model_type"], spelled, not is_hf and is_linear(config))
 
 
 @cache
