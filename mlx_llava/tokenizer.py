@@ -129,7 +129,8 @@ class Tokenizer:
         """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
         bos_id, wanted = self._id_of("bos_token"), self.config.get("add_bos_token")
         if wanted is None:
-            wanted = bos_id in self._backend.encode("").ids[:1]
+            begin = self._backend.encode("").ids[:1]
+            return begin if bos_id in (None, *begin) else []
         return [bos_id] if wanted and bos_id is not None else []
 
     def protect(self, text: str, keep: Iterable[str] = ()) -> str:

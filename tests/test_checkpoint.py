@@ -318,6 +318,14 @@ def test_a_config_that_lies_about_its_depth_is_refused_at_once(golden, tmp_path)
             load(folder)
 
 
+@pytest.mark.parametrize("ends", ["2", [2, "7"], 2.0, True, {"a": 1}])
+def test_ends_that_are_no_ids_are_refused(golden, ends, tmp_path):
+    shutil.copytree(golden, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ValueError, match=r"generation_config.json has eos_token_id=.*list of ids"):
+        load(tmp_path / "copy")
+
+
 SETTINGS = ("config", "processor_config", "tokenizer_config", "generation_config", "tokenizer")
 
 

@@ -111,6 +111,29 @@ def test_added_tokens_may_be_in_tokenizer_config_only(llama_tokenizer_model, tmp
     assert tokenizer.encode("<pad>") == [1, IMAGE + 1]
 
 
+@pytest.mark.parametrize("config", [{}, {"bos_token": "<s>"}, {"bos_token": "<unk>"}])
+def test_without_other_settings_the_begin_of_text_is_that_of_tokenizer_json(
+    llama, config, tmp_path
+):
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            begin,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({**llama.spec, "post_processor": processor})
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = Tokenizer.from_folder(tmp_path, IMAGE)
+    assert found.bos_ids == ([] if config.get("bos_token") == "<unk>" else [1])
+
+
 def test_bos_is_not_written_twice(llama):
     assert llama.encode("<s>Hello world") == llama.encode("Hello world")
 

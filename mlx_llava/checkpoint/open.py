@@ -18,7 +18,7 @@ from mlx_llava.checkpoint.gguf import find_pair, gguf_files, read_pair
 from mlx_llava.checkpoint.layout import canonical_name, canonical_tensors
 from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.config import LlavaConfig, unknown_keys
+from mlx_llava.config import LlavaConfig, read_ends, unknown_keys
 from mlx_llava.config_checks import unknown_warning
 from mlx_llava.hub import checkpoint_name
 from mlx_llava.json_files import read_json
@@ -396,5 +396,5 @@ def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> boo
 
 
 def _eos_ids(path: Path) -> tuple[int, ...]:
-    ends = read_json(path / "generation_config.json").get("eos_token_id")
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+    name = "generation_config.json"
+    return read_ends(read_json(path / name).get("eos_token_id"), name)
