@@ -47,6 +47,7 @@ MUTATIONS = (
     ("stored head dropped", "checkpoint/open", "elif tied and head and not _same(head, embedding):", "elif False:"),
     ("any stored head kept", "checkpoint/open", "return one.keys() == other.keys() and all(", "return False and all("),
     ("Gemma taken for LLaMA", "checkpoint/original", "if others := words & _OTHER_DECODERS:", "if others := set():"),
+    ("parts for a template of text", "prompt", "return content is parts", "return True"),
     ("GeoChat taken for LLaVA", "checkpoint/original", "or mark in kind.lower()", ""),
     ("text_config wins over the original's keys", "checkpoint/original", '{**(data.get("text_config") or {}), **data}', '{**data, **(data.get("text_config") or {})}'),
     ("another tower's key left out", "checkpoint/original", "{**parts[0], **parts[1]}", "{**parts[1], **parts[0]}"),
