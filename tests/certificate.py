@@ -301,7 +301,8 @@ LLaMA, Vicuna, a second file) as they are published; random weights. A row **hol
 The settings of {files} are those of published files, of {quoted} those that public repositories
 quote; the others are written from knowledge, and keys that nothing reads may differ there. The
 tokenizers of {real} are the real ones where the tests have them; others are small, with the
-published ids of special tokens. *A guess* is a template that no file names.
+published ids of special tokens. *A guess* is a template that no file names. The towers of GGUF
+pairs were stored without CLIP's last layer: their layer -1 is the others' -2.
 
 | checkpoint | settings | layout, container | template | ends | a picture of 300 x 200 | layer | |
 |---|---|---|---|---|---|---|---|
