@@ -21,6 +21,7 @@ from mlx_llava.checkpoint.layout import PATCH_EMBEDDING, canonical_tensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.config import LlavaConfig, VisionConfig
 from mlx_llava.config import unknown_keys as unknown_hf_keys
+from mlx_llava.config_checks import refuse_value
 from mlx_llava.json_files import read_json
 from mlx_llava.template_choice import guess_template
 
@@ -104,9 +105,9 @@ def translate(
     refuse_others(data)
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
-        raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")
+        refuse_value("config.json", "image_aspect_ratio", mode, "'square', 'pad' and 'anyres'")
     if data.get("mm_resampler_type"):
-        raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
+        refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     text = {**(data.get("text_config") or {}), **data}
     text = {key: value for key, value in text.items() if key not in _READ | _UNREAD}
     is_anyres = mode == "anyres"
