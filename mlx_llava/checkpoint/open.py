@@ -90,10 +90,9 @@ def open_checkpoint(path: Path, parts: Parts) -> Checkpoint:
     data = read_json(folder / "config.json")
     if path.is_file() or adapters.is_adapter(path) or _is_projector(path):
         return _open_adapter(path, data, parts)
+    original.refuse_folder(path, data)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
-    if original.is_original(data):
-        original.refuse_others(data)
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")

@@ -140,8 +140,24 @@ def _kind(data: Mapping[str, Any]) -> str:
     return f"{data.get('model_type')} {data.get('architectures')}"
 
 
+def refuse_folder(folder: Path, data: Mapping[str, Any]) -> None:
+    """Raises ValueError for another LLaVA's folder, before weights are read or fetched.
+
+    Args:
+        folder (Path): The folder.
+        data (dict): Its config.json; xtuner's is the decoder's, or missing.
+    """
+    if (folder / "projector" / "config.json").exists() and "mm_vision_tower" not in data:
+        raise ValueError(
+            f"{folder} is in xtuner's own layout; take the repository with -hf or -transformers "
+            "behind its name, or convert it with xtuner's convert_xtuner_weights_to_hf.py."
+        )
+    if is_original(data):
+        refuse_others(data)
+
+
 def refuse_others(data: Mapping[str, Any]) -> None:
-    """Raises ValueError for a LLaVA that is none of the original's: before its tower is fetched."""
+    """Raises ValueError for a LLaVA that is none of the original's."""
     kind = _kind(data)
     for mark, what in _OTHER_LLAVAS.items():
         if data.get(mark) or mark in kind.lower():
