@@ -27,6 +27,7 @@ TESTS = (
     *("tests/test_checkpoint.py", "tests/test_gguf.py"),
     *("tests/test_folders.py", "tests/test_chat.py", "tests/test_caption.py"),
     "tests/test_verify.py",
+    "tests/test_tokenizer.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -235,6 +236,7 @@ MUTATIONS = (
     ("ids of another text let through", "verify", "if QUESTION not in (read := processor.tokenizer.decode(text)):", "if False:"),
     ("shapes not compared when verifying", "verify", "        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)", "        pass"),
     ("converts when asked to verify", "convert", "if args.verify and not any((*to_convert, args.force)):", "if False:"),
+    ("marks that are words of the user's", "tokenizer", "special = {IMAGE_TOKEN, *_named_special(config)}", "special = {IMAGE_TOKEN}"),
 )  # fmt: skip
 
 

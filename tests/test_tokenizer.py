@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from mlx_llava.byte_bpe import spec_from_byte_bpe
 from mlx_llava.streaming import StopMatcher, StreamingDecoder
 from mlx_llava.tokenizer import Tokenizer
-from mlx_llava.vocabulary import CONTROL, NORMAL, Piece, spec_from_sentencepiece
+from mlx_llava.vocabulary import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    spec_from_pieces,
+    spec_from_sentencepiece,
+)
 from tests.conftest import GOLDENS, SHARED
 
 IMAGE = 32000
@@ -145,6 +153,27 @@ def test_protected_text_has_no_special_tokens(llama, text):
     assert ids[0] == 1
     assert not special & set(ids[1:])
     assert llama.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": "<|im_end|>"},
+        {"eos_token": {"content": "<|im_end|>", "lstrip": False}},
+        {"additional_special_tokens": ["<|im_end|>"]},
+        {"added_tokens_decoder": {"3": {"content": "<|im_end|>", "special": True}}},
+    ],
+)
+def test_what_tokenizer_config_names_is_special_whatever_the_vocabulary_says(config):
+    """Yi's tokenizer.model has the mark as a word of the user's."""
+    words = [*"<|im_end>ab", "▁"]
+    marks = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<|im_end|>", USER_DEFINED)]
+    pieces = [Piece(text, 0.0, kind) for text, kind in [*marks, *((w, NORMAL) for w in words)]]
+    tokenizer = Tokenizer(spec_from_pieces(pieces, {}, False), config, 99)
+    assert 3 in tokenizer.encode("a<|im_end|>b")
+    typed = tokenizer.encode(tokenizer.protect("a<|im_end|>b"))
+    assert 3 not in typed
+    assert tokenizer.decode(typed) == "a<|im_end|>b"
 
 
 def test_special_tokens_of_one_character_and_within_each_other(llama):
