@@ -222,6 +222,7 @@ MUTATIONS = (
     ("nesting without end", "json_files", "except RecursionError:", "except ZeroDivisionError:"),
     ("somebody's last line cut off", "json_files", "return whole + end if is_ours else data", "return whole + end"),
     ("true is a number", "json_files", "if type(value) not in kinds:", "if not isinstance(value, kinds):"),
+    ("shards that are one file are missed", "checkpoint/folder", "if len(missing) == len(expected) and (folder / whole).exists():", "if False:"),
     ("another system's notes are weights", "checkpoint/folder", 'if not path.name.startswith(".")', "if True"),
     ("a download that goes on is read", "checkpoint/folder", "if not head or control.exists():", "if not head:"),
     ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),

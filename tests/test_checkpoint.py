@@ -362,6 +362,18 @@ def test_a_missing_shard_is_named(golden, index, tmp_path):
         load(folder)
 
 
+def test_an_index_of_shards_that_became_one_file_is_passed_over(golden, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(golden, folder)
+    index = folder / "model.safetensors.index.json"
+    old = {"lm_head.weight": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": old}))
+    assert equal(parameters(folder), parameters(golden))
+    index.write_text(json.dumps({"weight_map": {**old, "model.norm.weight": "model.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 weight files"):
+        load(folder)
+
+
 @pytest.mark.parametrize("size", [0, 4, 500, 100_000])
 def test_a_cut_off_file_is_refused(golden, size, tmp_path):
     folder = write(golden, tmp_path / "cut", canonical(golden))
