@@ -215,6 +215,14 @@ class Tokenizer:
         return text
 
 
+def find_image_token(folder: Path) -> int | None:
+    """The id that a tokenizer's files give ``<image>``, if any of them does."""
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    spec, config, added = (read_json(folder / name) for name in names)
+    ids = {token["content"]: int(token["id"]) for token in _added_tokens(spec, config)}
+    return {**ids, **added}.get(IMAGE_TOKEN)
+
+
 def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The added tokens of tokenizer.json, and those that only tokenizer_config.json has."""
     tokens = [dict(token) for token in spec.get("added_tokens", [])]

@@ -23,7 +23,7 @@ from mlx_llava.config_checks import unknown_warning
 from mlx_llava.hub import checkpoint_name
 from mlx_llava.json_files import read_json
 from mlx_llava.template_choice import guess_template
-from mlx_llava.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.tokenizer import Tokenizer, find_image_token
 
 _EMBEDDINGS = "language_model.model.embed_tokens."
 _LM_HEAD = "language_model.lm_head."
@@ -224,11 +224,11 @@ def _with_placeholder(
     weights: dict[str, LazyTensor], config: LlavaConfig, folder: Path, is_quantised: bool
 ) -> tuple[dict[str, LazyTensor], LlavaConfig, Tokenizer]:
     """The vocabulary with a placeholder for pictures: the tokenizer's own, or one more."""
-    added = read_json(folder / "added_tokens.json")
-    if IMAGE_TOKEN in added:
-        config = replace(config, image_token_index=added[IMAGE_TOKEN])
-    elif not is_quantised:
+    own, rows = find_image_token(folder), config.text_config.vocab_size
+    if not is_quantised and (own is None or own >= rows):
         weights, config = original.add_placeholder(weights, config)
+    if own is not None:
+        config = replace(config, image_token_index=own)
     tokenizer = Tokenizer.from_folder(folder, config.image_token_index, prefer_sentencepiece=True)
     return weights, config, tokenizer
 
