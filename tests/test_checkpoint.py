@@ -326,6 +326,13 @@ def test_ends_that_are_no_ids_are_refused(golden, ends, tmp_path):
         load(tmp_path / "copy")
 
 
+def test_a_file_of_foreign_names_is_told_by_one_of_them(golden, tmp_path):
+    tensors = {f"module.{name}": tensor for name, tensor in canonical(golden).items()}
+    folder = write(golden, tmp_path / "parallel", tensors)
+    with pytest.raises(ValueError, match=r"has 0; its first tensor is module\.\w+"):
+        load(folder)
+
+
 SETTINGS = ("config", "processor_config", "tokenizer_config", "generation_config", "tokenizer")
 
 

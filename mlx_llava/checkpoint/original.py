@@ -147,7 +147,8 @@ def refuse_folder(folder: Path, data: Mapping[str, Any]) -> None:
         folder (Path): The folder.
         data (dict): Its config.json; xtuner's is the decoder's, or missing.
     """
-    if (folder / "projector" / "config.json").exists() and "mm_vision_tower" not in data:
+    is_llava = "llava" in str(data.get("model_type"))
+    if (folder / "projector" / "config.json").exists() and not is_llava:
         raise ValueError(
             f"{folder} is in xtuner's own layout; take the repository with -hf or -transformers "
             "behind its name, or convert it with xtuner's convert_xtuner_weights_to_hf.py."
