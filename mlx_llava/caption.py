@@ -23,7 +23,7 @@ from mlx_llava.files import is_same_file, whole_file
 from mlx_llava.json_files import parse
 from mlx_llava.loading import add_model_arguments, load_model, say_if_embedded
 from mlx_llava.picture_files import find_pictures
-from mlx_llava.prompts_file import answer_prompts
+from mlx_llava.prompts_file import answer_prompts, in_order
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.
@@ -230,17 +230,6 @@ def open_captions(out: str, pictures: Sequence[str]) -> Captions:
         raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return kinds[path.suffix](path)
-
-
-def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What `answer_prompts` yields, by index: each waits for those before it."""
-    waiting: dict[int, dict[str, Any]] = {}
-    following = 0
-    for line in lines:
-        waiting[line["index"]] = line
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
 
 
 def build_parser() -> argparse.ArgumentParser:

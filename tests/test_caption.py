@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_llava import generate, load
-from mlx_llava.caption import PROMPT, Lines, Table, in_order, main
+from mlx_llava.caption import PROMPT, Lines, Table, main
 from mlx_llava.picture_files import find_pictures
+from mlx_llava.prompts_file import in_order
 from tests.conftest import ROOT, shared_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
