@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.anyres import Size
 from mlx_llava.cache import Cache, fork, nbytes
+from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.files import whole_file
 from mlx_llava.llava import Llava
 from mlx_llava.processor import Inputs
@@ -228,7 +229,7 @@ class PromptCache:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, ending=".safetensors") as beside:
-            mx.save_safetensors(str(beside), arrays, metadata)
+            write_arrays(beside, arrays, metadata)
 
     def load(self, path: str | Path, empty: Cache) -> None:
         """Reads what `save` wrote.

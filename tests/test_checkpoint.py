@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -531,3 +532,13 @@ def test_loading_is_strict_about_a_tied_head(tmp_path):
     model, _ = load(tmp_path / "tied")
     assert "lm_head" not in model.language_model
     assert model.config.tie_word_embeddings
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path):
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    try:
+        with pytest.raises(OSError, match=r"a\.safetensors cannot be written"):
+            files.write_arrays(tmp_path / "a.safetensors", {"a": mx.zeros((8192,))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
