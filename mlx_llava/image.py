@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageGrab
 
+from mlx_llava.files import expand_home
 from mlx_llava.image_files import essence, orientation
 from mlx_llava.rgb import from_array, to_rgb
 
@@ -186,10 +187,7 @@ def _read(source: Any) -> tuple[bytes, str]:
         return decode_data_url(text), "The data: URL"
     if text.startswith(("http://", "https://")):
         return _download(text), text
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"There is no image {text}: {error}") from error
+    path = expand_home(text)
     if path.is_dir():
         raise ValueError(f"{text} is a folder, not an image.")
     if not path.exists():

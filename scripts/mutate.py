@@ -71,6 +71,7 @@ MUTATIONS = (
     ("padded on black", "preprocess", "tuple(int(mean * 255) for mean in self.mean)", "(0, 0, 0)"),
     ("strips in the wrong place", "preprocess", "(0, top + start)", "(0, start)"),
     ("pad colour rounded", "preprocess", "int(mean * 255)", "round(mean * 255)"),
+    ("planes of 16 bits taken for 8", "image_files", "is_raw and bits > 8", "is_raw and bits > 16"),
     ("scans not counted", "image_files", "elif scans > MAX_SCANS:", "elif False:"),
     ("metadata handed on", "image_files", "if kind in _CHUNKS_KEPT:", "if True:"),
     ("EXIF of a TIFF handed on", "image_files", "directory.only(_TAGS_KEPT)", "content"),

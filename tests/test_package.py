@@ -15,14 +15,13 @@ PACKAGE = ROOT / "mlx_llava"
 
 #: Imports point only downward.
 LAYERS = (
-    {"rgb", "tiff"},
+    {"files", "rgb", "tiff"},
     {"image_files"},
     {
         "api_errors",
         "version",
         "backend",
         "command",
-        "files",
         "image",
         "known_keys",
         "limits",
