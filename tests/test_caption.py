@@ -161,6 +161,20 @@ def test_answers_come_in_order(order):
     assert [line["index"] for line in in_order(iter(lines))] == list(range(8))
 
 
+def test_a_folder_that_is_closed_is_not_called_empty(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir(mode=0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    if user == 0:  # to whom nothing is closed
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ValueError, match="The folder closed cannot be read"):
+            find_pictures(["closed"])
+    finally:
+        os.seteuid(user)
+
+
 def test_pictures_are_found_once_and_in_order(tmp_path):
     names = (
         "b.JPG",
