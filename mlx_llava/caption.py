@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from mlx_llava.arguments import add_model_arguments, command, load_model, say_if_embedded
 from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
-from mlx_llava.generation.jobs import answer_prompts
+from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.picture_files import find_pictures
 from mlx_llava.json_files import parse
@@ -229,17 +229,6 @@ def open_captions(out: str, pictures: Sequence[str]) -> Captions:
         raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return kinds[path.suffix](path)
-
-
-def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What `answer_prompts` yields, by index: each waits for those before it."""
-    waiting: dict[int, dict[str, Any]] = {}
-    following = 0
-    for line in lines:
-        waiting[line["index"]] = line
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
 
 
 def build_parser() -> argparse.ArgumentParser:

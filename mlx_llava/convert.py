@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with sensible_values(args.model):
             print(make_plan(open_checkpoint(Source(args.model, **source)), **wanted))
         return
-    converts = args.mlx_path or args.quantize or args.dequantize or args.dtype or args.upload_repo
-    if args.verify and not converts:
+    to_convert = (args.mlx_path, args.quantize, args.dequantize, args.dtype, args.upload_repo)
+    if args.verify and not any((*to_convert, args.force)):
         _print_checks(args.model, **source)
         return
     target = args.mlx_path or DEFAULT_PATH

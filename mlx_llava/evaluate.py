@@ -19,7 +19,9 @@ from mlx_llava.analysis.scores import SCORERS
 from mlx_llava.arguments import add_model_arguments, command, load_model
 from mlx_llava.checkpoint.hub import EMBEDDED
 from mlx_llava.files import check_not_read, is_file
-from mlx_llava.generation.batch import batch_generate
+from mlx_llava.generation.batch import BatchGenerator
+from mlx_llava.generation.jobs import answer_prompts, in_order
+from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
 
@@ -112,27 +114,32 @@ def identity(record: dict[str, Any]) -> tuple[Any, str]:
 def answer_all(
     questions: Sequence[dict[str, Any]], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Answers questions in batches; yields lines of an answer file."""
+    """Answers questions in order; yields lines of an answer file, or the ``error`` of one."""
     model, processor = load_model(args)
     name = Path(args.model or EMBEDDED).name
-    for start in range(0, len(questions), args.batch_size):
-        batch = questions[start : start + args.batch_size]
-        texts = batch_generate(
-            model,
-            processor,
-            [[{"role": "user", "content": question["text"]}] for question in batch],
-            [args.image_folder / q["image"] if q.get("image") else None for q in batch],
-            max_tokens=args.max_tokens,
-        )
-        for question, text in zip(batch, texts, strict=True):
-            yield {
-                "question_id": question["question_id"],
-                "prompt": question["prompt"],
-                "text": text.strip(),
-                "answer_id": uuid.uuid4().hex,
-                "model_id": name,
-                "metadata": {},
-            }
+    generator = BatchGenerator(model, processor, batch_size=args.batch_size)
+
+    def ask(question: dict[str, Any]) -> dict[str, Any]:
+        image = question["image"]
+        return {
+            "prompt": [{"role": "user", "content": question["text"]}],
+            "images": [args.image_folder / image] if image else None,
+        }
+
+    options = Options(max_tokens=args.max_tokens)
+    for answer in in_order(answer_prompts(questions, ask, generator, processor, options)):
+        question = questions[answer["index"]]
+        if "error" in answer:
+            yield {"error": f"{question['place']}: {answer['error']}"}
+            continue
+        yield {
+            "question_id": question["question_id"],
+            "prompt": question["prompt"],
+            "text": answer["text"].strip(),
+            "answer_id": uuid.uuid4().hex,
+            "model_id": name,
+            "metadata": {},
+        }
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
@@ -151,25 +158,41 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_images(questions: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Raises FileNotFoundError for a picture that is missing, before hours of answering."""
-    for question in questions:
-        if question["image"] and not is_file(folder / question["image"]):
-            raise FileNotFoundError(
-                f"{question['place']}: there is no picture {question['image']:.200} in {folder}."
-            )
+    """Raises FileNotFoundError for pictures that are missing, before hours of answering."""
+    missing = [q for q in questions if q["image"] and not is_file(folder / q["image"])]
+    if missing:
+        first = missing[0]
+        raise FileNotFoundError(
+            f"The pictures of {len(missing)} of {len(questions)} questions are not in "
+            f"--image-folder {folder}; first, {first['place']}: {first['image']:.200}"
+        )
 
 
 def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Adds the answers of some questions to the answer file, as they are made."""
+    """Adds the answers of some questions to the answer file, as they are made.
+
+    Raises:
+        ValueError: Some have none, for reasons that were said; all others are written.
+    """
     from tqdm import tqdm
 
     args.answers.parent.mkdir(parents=True, exist_ok=True)
     mend_lines(args.answers, _BEGIN)
+    failed = 0
     with args.answers.open("a", encoding="utf-8", newline="\n") as file:
         new = answer_all(questions, args)
         for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
+            if "error" in answer:
+                tqdm.write(answer["error"], sys.stderr)
+                failed += 1
+                continue
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()
+    if failed:
+        raise ValueError(
+            f"{failed} of {len(questions)} questions have no answer, for the reasons above; "
+            "run again when that is mended, and only they are asked."
+        )
 
 
 @command

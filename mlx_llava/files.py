@@ -97,6 +97,13 @@ def is_pointer(data: bytes) -> bool:
     return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 
+def read_bytes(path: Path) -> bytes:
+    """What a file, or a pipe, holds; ValueError for a device, which may never end."""
+    if path.is_char_device() and path != Path(os.devnull):
+        raise ValueError(f"{path} is a device, expected a file.")
+    return path.read_bytes()
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a file; False for a name that no file can have."""
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.files import is_pointer, whole_file
+from mlx_llava.files import is_pointer, read_bytes, whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
@@ -29,6 +29,8 @@ _NONSENSE = (
     RecursionError,
 )
 _WHITE = " \t\r\n"
+#: How files begin that are often still packed.
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "a ZIP archive", b"PAR1": "Parquet"}
 #: What looks like half a surrogate pair, which may stand in JSON (RFC 8259, 8.2) and is no text.
 _HALF = re.compile(
     r"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])"
@@ -80,6 +82,9 @@ def decode(data: bytes, name: str, line: int = 1) -> str:
 
 
 def _check_encoding(data: bytes, name: str) -> None:
+    for beginning, kind in _PACKED.items():
+        if data.startswith(beginning):
+            raise ValueError(f"{name} is {kind}, expected text; unpack it first.")
     encoding = json.detect_encoding(data[:4])
     if not encoding.startswith("utf-8"):
         raise ValueError(f"{name} is {encoding.upper()}, expected UTF-8; save it as UTF-8.")
@@ -136,7 +141,7 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: It is in another encoding, or only Git LFS's pointer to a file.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if is_pointer(data):
         raise ValueError(f"{path} is only Git LFS's pointer to the file: run git lfs pull.")
     return decode(data, str(path))
@@ -258,7 +263,7 @@ def mend_lines(path: Path, head: str) -> None:
 
 
 def _whole_lines(path: Path, head: str) -> bytes:
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if path.exists() else b""
     whole, end, last = data.rpartition(b"\n")
     if not last:
         return data

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
@@ -26,6 +25,7 @@ from mlx_llava.arguments import (
     say_if_embedded,
 )
 from mlx_llava.checkpoint.hub import embedded_model
+from mlx_llava.files import expand_home
 from mlx_llava.generation.batch import BATCH_SIZE
 from mlx_llava.generation.sampling import Options
 from mlx_llava.json_files import read_text
@@ -116,7 +116,7 @@ def read_api_key(args: argparse.Namespace) -> str | None:
     """
     key: str | None = args.api_key
     if args.api_key_file is not None:
-        key = read_text(Path(args.api_key_file).expanduser()).strip()
+        key = read_text(expand_home(args.api_key_file)).strip()
     if key is not None and (len(key) < MIN_KEY_LENGTH or not (key.isascii() and key.isprintable())):
         raise ValueError(
             f"The API key has {len(key)} characters; use at least {MIN_KEY_LENGTH} of ASCII, as "
@@ -141,7 +141,7 @@ class Settings:
         Raises:
             ValueError: They make no sense.
         """
-        root = None if args.image_root is None else Path(args.image_root).expanduser()
+        root = None if args.image_root is None else expand_home(args.image_root)
         if root is not None and not root.is_dir():
             raise ValueError(f"--image-root is {root}, which is no folder.")
         defaults = Options(**answer_options(args))
@@ -176,7 +176,7 @@ def model_name(model: str | None) -> str:
     """What clients call a model: a hub repository by its name, a folder or file by its last."""
     if model is None:
         return embedded_model().name
-    path = Path(model).expanduser()
+    path = expand_home(model)
     return path.resolve().name if path.exists() else model
 
 

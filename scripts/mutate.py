@@ -26,6 +26,8 @@ TESTS = (
     *("tests/test_evaluate_files.py", "tests/test_prompts_file.py", "tests/test_command.py"),
     *("tests/test_checkpoint.py", "tests/test_gguf.py"),
     *("tests/test_folders.py", "tests/test_chat.py", "tests/test_caption.py"),
+    "tests/test_verify.py",
+    "tests/test_tokenizer.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.
@@ -46,6 +48,7 @@ MUTATIONS = (
     ("stored head dropped", "checkpoint/contents", "        if not tied:", "        if False:"),
     ("any stored head kept", "checkpoint/contents", "return one.keys() == other.keys() and all(", "return False and all("),
     ("Gemma taken for LLaMA", "checkpoint/original", "if others := words & _OTHER_DECODERS:", "if others := set():"),
+    ("parts for a template of text", "prompt", "return content is parts", "return True"),
     ("GeoChat taken for LLaVA", "checkpoint/original", "or mark in kind.lower()", ""),
     ("text_config wins over the original's keys", "checkpoint/original", '{**(data.get("text_config") or {}), **data}', '{**data, **(data.get("text_config") or {})}'),
     ("another tower's key left out", "checkpoint/original", "{**parts[0], **parts[1]}", "{**parts[1], **parts[0]}"),
@@ -68,6 +71,7 @@ MUTATIONS = (
     ("padded on black", "inputs/image_processor", "tuple(int(mean * 255) for mean in self.mean)", "(0, 0, 0)"),
     ("strips in the wrong place", "inputs/image_processor", "(0, top + start)", "(0, start)"),
     ("pad colour rounded", "inputs/image_processor", "int(mean * 255)", "round(mean * 255)"),
+    ("planes of 16 bits taken for 8", "inputs/image_files", "is_raw and bits > 8", "is_raw and bits > 16"),
     ("scans not counted", "inputs/image_files", "elif scans > MAX_SCANS:", "elif False:"),
     ("metadata handed on", "inputs/image_files", "if kind in _CHUNKS_KEPT:", "if True:"),
     ("EXIF of a TIFF handed on", "inputs/image_files", "directory.only(_TAGS_KEPT)", "content"),
@@ -219,6 +223,7 @@ MUTATIONS = (
     ("nesting without end", "json_files", "except RecursionError:", "except ZeroDivisionError:"),
     ("somebody's last line cut off", "json_files", "return whole + end if is_ours else data", "return whole + end"),
     ("true is a number", "json_files", "if type(value) not in kinds:", "if not isinstance(value, kinds):"),
+    ("shards that are one file are missed", "checkpoint/folder", "if len(missing) == len(expected) and (folder / whole).exists():", "if False:"),
     ("another system's notes are weights", "checkpoint/folder", 'if not path.name.startswith(".")', "if True"),
     ("a download that goes on is read", "checkpoint/folder", "if not head or control.exists():", "if not head:"),
     ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),
@@ -228,6 +233,12 @@ MUTATIONS = (
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),
     ("a bad line ends all", "generation/batch", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),
     ("the schema looks at the prompt", "generation/json_schema", "if self._begun:", "if True:"),
+    ("NaN let through", "checkpoint/verify", "if bad := int((~mx.isfinite(values)).sum()):", "if bad := 0:"),
+    ("ids that the embedding has not let through", "checkpoint/verify", "if max(text) >= rows:", "if False:"),
+    ("ids of another text let through", "checkpoint/verify", "if QUESTION not in (read := processor.tokenizer.decode(text)):", "if False:"),
+    ("shapes not compared when verifying", "checkpoint/verify", "        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)", "        pass"),
+    ("converts when asked to verify", "convert", "if args.verify and not any((*to_convert, args.force)):", "if False:"),
+    ("marks that are words of the user's", "inputs/tokenizer", "special = {IMAGE_TOKEN, *_named_special(config)}", "special = {IMAGE_TOKEN}"),
 )  # fmt: skip
 
 

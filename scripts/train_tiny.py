@@ -49,7 +49,8 @@ from mlx_llava import generate, train
 from mlx_llava.checkpoint.convert import convert
 from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.checkpoint.save import save
-from mlx_llava.folders import check_target, new_folder
+from mlx_llava.files import whole_file
+from mlx_llava.folders import MANIFEST, new_folder
 from mlx_llava.inputs.byte_bpe import GPT_2
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor
@@ -62,6 +63,7 @@ from mlx_llava.tuner.optimizer import make_schedule
 from mlx_llava.tuner.stages import unfreeze_tower
 
 ROOT = Path(__file__).parent.parent
+OUT = ROOT / "weights" / "tiny-llava"
 PICTURES = 24_000
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
@@ -351,7 +353,8 @@ def finish(trained: Path, work: Path, out: Path) -> None:
         name: measure_tiny.measure_all(model, folder, measure_tiny.QUESTIONS, measure_tiny.SEED)
         for name, model in variants.items()
     }
-    with new_folder(out, "model", force=True) as beside:
+    made = work / "made"
+    with new_folder(made, "model", force=True) as beside:
         shutil.copytree(half, beside, dirs_exist_ok=True)
         shutil.copy(work / "refine" / "loss.png", beside / "loss.png")
         (beside / "examples").mkdir()
@@ -368,6 +371,17 @@ def finish(trained: Path, work: Path, out: Path) -> None:
             steps=", ".join(f"{name} {stage[3]}" for name, stage in STAGES.items()),
         )
         (beside / "README.md").write_text(card, encoding="utf-8")
+    publish(made, out)
+
+
+def publish(made: Path, out: Path) -> None:
+    """Copies a model's files over those of the one before, each whole; others stay."""
+    for path in sorted(made.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            target = out / path.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(target) as beside:
+                shutil.copyfile(path, beside)
 
 
 def draw_example(
@@ -386,9 +400,10 @@ def main() -> None:
     """Runs every stage that is not done yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-llava")
-    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "tiny-llava")
+    parser.add_argument("--out", type=Path, default=OUT, help="%(default)s, or a new folder")
     args = parser.parse_args()
-    check_target(args.out, "model", force=True)
+    if args.out.exists() and args.out.resolve() != OUT.resolve():
+        parser.error(f"{args.out} exists already; choose a new folder.")
     data = args.work / "train"
     if not (data / "long.json").exists():
         make_data(data)

@@ -78,10 +78,18 @@ def scaled(row: Published) -> Settings:
     return config
 
 
+#: What transformers reads of an original config.json.
+LLAMA_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "sliding_window", "hidden_act", "attention_bias"),
+)
+
+
 def as_hf(config: Settings) -> Settings:
     """What an original config.json means, in llava-hf's words."""
     is_next = config.get("image_aspect_ratio") == "anyres"
-    text = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_"))}
+    text = {key: config[key] for key in LLAMA_KEYS if key in config}
     is_mistral = "Mistral" in config["architectures"][0]
     text |= {
         "model_type": "mistral" if is_mistral else "llama",
@@ -111,27 +119,14 @@ class OneLayer(torch.nn.Module):
         return self.linear_1(features)
 
 
-_READ_BY_REFERENCE = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    *("rope_theta", "rope_scaling", "sliding_window", "vocab_size", "model_type"),
-)
-
-
 def reference(config: Settings) -> Any:
     """transformers' model of a scaled config.json, with weights that bfloat16 holds."""
-    data = config if "text_config" in config else as_hf(config)
-    text = {k: v for k, v in data["text_config"].items() if k in _READ_BY_REFERENCE}
-    top = ("image_grid_pinpoints", "vision_feature_layer", "vision_feature_select_strategy")
-    kept = {key: data[key] for key in top if key in data}
-    linear = "text_config" not in config and is_linear(config)
-    spelled = {
-        **kept,
-        "text_config": text,
-        "vision_config": data["vision_config"],
-        "tie_word_embeddings": False,
-    }
-    return _reference(data["model_type"], json.dumps(spelled, sort_keys=True), linear)
+    is_hf = "text_config" in config
+    data = config if is_hf else as_hf(config)
+    passed = ("text_config", "vision_config", "tie_word_embeddings", "image_grid_pinpoints")
+    passed += ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+    spelled = json.dumps({key: data[key] for key in passed if key in data}, sort_keys=True)
+    return _reference(data["model_type"], spelled, not is_hf and is_linear(config))
 
 
 @cache
@@ -214,15 +209,14 @@ def check_ids(row: Published, written: Written, processor: Processor) -> None:
     picture = example_picture()
     inputs = processor(QUESTION, picture)
     ours = inputs.input_ids[0].tolist()
-    text, _ = processor._render(QUESTION, [picture], False, None, "start")
     if "text_config" in row.config:
-        theirs = ids_of_transformers(written.path, row, text, picture)
+        theirs = ids_of_transformers(written.path, row, picture)
         assert ours == theirs["input_ids"][0].tolist()
         pixels = theirs["pixel_values"].reshape(-1, *theirs["pixel_values"].shape[-3:])
         assert np.array_equal(np.array(inputs.pixel_values), pixels.numpy().transpose(0, 2, 3, 1))
     else:
         image = processor.config.image_token_index
-        assert ours == ids_of_original(row, text, *inputs.image_tokens, image)
+        assert ours == ids_of_original(row, *inputs.image_tokens, image)
 
 
 def published_tokens(processor: Processor) -> int:
@@ -307,7 +301,8 @@ LLaMA, Vicuna, a second file) as they are published; random weights. A row **hol
 The settings of {files} are those of published files, of {quoted} those that public repositories
 quote; the others are written from knowledge, and keys that nothing reads may differ there. The
 tokenizers of {real} are the real ones where the tests have them; others are small, with the
-published ids of special tokens. *A guess* is a template that no file names.
+published ids of special tokens. *A guess* is a template that no file names. The towers of GGUF
+pairs were stored without CLIP's last layer: their layer -1 is the others' -2.
 
 | checkpoint | settings | layout, container | template | ends | a picture of 300 x 200 | layer | |
 |---|---|---|---|---|---|---|---|
@@ -315,32 +310,36 @@ published ids of special tokens. *A guess* is a template that no file names.
 CONTAINERS = {"safetensors": "safetensors", "zip": "PyTorch"}
 
 
-def page() -> str:
-    """The content of docs/certificate.md."""
+def introduction() -> str:
+    """What stands above the table of docs/certificate.md."""
     known = [row.source.partition(",")[0] for row in ROWS]
     files, knowledge = known.count(FILES), known.count(KNOWLEDGE)
     real = sum(row.vocabulary == "LLaMA" for row in ROWS)
-    counts = {"files": files, "quoted": len(ROWS) - files - knowledge, "real": real}
-    table = "".join(f"| {' | '.join(cells(row))} |\n" for row in ROWS)
-    return INTRODUCTION.format(count=len(ROWS), **counts) + table
+    quoted = len(ROWS) - files - knowledge
+    return INTRODUCTION.format(count=len(ROWS), files=files, quoted=quoted, real=real)
 
 
-def cells(row: Published) -> list[str]:
-    """A row of the page's table."""
+def line(row: Published) -> str:
+    """A row of the table."""
     container = CONTAINERS.get(row.container, row.container)
     try:
         found = certify(row)
     except (AssertionError, UserWarning, ValueError, OSError) as error:
-        return [row.name, row.source, container, "", "", "", "", f"**fails**: {one_line(error)}"]
-    template = found.template + (f" (a guess: {found.doubt})" if found.doubt else "")
-    ends = found.found["ends"].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    return [
-        row.name,
-        row.source,
-        f"{found.found['layout']}, {container}",
-        template,
-        ends,
-        f"{found.mode}, {found.tokens} tokens",
-        str(found.layer),
-        "holds",
-    ]
+        cells = [container, *[""] * 4, f"**fails**: {one_line(error)}"]
+    else:
+        doubt = f" (a guess: {found.doubt})" if found.doubt else ""
+        cells = [
+            f"{found.found['layout']}, {container}",
+            found.template + doubt,
+            found.found["ends"],
+            f"{found.mode}, {found.tokens} tokens",
+            str(found.layer),
+            "holds",
+        ]
+    shown = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join((row.name, row.source, *shown))} |\n"
+
+
+def page() -> str:
+    """The content of docs/certificate.md."""
+    return introduction() + "".join(map(line, ROWS))

@@ -11,13 +11,16 @@ import re
 from functools import cache
 from typing import Any
 
+import jinja2
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from mlx_llava.checkpoint.verify import QUESTION
+from mlx_llava.inputs.sentencepiece import UNUSED, USER_DEFINED
 from tests import layouts, tiny
 from tests.conftest import SHARED
 from tests.published.row import Published
+from tests.test_prompt import RENDERED
 
 Spec = dict[str, Any]
 
@@ -63,28 +66,17 @@ def sentencepiece_model(family: str) -> bytes:
         return real.read_bytes()
     model = proto.ModelProto()
     model.ParseFromString(layouts.sentencepiece_model())
-    names = {i: text for text, i in SPECIAL[family].items()}
-    pieces = list(model.pieces)
-    for i in sorted(names):
-        kind = proto.ModelProto.SentencePiece.Type.USER_DEFINED
-        if i < 3:
-            pieces[i].piece = names[i]
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    for text, i in sorted(SPECIAL[family].items(), key=lambda item: item[1]):
+        if i < len(("<unk>", "<s>", "</s>")):
+            pieces[i] = (text, *pieces[i][1:])
         else:
-            pieces.insert(i, proto.ModelProto.SentencePiece(piece=names[i], type=kind))
-    kind = proto.ModelProto.SentencePiece.Type.UNUSED
-    filler = range(len(pieces), SIZES[family])
-    pieces += [proto.ModelProto.SentencePiece(piece=f"<{i}>", type=kind) for i in filler]
-    kept = [copy_of(piece) for piece in pieces]
+            pieces.insert(i, (text, 0.0, USER_DEFINED))
+    pieces += [(f"<{i}>", 0.0, UNUSED) for i in range(len(pieces), SIZES[family])]
     del model.pieces[:]
-    model.pieces.extend(kept)
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
     return bytes(model.SerializeToString())
-
-
-def copy_of(piece: Any) -> Any:
-    """A piece that no model owns."""
-    copied = proto.ModelProto.SentencePiece()
-    copied.CopyFrom(piece)
-    return copied
 
 
 def fast_tokenizer(family: str, image_token: int | None) -> Spec:
@@ -126,7 +118,21 @@ def tokenizer_config(row: Published) -> Spec:
     return config | row.tokenizer_config
 
 
-def ids_of_original(row: Published, text: str, tokens: int, image: int) -> list[int]:
+def prompt_of(row: Published) -> str:
+    """The question about a picture as the row's template writes it."""
+    asked = f"<image>\n{QUESTION}"
+    if row.template == "own":
+        bos, eos, *_ = SPECIAL[row.vocabulary]
+        turn = {"role": "user", "content": asked}
+        return jinja2.Template(row.chat_template or "").render(
+            messages=[turn], bos_token=bos, eos_token=eos, add_generation_prompt=True
+        )
+    text = RENDERED[row.template][0].replace("Q", asked)
+    is_wrapped = row.config.get("mm_use_im_start_end")
+    return text.replace("<image>", "<im_start><image><im_end>") if is_wrapped else text
+
+
+def ids_of_original(row: Published, tokens: int, image: int) -> list[int]:
     """LLaVA's tokenizer_image_token (mm_utils.py) with sentencepiece as the tokenizer.
 
     Each piece between pictures is tokenised on its own, with a begin of text of which the first
@@ -143,7 +149,7 @@ def ids_of_original(row: Published, text: str, tokens: int, image: int) -> list[
         encode = sentencepiece.SentencePieceProcessor(model_proto=model).encode
     cut = re.compile(f"({'|'.join(map(re.escape, special))})")
     ids: list[int] = []
-    for i, chunk in enumerate(text.split("<image>")):
+    for i, chunk in enumerate(prompt_of(row).split("<image>")):
         ids += [image] * tokens if i else []
         for piece in cut.split(chunk):
             ids += [special[piece]] if piece in special else encode(piece) if piece else []
@@ -151,17 +157,16 @@ def ids_of_original(row: Published, text: str, tokens: int, image: int) -> list[
     return ids if ids[0] == bos or not BOS[row.vocabulary] else [bos, *ids]
 
 
-def ids_of_transformers(folder: Any, row: Published, text: str, picture: Any) -> Any:
-    """What transformers' processor makes of a folder's own files: ids and pixels.
-
-    `text` is what is asked where the folder has no template of its own.
-    """
+def ids_of_transformers(folder: Any, row: Published, picture: Any) -> Any:
+    """What transformers' processor makes of a folder's own files: ids and pixels."""
     import transformers as hf
 
     processor = hf.AutoProcessor.from_pretrained(folder)
-    if row.chat_template:
+    if row.template != "own":
+        text = prompt_of(row)
+    else:
         content: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        if ".type" not in row.chat_template:
+        if ".type" not in str(row.chat_template):
             content = f"<image>\n{QUESTION}"
         text = processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_llava import generate, load
-from mlx_llava.caption import PROMPT, Lines, Table, in_order, main
+from mlx_llava.caption import PROMPT, Lines, Table, main
+from mlx_llava.generation.jobs import in_order
 from mlx_llava.inputs.picture_files import find_pictures
 from tests.conftest import ROOT, shared_data
 
@@ -158,6 +159,20 @@ def test_a_file_cut_anywhere_is_completed(kind, tmp_path, records, data):
 def test_answers_come_in_order(order):
     lines = [{"index": index} for index in order]
     assert [line["index"] for line in in_order(iter(lines))] == list(range(8))
+
+
+def test_a_folder_that_is_closed_is_not_called_empty(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir(mode=0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    if user == 0:  # to whom nothing is closed
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ValueError, match="The folder closed cannot be read"):
+            find_pictures(["closed"])
+    finally:
+        os.seteuid(user)
 
 
 def test_pictures_are_found_once_and_in_order(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -318,6 +319,21 @@ def test_a_config_that_lies_about_its_depth_is_refused_at_once(golden, tmp_path)
             load(folder)
 
 
+@pytest.mark.parametrize("ends", ["2", [2, "7"], 2.0, True, {"a": 1}])
+def test_ends_that_are_no_ids_are_refused(golden, ends, tmp_path):
+    shutil.copytree(golden, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ValueError, match=r"generation_config.json has eos_token_id=.*list of ids"):
+        load(tmp_path / "copy")
+
+
+def test_a_file_of_foreign_names_is_told_by_one_of_them(golden, tmp_path):
+    tensors = {f"module.{name}": tensor for name, tensor in canonical(golden).items()}
+    folder = write(golden, tmp_path / "parallel", tensors)
+    with pytest.raises(ValueError, match=r"has 0; its first tensor is module\.\w+"):
+        load(folder)
+
+
 SETTINGS = ("config", "processor_config", "tokenizer_config", "generation_config", "tokenizer")
 
 
@@ -351,6 +367,18 @@ def test_a_missing_shard_is_named(golden, index, tmp_path):
     folder = write(golden, tmp_path / "shards", canonical(golden), shards=3, index=index)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of 3 weight files: model-00002-of-00003"):
+        load(folder)
+
+
+def test_an_index_of_shards_that_became_one_file_is_passed_over(golden, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(golden, folder)
+    index = folder / "model.safetensors.index.json"
+    old = {"lm_head.weight": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": old}))
+    assert equal(parameters(folder), parameters(golden))
+    index.write_text(json.dumps({"weight_map": {**old, "model.norm.weight": "model.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 weight files"):
         load(folder)
 
 
@@ -504,3 +532,13 @@ def test_loading_is_strict_about_a_tied_head(tmp_path):
     model, _ = load(tmp_path / "tied")
     assert "lm_head" not in model.language_model
     assert model.config.tie_word_embeddings
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path):
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    try:
+        with pytest.raises(OSError, match=r"a\.safetensors cannot be written"):
+            files.write_arrays(tmp_path / "a.safetensors", {"a": mx.zeros((8192,))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -144,9 +144,9 @@ def test_scienceqa_is_asked_as_the_original_does(folder):
         ("", "q.jsonl holds no question"),
         (
             '{"question_id": 1, "text": "Q", "image": "gone.png"}',
-            "line 1: there is no picture gone",
+            "pictures of 1 of 1 questions are not in --image-folder",
         ),
-        ('{"question_id": 1, "text": "Q", "image": "a\\u0000"}', "line 1: there is no picture a"),
+        ('{"question_id": 1, "text": "Q", "image": "a\\u0000"}', "line 1: a"),
         ('[{"question_id": 1, "text": "Q", "image": ["a.png"]}]', "index 0 has a list as image"),
         ('{"question_id": 1, "text": "Q", "image": 391895}', "a whole number (391895) as image"),
         ('{"question_id": [1], "text": "Q"}', "line 1 has a list as question_id, expected a text"),
@@ -163,6 +163,35 @@ def test_mistakes_are_one_line(content, message, folder, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_pictures_that_are_missing_are_counted(folder, capsys):
+    lines = [{"question_id": i, "text": "Q", "image": f"{i}.png"} for i in range(3)]
+    shutil.copy(PICTURE, folder / "0.png")
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(folder) == 2
+    error = capsys.readouterr().err
+    assert "The pictures of 2 of 3 questions are not in" in error
+    assert "q.jsonl, line 2: 1.png" in error
+
+
+def test_what_cannot_be_asked_is_named_and_the_rest_is_answered(folder, capsys):
+    questions = [json.loads(line) for line in (folder / "q.jsonl").read_text().splitlines()]
+    questions[1]["image"] = "b.png"
+    questions[3]["text"] = "word " * 2000
+    (folder / "b.png").write_bytes(PICTURE.read_bytes()[:100])
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+    assert run(folder, "--score", "exact") == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert f"q.jsonl, line 2: {folder / 'b.png'} is a broken image" in error
+    assert "q.jsonl, line 4: The prompt has" in error
+    assert "error: 2 of 4 questions have no answer" in error
+    assert [answer["prompt"] for answer in answers(folder)] == [QUESTIONS[0], QUESTIONS[2]]
+    shutil.copy(PICTURE, folder / "b.png")
+    assert run(folder) == 2
+    assert "error: 1 of 2 questions have no answer" in capsys.readouterr().err
+    assert [answer["text"] for answer in answers(folder)] == [expected()[i] for i in (0, 2, 1)]
 
 
 def test_a_question_file_is_read_as_people_have_it(folder):

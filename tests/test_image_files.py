@@ -307,6 +307,24 @@ def test_a_tiff_of_one_vast_tile_is_refused(picture):
         load_image(tiff(entries))
 
 
+def test_a_tiff_that_pillow_reads_wrongly_is_refused(picture):
+    """Of 16 bits and uncompressed, with a plane for each colour, it takes halves for values."""
+    values = {256: 64, 257: 48, 259: 1, 262: 2, 277: 3, 278: 48, 284: 2}
+    entries = [(tag, SHORT, 1, struct.pack("<H", value)) for tag, value in values.items()]
+    entries.append((258, SHORT, 3, struct.pack("<3H", 16, 16, 16)))
+    entries.append((273, 4, 3, struct.pack("<3L", *(8 + i * 64 * 48 * 2 for i in range(3)))))
+    with pytest.raises(ValueError, match="colours of 16 bits in planes"):
+        load_image(tiff(entries, start=bytes(64 * 48 * 2 * 3)))
+    compressed = [entry for entry in entries if entry[0] not in (259, 273, 278)]
+    planes = [zlib.compress(bytes(64 * 48 * 2))] * 3
+    places = (8 + i * len(planes[0]) for i in range(3))
+    compressed.append((259, SHORT, 1, struct.pack("<H", 8)))
+    compressed.append((273, 4, 3, struct.pack("<3L", *places)))
+    compressed.append((279, 4, 3, struct.pack("<3L", *map(len, planes))))
+    compressed.append((278, SHORT, 1, struct.pack("<H", 48)))
+    assert load_image(tiff(compressed, start=b"".join(planes))).getextrema() == ((0, 0),) * 3
+
+
 OTHERS = {
     "page.jpg": (b"<!DOCTYPE html><html><body>403</body></html>", "a web page"),
     "page2.png": (b"\n  <HTML lang=en>", "a web page"),

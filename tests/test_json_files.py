@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,9 @@ BROKEN = {
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "x is UTF-16, expected UTF-8; save it as UTF-8"),
     "UTF-16, no BOM": ('{"a": 1}'.encode("utf-16-le"), "x is UTF-16-LE, expected UTF-8"),
     "UTF-32": ('{"a": 1}'.encode("utf-32"), "x is UTF-32, expected UTF-8"),
+    "gzip": (b"\x1f\x8b\x08", "x is gzip, expected text; unpack it first"),
+    "ZIP": (b"PK\3\4", "x is a ZIP archive, expected text"),
+    "Parquet": (b"PAR1", "x is Parquet, expected text"),
     "depth": (b"[" * 100_000, "it is nested too deeply"),
     "digits": (
         b'{"a": 1}\n{"a": %s}' % (b"9" * 5000),
@@ -151,6 +155,14 @@ def test_own_lines_go_on_after_a_kill_and_nothing_else_is_lost(tmp_path):
     assert path.read_bytes() == b"Dear diary"
     with pytest.raises(ValueError, match=r"own.jsonl is not valid JSON \(line 1\)"):
         read_own_lines(path, head)
+
+
+def test_a_device_is_not_read_for_ever():
+    with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
+        read_own_lines(Path("/dev/zero"), "{")
+    with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
+        read_json(Path("/dev/zero"))
+    assert read_own_lines(Path("/dev/null"), "{") == []
 
 
 def test_lines_of_a_stream_are_numbered(tmp_path):

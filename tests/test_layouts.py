@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -104,6 +105,29 @@ def test_v16_keeps_its_own_tower(reference_next, kind, tmp_path):
     assert processor.image_processor.mode == "anyres"
     assert model.config.anyres_convention == "original"
     same_logits(model, processor, reference_next)
+
+
+@pytest.mark.parametrize(
+    ("token", "rows", "is_added"), [(362, 384, True), (362, 384, False), (7, 360, False)]
+)
+def test_the_placeholder_of_another_programs_tokenizer(reference, token, rows, is_added, tmp_path):
+    """SGLang's tokenizers for original checkpoints have one; 34B's is 64002 of 64000."""
+    original = layouts.to_original(layouts.state_dict(reference))
+    folder = layouts.write_folder(tmp_path / "llava", original, layouts.original_config(reference))
+    if is_added:
+        (folder / "added_tokens.json").write_text(json.dumps({"<image>": token}))
+    else:
+        decoder = {str(token): {"content": "<image>", "special": True}}
+        config = {"add_bos_token": True, "added_tokens_decoder": decoder}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model, processor = load(folder)
+    assert model.config.image_token_index == token
+    assert model.config.text_config.vocab_size == rows
+    inputs = layouts.inputs_of(processor)
+    ours = np.array(model(**inputs))[..., : layouts.VOCABULARY]
+    ids = mx.where(inputs.input_ids == token, layouts.VOCABULARY, inputs.input_ids)
+    theirs = layouts.reference_logits(reference, replace(inputs, input_ids=ids))
+    assert np.abs(ours - theirs).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("merge_type", ["flat", "spatial"])
@@ -253,6 +277,8 @@ def test_a_delta_is_added_to_its_llama(reference, tmp_path):
         array = np.array(ours[f"language_model.model.{key}"].astype(mx.float32))[: len(theirs)]
         assert np.array_equal(array, theirs), key
 
+    with pytest.warns(UserWarning, match="delta is called a delta, .* without that LLaMA: --base"):
+        load(folder)
     wrong = {key: tensor[..., :32] for key, tensor in llama.items()}
     other = layouts.write_folder(tmp_path / "other", wrong, {"model_type": "llama"})
     with pytest.raises(ValueError, match=r"\(\d+, 64\) in the delta but \(\d+, 32\) in the base"):

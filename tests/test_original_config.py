@@ -113,6 +113,16 @@ def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("decoder", [{"model_type": "llama"}, None])
+def test_xtuners_own_layout_is_refused_with_what_to_take(decoder, tmp_path):
+    (tmp_path / "projector").mkdir()
+    (tmp_path / "projector" / "config.json").write_text(json.dumps({"model_type": "projector"}))
+    if decoder:
+        (tmp_path / "config.json").write_text(json.dumps(decoder))
+    with pytest.raises(ValueError, match="in xtuner's own layout; take the repository with -hf"):
+        load(tmp_path)
+
+
 def test_a_decoder_that_only_text_config_describes_is_read(reference, tmp_path):
     config = layouts.original_config(reference, architectures=["LlavaRForConditionalGeneration"])
     text = "hidden_size intermediate_size num_hidden_layers rms_norm_eps rope_theta eos_token_id"

@@ -169,6 +169,16 @@ def test_a_template_that_reads_strings_gets_strings():
     assert template.render(messages) == "<s>[INST] <image>\nQ [/INST]A</s>[INST] Q2 [/INST]"
 
 
+@pytest.mark.parametrize("reject", ["", "{{ raise_exception('no tools') if tools is not none }}"])
+def test_a_template_of_text_may_speak_of_the_types_of_tools(reject):
+    tools = """{% for t in tools or [] %}{{ t['type'] }}{% endfor %}"""
+    joined = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+    dumped = "{% for m in messages %}{{ '[INST] ' ~ m['content'] ~ ' [/INST]' }}{% endfor %}"
+    for text in (joined, dumped):
+        template = JinjaTemplate(reject + tools + text)
+        assert template.render([Message("user", "What?", 1)]) == "[INST] <image>\nWhat? [/INST]"
+
+
 def test_a_template_may_use_what_transformers_gives_it(loaded):
     tokenizer = copy.copy(loaded[1].tokenizer)
     tokenizer.config = {**tokenizer.config, "unk_token": {"content": "<unk>"}, "pad_token": None}

@@ -250,6 +250,7 @@ class TestCommand:
         ("schema", "words"),
         [
             ("nowhere.json", "no schema file"),
+            ("~nobody-of-that-name/a.json", "no schema file ~nobody"),
             ("{", "is not valid JSON"),
             ('{"type": 1}', "cannot be used"),
         ],

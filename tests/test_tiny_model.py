@@ -14,12 +14,14 @@ from mlx.utils import tree_flatten
 
 from mlx_llava import batch_generate, generate, load
 from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, embedded_model
+from mlx_llava.folders import MANIFEST
 from mlx_llava.generate import main
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import measure_tiny
 import shapes
+import train_tiny
 
 FOLDER = ROOT / "weights" / "tiny-llava"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -37,6 +39,29 @@ def test_it_is_small_and_in_half_precision():
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 8e6
     model, _ = load(as_stored=True)
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.float16}
+
+
+def test_a_new_one_takes_the_place_of_its_own_files_alone(tmp_path):
+    made, out = tmp_path / "made", tmp_path / "out"
+    for folder, text in ((made, "new"), (out, "old")):
+        (folder / "examples").mkdir(parents=True)
+        for name in ("config.json", "examples/shapes.png"):
+            (folder / name).write_text(text)
+    (made / MANIFEST).write_text("{}")
+    (out / "examples" / "notes.txt").write_text("mine")
+    train_tiny.publish(made, out)
+    assert {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*.*")} == {
+        "config.json": "new",
+        "examples/shapes.png": "new",
+        "examples/notes.txt": "mine",
+    }
+
+
+def test_its_script_writes_over_no_other_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        train_tiny.main()
+    assert f"{tmp_path} exists already" in capsys.readouterr().err
 
 
 def test_the_command_uses_it_and_says_so(capsys):

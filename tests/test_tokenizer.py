@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from mlx_llava.generation.detokenizer import StopMatcher, StreamingDecoder
 from mlx_llava.inputs.byte_bpe import spec_from_byte_bpe
-from mlx_llava.inputs.sentencepiece import CONTROL, NORMAL, Piece, spec_from_sentencepiece
+from mlx_llava.inputs.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    spec_from_pieces,
+    spec_from_sentencepiece,
+)
 from mlx_llava.inputs.tokenizer import Tokenizer
 from tests.conftest import GOLDENS, SHARED
 
@@ -111,6 +119,29 @@ def test_added_tokens_may_be_in_tokenizer_config_only(llama_tokenizer_model, tmp
     assert tokenizer.encode("<pad>") == [1, IMAGE + 1]
 
 
+@pytest.mark.parametrize("config", [{}, {"bos_token": "<s>"}, {"bos_token": "<unk>"}])
+def test_without_other_settings_the_begin_of_text_is_that_of_tokenizer_json(
+    llama, config, tmp_path
+):
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            begin,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({**llama.spec, "post_processor": processor})
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = Tokenizer.from_folder(tmp_path, IMAGE)
+    assert found.bos_ids == ([] if config.get("bos_token") == "<unk>" else [1])
+
+
 def test_bos_is_not_written_twice(llama):
     assert llama.encode("<s>Hello world") == llama.encode("Hello world")
 
@@ -122,6 +153,27 @@ def test_protected_text_has_no_special_tokens(llama, text):
     assert ids[0] == 1
     assert not special & set(ids[1:])
     assert llama.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": "<|im_end|>"},
+        {"eos_token": {"content": "<|im_end|>", "lstrip": False}},
+        {"additional_special_tokens": ["<|im_end|>"]},
+        {"added_tokens_decoder": {"3": {"content": "<|im_end|>", "special": True}}},
+    ],
+)
+def test_what_tokenizer_config_names_is_special_whatever_the_vocabulary_says(config):
+    """Yi's tokenizer.model has the mark as a word of the user's."""
+    words = [*"<|im_end>ab", "▁"]
+    marks = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<|im_end|>", USER_DEFINED)]
+    pieces = [Piece(text, 0.0, kind) for text, kind in [*marks, *((w, NORMAL) for w in words)]]
+    tokenizer = Tokenizer(spec_from_pieces(pieces, {}, False), config, 99)
+    assert 3 in tokenizer.encode("a<|im_end|>b")
+    typed = tokenizer.encode(tokenizer.protect("a<|im_end|>b"))
+    assert 3 not in typed
+    assert tokenizer.decode(typed) == "a<|im_end|>b"
 
 
 def test_special_tokens_of_one_character_and_within_each_other(llama):

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_llava.checkpoint.lora import LowRank, add_low_rank
 from mlx_llava.checkpoint.parts import read_adapter
+from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.json_files import write_json
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import is_quantized, plain_weight, with_weight
@@ -93,7 +94,7 @@ def add_lora(model: Llava, adapter: Adapter) -> None:
 
 def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, mx.array]) -> None:
     """Writes adapters.safetensors and adapter_config.json to a folder that is there."""
-    mx.save_safetensors(str(folder / WEIGHTS), dict(weights))
+    write_arrays(folder / WEIGHTS, weights)
     write_json(folder / "adapter_config.json", adapter.to_dict())
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
+from mlx_llava.model.config import read_ends
 
 EMBEDDINGS = "language_model.model.embed_tokens."
 LM_HEAD = "language_model.lm_head."
@@ -71,10 +72,10 @@ class Contents:
         self.settings |= {key: tied, "text_config": {**text, key: tied}}
 
 
-def read_ends(folder: Path) -> tuple[int, ...]:
+def ends_of(folder: Path) -> tuple[int, ...]:
     """The ends of an answer that generation_config.json names."""
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+    name = "generation_config.json"
+    return read_ends(read_json(folder / name).get("eos_token_id"), name)
 
 
 def _layer(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:

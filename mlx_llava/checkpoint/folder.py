@@ -16,10 +16,10 @@ from mlx_llava.json_files import read_json
 #: Tensors by key or name.
 Tensors: TypeAlias = Mapping[str, LazyTensor]
 
-#: The two ways to store weights: their index, and the files where there is no index.
+#: The two ways to store weights: the index of shards, the file that is no shard, all files.
 _KINDS = (
-    (safetensors.INDEX, "*.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    (safetensors.INDEX, "model.safetensors", "*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
 )
 
 #: What names of unfinished downloads end in: of browsers, curl, wget, aria2 and huggingface_hub.
@@ -35,7 +35,7 @@ def find_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: There are none, or a shard is missing.
     """
-    for index_name, pattern in _KINDS:
+    for index_name, whole, pattern in _KINDS:
         index = read_json(folder / index_name)
         expected = set(index.get("weight_map", {}).values())
         if any(Path(name).name != name for name in expected):
@@ -44,6 +44,8 @@ def find_files(folder: Path) -> list[Path]:
             found = {path.name for path in visible_files(folder, pattern)}
             expected = {sibling for name in found for sibling in _siblings(name)}
         missing = sorted(name for name in expected if not (folder / name).exists())
+        if len(missing) == len(expected) and (folder / whole).exists():
+            return [folder / whole]  # the index of what it was made of
         if missing:
             raise FileNotFoundError(
                 f"{folder} lacks {len(missing)} of {len(expected)} weight files: "

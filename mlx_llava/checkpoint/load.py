@@ -163,11 +163,7 @@ def _check_depth(config: LlavaConfig, names: set[str]) -> None:
     ):
         indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
         if len(indices) != expected:
-            found = (
-                f"{len(indices)}"
-                if indices
-                else f"0; its first tensor is {min(names, default='missing')}"
-            )
+            found = len(indices) or f"0; its first tensor is {min(names, default='missing')}"
             raise ValueError(
                 f"{part} has num_hidden_layers={expected}, but the checkpoint has {found}."
             )

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.checkpoint import gptq, original
-from mlx_llava.checkpoint.contents import EMBEDDINGS, LM_HEAD, Contents, read_ends
+from mlx_llava.checkpoint.contents import EMBEDDINGS, LM_HEAD, Contents, ends_of
 from mlx_llava.checkpoint.folder import Tensors, find_files, read_folder, visible_files
 from mlx_llava.checkpoint.gguf import gguf_files, read_gguf
 from mlx_llava.checkpoint.hub import Source, find_checkpoint
@@ -99,10 +99,9 @@ def _read(path: Path, source: Source) -> Contents:
     data = read_json((path if path.is_dir() else path.parent) / "config.json")
     if path.is_file() or is_adapter(path) or _is_projector(path):
         return _read_part(path, data, source)
+    original.refuse_folder(path, data)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
-    if original.is_original(data):
-        original.refuse_others(data)
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
@@ -151,7 +150,7 @@ def _read_hf(path: Path, data: dict[str, Any], tensors: Tensors, is_mlx: bool) -
         tensors=found.tensors,
         tokenizer=partial(Tokenizer.from_folder, path),
         image_processor=read_json(path / "preprocessor_config.json") or nested,
-        eos_ids=read_ends(path),
+        eos_ids=ends_of(path),
         dropped=packed.dropped | found.dropped,
         warnings=warnings,
     )

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.checkpoint import gptq
-from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, read_ends
+from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, ends_of
 from mlx_llava.checkpoint.folder import Tensors, read_folder
 from mlx_llava.checkpoint.hub import Source, checkpoint_name
 from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_tensors
-from mlx_llava.checkpoint.parts import apply_delta
+from mlx_llava.checkpoint.parts import apply_delta, delta_warning
 from mlx_llava.checkpoint.tensors import LazyTensor
-from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
-from mlx_llava.model.config_checks import unknown_warning
+from mlx_llava.model.config_checks import refuse_value, unknown_warning
 
 TOWER = "vision_tower."
 _PATCHES = "vision_tower.vision_model.embeddings."
@@ -115,8 +115,9 @@ def read_original(
     rows = weights[EMBEDDINGS + "weight"].shape[0]
     settings = translate(data, vision, rows)
     warnings += unknown_warning(unknown_keys(settings))
+    warnings += [] if source.base else delta_warning(checkpoint_name(path))
     vocabulary = tokenizer_folder or path
-    placeholder = read_json(vocabulary / "added_tokens.json").get(IMAGE_TOKEN)
+    placeholder = find_image_token(vocabulary)
     if placeholder is not None:
         settings["image_token_index"] = placeholder
     if packed.settings:
@@ -129,9 +130,9 @@ def read_original(
         tensors=weights,
         tokenizer=partial(Tokenizer.from_folder, vocabulary, prefer_sentencepiece=True),
         image_processor=image_processor(data, vision),
-        eos_ids=read_ends(path),
+        eos_ids=ends_of(path),
         names=" ".join([*map(checkpoint_name, (path, vocabulary)), str(data.get("_name_or_path"))]),
-        has_placeholder=placeholder is not None or bool(packed.settings),
+        has_placeholder=bool(packed.settings) or (placeholder is not None and placeholder < rows),
         dropped=packed.dropped | found.dropped,
         warnings=warnings,
         read_from=read_from,
@@ -167,9 +168,9 @@ def translate(
     refuse_others(data)
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
-        raise ValueError(f"image_aspect_ratio={mode!r} is not supported.")
+        refuse_value("config.json", "image_aspect_ratio", mode, "'square', 'pad' and 'anyres'")
     if data.get("mm_resampler_type"):
-        raise ValueError(f"mm_resampler_type={data['mm_resampler_type']!r} is not supported.")
+        refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     text = {**(data.get("text_config") or {}), **data}
     text = {key: value for key, value in text.items() if key not in _READ | _UNREAD}
     if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
@@ -204,8 +205,25 @@ def _kind(data: Mapping[str, Any]) -> str:
     return f"{data.get('model_type')} {data.get('architectures')}"
 
 
+def refuse_folder(folder: Path, data: Mapping[str, Any]) -> None:
+    """Raises ValueError for another LLaVA's folder, before weights are read or fetched.
+
+    Args:
+        folder (Path): The folder.
+        data (dict): Its config.json; xtuner's is the decoder's, or missing.
+    """
+    is_llava = "llava" in str(data.get("model_type"))
+    if (folder / "projector" / "config.json").exists() and not is_llava:
+        raise ValueError(
+            f"{folder} is in xtuner's own layout; take the repository with -hf or -transformers "
+            "behind its name, or convert it with xtuner's convert_xtuner_weights_to_hf.py."
+        )
+    if is_original(data):
+        refuse_others(data)
+
+
 def refuse_others(data: Mapping[str, Any]) -> None:
-    """Raises ValueError for a LLaVA that is none of the original's: before its tower is fetched."""
+    """Raises ValueError for a LLaVA that is none of the original's."""
     kind = _kind(data)
     for mark, what in _OTHER_LLAVAS.items():
         if data.get(mark) or mark in kind.lower():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def apply_delta(
                 "delta needs the original LLaMA that it came from."
             )
     return result
+
+
+def delta_warning(name: str) -> list[str]:
+    """What to say of a checkpoint without a base whose name is a delta's."""
+    if not re.search(r"\bdelta\b", name.lower()):
+        return []
+    return [
+        f"{name} is called a delta, the difference to a LLaMA. If it is one, it answers noise "
+        "without that LLaMA: --base."
+    ]
 
 
 def _add(arrays: list[mx.array]) -> mx.array:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,6 +82,20 @@ class _Reader:
         if key not in self.tensors:
             self.tensors = cast("dict[str, mx.array]", mx.load(str(self.path)))
         return self.tensors.pop(key)
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a file at once.
+
+    Raises:
+        OSError: There is no room for it, or no right to write it.
+    """
+    try:
+        mx.save_safetensors(str(path), dict(arrays), metadata)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written; is the disk full? {error}") from error
 
 
 def write_weights(

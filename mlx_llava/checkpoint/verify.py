@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -85,13 +85,11 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
     with _check("prompt"):
         inputs = processor(QUESTION, example_picture())
     yield Finding("prompt", repr(inputs.prompts[0]))
-    assert inputs.pixel_values is not None  # there is a picture
-    features = model.encode_images(inputs.pixel_values, inputs.image_sizes)
     with _check("ids"):
-        _check_ids(processor, inputs, sum(map(len, features)))
+        _check_ids(processor, inputs)
     yield Finding("ids", _folded(inputs, model.config.image_token_index))
     with _check("forward pass"):
-        logits = _forward(model, inputs, features)
+        logits = _forward(model, inputs)
     extent = f"{float(logits.min()):.4g} to {float(logits.max()):.4g}"
     yield Finding("forward pass", f"finite, logits of the first word from {extent}")
 
@@ -148,14 +146,10 @@ def _features(config: LlavaConfig) -> str:
     )
 
 
-def _check_ids(processor: Processor, inputs: Inputs, features: int) -> None:
+def _check_ids(processor: Processor, inputs: Inputs) -> None:
     """Raises ValueError for ids that say another prompt, or that the embedding has not."""
     image, rows = processor.config.image_token_index, processor.config.text_config.vocab_size
-    ids = inputs.input_ids[0].tolist()
-    text = [i for i in ids if i != image]
-    if len(ids) - len(text) != features:
-        found = len(ids) - len(text)
-        raise ValueError(f"the prompt has {found} placeholders, the picture {features} features.")
+    text = [i for i in inputs.input_ids[0].tolist() if i != image]
     if max(text) >= rows:
         raise ValueError(f"the tokenizer gives {max(text)}, but the embedding has {rows} rows.")
     if QUESTION not in (read := processor.tokenizer.decode(text)):
@@ -172,13 +166,14 @@ def _folded(inputs: Inputs, image: int) -> str:
     return f"{len(ids)}: {' '.join(shown)}"
 
 
-def _forward(model: Llava, inputs: Inputs, features: Sequence[mx.array]) -> mx.array:
+def _forward(model: Llava, inputs: Inputs) -> mx.array:
     """The logits of the word after a prompt.
 
     Raises:
-        ValueError: A hidden state or a logit is NaN or infinite.
+        ValueError: The picture has not as many features as the prompt has placeholders, or a
+            hidden state or a logit is NaN or infinite.
     """
-    embeddings = model.embed(inputs.input_ids, image_features=features)
+    embeddings = model.embed(**inputs)
     *_, hidden = model.language_model.hidden_states(embeddings)
     logits = model.language_model.logits(hidden[:, -1]).astype(mx.float32)
     for what, values in (("hidden states", hidden), ("logits", logits)):

@@ -59,6 +59,17 @@ def answer_prompts(
             yield {**records.pop(index), "text": outcome.answer, **outcome.figures()}
 
 
+def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What `answer_prompts` yields, by index: each waits for those before it."""
+    waiting: dict[int, dict[str, Any]] = {}
+    following = 0
+    for line in lines:
+        waiting[line["index"]] = line
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
 def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
     """What a line of JSON asks.
 

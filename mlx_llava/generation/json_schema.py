@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_llava.files import expand_home
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import parse, read_json
 
@@ -30,7 +30,7 @@ def read_schema(text: str) -> dict[str, Any]:
         ValueError: It is no JSON object.
     """
     if not text.lstrip().startswith("{"):
-        path = Path(text).expanduser()
+        path = expand_home(text)
         if not path.exists():
             raise FileNotFoundError(f"There is no schema file {text}.")
         return read_json(path)

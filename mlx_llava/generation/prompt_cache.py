@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.files import whole_file
 from mlx_llava.inputs.image_processor import Pixels
 from mlx_llava.inputs.processor import Inputs
@@ -229,7 +230,7 @@ class PromptCache:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, ending=".safetensors") as beside:
-            mx.save_safetensors(str(beside), arrays, metadata)
+            write_arrays(beside, arrays, metadata)
 
     def load(self, path: str | Path, empty: Cache) -> None:
         """Reads what `save` wrote.

@@ -216,7 +216,7 @@ class JinjaTemplate(ChatTemplate):
             text = self._template.render(
                 messages=[self._as_dict(message, image_position) for message in messages],
                 add_generation_prompt=prompting,
-                **{**self.tokens, "bos_token": self.bos, "eos_token": self.eos},
+                **self._variables,
             )
         except (jinja2.TemplateError, TypeError, OverflowError) as error:
             raise ValueError(f"The checkpoint's chat template fails: {error}") from error
@@ -228,9 +228,33 @@ class JinjaTemplate(ChatTemplate):
                 )
         return text
 
+    @property
+    def _variables(self) -> dict[str, str | None]:
+        """What transformers gives a template beside the turns."""
+        tokens = {**self.tokens, "bos_token": self.bos, "eos_token": self.eos}
+        return {"tools": None, "documents": None, **tokens}
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether a turn is read in parts; in templates of text, tools may have a type."""
+        import jinja2
+
+        if not re.search(r"""['"]type['"]|\.type\b""", self.source):
+            return False
+        parts = [{"type": "text", "text": _QUESTION}]
+        for content in (parts, _QUESTION):
+            turn = {"role": "user", "content": content}
+            try:
+                text = self._template.render(messages=[turn], **self._variables)
+            except (jinja2.TemplateError, TypeError, OverflowError):
+                continue
+            if _QUESTION in text and str(parts) not in text:
+                return content is parts
+        return True
+
     def _as_dict(self, message: Message, image_position: str) -> dict[str, Any]:
         """The turn in the shape that the template reads: parts, or one string."""
-        if not re.search(r"""['"]type['"]|\.type\b""", self.source):
+        if not self._reads_parts:
             return {"role": message.role, "content": place_images(message, "\n", image_position)}
         if image_position == "end":
             message = Message(message.role, place_images(message, "\n", image_position))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageGrab
 
+from mlx_llava.files import expand_home
 from mlx_llava.inputs.image_files import essence, orientation
 from mlx_llava.inputs.rgb import from_array, to_rgb
 
@@ -187,10 +188,7 @@ def _read(source: Any) -> tuple[bytes, str]:
         from mlx_llava.inputs.fetch import download
 
         return download(text), text
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"There is no image {text}: {error}") from error
+    path = expand_home(text)
     if path.is_dir():
         raise ValueError(f"{text} is a folder, not an image.")
     if not path.exists():

@@ -44,7 +44,8 @@ _TAGS_KEPT = frozenset(
         50674,
     }
 )
-_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _TIFF_XMP = 258, 262, 322, 323, 700
+_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANES = 258, 259, 262, 277, 284
+_TILE_WIDTH, _TILE_LENGTH, _TIFF_XMP = 322, 323, 700
 _LOWEST, _HIGHEST = (280, 340), (281, 341)
 
 
@@ -207,6 +208,9 @@ def _tiff(content: bytes, max_pixels: int) -> Essence:
     if width * length > max_pixels:
         raise ValueError(f"has tiles of {width:.0f}x{length:.0f} pixels")
     bits = number(_BITS) or 1
+    is_raw = number(_COMPRESSION) in (None, 1)
+    if is_raw and bits > 8 and number(_PLANES) == 2 and (number(_SAMPLES) or 1) > 1:
+        raise ValueError(f"has colours of {bits:.0f} bits in planes of their own; interleave them")
     whites = [white for tag in _HIGHEST if (white := number(tag)) is not None]
     blacks = [black for tag in _LOWEST if (black := number(tag)) is not None]
     levels = Levels(

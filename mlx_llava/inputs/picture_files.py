@@ -31,7 +31,7 @@ def find_pictures(
             that lead nowhere, and folders that cannot be read.
 
     Raises:
-        ValueError: A place has no picture.
+        ValueError: A place has no picture, or is a folder that cannot be read.
     """
     found: dict[Path, str] = {}
     skipped = set() if skipped is None else skipped
@@ -39,6 +39,8 @@ def find_pictures(
         path = expand_home(place)
         files = [path] if path.is_file() else _find_files(path, recursive, skipped)
         new = _name_once(files)
+        if not new and path in skipped and path.is_dir():
+            raise ValueError(f"The folder {place} cannot be read; see its permissions.")
         if not new:
             hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
             raise ValueError(f"There is no picture in {place}{hint}.")

@@ -63,8 +63,9 @@ class Tokenizer:
         Raises:
             ValueError: Tokenizer and model disagree on the id of ``<image>``.
         """
+        special = {IMAGE_TOKEN, *_named_special(config)}
         tokens = [
-            {**token, "special": token["special"] or token["content"] == IMAGE_TOKEN}
+            {**token, "special": token["special"] or token["content"] in special}
             for token in _added_tokens(spec, config)
         ]
         self.spec = {**spec, "added_tokens": tokens}
@@ -121,15 +122,15 @@ class Tokenizer:
 
     def _id_of(self, key: str) -> int | None:
         """The id of a token that tokenizer_config.json names, as text or as an object."""
-        token = self.config.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
+        text = _text_of(self.config.get(key))
         return None if text is None else self._backend.token_to_id(text)
 
     def _read_bos(self) -> list[int]:
         """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
         bos_id, wanted = self._id_of("bos_token"), self.config.get("add_bos_token")
         if wanted is None:
-            wanted = bos_id in self._backend.encode("").ids[:1]
+            begin = self._backend.encode("").ids[:1]
+            return begin if bos_id in (None, *begin) else []
         return [bos_id] if wanted and bos_id is not None else []
 
     def protect(self, text: str, keep: Iterable[str] = ()) -> str:
@@ -214,6 +215,14 @@ class Tokenizer:
         return text
 
 
+def find_image_token(folder: Path) -> int | None:
+    """The id that a tokenizer's files give ``<image>``, if any of them does."""
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    spec, config, added = (read_json(folder / name) for name in names)
+    ids = {token["content"]: int(token["id"]) for token in _added_tokens(spec, config)}
+    return {**ids, **added}.get(IMAGE_TOKEN)
+
+
 def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The added tokens of tokenizer.json, and those that only tokenizer_config.json has."""
     tokens = [dict(token) for token in spec.get("added_tokens", [])]
@@ -224,6 +233,23 @@ def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[di
         for i, token in config.get("added_tokens_decoder", {}).items()
         if token["content"] not in listed
     ]
+
+
+def _text_of(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which is a text or an object."""
+    text: str | None = token.get("content") if isinstance(token, Mapping) else token
+    return text
+
+
+def _named_special(config: Mapping[str, Any]) -> set[str | None]:
+    """What tokenizer_config.json says is special, whatever the vocabulary calls it.
+
+    Yi's has ``<|im_end|>`` as a word of the user's, which ends answers all the same.
+    """
+    decoder = (config.get("added_tokens_decoder") or {}).values()
+    named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
+    named += config.get("additional_special_tokens") or []
+    return {*map(_text_of, named), *(t["content"] for t in decoder if t.get("special"))}
 
 
 def _backend(spec: Mapping[str, Any]) -> Backend:

@@ -341,9 +341,14 @@ def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
     ids = data.get("eos_token_id")
     if ids is None:
         ids = (data.get("text_config") or {}).get("eos_token_id")
+    return read_ends(ids, "config.json")
+
+
+def read_ends(ids: object, where: str) -> tuple[int, ...]:
+    """Reads an ``eos_token_id``: one id, several, or null."""
     ends = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(end) is int for end in ends):
-        refuse_value("config.json", "eos_token_id", ids, "an id or a list of ids")
+        refuse_value(where, "eos_token_id", ids, "an id or a list of ids")
     return tuple(ends)
 
 

@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.folders import new_folder, remove_folder
 from mlx_llava.json_files import field, read_json, write_json
 from mlx_llava.model.blas import set_blas_threads
@@ -264,7 +265,7 @@ class Trainer:
                     "count": self.count,
                 }
             )
-            mx.save_safetensors(str(beside / "state.safetensors"), dict(arrays))
+            write_arrays(beside / "state.safetensors", dict(arrays))
             write_json(
                 beside / "state.json",
                 {"step": self.step, "tokens": self.tokens, "options": self._identity()},
