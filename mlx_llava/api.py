@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,14 +29,14 @@ from mlx_llava.command import one_line
 from mlx_llava.decoding import ContextError, Options
 from mlx_llava.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.guard import error_response
-from mlx_llava.image import PixelsError, load_image
+from mlx_llava.image import image_size, load_image
 from mlx_llava.limits import Limits
 from mlx_llava.metrics import Metrics
 from mlx_llava.protocol import ChatRequest, CompletionRequest, Wanted, read_request
 from mlx_llava.remote import MAX_BYTES, SECONDS
-from mlx_llava.replies import ChatShape, CompletionShape, Shape, Usage
+from mlx_llava.replies import ChatShape, CompletionShape, Shape, Tally
 from mlx_llava.sources import Sources, is_remote
-from mlx_llava.workers import Workers
+from mlx_llava.workers import Workers, forget
 
 PAGE = Path(__file__).parent / "page"
 #: Where no key is needed: what says nothing of anyone's questions.
@@ -46,6 +45,8 @@ OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterd
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 #: Bytes from which one body is parsed at a time, so that those of texts wait for none of them.
 LONG_BODY = 1_000_000
+#: Pixels of a request up to which its pictures are small, as those of most telephones are.
+SMALL_PIXELS = 16_000_000
 #: So many requests have pictures fetched at a time, and keep them until they are decoded.
 FETCHES = 8
 #: How long fetching all pictures of a request may take.
@@ -75,9 +76,11 @@ class Api:
     def __post_init__(self) -> None:
         """Begins to count."""
         self.metrics = Metrics(self.engine)
-        # One request's pictures are decoded at a time, so that their pixels never add up; texts
-        # wait for no pictures, and pictures that are sent for none of elsewhere.
-        self._decoding, self._reading, self._parsing = Workers(1), Workers(4), Workers(1)
+        # The pictures of one request are decoded at a time, and beside those of one with small
+        # ones, so that their pixels never add up. Texts wait for no pictures and no schemas, small
+        # pictures for no large ones, and those that are sent for none of elsewhere.
+        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
+        self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
         self._fetching, self._holding = Workers(FETCHES), asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
@@ -97,7 +100,7 @@ class Api:
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         handlers: dict[Any, Any] = {
-            ApiError: lambda _, error: error_response(error),
+            ApiError: _refuse,
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
             Exception: _unforeseen,
@@ -218,10 +221,16 @@ class Api:
             )
         self._check_length(texts)
         options = wanted.options(self.defaults)
+        if options.json_schema is not None:
+            compile = partial(options.logits_processors, self.engine.processor)
+            await self._compiling.run(compile)
         async with self._holding if any(map(is_remote, urls)) else nullcontext():
             files = await self._fetch(urls)
-            workers = self._decoding if urls else self._reading
-            prepared = await workers.run(partial(self._prepare, wanted, urls, files, options))
+            workers = self._reading
+            if urls:
+                pixels = await self._measuring.run(partial(self._pixels, urls, files))
+                workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
+            prepared = await workers.run(partial(self._prepare, wanted, urls, files))
         return [(inputs, own) for inputs in prepared for own in wanted.seeded(options)]
 
     async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
@@ -255,41 +264,43 @@ class Api:
             raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
 
     def _prepare(
-        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes], options: Options
+        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes]
     ) -> list[Callable[[], Any]]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
-        processor = self.engine.processor
-        options.logits_processors(processor)  # compiles a schema, once
-        prepare = processor.prepare
+        prepare = self.engine.processor.prepare
         if isinstance(wanted, CompletionRequest):
             return [prepare(text, raw=True) for text in wanted.prompt]
-        return [prepare(wanted.conversation(self._decode(urls, files)))]
+        with _named_pictures():
+            pictures = [
+                load_image(file, self.limits.pixels, FORMATS) for file in self._files(urls, files)
+            ]
+        return [prepare(wanted.conversation(pictures))]
 
-    def _decode(self, urls: Sequence[str], files: Mapping[str, bytes]) -> list[Image.Image]:
+    def _files(self, urls: Sequence[str], files: Mapping[str, bytes]) -> Iterator[bytes]:
         """The pictures of a request, from what was fetched and what is at hand."""
-        pictures: list[Image.Image] = []
+        return (files[url] if url in files else self._read(url) for url in urls)
+
+    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
+        """How many pixels the pictures of a request have, which may not be too many."""
         limit, pixels = self.limits.pixels, 0
-        for url in urls:
-            file = files[url] if url in files else self._read(url)
-            try:
-                pictures.append(load_image(file, limit - pixels, FORMATS))
-            except ValueError as error:
-                message = str(error)
-                if pictures and isinstance(error, PixelsError):
-                    message = (
-                        f"The first {len(pictures) + 1} pictures have {pixels + error.pixels:,} "
-                        f"pixels together; the limit of a request is {limit:,}."
-                    )
-                raise ApiError(400, message, param="messages", code="invalid_image") from error
-            pixels += pictures[-1].width * pictures[-1].height
-        return pictures
+        for count, file in enumerate(self._files(urls, files), 1):
+            with _named_pictures():
+                width, height = image_size(file, limit, FORMATS)
+            pixels += width * height
+            if pixels > limit:
+                message = (
+                    f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
+                    f"request is {limit:,}."
+                )
+                raise ApiError(400, message, param="messages", code="invalid_image")
+        return pixels
 
     async def _whole(
         self, shape: Shape, pieces: AsyncGenerator[Piece, None], n: int
     ) -> dict[str, Any]:
         """All answers in one reply."""
         answers: dict[int, Piece] = {}
-        tally = _Tally(n)
+        tally = Tally(n)
         async with aclosing(pieces):
             async for piece in pieces:
                 tally.add(piece)
@@ -301,7 +312,7 @@ class Api:
         self, shape: Shape, first: Piece, pieces: AsyncGenerator[Piece, None], n: int
     ) -> AsyncGenerator[str, None]:
         """The answers as server-sent events."""
-        tally = _Tally(n)
+        tally = Tally(n)
         async with aclosing(pieces):
             try:
                 piece: Piece | None = first
@@ -316,22 +327,6 @@ class Api:
         if shape.include_usage:
             yield _event(shape.last_chunk(tally.usage, tally.timings))
         yield "data: [DONE]\n\n"
-
-
-class _Tally:
-    """The usage of a request, and the timings of its first answer."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n  # answers to each prompt
-        self.usage = Usage()
-        self.timings: dict[str, float] = {}
-
-    def add(self, piece: Piece) -> None:
-        """Counts an answer that ends."""
-        if piece.finish_reason:
-            self.usage.add(piece.figures, is_new_prompt=piece.index % self._n == 0)
-            if piece.index == 0:
-                self.timings = piece.figures["timings"]
 
 
 class _EventStream(StreamingResponse):
@@ -370,6 +365,20 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
     if tasks[0].cancelled():
         raise ClientDisconnect
     return tasks[0].result()
+
+
+@contextmanager
+def _named_pictures() -> Iterator[None]:
+    """Errors of pictures as clients read them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_image") from error
+
+
+async def _refuse(_: Request, error: ApiError) -> Response:
+    forget(error)  # here, where whatever has not ended still runs
+    return error_response(error)
 
 
 def _context_error(message: str) -> ApiError:
