@@ -218,6 +218,20 @@ class TestManyConnections:
                 assert httpx.get(served.url + "/health", timeout=60).status_code == 200
             assert receive(idle[0]) == b""
 
+    def test_one_that_has_just_come_outlasts_slow_bodies(self, served, monkeypatch):
+        monkeypatch.setattr(connection, "NEW_SECONDS", 60)
+        with contextlib.ExitStack() as all:
+            slow = [all.enter_context(connect(served)) for _ in range(self.LIMIT)]
+            for sending in slow:
+                sending.sendall(head(100) + b"{")
+            assert httpx.get(served.url + "/health", timeout=60).status_code == 200
+            honest = all.enter_context(connect(served))
+            for _ in range(2):
+                all.enter_context(connect(served))
+            assert httpx.get(served.url + "/health", timeout=60).status_code == 200
+            honest.sendall(request())
+            assert honest.recv(12) == b"HTTP/1.1 200"
+
     def test_one_that_asks_is_kept(self, served):
         with contextlib.ExitStack() as all:
             sending = all.enter_context(connect(served))
@@ -244,6 +258,27 @@ class TestManyConnections:
 
 
 class TestBodies:
+    def in_chunks_of_one(self, content):
+        top, body = b"\r\n".join(head(0).split(b"\r\n")[:-3]), content
+        chunks = b"".join(b"1\r\n%c\r\n" % letter for letter in body)
+        return top + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+    def test_a_letter_at_a_time_is_read(self, served):
+        body = request().partition(b"\r\n\r\n")[2]
+        assert served.raw(self.in_chunks_of_one(body)).startswith(b"HTTP/1.1 200")
+
+    def test_very_many_letters_at_a_time_are_not(self, served):
+        answer = served.raw(self.in_chunks_of_one(b" " * (connection.SHORT_PARTS + 200)))
+        error_of(answer, 400)
+
+    def test_very_many_parts_that_are_not_short_are_read(self):
+        reader = connection._Counted(connection.h11.SERVER)
+        reader.receive_data(head(10**7))
+        reader.next_event()
+        for _ in range(2 * connection.SHORT_PARTS):
+            reader.receive_data(bytes(connection.PART_BYTES))
+            assert len(reader.next_event().data) == connection.PART_BYTES
+
     def test_others_are_answered_while_one_is_read(self, served, monkeypatch):
         held = hold(monkeypatch, b"heavy")
         with ThreadPoolExecutor(1) as pool:

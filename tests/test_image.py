@@ -180,6 +180,7 @@ BROKEN = {
         "not an image",
     ),
     "bomb": (png_header(20_000, 20_000), "400,000,000 pixels; the limit is"),
+    "long": (png_header(1, 1_000_001), "1x1000001; the limit of a side is 1,000,000"),
     "large": (png_header(12_000, 12_000), "144,000,000 pixels; the limit is 100,000,000"),
     "no_pixels": (png_header(50, 50), "broken"),
 }

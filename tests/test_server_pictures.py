@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import json
 import socket
@@ -14,7 +16,11 @@ import httpx
 import pytest
 from PIL import Image
 
+from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.image import png
 from mlx_llava.serving import app as api
+from mlx_llava.serving.requests import ChatRequest
+from mlx_llava.serving.workers import Workers
 from tests.serving import MODEL, serving, user
 from tests.sites import Site
 from tests.test_attacks import chat, named, refused, resident_mb
@@ -39,20 +45,22 @@ def wait_until(is_so):
 
 
 class HeldDecoding:
-    """Decodes pictures, and keeps each until it is told to go on."""
+    """Decodes pictures, and keeps each large one until it is told to go on."""
 
     def __init__(self, monkeypatch):
         self.go_on = threading.Event()
-        self.begun = self.running = self.most = 0
+        self.begun = self.running = self.most = self.from_side = 0
         self._decode, self._lock = api.load_image, threading.Lock()
         monkeypatch.setattr(api, "load_image", self)
 
     def __call__(self, *args):
+        image = self._decode(*args)
+        if max(image.size) < self.from_side:
+            return image
         with self._lock:
             self.begun, self.running = self.begun + 1, self.running + 1
             self.most = max(self.most, self.running)
         try:
-            image = self._decode(*args)
             assert self.go_on.wait(PATIENCE)
             return image
         finally:
@@ -92,21 +100,96 @@ def url_of(content: bytes) -> str:
 
 
 def test_clients_that_leave_do_not_make_room_for_another_decoder(served, decoding):
-    """Six times 25 MP, each given up: one decoder runs, and memory holds one picture."""
+    """Six times 25 MP, each given up: one decoder runs, and memory holds one picture.
+
+    A small picture does not wait for it.
+    """
     before = resident_mb()
+    decoding.from_side = 1000
     message = named(progressive(5000))
     ask_and_leave(served, message, lambda: decoding.running == 1)
     for _ in range(5):
         ask_and_leave(served, message, lambda: served.engine.taken == 1)
     assert (decoding.begun, decoding.running) == (1, 1)
     assert resident_mb() < before + 450
+    assert chat(served, [user(PICTURE, "What?")], max_tokens=1).status_code == 200
     with ThreadPoolExecutor() as pool:
-        honest = pool.submit(chat, served, [user(PICTURE, "What?")], max_tokens=1)
+        large = pool.submit(chat, served, [message], max_tokens=1)
         wait_until(lambda: served.engine.taken == 1)
-        assert decoding.begun == 1
+        assert (decoding.begun, decoding.running) == (1, 1)
         decoding.go_on.set()
-        assert honest.result().status_code == 200
+        assert large.result().status_code == 200
     assert (decoding.begun, decoding.most) == (2, 1)
+
+
+def test_a_request_that_fails_holds_nothing(served):
+    """Neither its pictures nor its body wait for Python to look for circles."""
+    picture = Image.new("RGB", (1234, 777))
+    cut = png(Image.effect_noise((64, 64), 50))[:1000]
+    message = user("What?", picture)
+    message["content"] += named(url_of(cut))["content"]
+
+    def held():
+        return [
+            o
+            for o in gc.get_objects()
+            if isinstance(o, ChatRequest) or (isinstance(o, Image.Image) and o.size == picture.size)
+        ]
+
+    gc.collect()
+    before = len(held())
+    gc.disable()
+    try:
+        refused(chat(served, [message]), 400, "broken image")
+        wait_until(lambda: len(held()) == before)
+    finally:
+        gc.enable()
+
+
+def test_work_that_fails_when_its_asker_has_gone_is_not_logged():
+    fails, told = threading.Event(), []
+
+    def work():
+        assert fails.wait(PATIENCE)
+        raise ValueError
+
+    async def leave():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        workers = Workers(1)
+        asker = asyncio.ensure_future(workers.run(work))
+        await asyncio.sleep(0)
+        asker.cancel()
+        fails.set()
+        assert await workers.run(lambda: 5) == 5
+        gc.collect()
+
+    asyncio.run(leave())
+    assert told == []
+
+
+def test_texts_do_not_wait_for_schemas(served, monkeypatch):
+    go_on, compiling = threading.Event(), []
+    compile = Options.logits_processors
+
+    def held(options, processor):
+        if options.json_schema is not None and not go_on.is_set():
+            compiling.append(options)
+            assert go_on.wait(PATIENCE)
+        return compile(options, processor)
+
+    monkeypatch.setattr(Options, "logits_processors", held)
+    format = {"type": "json_object"}
+    with ThreadPoolExecutor() as pool:
+        asked = [
+            pool.submit(chat, served, [user("Hi")], max_tokens=1, response_format=format)
+            for _ in range(6)
+        ]
+        wait_until(lambda: served.engine.taken == 6 and compiling)
+        assert chat(served, [user("Hi")], max_tokens=1).status_code == 200
+        assert chat(served, [user(PICTURE, "What?")], max_tokens=1).status_code == 200
+        assert len(compiling) == 1
+        go_on.set()
+        assert [reply.result().status_code for reply in asked] == [200] * 6
 
 
 def test_texts_do_not_wait_for_pictures(served, decoding):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageGrab
 
 from mlx_llava.files import expand_home
-from mlx_llava.inputs.image_files import essence, orientation
+from mlx_llava.inputs.image_files import Essence, essence, orientation
 from mlx_llava.inputs.rgb import from_array, to_rgb
 
 ImageSource: TypeAlias = (
@@ -23,6 +23,8 @@ ImageSource: TypeAlias = (
 )
 
 MAX_PIXELS = 100_000_000
+#: Pillow takes time and memory for each row, however short it is.
+MAX_SIDE = 1_000_000
 MAX_FILE_BYTES = 1_000_000_000
 MAX_DATA_HEADER = 4096
 _DATA_SCHEME = re.compile(r"\s*data:", re.IGNORECASE)
@@ -66,18 +68,6 @@ _TURNS = {
 }
 
 
-class PixelsError(ValueError):
-    """A picture has more pixels than it may have.
-
-    Attributes:
-        pixels: how many.
-    """
-
-    def __init__(self, message: str, pixels: int) -> None:
-        super().__init__(message)
-        self.pixels = pixels
-
-
 def load_image(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
@@ -108,6 +98,26 @@ def load_image(
             return source
         with _said("The image"):
             return to_rgb(source)
+    image, file, name = _open(source, max_pixels, formats)
+    with _said(name):
+        image.load()
+        held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
+        image = to_rgb(image, file.levels, name)
+        return image.transpose(_TURNS[held]) if held in _TURNS else image
+
+
+def image_size(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
+    """The (width, height) of a picture in a file, as it says; nothing is decoded.
+
+    Arguments and errors are those of `load_image`.
+    """
+    return _open(source, max_pixels, formats)[0].size
+
+
+def _open(source: Any, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, Essence, str]:
+    """A picture that is not decoded yet, what is known of its file, and its name in errors."""
     content, name = _read(source)
     format = _format(content, name, formats)
     try:
@@ -118,11 +128,7 @@ def load_image(
     with _said(name):
         image = decoder(io.BytesIO(file.content), "")
     check_pixels(image.size, max_pixels, name)
-    with _said(name):
-        image.load()
-        held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
-        image = to_rgb(image, file.levels, name)
-        return image.transpose(_TURNS[held]) if held in _TURNS else image
+    return image, file, name
 
 
 @contextmanager
@@ -160,12 +166,14 @@ def from_clipboard() -> Image.Image:
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
-    """Raises ValueError for a (width, height) of too many pixels, or of none."""
+    """Raises ValueError for a (width, height) of too many pixels, of none, or of a long side."""
     width, height = size
     pixels = width * height
     if pixels > max_pixels:
-        message = f"{name} is {width}x{height} = {pixels:,} pixels; the limit is {max_pixels:,}."
-        raise PixelsError(message, pixels)
+        size_text = f"{width}x{height} = {pixels:,} pixels"
+        raise ValueError(f"{name} is {size_text}; the limit is {max_pixels:,}.")
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"{name} is {width}x{height}; the limit of a side is {MAX_SIDE:,}.")
     if not width or not height:
         raise ValueError(f"{name} is empty ({width}x{height} pixels).")
 

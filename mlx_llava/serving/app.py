@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,7 +27,7 @@ from starlette.types import Send
 from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.image import PixelsError, load_image
+from mlx_llava.inputs.image import image_size, load_image
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.engine import Ask, BusyError, Engine, EngineError, Piece
 from mlx_llava.serving.errors import ApiError, busy
@@ -37,8 +36,8 @@ from mlx_llava.serving.limits import Limits
 from mlx_llava.serving.metrics import Metrics
 from mlx_llava.serving.pictures import MAX_BYTES, Sources, is_remote
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, Wanted, read_request
-from mlx_llava.serving.responses import ChatShape, CompletionShape, Shape, Usage
-from mlx_llava.serving.workers import Workers
+from mlx_llava.serving.responses import ChatShape, CompletionShape, Shape, Tally
+from mlx_llava.serving.workers import Workers, forget
 
 PAGE = Path(__file__).parent / "page"
 #: Where no key is needed: what says nothing of anyone's questions.
@@ -47,6 +46,8 @@ OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterd
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 #: Bytes from which one body is parsed at a time, so that those of texts wait for none of them.
 LONG_BODY = 1_000_000
+#: Pixels of a request up to which its pictures are small, as those of most telephones are.
+SMALL_PIXELS = 16_000_000
 #: So many requests have pictures fetched at a time, and keep them until they are decoded.
 FETCHES = 8
 #: How long fetching all pictures of a request may take.
@@ -78,9 +79,11 @@ class Api:
     def __post_init__(self) -> None:
         """Begins to count."""
         self.metrics = Metrics(self.engine)
-        # One request's pictures are decoded at a time, so that their pixels never add up; texts
-        # wait for no pictures, and pictures that are sent for none of elsewhere.
-        self._decoding, self._reading, self._parsing = Workers(1), Workers(4), Workers(1)
+        # The pictures of one request are decoded at a time, and beside those of one with small
+        # ones, so that their pixels never add up. Texts wait for no pictures and no schemas, small
+        # pictures for no large ones, and those that are sent for none of elsewhere.
+        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
+        self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
         self._holding = asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
@@ -100,7 +103,7 @@ class Api:
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         handlers: dict[Any, Any] = {
-            ApiError: lambda _, error: error_response(error),
+            ApiError: _refuse,
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
             Exception: _unforeseen,
@@ -221,10 +224,16 @@ class Api:
             )
         self._check_length(texts)
         options = wanted.options(self.defaults)
+        if options.json_schema is not None:
+            compile = partial(options.logits_processors, self.engine.processor)
+            await self._compiling.run(compile)
         async with self._holding if any(map(is_remote, urls)) else nullcontext():
             files = await self._fetch(urls)
-            workers = self._decoding if urls else self._reading
-            prepared = await workers.run(partial(self._prepare, wanted, urls, files, options))
+            workers = self._reading
+            if urls:
+                pixels = await self._measuring.run(partial(self._pixels, urls, files))
+                workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
+            prepared = await workers.run(partial(self._prepare, wanted, urls, files))
         return [(inputs, own) for inputs in prepared for own in wanted.seeded(options)]
 
     async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
@@ -238,7 +247,7 @@ class Api:
                 raise ApiError(400, message, param="messages", code="invalid_image_url")
             room = min(MAX_BYTES, self.limits.body_bytes - sum(map(len, files.values())))
             if url not in files:
-                with _invalid_url():
+                with _refusing("invalid_image_url"):
                     files[url] = await self.sources.fetch(url, room, min(SECONDS, left))
         return files
 
@@ -252,41 +261,46 @@ class Api:
             )
 
     def _prepare(
-        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes], options: Options
+        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes]
     ) -> list[Inputs]:
         """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
         processor = self.engine.processor
-        options.logits_processors(processor)  # compiles a schema, once
         if isinstance(wanted, CompletionRequest):
             return [processor(text, raw=True) for text in wanted.prompt]
-        return [processor(wanted.conversation(self._decode(urls, files)))]
+        with _refusing("invalid_image"):
+            pictures = [
+                load_image(file, self.limits.pixels, FORMATS) for file in self._files(urls, files)
+            ]
+        return [processor(wanted.conversation(pictures))]
 
-    def _decode(self, urls: Sequence[str], files: Mapping[str, bytes]) -> list[Image.Image]:
+    def _files(self, urls: Sequence[str], files: Mapping[str, bytes]) -> Iterator[bytes]:
         """The pictures of a request, from what was fetched and what is at hand."""
-        pictures: list[Image.Image] = []
-        limit, pixels = self.limits.pixels, 0
         for url in urls:
-            with _invalid_url():
+            with _refusing("invalid_image_url"):
                 file = files[url] if url in files else self.sources.read(url)
-            try:
-                pictures.append(load_image(file, limit - pixels, FORMATS))
-            except ValueError as error:
-                message = str(error)
-                if pictures and isinstance(error, PixelsError):
-                    message = (
-                        f"The first {len(pictures) + 1} pictures have {pixels + error.pixels:,} "
-                        f"pixels together; the limit of a request is {limit:,}."
-                    )
-                raise ApiError(400, message, param="messages", code="invalid_image") from error
-            pixels += pictures[-1].width * pictures[-1].height
-        return pictures
+            yield file
+
+    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
+        """How many pixels the pictures of a request have, which may not be too many."""
+        limit, pixels = self.limits.pixels, 0
+        for count, file in enumerate(self._files(urls, files), 1):
+            with _refusing("invalid_image"):
+                width, height = image_size(file, limit, FORMATS)
+            pixels += width * height
+            if pixels > limit:
+                message = (
+                    f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
+                    f"request is {limit:,}."
+                )
+                raise ApiError(400, message, param="messages", code="invalid_image")
+        return pixels
 
     async def _whole(
         self, shape: Shape, pieces: AsyncGenerator[Piece, None], n: int
     ) -> dict[str, Any]:
         """All answers in one reply."""
         answers: dict[int, Piece] = {}
-        tally = _Tally(n)
+        tally = Tally(n)
         async with aclosing(pieces):
             async for piece in pieces:
                 tally.add(piece)
@@ -298,7 +312,7 @@ class Api:
         self, shape: Shape, first: Piece, pieces: AsyncGenerator[Piece, None], n: int
     ) -> AsyncGenerator[str, None]:
         """The answers as server-sent events."""
-        tally = _Tally(n)
+        tally = Tally(n)
         async with aclosing(pieces):
             try:
                 piece: Piece | None = first
@@ -313,22 +327,6 @@ class Api:
         if shape.include_usage:
             yield _event(shape.last_chunk(tally.usage, tally.timings))
         yield "data: [DONE]\n\n"
-
-
-class _Tally:
-    """The usage of a request, and the timings of its first answer."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n  # answers to each prompt
-        self.usage = Usage()
-        self.timings: dict[str, float] = {}
-
-    def add(self, piece: Piece) -> None:
-        """Counts an answer that ends."""
-        if piece.finish_reason:
-            self.usage.add(piece.figures, is_new_prompt=piece.index % self._n == 0)
-            if piece.index == 0:
-                self.timings = piece.figures["timings"]
 
 
 class _EventStream(StreamingResponse):
@@ -370,11 +368,17 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 @contextmanager
-def _invalid_url() -> Iterator[None]:
+def _refusing(code: str) -> Iterator[None]:
+    """Errors of pictures as clients read them."""
     try:
         yield
     except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_image_url") from error
+        raise ApiError(400, str(error), param="messages", code=code) from error
+
+
+async def _refuse(_: Request, error: ApiError) -> Response:
+    forget(error)  # here, where whatever has not ended still runs
+    return error_response(error)
 
 
 def _context_error(message: str) -> ApiError:

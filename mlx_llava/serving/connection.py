@@ -19,9 +19,16 @@ from mlx_llava.serving.errors import ApiError, busy
 from mlx_llava.serving.guard import error_response
 
 HEAD_SECONDS = 10.0
+HEAD_BYTES = 65_536
 _OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 #: So many connections, slow and idle ones with them; each is an open file.
 CONNECTIONS = 512 if _OPEN_FILES == resource.RLIM_INFINITY else min(512, _OPEN_FILES // 2)
+#: So long a new connection is no idle one.
+NEW_SECONDS = 1.0
+#: Each part of a body takes the loop's time, however short it is. So many may be as short as they
+#: like, the others have this many bytes on average.
+SHORT_PARTS = 10_000
+PART_BYTES = 100
 #: Between the letters that tell whether a half-closed client is still there.
 PROBE_SECONDS = 0.5
 #: What every answer begins with, whatever its status.
@@ -34,6 +41,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         """See uvicorn."""
         super().__init__(*args, **options)
+        self.conn = _Counted(h11.SERVER, HEAD_BYTES)
         self._late: asyncio.TimerHandle | None = None
         self._waits_since = time.monotonic()
         self._is_half_closed = False
@@ -105,8 +113,12 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _patience(self) -> tuple[bool, float]:
-        """How long to bear with a client that keeps the server waiting: the least goes first."""
-        return not self.asks_for_nothing, self._waits_since
+        """How long to bear with a client that keeps the server waiting: the least goes first.
+
+        One that has just come is about to ask, and not idle.
+        """
+        is_new = time.monotonic() - self._waits_since < NEW_SECONDS
+        return not self.asks_for_nothing or is_new, self._waits_since
 
     def _others(self) -> list[Connection]:
         return [other for other in cast("set[Connection]", self.connections) if other is not self]
@@ -127,6 +139,23 @@ class Connection(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+
+class _Counted(h11.Connection):
+    """A reader of HTTP for which a body in very many very short parts is none."""
+
+    _parts = _bytes = 0
+
+    def next_event(self) -> Any:
+        """See h11."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._parts = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._parts, self._bytes = self._parts + 1, self._bytes + len(event.data)
+            if self._parts > SHORT_PARTS + self._bytes // PART_BYTES:
+                raise h11.RemoteProtocolError("The body comes in too many parts.")
+        return event
 
 
 class _Begun:

@@ -37,6 +37,23 @@ class Usage:
         }
 
 
+class Tally:
+    """The usage of a request, and the timings of its first answer."""
+
+    def __init__(self, n: int) -> None:
+        """Begins to count, where each prompt has `n` answers."""
+        self._n = n
+        self.usage = Usage()
+        self.timings: dict[str, float] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Counts an answer that ends."""
+        if piece.finish_reason:
+            self.usage.add(piece.figures, is_new_prompt=piece.index % self._n == 0)
+            if piece.index == 0:
+                self.timings = piece.figures["timings"]
+
+
 class Shape:
     """The objects in which one request is answered; ``timings`` in them are not OpenAI's."""
 

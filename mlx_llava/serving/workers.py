@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def forget(error: BaseException | None) -> None:
+    """Lets go of what the functions that an error came through held, pictures and bodies say.
+
+    An error that was handed on is in a circle with them, which Python finds at some later time.
+    Functions that run stay as they are; coroutines that wait would end.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Workers:
@@ -34,17 +46,20 @@ class Workers:
         def tell(report: Callable[[Any], None], outcome: Any) -> None:
             self._free.release()
             report(outcome)
+            ended.exception()  # where nobody waits for it, asyncio would log it
 
-        def do() -> None:
+        def do(work: Callable[[], T]) -> None:
             try:
                 outcome: tuple[Callable[[Any], None], Any] = ended.set_result, work()
             except Exception as error:
+                forget(error)
                 outcome = ended.set_exception, error
+            del work  # the error leads here
             with suppress(RuntimeError):  # the loop is gone, and with it all who wait
                 loop.call_soon_threadsafe(tell, *outcome)
 
         try:
-            threading.Thread(target=do, name="mlx_llava worker", daemon=True).start()
+            threading.Thread(target=do, args=(work,), name="mlx_llava worker", daemon=True).start()
         except RuntimeError:
             self._free.release()
             raise
