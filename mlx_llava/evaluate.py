@@ -21,10 +21,8 @@ from mlx_llava.checkpoint.hub import EMBEDDED
 from mlx_llava.files import check_not_read, is_file
 from mlx_llava.generation.batch import batch_generate
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
-from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
+from mlx_llava.json_files import JsonLines, field, read_records
 
-#: What a line of an answer file begins with.
-_BEGIN = '{"question_id": '
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -135,6 +133,10 @@ def answer_all(
             }
 
 
+def _answer_file(path: Path) -> JsonLines:
+    return JsonLines(path, '{"question_id": ')
+
+
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """The answers that are there; a last line that was cut off is none.
 
@@ -142,7 +144,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         ValueError: A line is no answer.
     """
     answers = []
-    for place, answer in read_own_lines(path, _BEGIN):
+    for place, answer in _answer_file(path).read():
         field(answer, "question_id", (str, int), place)
         for key in ("prompt", "text"):
             field(answer, key, str, place)
@@ -163,13 +165,11 @@ def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace
     """Adds the answers of some questions to the answer file, as they are made."""
     from tqdm import tqdm
 
-    args.answers.parent.mkdir(parents=True, exist_ok=True)
-    mend_lines(args.answers, _BEGIN)
-    with args.answers.open("a", encoding="utf-8", newline="\n") as file:
-        new = answer_all(questions, args)
-        for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
+    file = _answer_file(args.answers)
+    file.mend()
+    new = answer_all(questions, args)
+    for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
+        file.add(answer)
 
 
 @command
