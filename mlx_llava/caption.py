@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.picture_files import find_pictures
-from mlx_llava.json_files import parse
+from mlx_llava.json_files import JsonLines
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.
@@ -61,10 +61,46 @@ class NotWrittenError(Exception):
     """One caption cannot be kept; the others may."""
 
 
-class _Records:
-    """A file of records, each of whole lines, the last of which a kill may have cut."""
+def _not_ours(path: Path, unit: str) -> ValueError:
+    return ValueError(f"{path} holds {unit} that this command did not write.")
 
-    unit = "lines"
+
+class Lines(JsonLines):
+    """A file of JSON lines, ``{"image": ..., key: ...}``."""
+
+    def __init__(self, path: Path, key: str = "text") -> None:
+        super().__init__(path, '{"image": "', errors="surrogateescape")
+        self.key = key
+
+    def holds(self, file: Path) -> bool:
+        """See `Captions`."""
+        return is_same_file(file, self.path)
+
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        try:
+            lines = [line for _, line in self.read()]
+        except ValueError as error:
+            raise _not_ours(self.path, "lines") from error
+        if not all(isinstance(line, dict) and tuple(line) == ("image", self.key) for line in lines):
+            raise _not_ours(self.path, "lines")
+        return {line["image"] for line in lines}
+
+    def mend(self) -> None:
+        """See `Captions`."""
+        if not all(line.startswith(self.head) for line in self.whole().splitlines()):
+            raise _not_ours(self.path, "lines")
+        super().mend()
+
+    def write(self, picture: str, text: str) -> None:
+        """See `Captions`."""
+        self.add({"image": picture, self.key: text})
+
+
+class Table:
+    """A CSV file with the columns ``image`` and ``text``."""
+
+    columns = ("image", "text")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,106 +109,51 @@ class _Records:
         """See `Captions`."""
         return is_same_file(file, self.path)
 
-    def is_whole(self, _record: str) -> bool:
-        """Whether some whole lines are a record, and not the beginning of one."""
-        return True
-
-    def begins(self, number: int) -> str:
-        """What a record begins with, by its number from 0."""
-        raise NotImplementedError
-
-    def records(self) -> list[str]:
-        """The whole records."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
-        records, record = list[str](), ""
-        for line in text.split("\n")[:-1]:
-            record += line + "\n"
-            if self.is_whole(record):
-                records.append(record)
-                record = ""
-        return records
-
-    def not_ours(self) -> ValueError:
-        """The error for a file of somebody else's."""
-        return ValueError(f"{self.path} holds {self.unit} that this command did not write.")
+    def done(self) -> set[str]:
+        """See `Captions`."""
+        records, _ = self._records()
+        rows = list(csv.reader(io.StringIO("".join(records), newline="")))
+        head = tuple(rows[0]) if rows else self.columns
+        if head != self.columns or any(len(row) != 2 for row in rows):
+            raise _not_ours(self.path, "rows")
+        return {row[0] for row in rows[1:]}
 
     def mend(self) -> None:
         """See `Captions`."""
-        whole = self.path.read_bytes() if self.path.exists() else b""
-        records = [r.encode("utf-8", errors="surrogateescape") for r in self.records()]
-        beginnings = [self.begins(number).encode() for number in range(len(records) + 1)]
-        cut = whole[sum(map(len, records)) :]
-        is_ours = all(map(bytes.startswith, records, beginnings))
-        if not is_ours or not (cut.startswith(beginnings[-1]) or beginnings[-1].startswith(cut)):
-            raise self.not_ours()
+        records, cut = self._records()
+        begins = [_rows(self.columns), *['"'] * len(records)]
+        begin = begins[len(records)]
+        is_ours = all(map(str.startswith, records, begins))
+        if not is_ours or not (cut.startswith(begin) or begin.startswith(cut)):
+            raise _not_ours(self.path, "rows")
         if cut:
             with whole_file(self.path) as beside:
-                beside.write_bytes(b"".join(records))
-
-    def append(self, text: str) -> None:
-        """Adds a record."""
-        with self.path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            file.write(text)
-
-
-class Lines(_Records):
-    """A file of JSON lines, ``{"image": ..., key: ...}``."""
-
-    def __init__(self, path: Path, key: str = "text") -> None:
-        super().__init__(path)
-        self.key = key
-
-    def done(self) -> set[str]:
-        """See `Captions`."""
-        try:
-            lines = [parse(line, str(self.path)) for line in self.records()]
-        except ValueError as error:
-            raise self.not_ours() from error
-        if not all(isinstance(line, dict) and tuple(line) == ("image", self.key) for line in lines):
-            raise self.not_ours()
-        return {line["image"] for line in lines}
-
-    def begins(self, _number: int) -> str:
-        """See `_Records`."""
-        return '{"image": "'
+                beside.write_bytes("".join(records).encode(errors="surrogateescape"))
 
     def write(self, picture: str, text: str) -> None:
         """See `Captions`."""
-        line = json.dumps({"image": picture, self.key: text}, ensure_ascii=False)
-        self.append(line + "\n")
-
-
-class Table(_Records):
-    """A CSV file with the columns ``image`` and ``text``."""
-
-    unit = "rows"
-    columns = ("image", "text")
-
-    def is_whole(self, record: str) -> bool:
-        """Whether no quotation is open."""
-        return record.count('"') % 2 == 0
-
-    def begins(self, number: int) -> str:
-        """See `_Records`."""
-        return '"' if number else '"image","text"\n'
-
-    def done(self) -> set[str]:
-        """See `Captions`."""
-        rows = list(csv.reader(io.StringIO("".join(self.records()), newline="")))
-        head = tuple(rows[0]) if rows else self.columns
-        if head != self.columns or any(len(row) != 2 for row in rows):
-            raise self.not_ours()
-        return {row[0] for row in rows[1:]}
-
-    def write(self, picture: str, text: str) -> None:
-        """See `Captions`."""
-        buffer = io.StringIO()
         is_new = not self.path.exists() or not self.path.stat().st_size
-        rows = [self.columns, (picture, text)] if is_new else [(picture, text)]
-        csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
-        self.append(buffer.getvalue())
+        head = [self.columns] if is_new else []
+        rows = _rows(*head, (picture, text))
+        with self.path.open("ab") as file:
+            file.write(rows.encode(errors="surrogateescape"))
+
+    def _records(self) -> tuple[list[str], str]:
+        """The whole rows, in which no quotation is open, and what a kill has left of one."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        records, record = list[str](), ""
+        for line in re.split(r"(?<=\n)", data.decode(errors="surrogateescape")):
+            record += line
+            if line.endswith("\n") and record.count('"') % 2 == 0:
+                records.append(record)
+                record = ""
+        return records, record
+
+
+def _rows(*rows: tuple[str, str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    return buffer.getvalue()
 
 
 class TextFiles:

@@ -23,10 +23,8 @@ from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
-from mlx_llava.json_files import field, mend_lines, read_own_lines, read_records
+from mlx_llava.json_files import JsonLines, field, read_records
 
-#: What a line of an answer file begins with.
-_BEGIN = '{"question_id": '
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -142,6 +140,10 @@ def answer_all(
         }
 
 
+def _answer_file(path: Path) -> JsonLines:
+    return JsonLines(path, '{"question_id": ')
+
+
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """The answers that are there; a last line that was cut off is none.
 
@@ -149,7 +151,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         ValueError: A line is no answer.
     """
     answers = []
-    for place, answer in read_own_lines(path, _BEGIN):
+    for place, answer in _answer_file(path).read():
         field(answer, "question_id", (str, int), place)
         for key in ("prompt", "text"):
             field(answer, key, str, place)
@@ -176,18 +178,16 @@ def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace
     """
     from tqdm import tqdm
 
-    args.answers.parent.mkdir(parents=True, exist_ok=True)
-    mend_lines(args.answers, _BEGIN)
+    file = _answer_file(args.answers)
+    file.mend()
     failed = 0
-    with args.answers.open("a", encoding="utf-8", newline="\n") as file:
-        new = answer_all(questions, args)
-        for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
-            if "error" in answer:
-                tqdm.write(answer["error"], sys.stderr)
-                failed += 1
-                continue
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
+    new = answer_all(questions, args)
+    for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
+        if "error" in answer:
+            tqdm.write(answer["error"], sys.stderr)
+            failed += 1
+        else:
+            file.add(answer)
     if failed:
         raise ValueError(
             f"{failed} of {len(questions)} questions have no answer, for the reasons above; "

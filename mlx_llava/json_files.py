@@ -237,43 +237,62 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def read_own_lines(path: Path, head: str) -> list[tuple[Place, Any]]:
-    """The records of a file that this package adds lines to; none where there is no file.
+class JsonLines:
+    """A file of JSON lines that a command adds to, whatever interrupts it.
 
-    Args:
-        path (Path): The file.
-        head (str): What each line begins with. A last line that begins so, and was cut off while
-            it was written, is no record.
-
-    Returns:
-        list of tuple: As `read_records`.
-
-    Raises:
-        ValueError: A line is no JSON.
+    A last line that was cut off while it was written is no record, and goes before the next one.
     """
-    return list(_parse_lines(decode(_whole_lines(path, head), str(path)), str(path)))
 
+    def __init__(self, path: Path, head: str, errors: str = "strict") -> None:
+        """Names a file, which is made when there is something to write.
 
-def mend_lines(path: Path, head: str) -> None:
-    """Makes a file end in a whole line, so that the next one stands alone; see `read_own_lines`."""
-    lines = _whole_lines(path, head)
-    if path.exists() and path.stat().st_size != len(lines):
-        with whole_file(path) as beside:
-            beside.write_bytes(lines)
+        Args:
+            path (Path): The file.
+            head (str): What the command's lines begin with, which tells its own cut off line from
+                a line of somebody else's.
+            errors (str): What becomes of names of files that are no text; see `str.encode`.
+        """
+        self.path, self.head, self._errors = path, head.encode(), errors
 
+    def read(self) -> list[tuple[Place, Any]]:
+        """The records as of `read_records`; none where there is no file.
 
-def _whole_lines(path: Path, head: str) -> bytes:
-    data = read_bytes(path) if path.exists() else b""
-    whole, end, last = data.rpartition(b"\n")
-    if not last:
-        return data
-    try:
-        parse(decode(last, str(path)), str(path))
-    except ValueError:
-        begun = head.encode()
-        is_ours = last.startswith(begun) or begun.startswith(last)
-        return whole + end if is_ours else data
-    return data + b"\n"
+        Raises:
+            ValueError: A line is no JSON.
+        """
+        return list(_parse_lines(self._decode(self.whole()), str(self.path)))
+
+    def mend(self) -> None:
+        """Makes the file end in a whole line, so that the next one stands alone."""
+        lines = self.whole()
+        if self.path.exists() and self.path.stat().st_size != len(lines):
+            with whole_file(self.path) as beside:
+                beside.write_bytes(lines)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(line.encode(errors=self._errors))
+
+    def _decode(self, data: bytes) -> str:
+        if self._errors == "surrogateescape":
+            return data.decode(errors=self._errors)
+        return decode(data, str(self.path))
+
+    def whole(self) -> bytes:
+        """What the file holds of whole lines, and of somebody else's."""
+        data = read_bytes(self.path) if self.path.exists() else b""
+        whole, end, last = data.rpartition(b"\n")
+        if not last:
+            return data
+        try:
+            parse(self._decode(last), str(self.path))
+        except ValueError:
+            is_ours = last.startswith(self.head) or self.head.startswith(last)
+            return whole + end if is_ours else data
+        return data + b"\n"
 
 
 @contextmanager

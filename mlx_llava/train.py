@@ -27,7 +27,7 @@ from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
 from mlx_llava.inputs.image_processor import MODES
 from mlx_llava.inputs.processor import Processor
-from mlx_llava.json_files import read_own_lines
+from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.options import STAGES, TrainingOptions
@@ -97,13 +97,17 @@ def write_result(
         save_adapter(beside, adapter, dict(tree_flatten(trainer.trained)))
 
 
+def _report_file(path: Path) -> JsonLines:
+    return JsonLines(path, '{"step": ')
+
+
 def read_reports(path: Path) -> list[Report]:
     """What a run has reported; a last line that a kill has cut is left out.
 
     Raises:
         ValueError: The file holds something else.
     """
-    records = read_own_lines(path, '{"step": ')
+    records = _report_file(path).read()
     for place, record in records:
         is_dict = isinstance(record, dict)
         if not is_dict or ({*record} != {"step", "valid_loss"} and not {*record} >= _REPORTED):
@@ -127,8 +131,7 @@ class Metrics:
     def __call__(self, report: Report) -> None:
         """Keeps and shows what was measured."""
         self.reports.append(report)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        _report_file(self.path).add(report)
         self.bar.update(int(report["step"]) - self.bar.n)
         if "valid_loss" in report:
             self.bar.write(

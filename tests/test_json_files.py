@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llava.json_files import (
+    JsonLines,
     field,
-    mend_lines,
     numbered_lines,
     parse,
     read_json,
-    read_own_lines,
     read_records,
 )
 
@@ -134,9 +133,10 @@ def test_a_field_that_is_not_there_is_named(record, message):
 
 
 def test_own_lines_go_on_after_a_kill_and_nothing_else_is_lost(tmp_path):
-    path, head = tmp_path / "own.jsonl", '{"step": '
-    assert read_own_lines(path, head) == []
-    mend_lines(path, head)
+    path = tmp_path / "own.jsonl"
+    lines = JsonLines(path, '{"step": ')
+    assert lines.read() == []
+    lines.mend()
     assert not path.exists()
     whole = '{"step": 1}\n{"step": 2, "é": "\u2028"}\n'.encode()
     for data, mended in (
@@ -146,15 +146,15 @@ def test_own_lines_go_on_after_a_kill_and_nothing_else_is_lost(tmp_path):
         (whole[:-1], whole),  # only its end is missing
     ):
         path.write_bytes(data)
-        assert [line["step"] for _, line in read_own_lines(path, head)] == [1, 2]
+        assert [line["step"] for _, line in lines.read()] == [1, 2]
         assert path.read_bytes() == data
-        mend_lines(path, head)
+        lines.mend()
         assert path.read_bytes() == mended
     path.write_bytes(b"Dear diary")
-    mend_lines(path, head)
+    lines.mend()
     assert path.read_bytes() == b"Dear diary"
     with pytest.raises(ValueError, match=r"own.jsonl is not valid JSON \(line 1\)"):
-        read_own_lines(path, head)
+        lines.read()
 
 
 def test_a_device_is_not_read_for_ever():

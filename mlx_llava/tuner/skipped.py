@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.json_files import field, mend_lines, read_own_lines
+from mlx_llava.json_files import JsonLines, field
 from mlx_llava.tuner.samples import LeftOut
-
-_BEGIN = '{"file": '
 
 
 class Skipped:
@@ -24,10 +21,10 @@ class Skipped:
         Raises:
             ValueError: It holds something else.
         """
-        self.path = path
-        records = read_own_lines(path, _BEGIN)
+        self._file = JsonLines(path, '{"file": ', errors="replace")
+        records = self._file.read()
         self._listed = {_identity(record, field(record, "file", str, p)) for p, record in records}
-        mend_lines(path, _BEGIN)
+        self._file.mend()
 
     def __call__(self, left_out: LeftOut) -> None:
         """Lists a sample."""
@@ -37,10 +34,7 @@ class Skipped:
         if identity in self._listed:
             return
         self._listed.add(identity)
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(line.encode(errors="replace"))
+        self._file.add(record)
 
 
 def _identity(record: dict[str, Any], file: str) -> str:
