@@ -159,10 +159,10 @@ def test_own_lines_go_on_after_a_kill_and_nothing_else_is_lost(tmp_path):
 
 def test_a_device_is_not_read_for_ever():
     with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
-        read_own_lines(Path("/dev/zero"), "{")
+        JsonLines(Path("/dev/zero"), "{").read()
     with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
         read_json(Path("/dev/zero"))
-    assert read_own_lines(Path("/dev/null"), "{") == []
+    assert JsonLines(Path("/dev/null"), "{").read() == []
 
 
 def test_lines_of_a_stream_are_numbered(tmp_path):
