@@ -133,7 +133,8 @@ def test_a_request_that_fails_holds_nothing(served):
         return [
             o
             for o in gc.get_objects()
-            if isinstance(o, ChatRequest) or (isinstance(o, Image.Image) and o.size == picture.size)
+            if issubclass(type(o), ChatRequest)
+            or (issubclass(type(o), Image.Image) and o.size == picture.size)
         ]
 
     gc.collect()
