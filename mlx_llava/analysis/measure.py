@@ -139,9 +139,9 @@ class Alone:
             for name, text in (("first", prompt), ("follow_up", second)):
                 started = time.perf_counter()
                 inputs = self.processor(text, paths, raw=True)
-                content = cache.prompt(inputs)
-                kv, known = cache.begin(content, self.model.language_model.make_cache())
-                (embeddings,) = cache.embed([content], [known])
+                empty = self.model.language_model.make_cache()
+                content, kv, cached = cache.begin(inputs, empty)
+                (embeddings,) = cache.embed([(content, cached)])
                 token, _ = next(
                     generate_step(embeddings, self.model.language_model, cache=kv, max_tokens=1)
                 )

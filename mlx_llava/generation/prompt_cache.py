@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -34,97 +35,87 @@ _FORMAT = "mlx_llava prompt cache 1"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a prompt.
+class PromptImage:
+    """One image of a prompt.
 
     Attributes:
         digest: the hash of its content.
         pixel_values: its tiles, (n, S, S, 3).
         size: its own (height, width), where the model cuts it into tiles.
-        places: its placeholders' positions in the prompt.
+        positions: its placeholders' in the prompt.
     """
 
     digest: str
     pixel_values: Pixels
     size: Size | None
-    places: range
+    positions: range
 
 
-def pictures_of(inputs: Inputs, image_token_index: int) -> list[Picture]:
-    """The pictures of one prompt in reading order."""
+def _images(inputs: Inputs, image_token_index: int) -> Iterator[PromptImage]:
     if inputs.pixel_values is None:
-        return []
-    positions = np.flatnonzero(inputs.input_ids[0] == image_token_index)
-    pictures = []
+        return
+    placeholders = np.flatnonzero(inputs.input_ids[0] == image_token_index)
+    sizes = inputs.image_sizes or [None] * len(inputs.image_tokens)
     tile = seen = 0
-    for i, (count, tiles) in enumerate(zip(inputs.image_tokens, inputs.image_tiles, strict=True)):
+    for count, tiles, size in zip(inputs.image_tokens, inputs.image_tiles, sizes, strict=True):
         pixels = inputs.pixel_values[tile : tile + tiles]
-        size = inputs.image_sizes[i] if inputs.image_sizes else None
         digest = hashlib.sha256(repr((size, pixels.shape)).encode())
         digest.update(np.ascontiguousarray(pixels).data)
-        start = int(positions[seen])
-        places = range(start, start + count)
-        pictures.append(Picture(digest.hexdigest(), pixels, size, places))
+        start = int(placeholders[seen])
+        yield PromptImage(digest.hexdigest(), pixels, size, range(start, start + count))
         tile, seen = tile + tiles, seen + count
-    return pictures
 
 
-@dataclass(frozen=True)
 class Prompt:
     """One row of inputs, known by its content.
 
     Attributes:
-        inputs: what the processor made.
-        pictures: its pictures.
+        input_ids: its tokens, (1, L).
+        images: its images in reading order.
         keys: an id for each token, a hash for each placeholder.
     """
 
-    inputs: Inputs
-    pictures: list[Picture]
-    keys: list[Key]
+    def __init__(self, inputs: Inputs, image_token_index: int) -> None:
+        self.input_ids = inputs.input_ids
+        self.images = list(_images(inputs, image_token_index))
+        self.keys: list[Key] = inputs.input_ids[0].tolist()
+        for image in self.images:
+            for position in image.positions:
+                self.keys[position] = image.digest
 
-    @classmethod
-    def of(cls, inputs: Inputs, image_token_index: int) -> Prompt:
-        """Reads the inputs of one prompt."""
-        pictures = pictures_of(inputs, image_token_index)
-        keys: list[Key] = inputs.input_ids[0].tolist()
-        for picture in pictures:
-            for place in picture.places:
-                keys[place] = picture.digest
-        return cls(inputs, pictures, keys)
-
-    def known(self, keys: Sequence[Key]) -> int:
+    def shared_prefix(self, keys: Sequence[Key]) -> int:
         """How many of the first positions are those of `keys`.
 
-        The last position is never known, for its logits are wanted; and never part of a picture.
+        Never the last position, for its logits are wanted; and never a part of an image.
         """
         pairs = zip(self.keys[:-1], keys, strict=False)
         length = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         if length is None:
             length = min(len(self.keys) - 1, len(keys))
-        cut = [picture.places.start for picture in self.pictures if length in picture.places]
+        cut = [image.positions.start for image in self.images if length in image.positions]
         return min([length, *cut])
 
-    def after(self, known: int) -> list[Picture]:
-        """The pictures that stand after the known positions."""
-        return [picture for picture in self.pictures if picture.places.start >= known]
+    def images_after(self, prefix: int) -> list[PromptImage]:
+        """The images that stand after so many first positions."""
+        return [image for image in self.images if image.positions.start >= prefix]
 
 
 class FeatureCache:
-    """The features of the pictures that were seen last, up to so many bytes."""
+    """The features of the images that were seen last, up to so many bytes."""
 
     def __init__(self, model: Llava, max_bytes: int) -> None:
         self.model = model
         self.max_bytes = max_bytes
         self._features: OrderedDict[str, mx.array] = OrderedDict()
 
-    def features(self, pictures: Mapping[str, Picture]) -> dict[str, mx.array]:
-        """The features of pictures by hash; those that are not kept are encoded together."""
-        found = {h: self._features[h] for h in pictures.keys() & self._features.keys()}
-        new = {h: picture for h, picture in pictures.items() if h not in found}
+    def features(self, images: Iterable[PromptImage]) -> dict[str, mx.array]:
+        """The features of images by hash; those that are not kept are encoded together."""
+        wanted = {image.digest: image for image in images}
+        found = {h: self._features[h] for h in wanted.keys() & self._features.keys()}
+        new = {h: image for h, image in wanted.items() if h not in found}
         if new:
-            pixels = np.concatenate([picture.pixel_values for picture in new.values()])
-            sizes = [picture.size for picture in new.values() if picture.size is not None]
+            pixels = np.concatenate([image.pixel_values for image in new.values()])
+            sizes = [image.size for image in new.values() if image.size is not None]
             encoded = self.model.encode_images(pixels, sizes or None)
             mx.eval(encoded)
             found.update(zip(new, encoded, strict=True))
@@ -156,44 +147,42 @@ class PromptCache:
     def _identity(self) -> str:
         return fingerprint(self.model)
 
-    def prompt(self, inputs: Inputs) -> Prompt:
-        """A prompt as it is known here."""
-        return Prompt.of(inputs, self.model.config.image_token_index)
-
-    def begin(self, prompt: Prompt, empty: Cache) -> tuple[Cache, int]:
+    def begin(self, inputs: Inputs, empty: Cache) -> tuple[Prompt, Cache, int]:
         """The longest known beginning of a prompt.
 
         Args:
-            prompt (Prompt): What will be read.
+            inputs (Inputs): What will be read.
             empty (list): A cache for it; what others of its kind hold is reused, within its
                 limits.
 
         Returns:
-            A cache to go on with, and how many positions of the prompt it holds.
+            The prompt as it is known here, a cache to go on with, and how many of its positions
+            that holds.
         """
+        prompt = Prompt(inputs, self.model.config.image_token_index)
         usable = [entry for entry in self._entries if _kind(entry[1]) == _kind(empty)]
-        best = max(usable, key=lambda entry: prompt.known(entry[0]), default=None)
-        length = prompt.known(best[0]) if best else 0
+        best = max(usable, key=lambda entry: prompt.shared_prefix(entry[0]), default=None)
+        length = prompt.shared_prefix(best[0]) if best else 0
         if best is None or not length:
-            return empty, 0
+            return prompt, empty, 0
         self._entries.remove(best)
         self._entries.append(best)
-        return fork(best[1], length, like=empty), length
+        return prompt, fork(best[1], length, like=empty), length
 
-    def embed(self, prompts: Sequence[Prompt], known: Sequence[int]) -> list[mx.array]:
-        """Embeds what is not known of some prompts; pictures of all of them together.
+    def embed(self, prompts: Sequence[tuple[Prompt, int]]) -> list[mx.array]:
+        """Embeds prompts after so many known positions of each; images of all of them together.
 
         Returns:
             list of mx.array: (1, positions, D) of each prompt.
         """
-        new = [prompt.after(n) for prompt, n in zip(prompts, known, strict=True)]
-        features = self._images.features({p.digest: p for pictures in new for p in pictures})
+        new = [prompt.images_after(cached) for prompt, cached in prompts]
+        features = self._images.features(chain(*new))
         return [
             self.model.embed(
-                prompt.inputs.input_ids[:, n:],
-                image_features=[features[picture.digest] for picture in pictures],
+                prompt.input_ids[:, cached:],
+                image_features=[features[image.digest] for image in images],
             )
-            for prompt, n, pictures in zip(prompts, known, new, strict=True)
+            for (prompt, cached), images in zip(prompts, new, strict=True)
         ]
 
     def store(self, prompt: Prompt, tokens: Sequence[int], cache: Cache) -> None:
@@ -205,9 +194,8 @@ class PromptCache:
         keys = [*prompt.keys, *tokens][:length]
         self._entries = [entry for entry in self._entries if entry[0] != keys[: len(entry[0])]]
         kept = fork(cache, length)
-        mx.eval(
-            [(layer.keys, layer.values) for layer in kept]
-        )  # so that another thread can go on from it
+        # So that another thread can go on from it.
+        mx.eval([(layer.keys, layer.values) for layer in kept])
         self._entries.append((keys, kept))
         while self._entries and sum(nbytes(entry[1]) for entry in self._entries) > self.max_bytes:
             self._entries.pop(0)

@@ -80,8 +80,7 @@ class Row:
 
     def begin(self, reuse: PromptCache) -> None:
         """Takes over what is known of the prompt."""
-        self.prompt = reuse.prompt(self.inputs)
-        self.cache, self.cached = reuse.begin(self.prompt, self.cache)
+        self.prompt, self.cache, self.cached = reuse.begin(self.inputs, self.cache)
 
     def start_clock(self, encode_seconds: float) -> None:
         """Begins to measure: the prompt is embedded, and is read next."""
@@ -110,7 +109,7 @@ def embedded(rows: Sequence[Row], reuse: PromptCache) -> Iterator[tuple[Row, mx.
     started = time.perf_counter()
     for row in rows:
         row.begin(reuse)
-    embeddings = reuse.embed([row.prompt for row in rows], [row.cached for row in rows])
+    embeddings = reuse.embed([(row.prompt, row.cached) for row in rows])
     mx.eval(embeddings)
     seconds = (time.perf_counter() - started) / len(rows)
     for row, embedding in zip(rows, embeddings, strict=True):

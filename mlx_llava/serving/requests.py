@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import (
@@ -34,6 +34,8 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_PROMPTS = 64
 DEFAULT_COMPLETION_TOKENS = 16
+#: Options that a request has under their own names, and as they are.
+_OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
 #: Tells what was found, of whatever length, by its beginning and its end.
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 60
@@ -73,7 +75,7 @@ class _Request(Lenient):
 
     model: str
     max_tokens: MaxTokens | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    temp: float | None = Field(None, ge=0, le=2, validation_alias="temperature")
     top_p: float | None = Field(None, ge=0, le=1)
     n: int = Field(1, ge=1, le=128)
     stop: list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]] = Field([], max_length=MAX_STOPS)
@@ -98,16 +100,7 @@ class _Request(Lenient):
 
     def options(self, defaults: Options) -> Options:
         """How to answer, where the server's defaults are for what is not said."""
-        given: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "temp": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-        }
-        options = replace(defaults, **{k: v for k, v in given.items() if v is not None})
+        options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
         if self.top_p == 0:  # the likeliest token alone; for `Options` it would be all tokens
             options = replace(options, temp=0)
         return replace(options, stop=(*defaults.stop, *filter(None, self.stop)))
