@@ -83,7 +83,7 @@ MUTATIONS = (
     ("questions learned", "tuner/data", "i if is_answer else IGNORED", "i"),
     ("end of answer not learned", "inputs/templates", "+ mark, learned), Piece(after)]", ", learned), Piece(mark + after)]"),
     ("no end where the template has none", "inputs/chat_template", "answer + (mark or lent)", "answer + mark"),
-    ("end mark of an own template unknown", "inputs/processor", "stops=template.find_ends(tokenizer.special_tokens)", "stops=()"),
+    ("end mark of an own template unknown", "inputs/template_choice", "stops=template.find_ends(tokenizer.special_tokens)", "stops=()"),
     ("what begins a turn ends answers", "inputs/chat_template", "mark.match(between[:opening])", "mark.match(between)"),
     ("Mistral called LLaMA is a Vicuna", "inputs/template_choice", '== "mistral" or has_mistral_sizes', '== "mistral"'),
     ("pictures left where they are", "tuner/samples", 'text.replace(IMAGE_TOKEN, "").strip()', "text"),

@@ -18,8 +18,8 @@ from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.messages import Message, read_messages
-from mlx_llava.inputs.processor import Processor, choose_template
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.template_choice import choose_template, guess_template
 from mlx_llava.inputs.templates import TEMPLATES, get_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json

@@ -71,19 +71,12 @@ class Template(ChatTemplate):
     def _images_first(self, messages: Sequence[Message]) -> list[Message]:
         """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
         first, *rest = messages
-        if not self.image_turn:
-            return [first, *rest]
         count = first.images + first.text.count(IMAGE_TOKEN)
-        if not count:
-            return [first, *rest]
+        if not self.image_turn or not count:
+            return [*messages]
         shown = Message("user", f"<Image>{IMAGE_TOKEN}</Image>" * count)
-        text = first.text.replace(IMAGE_TOKEN, "").strip()
-        return [
-            shown,
-            Message("assistant", "Received."),
-            replace(first, text=text, images=0),
-            *rest,
-        ]
+        asked = Message("user", first.text.replace(IMAGE_TOKEN, "").strip())
+        return [shown, Message("assistant", "Received."), asked, *rest]
 
 
 _CURIOUS = (
@@ -218,18 +211,10 @@ _ALL: tuple[Template, ...] = (
         image_joint="",
     ),
 )
+_NAMED = {template.name: template for template in _ALL}
 _ALIASES = {"v1": "vicuna_v1", "v0": "vicuna_v0", "mistral_direct": "chatml_direct"}
-
 #: Every built-in template by name, LLaVA's short names included.
-TEMPLATES: Mapping[str, Template] = {
-    **{template.name: template for template in _ALL},
-    **{
-        alias: template
-        for alias, name in _ALIASES.items()
-        for template in _ALL
-        if template.name == name
-    },
-}
+TEMPLATES: Mapping[str, Template] = _NAMED | {a: _NAMED[name] for a, name in _ALIASES.items()}
 
 
 def get_template(name: str) -> Template:
