@@ -133,7 +133,7 @@ def test_a_leading_answer_is_skipped_and_pictures_move_to_the_front(folder, load
         ("user", "and", 1),
         ("assistant", "B", 0),
     ]
-    text = loaded[1].template.pieces(only.messages)
+    text = loaded[1].template.segments(only.messages)
     assert "".join(p.text for p in text).count("<image>\n") == 2
 
 

@@ -104,7 +104,6 @@ def tile_corners(canvas: Size, side: int) -> list[tuple[int, int]]:
 
 
 def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
-    """A side, or (height, width), from the spellings of preprocessor_config.json."""
     if isinstance(size, int):
         return size
     size = {name: pixels for name, pixels in size.items() if pixels is not None}

@@ -127,7 +127,6 @@ def _other_names(text: str) -> Iterator[str]:
 
 
 def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
-    """The files that a line names, from left to right."""
     if len(line) > MAX_LENGTH:
         return
     endings = "|".join(re.escape(ending) for ending in sorted(picture_endings()))

@@ -66,12 +66,10 @@ def _name_once(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def _links_to(folder: Path) -> tuple[int, Path]:
-    """How many links a name leads through, and where to."""
     return sum(part.is_symlink() for part in (folder, *folder.parents)), real_path(folder)
 
 
 def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
-    """The pictures of a folder or a pattern."""
     if path.is_dir():
         matching = _match(path, ["**", "*"] if recursive else ["*"], skipped)
     else:
@@ -86,7 +84,6 @@ def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Pat
 
 
 def _match(folder: Path, parts: Sequence[str], skipped: set[Path]) -> Iterator[Path]:
-    """What matches the parts of a pattern below a folder."""
     first, rest = parts[0], parts[1:]
     if first == "**":
         for below in _folders(folder, skipped):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.chat_template import ChatTemplate, Piece, wrap_images
+from mlx_llava.inputs.chat_template import ChatTemplate, Segment, wrap_images
 from mlx_llava.inputs.image import ImageSource, load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.messages import Conversation, Message, Turn, read_messages
@@ -192,7 +192,6 @@ class Processor:
         system: str | None,
         image_position: str,
     ) -> tuple[str, list[Any]]:
-        """The text of one prompt and its pictures in reading order."""
         if raw:
             if not isinstance(conversation, str):
                 raise ValueError("A raw prompt must be a text.")
@@ -214,7 +213,7 @@ class Processor:
         return wrap_images(text) if self.config.mm_use_im_start_end else text
 
     def learnable(
-        self, pieces: Sequence[Piece], image_tokens: Sequence[int]
+        self, segments: Sequence[Segment], image_tokens: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
         """Tokenises a conversation to be learned.
 
@@ -222,7 +221,7 @@ class Processor:
         tokenised, as it is not when that text is the prompt.
 
         Args:
-            pieces (list of Piece): What the template wrote.
+            segments (list of Segment): What the template wrote.
             image_tokens (list of int): How many placeholders each picture takes.
 
         Returns:
@@ -231,12 +230,12 @@ class Processor:
         text = ""
         ids: list[int] = []
         learned: list[bool] = []
-        for piece in pieces:
-            text += self._wrapped(piece.text)
+        for segment in segments:
+            text += self._wrapped(segment.text)
             longer = self.tokenizer.encode(text)
             pairs = zip(ids, longer, strict=False)
             same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-            learned = learned[:same] + [piece.answer] * (len(longer) - same)
+            learned = learned[:same] + [segment.answer] * (len(longer) - same)
             ids = longer
         places = self._expand(ids, iter(image_tokens))
         return [ids[i] for i in places], [learned[i] for i in places]
@@ -280,7 +279,7 @@ class Processor:
         ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
         bos = "".join(token for token, i in special.items() if i in ids)
         first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
-        folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
+        folded = "".join(f"<image x {next(counts)}>{segment}" for segment in rest)
         return self.tokenizer.unprotect(bos + first + folded)
 
 

@@ -121,7 +121,6 @@ class Tokenizer:
         return cls(spec, config, image_token_id, template)
 
     def _id_of(self, key: str) -> int | None:
-        """The id of a token that tokenizer_config.json names, as text or as an object."""
         text = _text_of(self.config.get(key))
         return None if text is None else self._backend.token_to_id(text)
 
