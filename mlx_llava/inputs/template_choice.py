@@ -7,13 +7,11 @@ the hub's cache loses. Names are asked here too, and the numbers of the publishe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mlx_llava.inputs.chat_template import ChatTemplate, JinjaTemplate
 from mlx_llava.inputs.templates import get_template
-from mlx_llava.inputs.tokenizer import Tokenizer
+from mlx_llava.inputs.tokenizer import Tokenizer, token_text
 from mlx_llava.model.config import LlavaConfig
 
 _LLAMA_3_WORDS = 128256
@@ -69,12 +67,7 @@ def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
     if config.conv_mode or not tokenizer.chat_template:
         return get_template(config.conv_mode or guess_template(config).name)
     named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
-    tokens = {key: text for key, value in named.items() if (text := _text_of(value))}
+    tokens = {key: text for key, value in named.items() if (text := token_text(value))}
     bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
     template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
     return replace(template, stops=template.find_ends(tokenizer.special_tokens))
-
-
-def _text_of(token: Any) -> str:
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else ""
