@@ -218,7 +218,7 @@ MUTATIONS = (
     ("anything is written over", "files", "if any(mark.format(command).encode() in head for mark in _MARKS):", "if True:"),
     ("what is read is written", "files", "if any(is_same_file(expand_home(name), path) for name in names):", "if False:"),
     ("a long name has no room", "files", "if len(os.fsencode(name)) > _LONGEST:", "if False:"),
-    ("a picture for each link to it", "inputs/picture_files", "names.setdefault(real, name)", "names[Path(name)] = name"),
+    ("a picture for each link to it", "inputs/image_paths", "names.setdefault(real, name)", "names[Path(name)] = name"),
     ("somebody's text is replaced", "caption", "if os.path.lexists(path):", "if False:"),
     ("somebody's file is gone on with", "caption", "is_ours = all(map(bytes.startswith, records, beginnings))", "is_ours = True"),
     ("paths begin within words", "inputs/mentions", "if _may_begin(line, start):", "if True:"),

@@ -15,7 +15,7 @@ from mlx_llava.files import expand_home, real_path
 from mlx_llava.inputs.image import FORMATS
 
 
-def find_pictures(
+def find_images(
     places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
 ) -> list[str]:
     """The pictures of folders and patterns, those of a place in order of their names.
@@ -77,7 +77,7 @@ def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Pat
         matching = _match(start, path.parts[1:] if path.anchor else path.parts, skipped)
     for file in matching:
         mode = _mode(file)
-        if has_picture_name(file) and stat.S_ISREG(mode):
+        if has_image_name(file) and stat.S_ISREG(mode):
             yield file
         elif not stat.S_ISDIR(mode):
             skipped.add(file)
@@ -134,12 +134,12 @@ def _mode(path: Path) -> int:
 
 
 @cache
-def picture_endings() -> set[str]:
+def image_endings() -> set[str]:
     """What the names of pictures end in."""
     known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
     return known | {".heic", ".heif"}
 
 
-def has_picture_name(file: Path) -> bool:
+def has_image_name(file: Path) -> bool:
     """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
-    return file.suffix.lower() in picture_endings() and not file.name.startswith(".")
+    return file.suffix.lower() in image_endings() and not file.name.startswith(".")
