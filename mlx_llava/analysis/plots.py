@@ -16,7 +16,7 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
 from mlx_llava.analysis.attribution import Explanation, MaskEffect
-from mlx_llava.analysis.places import LONGEST, Array, paint
+from mlx_llava.analysis.boxes import LONGEST, Array, paint
 from mlx_llava.model.llava import Llava
 
 #: Inches of one panel.
@@ -192,13 +192,13 @@ def plot_heads(
 ) -> Any:
     """Where every head looked in a picture for one word; of some layers, or of all."""
     attention = explanation.attention(picture)[:, :, word]
-    heads = attention.shape[1]
+    columns = attention.shape[1]
     chosen = range(len(attention)) if layers is None else layers
-    places = [(layer, head) for layer in chosen for head in range(heads)]
-    maps = [_density(explanation, attention[place], picture) for place in places]
-    titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in places]
+    heads = [(layer, head) for layer in chosen for head in range(columns)]
+    maps = [_density(explanation, attention[head], picture) for head in heads]
+    titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in heads]
     image = explanation.images[picture]
-    return plot_maps(image, maps, titles, SHARE, columns=heads, figure=figure)
+    return plot_maps(image, maps, titles, SHARE, columns=columns, figure=figure)
 
 
 def plot_mask_effect(
@@ -316,9 +316,8 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any
         figure = _new(9.6, 4)
         figure.get_layout_engine().set(w_pad=0.14)
     trace, layer = explanation.trace, model.config.feature_layers[-1]
-    places = explanation.places[0]
     embedded = trace.hidden_states[0][: trace.queries[0] + 1]
-    words = np.delete(embedded, places, axis=0)
+    words = np.delete(embedded, explanation.positions[0], axis=0)
     panels = {
         "X_v": (explanation.inputs.tiles()[0], "$X_v$: the picture"),
         "Z_v": (trace.vision_states[layer, 0, 1:], "$Z_v = g(X_v)$: CLIP"),
