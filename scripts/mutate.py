@@ -237,7 +237,7 @@ MUTATIONS = (
     ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),
     ("arguments that are no text", "arguments", "if not is_text and", "if False and"),
     ("POPE by order", "analysis/scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
-    ("POPE with other labels", "analysis/scores", "if len(own) != len(labels):", "if False:"),
+    ("POPE with other labels", "analysis/scores", "if len(given) != len(labels):", "if False:"),
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),
     ("a bad line ends all", "generation/batch", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),
     ("the schema looks at the prompt", "generation/json_schema", "if self._begun:", "if True:"),
