@@ -125,7 +125,7 @@ MUTATIONS = (
     ("PiSSA on the base itself", "checkpoint/peft", '"gaussian", "eva"', '"pissa_niter_4", "gaussian", "eva"'),
     ("future seen within a block", "model/linux_cpu", "where=later[:rows, :rows]", "where=False"),
     ("scores not scaled", "model/linux_cpu", "queries[i] * scale", "queries[i]"),
-    ("quick GELU of another slope", "model/linux_cpu", "slope=1.702)", "slope=1.7)"),
+    ("quick GELU of another slope", "model/linux_cpu", "quick_gelu, 1.702, x", "quick_gelu, 1.7, x"),
     ("pictures not told apart", "generation/prompt_cache", "self.keys[position] = image.digest", "pass"),
     ("size not part of a picture", "generation/prompt_cache", "repr((size, pixels.shape))", "repr(pixels.shape)"),
     ("nothing left to read", "generation/prompt_cache", "zip(self.keys[:-1], keys", "zip(self.keys, keys"),

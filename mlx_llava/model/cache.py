@@ -36,19 +36,11 @@ class LayerCache(Protocol):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Appends new positions and returns all of them."""
 
+    def is_trimmable(self) -> bool:
+        """Whether `trim` can be asked."""
+
     def trim(self, n: int) -> int:
         """Forgets the last `n` positions, or all if there are fewer; returns how many."""
-
-    def is_trimmable(self) -> bool:
-        """mlx-lm asks before it trims."""
-
-
-class Attending(Protocol):
-    """What has an `attend` of its own."""
-
-    @property
-    def attend(self) -> Attention:
-        """As `attend`, but for the cache."""
 
 
 #: One for every layer.
@@ -163,13 +155,13 @@ class Rows:
         *,
         attention: Attention,
         scale: float,
-        mask: Sequence[Mask],
+        mask: Mask | Sequence[Mask],
     ) -> mx.array:
         """`attend`, each row with its own cache and mask."""
         new = [mx.split(array, len(self.caches)) for array in (queries, keys, values)]
         if any(hasattr(cache, "bits") for cache in self.caches):
             attend_row = partial(attend, attention=attention, scale=scale)
-            rows = zip(self.caches, *new, mask, strict=True)
+            rows = zip(self.caches, *new, mask, strict=True)  # type: ignore[arg-type]
             return mx.concatenate([attend_row(*row, mask=own) for *row, own in rows])
         stored = [c.update_and_fetch(k, v) for c, _, k, v in zip(self.caches, *new, strict=True)]
         all_keys, all_values = zip(*stored, strict=True)
@@ -177,7 +169,7 @@ class Rows:
 
 
 def attend(
-    cache: LayerCache | Attending | None,
+    cache: LayerCache | Rows | None,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
