@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
@@ -159,13 +158,10 @@ class Rows:
     ) -> mx.array:
         """`attend`, each row with its own cache and mask."""
         new = [mx.split(array, len(self.caches)) for array in (queries, keys, values)]
-        if any(hasattr(cache, "bits") for cache in self.caches):
-            attend_row = partial(attend, attention=attention, scale=scale)
-            rows = zip(self.caches, *new, mask, strict=True)  # type: ignore[arg-type]
-            return mx.concatenate([attend_row(*row, mask=own) for *row, own in rows])
-        stored = [c.update_and_fetch(k, v) for c, _, k, v in zip(self.caches, *new, strict=True)]
-        all_keys, all_values = zip(*stored, strict=True)
-        return attention(queries, all_keys, all_values, scale=scale, mask=mask)
+        rows = zip(self.caches, *new, mask, strict=True)  # type: ignore[arg-type]
+        return mx.concatenate(
+            [attend(*row, attention=attention, scale=scale, mask=own) for *row, own in rows]
+        )
 
 
 def attend(
@@ -185,9 +181,9 @@ def attend(
         queries (mx.array): (B, H, L, D).
         keys (mx.array): (B, heads, L, D).
         values (mx.array): As the keys.
-        attention (callable): `layers.attention`, or what stands for it.
+        attention (callable): MLX's, or what stands for it.
         scale (float): What scores are multiplied with.
-        mask (optional): As of `layers.attention`; of `Rows`, a list.
+        mask (optional): What may be seen; of `Rows`, a list.
 
     Returns:
         mx.array: (B, H, L, D).

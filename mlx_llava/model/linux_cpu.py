@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from typing import Any, TypeAlias, cast
@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_llava.model import clip, layers
 from mlx_llava.model.blas import set_blas_threads
-from mlx_llava.model.layers import Mask, Stored
+from mlx_llava.model.layers import Mask
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Function: TypeAlias = "Callable[..., mx.array]"
@@ -160,38 +160,22 @@ class PatchEmbedding(clip.PatchEmbedding):
 
 
 def attention(
-    queries: mx.array,
-    keys: Stored,
-    values: Stored,
-    *,
-    scale: float,
-    mask: Mask | Sequence[Mask] = None,
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
 ) -> mx.array:
-    """As `layers.attention`."""
-    of_rows = not isinstance(keys, mx.array)
-    stored: list[mx.array] = [*keys, *values] if of_rows else [keys, values]  # type: ignore[list-item]
-    half = len(stored) // 2
-
-    def by(attend: Callable[..., Any], queries: Any, *stored: Any) -> Any:
-        keys, values = (stored[:half], stored[half:]) if of_rows else stored
-        return attend(queries, keys, values, scale=scale, mask=mask)
-
-    if _fits(queries.size * sum(array.shape[2] for array in stored[:half]), queries, *stored):
-        mlx, numpy = partial(by, layers.attention), partial(by, _numpy_attention)
-        return _by_numpy(numpy, mlx, queries, *stored)
-    return layers.attention(queries, keys, values, scale=scale, mask=mask)
+    """As mx.fast.scaled_dot_product_attention: (B, H, L, D), keys and values (B, heads, T, D)."""
+    mlx = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
+    if _fits(queries.size * keys.shape[2], queries, keys, values):
+        return _by_numpy(partial(_numpy_attention, scale, mask), mlx, queries, keys, values)
+    return mlx(queries, keys, values)
 
 
-def _numpy_attention(
-    queries: Array, keys: Sequence[Array], values: Sequence[Array], scale: float, mask: Any
-) -> Array:
+def _numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
     B, H, L, D = queries.shape
     output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
+    hidden = [~row[0] for row in _view(mask)] if isinstance(mask, mx.array) else [None]
     for i in range(B):
-        own = mask[i] if isinstance(mask, list) else mask
-        hidden = ~_view(own)[min(i, len(own) - 1), 0] if isinstance(own, mx.array) else None
-        key, value = (array.reshape(array.shape[-3:]) for array in (keys[i], values[i]))
-        _attend(output[i], queries[i] * scale, key, value, hidden, isinstance(own, str))
+        own = hidden[min(i, len(hidden) - 1)]
+        _attend(output[i], queries[i] * scale, keys[i], values[i], own, isinstance(mask, str))
     return output.swapaxes(1, 2)
 
 
@@ -262,7 +246,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     clip.PatchEmbedding: PatchEmbedding,
 }
 _FUNCTIONS: dict[Function, Function] = {
-    layers.attention: attention,
+    mx.fast.scaled_dot_product_attention: attention,
     layers.quick_gelu: quick_gelu,
     layers.swiglu: swiglu,
 }

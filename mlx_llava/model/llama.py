@@ -16,7 +16,7 @@ from mlx.nn.utils import checkpoint
 
 from mlx_llava.model.cache import Cache, KVCache, LayerCache, Rows, attend
 from mlx_llava.model.config import TextConfig
-from mlx_llava.model.layers import Mask, attention, swiglu
+from mlx_llava.model.layers import Mask, swiglu
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         D, self.head_dim = config.hidden_size, config.dims_per_head
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.kv_heads
         self.scale = self.head_dim**-0.5
-        self.attention = attention
+        self.attention = mx.fast.scaled_dot_product_attention
         self._periods = rope_frequencies(config)
         bias = config.attention_bias
         self.q_proj = nn.Linear(D, self.n_heads * self.head_dim, bias=bias)
