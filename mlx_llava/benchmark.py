@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_llava.analysis import compare, measure
 from mlx_llava.analysis.machine import describe
-from mlx_llava.analysis.measure import Alone, Figures, Plan, compare, draw_pictures, tell
+from mlx_llava.analysis.measure import Alone, Figures, Workload, draw_pictures, tell
 from mlx_llava.analysis.peers import SYSTEMS
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
 from mlx_llava.arguments import command
@@ -89,77 +90,10 @@ def table(found: Figures) -> str:
         f"{found['repeats']}; {machine['device']}, {machine['cores']} cores; {versions}",
     ]
     if "alone" in found:
-        lines += _alone_lines(found["alone"])
+        lines += measure.lines(found["alone"])
     for row in found.get("against", []):
-        lines += _against_lines(row)
+        lines += compare.lines(row)
     return "\n".join(lines)
-
-
-def _alone_lines(alone: Figures) -> list[str]:
-    lines = [
-        f"machine: matmul {alone['matmul_gflops']:.0f} GFLOP/s, reads "
-        f"{alone['read_gb_per_second']:.1f} GB/s; load {alone['load']:.2f} s; peak memory of MLX "
-        f"{alone['peak_memory_gb']:.2f} GB",
-        f"from the shell to the first word and the end of the process: "
-        f"{alone['start']['median']:.2f} s",
-        "images  tokens  preprocess  encode  prefill  first token  s per token  "
-        "of the machine: encode prefill token",
-    ]
-    for row in alone["single"]:
-        part = row["of_the_machine"]
-        lines.append(
-            f"{row['images']:6}  {row['prompt_tokens']:6}  {row['preprocess']['median']:10.3f}  "
-            f"{row['encode']['median']:6.3f}  {row['prefill']['median']:7.3f}  "
-            f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
-            f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
-        )
-    lines += [
-        f"text of {row['prompt_tokens']} tokens: prefill {row['prefill']['median']:.3f} s, "
-        f"{row['token']['median']:.4f} s per token"
-        for row in alone["contexts"]
-    ]
-    follow = alone["follow_up"]
-    lines.append(
-        f"follow-up question: first token in {follow['follow_up']['median']:.3f} s, "
-        f"{follow['ratio']['median']:.1%} of the first question's"
-    )
-    lines.append("rows  images  seconds  tokens/s  decode tokens/s")
-    lines += [
-        f"{row['batch']:4}  {row['images']:6}  {row['seconds']['median']:7.2f}  "
-        f"{row['tokens_per_second']:8.1f}  {row['decode_tokens_per_second']['median']:15.1f}"
-        for row in alone["batches"]
-    ]
-    if alone["growth"]:
-        lines.append(
-            f"after {alone['growth']['requests']} more short prompts, resident memory had grown by "
-            f"{alone['growth']['growth']:.2%}"
-        )
-    return lines
-
-
-def _against_lines(row: Figures) -> list[str]:
-    lines = [f"{row['batch']} rows of {row['images']} pictures"]
-    for name, system in row["systems"].items():
-        first = f"first token {system['first']['median']:.3f} s, " if "first" in system else ""
-        rate = "decode_tokens_per_second" if "first" in system else "tokens_per_second"
-        lines.append(
-            f"  {name:<13} {first}{system[rate]['median']:.2f} tokens/s, "
-            f"{system['seconds']['median']:.2f} s in all, peak {system['peak_gb']:.2f} GB"
-        )
-    for name, ratio in row["ratios"].items():
-        parts = [
-            f"{label} {ratio[key]['median']:.2f}x ({ratio[key]['min']:.2f}-{ratio[key]['max']:.2f})"
-            for key, label in (
-                ("first", "first token takes"),
-                ("decode", "decodes at"),
-                ("throughput", "throughput"),
-            )
-            if key in ratio
-        ]
-        same = "the same tokens" if ratio["same_tokens"] else "OTHER TOKENS"
-        memory = f"peak memory {ratio['peak_memory']:.2f}x"
-        lines.append(f"  against {name}: {', '.join([*parts, memory])}; {same}")
-    return lines
 
 
 def plot(found: Figures, path: Path) -> None:
@@ -212,22 +146,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check(args)
     dtype = args.dtype or fast_dtype()
-    plan = Plan(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
+    work = Workload(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
     found: Figures = {
         "command": COMMAND,
         "model": args.shape or args.model or "embedded",
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe(),
-        **asdict(plan),
+        **asdict(work),
     }
     with checkpoint(args, dtype) as folder, tempfile.TemporaryDirectory() as drawn:
         pictures = draw_pictures(Path(drawn), max(2, max(args.batch) * max(args.images)))
         if args.against:
             pythons = dict(pair.split("=", 1) for pair in args.peer_python)
             names = args.against.split(",")
-            found["against"] = compare(folder, pictures, plan, names, pythons)
+            found["against"] = compare.compare(folder, pictures, work, names, pythons)
         else:
-            found["alone"] = Alone(folder, pictures, plan).measure()
+            found["alone"] = Alone(folder, pictures, work).measure()
     print(table(found))
     if args.out:
         with own_file(args.out, COMMAND) as beside:

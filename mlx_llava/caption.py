@@ -21,7 +21,7 @@ from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.picture_files import find_pictures
+from mlx_llava.inputs.image_paths import find_images
 from mlx_llava.json_files import JsonLines
 
 PROMPT = "Describe the picture."
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     others: set[Path] = set()
-    pictures = find_pictures(args.pictures, args.recursive, others)
+    pictures = find_images(args.pictures, args.recursive, others)
     captions = open_captions(args.out, pictures)
     out = Path("captions" if args.out == BESIDE else args.out)
     errors = Lines(out.with_suffix(".errors.jsonl"), "error")

@@ -30,10 +30,9 @@ from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
 from mlx_llava.tuner.data import Examples
-from mlx_llava.tuner.options import STAGES, TrainingOptions
+from mlx_llava.tuner.recipe import TrainingOptions, prepare
 from mlx_llava.tuner.samples import LeftOut, read_samples, summary
 from mlx_llava.tuner.skipped import Skipped
-from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Report, Trainer
 
 #: What every report of training says; those of validation are short.
@@ -54,31 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-folder", default=".", help="what image paths are relative to (default: .)")
     add("--output", default="trained", help="the folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--stage", choices=STAGES, required=True, help="the projector, all, or LoRA layers")
-    add("--steps", type=int, help="(default: --epochs over the data)")
-    add("--epochs", type=int, default=1, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="of all processes (default: %(default)s)")
-    add("--accumulation", type=int, default=1, help="parts of a batch (default: %(default)s)")
-    add("--learning-rate", type=float, help="(default: 1e-3, 2e-5 or 2e-4 by stage)")
-    add("--projector-learning-rate", type=float, help="(default: as above; 2e-5 with LoRA)")
-    add("--vision-learning-rate", type=float, help="trains the vision tower too (LLaVA 1.6: 2e-6)")
-    add("--warmup-ratio", type=float, default=0.03, help="(default: %(default)s)")
-    add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
-    add("--max-grad-norm", type=float, default=1.0, help="(default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
-    add("--max-length", type=int, default=2048, help="tokens of a row (default: %(default)s)")
-    add("--lora-rank", type=int, default=128, help="(default: %(default)s)")
-    add("--lora-alpha", type=float, default=256.0, help="(default: %(default)s)")
-    add("--lora-dropout", type=float, default=0.05, help="(default: %(default)s)")
+    for option in fields(TrainingOptions):
+        add(f"--{option.name.replace('_', '-')}", **option.metadata["flag"])
+    for name in ("rank", "alpha", "dropout"):
+        default = getattr(Adapter, name)
+        add(f"--lora-{name}", type=type(default), default=default, help="(default: %(default)s)")
     add("--lora-targets", nargs="+", default=TARGETS, metavar="LAYER", help="(default: all)")
     add("--dtype", choices=DTYPES, help="to compute in (default: bfloat16, float32 on a CPU)")
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
     add_source_arguments(parser)
-    add("--report-every", type=int, default=10, help="steps (default: %(default)s)")
-    add("--validate-every", type=int, default=200, help="steps (default: %(default)s)")
-    add("--save-every", type=int, default=200, help="steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
 
 

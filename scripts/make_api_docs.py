@@ -36,7 +36,7 @@ NAMES = {
         *("plot_mask_effect", "plot_lens", "plot_nearest_words", "plot_shares", "plot_flow"),
         "plot_losses",
     ),
-    "mlx_llava.tuner.options": ("TrainingOptions",),
+    "mlx_llava.tuner.recipe": ("TrainingOptions",),
 }
 #: The docstrings' way of writing results: one, without a name.
 OPTIONS = {"returns_multiple_items": False, "returns_named_value": False}

@@ -59,8 +59,7 @@ from mlx_llava.inputs.tokenizer import BYTES_OF
 from mlx_llava.inputs.tokenizer import Tokenizer as LlavaTokenizer
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
-from mlx_llava.tuner.optimizer import make_schedule
-from mlx_llava.tuner.stages import unfreeze_tower
+from mlx_llava.tuner.recipe import make_schedule, unfreeze_tower
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "weights" / "tiny-llava"

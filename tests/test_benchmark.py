@@ -11,9 +11,9 @@ import pytest
 
 from mlx_llava import load
 from mlx_llava.analysis import random_model
+from mlx_llava.analysis.compare import Peer
 from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
 from mlx_llava.analysis.measure import draw_pictures
-from mlx_llava.analysis.peers import Peer
 from mlx_llava.benchmark import main
 from mlx_llava.files import check_output
 from mlx_llava.model.cache import nbytes

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mlx_llava import generate, load
 from mlx_llava.caption import PROMPT, Lines, Table, main
 from mlx_llava.generation.jobs import in_order
-from mlx_llava.inputs.picture_files import find_pictures
+from mlx_llava.inputs.image_paths import find_images
 from tests.conftest import ROOT, shared_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -170,7 +170,7 @@ def test_a_folder_that_is_closed_is_not_called_empty(tmp_path, monkeypatch):
         os.seteuid(65534)
     try:
         with pytest.raises(ValueError, match="The folder closed cannot be read"):
-            find_pictures(["closed"])
+            find_images(["closed"])
     finally:
         os.seteuid(user)
 
@@ -189,13 +189,13 @@ def test_pictures_are_found_once_and_in_order(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_pictures(["."]) == ["[1].gif", "a.png", "b.JPG"]
-    assert find_pictures([str(tmp_path)]) == [
+    assert find_images(["."]) == ["[1].gif", "a.png", "b.JPG"]
+    assert find_images([str(tmp_path)]) == [
         str(tmp_path / n) for n in ("[1].gif", "a.png", "b.JPG")
     ]
-    found = find_pictures(["[1].gif", "c/**/*", "*.png", "a.png"])
+    found = find_images(["[1].gif", "c/**/*", "*.png", "a.png"])
     assert found == ["[1].gif", "c/d.webp", "c/e/f.heic", "a.png"]
-    assert len(find_pictures([str(tmp_path)], recursive=True)) == 5
+    assert len(find_images([str(tmp_path)], recursive=True)) == 5
 
 
 def test_links_are_followed_once(tmp_path, monkeypatch):
@@ -216,17 +216,17 @@ def test_links_are_followed_once(tmp_path, monkeypatch):
         Path(link).symlink_to(target)
     own = ["photos/2024/a.png", "photos/2025/b.png", "photos/b.png"]
     skipped: set[Path] = set()
-    assert find_pictures(["photos"], True, skipped) == ["photos/1/c.png", *own]
+    assert find_images(["photos"], True, skipped) == ["photos/1/c.png", *own]
     assert {str(path) for path in skipped} == {"photos/2024/gone.png", "photos/2024/itself"}
     for pattern in ("photos/**/*.png", "photos/**", "**/photos/**/**/*"):
-        assert sorted(find_pictures([pattern])) == ["photos/1/c.png", *own]
-    assert find_pictures(["photos"]) == ["photos/a.png", "photos/b.png"]
-    assert find_pictures(["photos/2024/all/a.png", "photos/2024"]) == ["photos/2024/all/a.png"]
+        assert sorted(find_images([pattern])) == ["photos/1/c.png", *own]
+    assert find_images(["photos"]) == ["photos/a.png", "photos/b.png"]
+    assert find_images(["photos/2024/all/a.png", "photos/2024"]) == ["photos/2024/all/a.png"]
 
 
 def test_a_reported_loop_is_one_picture():
     photos = shared_data("reports/caption_link_loop/photos")
-    assert find_pictures([str(photos)], True) == [str(photos / "2024" / "a.png")]
+    assert find_images([str(photos)], True) == [str(photos / "2024" / "a.png")]
 
 
 def test_one_text_that_cannot_be_written_is_one_error(drawings, capsys):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mlx_llava import load
 from mlx_llava.analysis import report
-from mlx_llava.analysis.places import feature_boxes, heat_map, patch_boxes
+from mlx_llava.analysis.boxes import feature_boxes, heat_map, patch_boxes
 from mlx_llava.analysis.trace import trace
 from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_words
 from mlx_llava.files import check_output

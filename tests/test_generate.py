@@ -318,6 +318,20 @@ def test_the_answer_fills_the_context_and_no_more(loaded):
     assert last.finish_reason == "length"
 
 
+def test_inputs_are_numpys_of_any_thread_and_the_model_takes_mlxs_too(loaded):
+    model, processor = loaded
+    with ThreadPoolExecutor(1) as pool:
+        inputs = pool.submit(processor, [QUESTION, "Hi"], [PICTURE, None]).result()
+    arrays = {key: value for key, value in dict(inputs).items() if key != "image_sizes"}
+    assert {key: (type(value), str(value.dtype)) for key, value in arrays.items()} == {
+        "input_ids": (np.ndarray, "int32"),
+        "pixel_values": (np.ndarray, "float32"),
+        "attention_mask": (np.ndarray, "int32"),
+    }
+    converted = {key: mx.array(value) for key, value in arrays.items()}
+    assert mx.array_equal(model(**inputs), model(**converted))
+
+
 def test_an_image_without_a_place_in_the_model_is_an_error(loaded):
     model, processor = loaded
     inputs = processor("<image>", PICTURE)

@@ -19,10 +19,8 @@ from mlx_llava.checkpoint.adapter import Adapter  # noqa: E402
 from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_name  # noqa: E402
 from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
-from mlx_llava.tuner.losses import answer_loss  # noqa: E402
-from mlx_llava.tuner.options import TrainingOptions  # noqa: E402
+from mlx_llava.tuner.recipe import TrainingOptions, answer_loss, prepare  # noqa: E402
 from mlx_llava.tuner.samples import read_samples  # noqa: E402
-from mlx_llava.tuner.stages import prepare  # noqa: E402
 
 TOLERANCE = 1e-4
 LORA = Adapter("base", "lora", rank=3, alpha=5.0, dropout=0.0)

@@ -44,6 +44,13 @@ def test_all_kinds_of_source_give_the_same_picture(picture):
         assert not file.closed
 
 
+def test_a_ready_image_is_taken_as_it_is(picture):
+    assert load_image(load_image(picture)) is load_image(picture)
+    clear = Image.new("RGB", (2, 2))
+    clear.info["transparency"] = (0, 0, 0)
+    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_http_urls_are_fetched(picture):
     handler = functools.partial(QuietHandler, directory=str(PICTURE.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import layers
 from mlx_llava.model import linux_cpu as kernels
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
@@ -65,16 +64,6 @@ def test_attention_to_a_part_of_a_cache():
     assert mx.allclose(
         attention(queries, *part, None), mlx_attention(queries, *part, None), atol=2e-6
     )
-
-
-def test_attention_of_rows_of_different_lengths():
-    queries = mx.random.normal((2, 6, 3, 8))
-    keys, values = [[mx.random.normal((1, 3, T, 8)) for T in (9, 30)] for _ in range(2)]
-    ours, theirs = (
-        attend(queries, keys, values, scale=0.3, mask=["causal", None])
-        for attend in (kernels.attention, layers.attention)
-    )
-    assert mx.allclose(ours, theirs, atol=2e-6)
 
 
 FUNCTIONS = {

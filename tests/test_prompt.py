@@ -18,8 +18,8 @@ from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.messages import Message, read_messages
-from mlx_llava.inputs.processor import Processor, choose_template
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.template_choice import choose_template, guess_template
 from mlx_llava.inputs.templates import TEMPLATES, get_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
@@ -433,10 +433,10 @@ ANSWERED = [*TWO_TURNS, Message("assistant", "B")]
 )
 def test_the_answers_of_a_checkpoints_own_template(source, expected):
     template = JinjaTemplate(source, eos="</s>")
-    pieces = template.pieces(ANSWERED)
-    assert [piece.text for piece in pieces if piece.answer] == expected
+    segments = template.segments(ANSWERED)
+    assert [piece.text for piece in segments if piece.answer] == expected
     # What precedes an answer is what generation sees, but for the ends of earlier answers.
-    before = "".join(piece.text for piece in pieces[: [p.answer for p in pieces].index(True)])
+    before = "".join(piece.text for piece in segments[: [p.answer for p in segments].index(True)])
     assert before == template.render(ANSWERED[:1])
     assert template.render(TWO_TURNS).count("</s>") == 0
 
@@ -492,11 +492,11 @@ def test_the_marks_of_a_checkpoints_own_template_end_answers(source, are_special
 def test_what_ends_an_answer_is_learned_once(source):
     template = JinjaTemplate(source, bos="<s>", eos="</s>")
     template = replace(template, stops=template.find_ends([]))
-    pieces = template.pieces(ANSWERED)
-    learned = [piece.text for piece in pieces if piece.answer]
+    segments = template.segments(ANSWERED)
+    learned = [piece.text for piece in segments if piece.answer]
     assert [text.count(ENDS[source]) for text in learned] == [1, 1]
     assert all(text.endswith(ENDS[source]) for text in learned)
-    text = "".join(piece.text for piece in pieces)
+    text = "".join(piece.text for piece in segments)
     assert text.count(ENDS[source]) == template.render(TWO_TURNS).count(ENDS[source]) + 1
 
 
@@ -526,8 +526,8 @@ def test_one_prompt_and_many_stop_at_the_templates_mark(mark, reason, tmp_path):
         many.insert(processor(question), Options(max_tokens=3))
     reasons = [response.finish_reason for _, response in run(many) if response.finish_reason]
     assert [last.finish_reason, *reasons] == [reason] * 3
-    pieces = processor.template.pieces([*QUESTION, Message("assistant", "A")])
-    ids, learned = processor.learnable(pieces, [])
+    segments = processor.template.segments([*QUESTION, Message("assistant", "A")])
+    ids, learned = processor.learnable(segments, [])
     last_learned = [token for token, own in zip(ids, learned, strict=True) if own][-1]
     assert last_learned == (0 if mark else processor.tokenizer.eos_id)
 
@@ -554,11 +554,11 @@ def tokenizer_with(*tokens: str):
 def test_a_template_that_rewrites_earlier_turns_cannot_be_learned():
     source = UNMARKED.replace("{{ m['content'] }} ", "{{ m['content'] }}{{ messages|length }} ")
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        JinjaTemplate(source, eos="</s>").pieces(ANSWERED)
+        JinjaTemplate(source, eos="</s>").segments(ANSWERED)
 
 
 def test_what_the_template_puts_in_itself_is_not_learned():
     for name in ("v0", "v0_mmtag"):
         messages = [Message("user", "Q", images=1), Message("assistant", "A")]
-        learned = [piece.text for piece in get_template(name).pieces(messages) if piece.answer]
+        learned = [piece.text for piece in get_template(name).segments(messages) if piece.answer]
         assert learned == [" A###"]

@@ -156,7 +156,7 @@ def test_the_system_text_is_the_templates(name, folder):
         assert (ids, labels) == (other_ids, other_labels)
         return
     told = [Message("system", protect(PIRATE)), *plain.messages]
-    expected, _ = processor.learnable(processor.template.pieces(told), [16])
+    expected, _ = processor.learnable(processor.template.segments(told), [16])
     assert other_ids == expected[: len(other_ids)]
     assert other_ids != ids
     assert PIRATE in processor.tokenizer.decode(other_ids)

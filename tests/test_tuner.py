@@ -26,10 +26,8 @@ from mlx_llava.generate import main as generate_main
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.tuner.data import IGNORED, Examples, order
-from mlx_llava.tuner.optimizer import make_optimizer, make_schedule
-from mlx_llava.tuner.options import TrainingOptions
+from mlx_llava.tuner.recipe import TrainingOptions, make_optimizer, make_schedule, prepare
 from mlx_llava.tuner.samples import Sample, read_samples
-from mlx_llava.tuner.stages import prepare
 from mlx_llava.tuner.trainer import Trainer
 from tests.conftest import GOLDENS, PICTURE, ROOT
 
@@ -133,7 +131,7 @@ def test_a_leading_answer_is_skipped_and_pictures_move_to_the_front(folder, load
         ("user", "and", 1),
         ("assistant", "B", 0),
     ]
-    text = loaded[1].template.pieces(only.messages)
+    text = loaded[1].template.segments(only.messages)
     assert "".join(p.text for p in text).count("<image>\n") == 2
 
 

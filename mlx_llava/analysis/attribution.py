@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from mlx_llava.analysis.places import LONGEST, feature_boxes, heat_map, patch_boxes
+from mlx_llava.analysis.boxes import LONGEST, feature_boxes, heat_map, patch_boxes
 from mlx_llava.analysis.trace import Array, Trace, as_numpy, trace, with_answer
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
@@ -42,8 +42,8 @@ class Explanation:
         words: their texts.
         trace: what was computed. The observed position of a word is the one before it, where it
             was chosen.
-        boxes: which part of each picture its features show; see `places.feature_boxes`.
-        places: where in the prompt each picture's features stand, (F,).
+        boxes: which part of each picture its features show; see `boxes.feature_boxes`.
+        positions: where in the prompt each picture's features stand, (F,).
         tile_patches: how many patches a tile is cut into.
     """
 
@@ -53,7 +53,7 @@ class Explanation:
     words: tuple[str, ...]
     trace: Trace
     boxes: tuple[Array, ...]
-    places: tuple[npt.NDArray[np.int64], ...]
+    positions: tuple[npt.NDArray[np.int64], ...]
     tile_patches: int
 
     @property
@@ -67,11 +67,11 @@ class Explanation:
         Returns:
             (layers, H, G, F).
         """
-        return self.trace.attention[..., self.places[picture]]
+        return self.trace.attention[..., self.positions[picture]]
 
     def rollout(self, picture: int = 0) -> Array:
         """How much of each feature came to each word through all layers, (G, F)."""
-        return self.trace.rollout[..., self.places[picture]]
+        return self.trace.rollout[..., self.positions[picture]]
 
     def on_picture(self, values: Array, picture: int = 0, longest: int = LONGEST) -> Array:
         """A map (height, width) over a picture of what each of its features (F,) got."""
@@ -113,7 +113,7 @@ def explain(
     if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
-    places = np.flatnonzero(inputs.input_ids[0] == model.config.image_token_index)
+    positions = np.flatnonzero(inputs.input_ids[0] == model.config.image_token_index)
     sizes = [(one.height, one.width) for one in images]
     return Explanation(
         images=images,
@@ -122,7 +122,7 @@ def explain(
         words=tuple(processor.tokenizer.text_of(token) for token in tokens),
         trace=trace(model, inputs, tokens, range(length - 1, length - 1 + len(tokens))),
         boxes=tuple(feature_boxes(processor.image_processor, size) for size in sizes),
-        places=tuple(np.split(places, np.cumsum(inputs.image_tokens))[:-1]),
+        positions=tuple(np.split(positions, np.cumsum(inputs.image_tokens))[:-1]),
         tile_patches=model.config.vision_config.patches_per_side**2,
     )
 

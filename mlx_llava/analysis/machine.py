@@ -23,9 +23,8 @@ from mlx_llava.model.linux_cpu import NUMPY, matmul
 _GB = 1e9
 
 
-def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    """The median time of a call, after one that is not counted."""
-    function()
+def _median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    function()  # warms up
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -39,7 +38,7 @@ def matmul_rate(dtype: mx.Dtype, rows: int = 600, width: int = 2048, hidden: int
     x = mx.random.normal((rows, width)).astype(dtype)
     weight = mx.random.normal((hidden, width)).astype(dtype)
     mx.eval(x, weight)
-    return 2 * rows * width * hidden / seconds(lambda: mx.eval(matmul(x, weight))) / 1e9
+    return 2 * rows * width * hidden / _median_seconds(lambda: mx.eval(matmul(x, weight))) / 1e9
 
 
 def read_rate(size: int = 400_000_000) -> float:
@@ -47,14 +46,14 @@ def read_rate(size: int = 400_000_000) -> float:
     if not on_cpu():
         array = mx.ones((size // 4,))
         mx.eval(array)
-        return size / seconds(lambda: mx.eval(array.sum())) / _GB
+        return size / _median_seconds(lambda: mx.eval(array.sum())) / _GB
     parts = np.array_split(np.ones(size // 4, np.float32), os.cpu_count() or 1)
     with ThreadPoolExecutor(len(parts)) as pool:
-        return size / seconds(lambda: list(pool.map(lambda x: np.dot(x, x), parts)), 9) / _GB
+        seconds = _median_seconds(lambda: list(pool.map(lambda x: np.dot(x, x), parts)), 9)
+    return size / seconds / _GB
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of Python and of installed packages."""
+def _versions(*packages: str) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -76,7 +75,7 @@ def describe() -> dict[str, Any]:
         "available_gb": round(available_memory() / _GB, 1),
         "blas_below_mlx": Path(BLAS).name if BLAS else None,
         "numpy_blas": f"{blas['name']} {blas['version']}" if NUMPY else None,
-        "versions": versions("mlx", "mlx-lm", "numpy"),
+        "versions": _versions("mlx", "mlx-lm", "numpy"),
     }
 
 

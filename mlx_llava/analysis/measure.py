@@ -1,4 +1,4 @@
-"""Measures this package part by part, or in turn with other systems; see benchmark.py."""
+"""Measures this package part by part; see benchmark.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +18,7 @@ from PIL import Image
 
 from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
 from mlx_llava.analysis.machine import matmul_rate, read_rate
-from mlx_llava.analysis.peers import Ours, Peer, Row, peak_gb
+from mlx_llava.analysis.peers import Ours, Row, peak_gb
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.steps import generate_step
 
@@ -50,7 +49,7 @@ def rows_of(pictures: Sequence[str], batch: int, images: int) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Workload:
     """What to measure.
 
     Attributes:
@@ -73,34 +72,34 @@ class Plan:
 class Alone:
     """Measures this package by its own parts."""
 
-    def __init__(self, folder: Path, pictures: list[str], plan: Plan) -> None:
+    def __init__(self, folder: Path, pictures: list[str], work: Workload) -> None:
         self.folder = folder
         started = time.perf_counter()
-        self.ours = Ours(str(folder), plan.dtype)
+        self.ours = Ours(str(folder), work.dtype)
         self.load_seconds = time.perf_counter() - started
         self.model, self.processor = self.ours.model, self.ours.processor
-        self.pictures, self.plan = pictures, plan
-        self.flops = 1e9 * matmul_rate(getattr(mx, plan.dtype))
+        self.pictures, self.work = pictures, work
+        self.flops = 1e9 * matmul_rate(getattr(mx, work.dtype))
         self.bytes = 1e9 * read_rate()
 
     def _decode(self, embeddings: mx.array) -> tuple[float, float]:
         """Seconds to read a prompt, and for each token after the first."""
         clock = [time.perf_counter()]
         steps = generate_step(
-            embeddings, self.model.language_model, max_tokens=self.plan.max_tokens
+            embeddings, self.model.language_model, max_tokens=self.work.max_tokens
         )
         next(steps)
         clock.append(time.perf_counter())
         for _ in steps:
             pass
         clock.append(time.perf_counter())
-        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.plan.max_tokens - 1)
+        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.work.max_tokens - 1)
 
     def one(self, images: int) -> Figures:
         """One row, part by part."""
         prompt, paths = rows_of(self.pictures, 1, images)[0]
         runs = []
-        for _ in range(self.plan.repeats + 1):
+        for _ in range(self.work.repeats + 1):
             started = time.perf_counter()
             inputs = self.processor(prompt, paths, raw=True)
             prepared = time.perf_counter()
@@ -113,19 +112,19 @@ class Alone:
         found: Figures = {"images": images, "prompt_tokens": length}
         found |= {name: spread(own) for name, own in zip(PARTS, times, strict=True)}
         found["first"] = spread([sum(run[:3]) for run in runs[1:]])
-        positions = length + self.plan.max_tokens // 2
-        work = {
+        positions = length + self.work.max_tokens // 2
+        least = {
             "encode": encode_flops(self.model.config, sum(inputs.image_tiles)) / self.flops,
             "prefill": prefill_flops(self.model.config, length) / self.flops,
             "token": decode_bytes(self.model, positions) / self.bytes,
         }
-        found["of_the_machine"] = {k: w / found[k]["median"] for k, w in work.items()}
+        found["of_the_machine"] = {k: s / found[k]["median"] for k, s in least.items()}
         return found
 
     def context(self, length: int) -> Figures:
         """A prompt of text of some length."""
         embeddings = self.model.language_model.model.embed_tokens(mx.zeros((1, length), mx.int32))
-        runs = [self._decode(embeddings) for _ in range(self.plan.repeats)]
+        runs = [self._decode(embeddings) for _ in range(self.work.repeats)]
         prefill, token = zip(*runs, strict=True)
         return {"prompt_tokens": length, "prefill": spread(prefill), "token": spread(token)}
 
@@ -134,7 +133,7 @@ class Alone:
         prompt, paths = rows_of(self.pictures, 1, 1)[0]
         second = prompt.replace("What is in this picture?", "Which colours are there?")
         times: dict[str, list[float]] = {"first": [], "follow_up": []}
-        for _ in range(self.plan.repeats):
+        for _ in range(self.work.repeats):
             cache = PromptCache(self.model)
             for name, text in (("first", prompt), ("follow_up", second)):
                 started = time.perf_counter()
@@ -155,16 +154,16 @@ class Alone:
         """Several rows at once: all of it, and what comes after each row's first token."""
         rows = rows_of(self.pictures, batch, images)
         whole, decoding = [], []
-        for _ in range(self.plan.repeats):
+        for _ in range(self.work.repeats):
             started = time.perf_counter()
-            first, _ = self.ours.answer(rows, self.plan.max_tokens)
+            first, _ = self.ours.answer(rows, self.work.max_tokens)
             whole.append(time.perf_counter() - started)
-            decoding.append(batch * (self.plan.max_tokens - 1) / (whole[-1] - first))
+            decoding.append(batch * (self.work.max_tokens - 1) / (whole[-1] - first))
         return {
             "batch": batch,
             "images": images,
             "seconds": spread(whole),
-            "tokens_per_second": batch * self.plan.max_tokens / statistics.median(whole),
+            "tokens_per_second": batch * self.work.max_tokens / statistics.median(whole),
             "decode_tokens_per_second": spread(decoding),
         }
 
@@ -173,7 +172,7 @@ class Alone:
         command = [sys.executable, "-m", "mlx_llava.generate", "--model", str(self.folder)]
         command += ["--image", self.pictures[0], "--prompt", "What is this?", "--max-tokens", "1"]
         times = []
-        for run in range(self.plan.repeats + 1):
+        for run in range(self.work.repeats + 1):
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
             if run:  # the first one fills the system's caches
@@ -194,15 +193,15 @@ class Alone:
         tell("the start of a process")
         start = self.start()
         tell("one row")
-        single = [self.one(images) for images in sorted({*self.plan.images, 1, 2})]
+        single = [self.one(images) for images in sorted({*self.work.images, 1, 2})]
         tell("contexts")
-        limit = self.processor.context_length - self.plan.max_tokens
+        limit = self.processor.context_length - self.work.max_tokens
         contexts = [self.context(length) for length in CONTEXTS if length <= limit]
         tell("a follow-up question")
         follow_up = self.follow_up()
         batches = []
-        for images in self.plan.images:
-            for batch in self.plan.batch:
+        for images in self.work.images:
+            for batch in self.work.batch:
                 tell(f"{batch} rows of {images} pictures")
                 batches.append(self.batch(batch, images))
         return {
@@ -215,7 +214,7 @@ class Alone:
             "follow_up": follow_up,
             "batches": batches,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            "growth": self.grow(self.plan.requests) if self.plan.requests else None,
+            "growth": self.grow(self.work.requests) if self.work.requests else None,
         }
 
 
@@ -232,76 +231,44 @@ def tell(what: str) -> None:
     print(f"measuring {what} ...", file=sys.stderr)
 
 
-def compare(
-    folder: Path, pictures: list[str], plan: Plan, names: Sequence[str], pythons: Mapping[str, str]
-) -> list[Figures]:
-    """Runs this package and others in turn, A B A B, on the same checkpoint and the same rows.
-
-    Args:
-        folder (Path): The checkpoint.
-        pictures (list of str): Paths, as many as the largest batch has.
-        plan (Plan): What to measure.
-        names (list of str): The other systems.
-        pythons (dict): The interpreter of a system's environment, if it is another.
-
-    Returns:
-        list of dict: For each batch and number of pictures, medians and ratios.
-    """
-    found = []
-    with ExitStack() as stack:
-        peers = []
-        for name in ["mlx_llava", *names]:
-            peers.append(Peer(name, folder, plan.dtype, pythons.get(name)))
-            stack.callback(peers[-1].close)
-        for images in plan.images:
-            for batch in plan.batch:
-                tell(f"{batch} rows of {images} pictures")
-                rows = rows_of(pictures, batch, images)
-                asked = peers if batch == 1 else [p for p in peers if p.system != "mlx-vlm"]
-                runs: dict[str, list[Figures]] = {peer.system: [] for peer in asked}
-                for turn in range(plan.repeats + 1):
-                    for peer in asked:
-                        answer = peer.answer(rows, plan.max_tokens)
-                        if turn or plan.repeats == 1:  # the first turn warms up
-                            runs[peer.system].append(answer)
-                versions = {peer.system: peer.versions for peer in asked}
-                found.append(
-                    {"batch": batch, "images": images, "versions": versions, **_ratios(runs)}
-                )
+def lines(alone: Figures) -> list[str]:
+    """What `Alone.measure` found, for people."""
+    found = [
+        f"machine: matmul {alone['matmul_gflops']:.0f} GFLOP/s, reads "
+        f"{alone['read_gb_per_second']:.1f} GB/s; load {alone['load']:.2f} s; peak memory of MLX "
+        f"{alone['peak_memory_gb']:.2f} GB",
+        f"from the shell to the first word and the end of the process: "
+        f"{alone['start']['median']:.2f} s",
+        "images  tokens  preprocess  encode  prefill  first token  s per token  "
+        "of the machine: encode prefill token",
+    ]
+    for row in alone["single"]:
+        part = row["of_the_machine"]
+        found.append(
+            f"{row['images']:6}  {row['prompt_tokens']:6}  {row['preprocess']['median']:10.3f}  "
+            f"{row['encode']['median']:6.3f}  {row['prefill']['median']:7.3f}  "
+            f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
+            f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
+        )
+    found += [
+        f"text of {row['prompt_tokens']} tokens: prefill {row['prefill']['median']:.3f} s, "
+        f"{row['token']['median']:.4f} s per token"
+        for row in alone["contexts"]
+    ]
+    follow = alone["follow_up"]
+    found.append(
+        f"follow-up question: first token in {follow['follow_up']['median']:.3f} s, "
+        f"{follow['ratio']['median']:.1%} of the first question's"
+    )
+    found.append("rows  images  seconds  tokens/s  decode tokens/s")
+    found += [
+        f"{row['batch']:4}  {row['images']:6}  {row['seconds']['median']:7.2f}  "
+        f"{row['tokens_per_second']:8.1f}  {row['decode_tokens_per_second']['median']:15.1f}"
+        for row in alone["batches"]
+    ]
+    if alone["growth"]:
+        found.append(
+            f"after {alone['growth']['requests']} more short prompts, resident memory had grown by "
+            f"{alone['growth']['growth']:.2%}"
+        )
     return found
-
-
-def _ratios(runs: dict[str, list[Figures]]) -> Figures:
-    """Each system's medians, and ours by theirs, turn by turn."""
-    systems: Figures = {}
-    for name, turns in runs.items():
-        tokens = turns[0]["tokens"]
-        count = sum(len(row) for row in tokens)
-        systems[name] = {
-            "seconds": spread([turn["seconds"] for turn in turns]),
-            "tokens_per_second": spread([count / turn["seconds"] for turn in turns]),
-            "peak_gb": turns[-1]["peak_gb"],
-        }
-        if len(tokens) == 1 and count > 1:
-            rates = [(count - 1) / (turn["seconds"] - turn["first"]) for turn in turns]
-            systems[name]["first"] = spread([turn["first"] for turn in turns])
-            systems[name]["decode_tokens_per_second"] = spread(rates)
-    ours, ratios = runs["mlx_llava"], {}
-    for name, turns in runs.items():
-        if name == "mlx_llava":
-            continue
-        pairs = list(zip(ours, turns, strict=True))
-        ratio: Figures = {
-            "throughput": spread([theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]),
-            "peak_memory": ours[-1]["peak_gb"] / turns[-1]["peak_gb"],
-            "same_tokens": [turn["tokens"] for turn in turns] == [turn["tokens"] for turn in ours],
-        }
-        if "first" in systems[name]:
-            ratio["first"] = spread([mine["first"] / theirs["first"] for mine, theirs in pairs])
-            decode = [
-                (theirs["seconds"] - theirs["first"]) / (mine["seconds"] - mine["first"])
-                for mine, theirs in pairs
-            ]
-            ratio["decode"] = spread(decode)
-        ratios[name] = ratio
-    return {"systems": systems, "ratios": ratios}

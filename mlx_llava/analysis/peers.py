@@ -1,92 +1,22 @@
-"""One system that answers prompts, in a process of its own: this package, or another to compare.
+"""Systems that answer prompts: this package, and others to compare it with.
 
-This file is also the program of that process, `python peers.py SYSTEM FOLDER DTYPE`, with the
-Python of an environment that has the system; it then imports nothing of this package. It reads
-lines of JSON and answers each with one.
+This file is also the program of a process that holds one, `python peers.py SYSTEM FOLDER DTYPE`,
+with the Python of an environment that has the system; it then imports nothing of this package. It
+reads lines of JSON and answers each with one; see `compare.Peer`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 #: A row: a raw prompt, with a mark for each picture, and the pictures' paths.
 Row = tuple[str, Sequence[str]]
-
-
-class Peer:
-    """A system in its process; stays idle between calls, so that several can take turns."""
-
-    def __init__(
-        self, system: str, folder: str | Path, dtype: str, python: str | None = None
-    ) -> None:
-        """Starts it.
-
-        Args:
-            system (str): ``mlx_llava``, ``transformers`` or ``mlx-vlm``.
-            folder (str or Path): The checkpoint.
-            dtype (str): What to compute in.
-            python (str, optional): The interpreter of its environment.
-
-        Raises:
-            ValueError: It cannot load the checkpoint.
-        """
-        self.system = system
-        environment = dict(os.environ)
-        if system == "mlx-vlm":
-            from mlx_llava.model.blas import BLAS
-
-            environment |= {"LD_PRELOAD": BLAS} if BLAS else {}
-        program = ["-m", "mlx_llava.analysis.peers"] if system == "mlx_llava" else [__file__]
-        self._process = subprocess.Popen(
-            [python or sys.executable, *program, system, str(folder), dtype],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        try:
-            self.versions: dict[str, str] = self._read()["versions"]
-        except ValueError:
-            self.close()
-            raise
-
-    def answer(self, rows: Sequence[Row], max_tokens: int) -> dict[str, Any]:
-        """Answers rows together, each with so many tokens.
-
-        Returns:
-            dict: ``first`` (seconds to the first token), ``seconds`` (in all), ``tokens`` (of
-            each row) and ``peak_gb`` (the most memory that the process held).
-
-        Raises:
-            ValueError: The system cannot do it.
-        """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"rows": rows, "max_tokens": max_tokens}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ValueError(f"{self.system} ended with code {self._process.wait()}.")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise ValueError(f"{self.system} cannot do this: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
 
 
 class Ours:

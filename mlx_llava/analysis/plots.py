@@ -16,7 +16,7 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
 from mlx_llava.analysis.attribution import Explanation, MaskEffect
-from mlx_llava.analysis.places import LONGEST, Array, paint
+from mlx_llava.analysis.boxes import LONGEST, Array, paint
 from mlx_llava.model.llava import Llava
 
 #: Inches of one panel.
@@ -192,13 +192,13 @@ def plot_heads(
 ) -> Any:
     """Where every head looked in a picture for one word; of some layers, or of all."""
     attention = explanation.attention(picture)[:, :, word]
-    heads = attention.shape[1]
+    columns = attention.shape[1]
     chosen = range(len(attention)) if layers is None else layers
-    places = [(layer, head) for layer in chosen for head in range(heads)]
-    maps = [_density(explanation, attention[place], picture) for place in places]
-    titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in places]
+    heads = [(layer, head) for layer in chosen for head in range(columns)]
+    maps = [_density(explanation, attention[head], picture) for head in heads]
+    titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in heads]
     image = explanation.images[picture]
-    return plot_maps(image, maps, titles, SHARE, columns=heads, figure=figure)
+    return plot_maps(image, maps, titles, SHARE, columns=columns, figure=figure)
 
 
 def plot_mask_effect(
@@ -316,9 +316,8 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any
         figure = _new(9.6, 4)
         figure.get_layout_engine().set(w_pad=0.14)
     trace, layer = explanation.trace, model.config.feature_layers[-1]
-    places = explanation.places[0]
     embedded = trace.hidden_states[0][: trace.queries[0] + 1]
-    words = np.delete(embedded, places, axis=0)
+    words = np.delete(embedded, explanation.positions[0], axis=0)
     panels = {
         "X_v": (explanation.inputs.tiles()[0], "$X_v$: the picture"),
         "Z_v": (trace.vision_states[layer, 0, 1:], "$Z_v = g(X_v)$: CLIP"),
@@ -333,36 +332,38 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any
     for name, (content, title) in panels.items():
         axes[name].set_title(title, fontsize=9)
         axes[name].set(xticks=[], yticks=[])
-        if isinstance(content, np.ndarray):
-            scaled = content / np.maximum(content.std(axis=1, keepdims=True), 1e-12)
-            axes[name].imshow(scaled, aspect="auto", cmap="viridis", vmin=-2, vmax=2)
-            axes[name].set_xlabel(f"{content.shape[0]} x {content.shape[1]}", fontsize=8)
-        else:
-            axes[name].imshow(content)
-            axes[name].set_xlabel(f"{content.height} x {content.width} x 3", fontsize=8)
+        axes[name].set_xlabel(_show(axes[name], content), fontsize=8)
     axes["X_a"].set_title("$X_a$: the answer", fontsize=9)
     axes["X_a"].axis("off")
     text = "\n".join(textwrap.wrap(plain(explanation.answer), 18))
     axes["X_a"].text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
-    for start, end, height in (
-        ("X_v", "Z_v", 0.5),
-        ("Z_v", "H_v", 0.5),
-        ("H_v", "all", 0.76),
-        ("H_q", "all", 0.24),
-        ("all", "X_a", 0.5),
-    ):
-        arrow = ConnectionPatch(
-            (1.02, 0.5),
-            (-0.02, height),
-            coordsA="axes fraction",
-            coordsB="axes fraction",
-            axesA=axes[start],
-            axesB=axes[end],
-            arrowstyle="-|>",
-            mutation_scale=14,
-        )
-        figure.add_artist(arrow)
+    arrows = {("H_v", "all"): 0.76, ("H_q", "all"): 0.24}  # where they end; others in the middle
+    for start, end in (("X_v", "Z_v"), ("Z_v", "H_v"), *arrows, ("all", "X_a")):
+        figure.add_artist(_arrow(axes[start], axes[end], arrows.get((start, end), 0.5)))
     return figure
+
+
+def _show(axes: Any, content: Image.Image | Array) -> str:
+    """Draws a picture, or the rows of an array; returns its size."""
+    if isinstance(content, Image.Image):
+        axes.imshow(content)
+        return f"{content.height} x {content.width} x 3"
+    scaled = content / np.maximum(content.std(axis=1, keepdims=True), 1e-12)
+    axes.imshow(scaled, aspect="auto", cmap="viridis", vmin=-2, vmax=2)
+    return f"{content.shape[0]} x {content.shape[1]}"
+
+
+def _arrow(start: Any, end: Any, height: float) -> ConnectionPatch:
+    return ConnectionPatch(
+        (1.02, 0.5),
+        (-0.02, height),
+        coordsA="axes fraction",
+        coordsB="axes fraction",
+        axesA=start,
+        axesB=end,
+        arrowstyle="-|>",
+        mutation_scale=14,
+    )
 
 
 def plot_losses(reports: Sequence[Mapping[str, float]], figure: Any = None) -> Any:

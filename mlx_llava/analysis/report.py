@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.analysis.attribution import Explanation, logit_lens, mask_effect
+from mlx_llava.analysis.attribution import Explanation, MaskEffect, logit_lens, mask_effect
 from mlx_llava.files import own_file
 from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.processor import Processor
@@ -60,45 +60,45 @@ def sections(
     """What a report shows; options are those of `mask_effect`."""
     from mlx_llava.analysis import plots
 
-    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
     found = []
     if explanation.images:
         shown = partial(plots.plot_pictures, explanation.images)
         found.append(Section("Pictures", "As they were read.", ROW, shown))
     for i, _ in enumerate(explanation.images):
         effect = mask_effect(model, processor, explanation, i, **mask_options)
-        found += [
-            Section(
-                f"Picture {i + 1}: attention",
-                "Where each word looked when it was chosen; all layers, mean head.",
-                height,
-                partial(plots.plot_attention, explanation, i),
-            ),
-            Section(
-                f"Picture {i + 1}: rollout",
-                "What came from the picture to each word through all layers together.",
-                height,
-                partial(plots.plot_rollout, explanation, i),
-            ),
-            Section(
-                f"Picture {i + 1}: masking",
-                "How much less likely each word becomes when a part of the picture is hidden.",
-                height,
-                partial(plots.plot_mask_effect, explanation, effect, i),
-            ),
-        ]
+        found += _picture_sections(explanation, effect, i)
     observed = explanation.trace.hidden_states[:, explanation.trace.queries]
     tokens, probabilities = logit_lens(model, observed)
     words = [[processor.tokenizer.text_of(int(i)) for i in layer] for layer in tokens[..., 0]]
-    found.append(
+    draw = partial(plots.plot_lens, words, probabilities[..., 0], explanation.words)
+    caption = "The word that the model would have said if it had ended after each layer."
+    return [*found, Section("Layer by layer", caption, 1.2 + 0.3 * len(words), draw)]
+
+
+def _picture_sections(explanation: Explanation, effect: MaskEffect, i: int) -> list[Section]:
+    from mlx_llava.analysis import plots
+
+    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
+    return [
         Section(
-            "Layer by layer",
-            "The word that the model would have said if it had ended after each layer.",
-            1.2 + 0.3 * len(words),
-            partial(plots.plot_lens, words, probabilities[..., 0], explanation.words),
-        )
-    )
-    return found
+            f"Picture {i + 1}: attention",
+            "Where each word looked when it was chosen; all layers, mean head.",
+            height,
+            partial(plots.plot_attention, explanation, i),
+        ),
+        Section(
+            f"Picture {i + 1}: rollout",
+            "What came from the picture to each word through all layers together.",
+            height,
+            partial(plots.plot_rollout, explanation, i),
+        ),
+        Section(
+            f"Picture {i + 1}: masking",
+            "How much less likely each word becomes when a part of the picture is hidden.",
+            height,
+            partial(plots.plot_mask_effect, explanation, effect, i),
+        ),
+    ]
 
 
 def write_report(found: list[Section], title: str, path: Path) -> None:

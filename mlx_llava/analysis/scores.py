@@ -108,30 +108,17 @@ def score_pope(answers: Sequence[Record], annotations: Path | None) -> Figures:
     ``coco_pope_CATEGORY.json``. The original matches them by their order; here they are matched
     by picture and question, and are refused unless they are those of the same questions.
     """
-    figures: Figures = {}
     files = sorted(_needed(annotations).glob("coco_pope_*.json"))
     if not files:
         raise ValueError(f"{annotations} has no coco_pope_CATEGORY.json.")
     by_category = defaultdict(list)
     for answer in answers:
         by_category[field(answer, "category", str, answer["place"])].append(answer)
+    figures: Figures = {}
     for file in files:
         category = file.stem.removeprefix("coco_pope_")
-        own = _by_pope_question((a["place"], a, a["prompt"]) for a in by_category.pop(category, []))
-        records = [(place, r, field(r, "text", str, place)) for place, r in read_records(file)]
-        labels = _by_pope_question(records)
-        if len(own) != len(labels):
-            raise ValueError(
-                f"{file} has {len(labels):,} labels, but the questions of the category {category} "
-                f"are {len(own):,}; LLaVA's questions belong to POPE's commit e3e3926."
-            )
-        said, truth = [], []
-        for key, (place, answer) in own.items():
-            if key not in labels:
-                raise ValueError(f"{place} asks {key[1]!r:.80} of {key[0]}; {file} does not.")
-            said.append(_says_yes(answer["text"]))
-            truth.append(_pope_label(*labels[key]))
-        figures |= {f"{name}, {category}": value for name, value in _yes_no(said, truth).items()}
+        rates = _yes_no(*_pope_answers(by_category.pop(category, []), file, category))
+        figures |= {f"{name}, {category}": value for name, value in rates.items()}
     for category, unknown in by_category.items():
         raise ValueError(
             f"{unknown[0]['place']} has the category {category!r:.80}, of which {annotations} has "
@@ -139,6 +126,27 @@ def score_pope(answers: Sequence[Record], annotations: Path | None) -> Figures:
         )
     f1 = [value for name, value in figures.items() if name.startswith("f1")]
     return {**figures, "f1": _mean(f1)}
+
+
+def _pope_answers(
+    answers: Sequence[Record], file: Path, category: str
+) -> tuple[list[bool], list[bool]]:
+    """What was said to each question of a category, and what is true."""
+    given = _by_pope_question((answer["place"], answer, answer["prompt"]) for answer in answers)
+    records = [(place, r, field(r, "text", str, place)) for place, r in read_records(file)]
+    labels = _by_pope_question(records)
+    if len(given) != len(labels):
+        raise ValueError(
+            f"{file} has {len(labels):,} labels, but the questions of the category {category} "
+            f"are {len(given):,}; LLaVA's questions belong to POPE's commit e3e3926."
+        )
+    said, truth = [], []
+    for key, (place, answer) in given.items():
+        if key not in labels:
+            raise ValueError(f"{place} asks {key[1]!r:.80} of {key[0]}; {file} does not.")
+        said.append(_says_yes(answer["text"]))
+        truth.append(_pope_label(*labels[key]))
+    return said, truth
 
 
 def _by_pope_question(

@@ -28,7 +28,7 @@ _PICTURE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of a conversation's text.
 
     Attributes:
@@ -51,9 +51,9 @@ class ChatTemplate:
     name: str
     stops: tuple[str, ...]
 
-    def pieces(
+    def segments(
         self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[Segment, ...]:
         """The conversation's text, cut where the assistant begins and ends.
 
         Args:
@@ -67,14 +67,14 @@ class ChatTemplate:
         raise NotImplementedError
 
     def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
-        """The prompt: the text of `pieces`, ending where the assistant's answer begins.
+        """The prompt: the text of `segments`, ending where the assistant's answer begins.
 
         Raises:
-            ValueError: As `pieces`, or the user does not have the last word.
+            ValueError: As `segments`, or the user does not have the last word.
         """
         if messages and messages[-1].role == "assistant":
             raise ValueError("A prompt must be user, assistant, ..., user; the last is assistant.")
-        return "".join(piece.text for piece in self.pieces(messages, image_position))
+        return "".join(segment.text for segment in self.segments(messages, image_position))
 
 
 def place_images(message: Message, joint: str, position: str) -> str:
@@ -135,9 +135,9 @@ class JinjaTemplate(ChatTemplate):
         except jinja2.TemplateError as error:
             raise ValueError(f"The checkpoint's chat template is broken: {error}") from error
 
-    def pieces(
+    def segments(
         self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[Segment, ...]:
         """Writes the conversation; see `ChatTemplate`.
 
         In a conversation that ends with an answer, to be learned, what the template adds to a
@@ -149,8 +149,8 @@ class JinjaTemplate(ChatTemplate):
         """
         check_turns(messages)
         if messages[-1].role == "user":
-            return (Piece(self._write(messages, image_position, prompting=True)),)
-        pieces: list[Piece] = []
+            return (Segment(self._write(messages, image_position, prompting=True)),)
+        segments: list[Segment] = []
         written = lent = ""
         for i, message in enumerate(messages, 1):
             if message.role != "assistant":
@@ -162,12 +162,12 @@ class JinjaTemplate(ChatTemplate):
                     "The checkpoint's chat template rewrites earlier turns, so its answers "
                     "cannot be told from the rest; choose another with --template."
                 )
-            pieces.append(Piece(prompt[len(written) :].removeprefix(lent)))
+            segments.append(Segment(prompt[len(written) :].removeprefix(lent)))
             answer, mark, after = self._answer(whole[len(prompt) :], message.text.strip())
             lent = "" if mark else self._end
-            pieces += [Piece(answer + (mark or lent), answer=True), Piece(after)]
+            segments += [Segment(answer + (mark or lent), answer=True), Segment(after)]
             written = whole
-        return tuple(pieces)
+        return tuple(segments)
 
     @property
     def _end(self) -> str:
@@ -253,7 +253,6 @@ class JinjaTemplate(ChatTemplate):
         return True
 
     def _as_dict(self, message: Message, image_position: str) -> dict[str, Any]:
-        """The turn in the shape that the template reads: parts, or one string."""
         if not self._reads_parts:
             return {"role": message.role, "content": place_images(message, "\n", image_position)}
         if image_position == "end":

@@ -143,7 +143,6 @@ def _said(name: str) -> Iterator[None]:
 
 
 def _bytes(image: Image.Image, key: str) -> bytes:
-    """Metadata as the decoder found it."""
     found = image.info.get(key, b"")
     return found if isinstance(found, bytes) else b""
 
@@ -179,7 +178,6 @@ def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
 
 
 def _read(source: Any) -> tuple[bytes, str]:
-    """The bytes of a file, and the words to name it with in an error."""
     if isinstance(source, bytes):
         return source, f"The image ({len(source):,} bytes)"
     if hasattr(source, "read"):
@@ -218,7 +216,6 @@ def _read_open(file: BinaryIO, name: str) -> tuple[bytes, str]:
 
 
 def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
-    """The format of a file, by how it begins."""
     for format in formats:
         if re.match(_BEGINNINGS[format], content[:64], re.DOTALL):
             return format

@@ -151,7 +151,6 @@ def _png(content: bytes) -> Essence:
 
 
 def _png_text(kind: bytes, body: bytes) -> bytes:
-    """The text of a chunk, its keyword left out."""
     is_packed = kind == b"zTXt"
     if kind == b"iTXt":
         is_packed = body.startswith(b"\1")

@@ -28,7 +28,6 @@ MODES = ("crop", "pad", "anyres")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 #: In pixels, of what is made in one piece.
 LARGEST_SQUARE = 1 << 24
 
@@ -48,10 +47,10 @@ def center_corner(size: Size, window: Size) -> tuple[int, int]:
     return (size[0] - window[0]) // 2, (size[1] - window[1]) // 2
 
 
-def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """Cuts (height, width) out of the middle; what lies outside the picture is black."""
-    top, left = center_corner((image.height, image.width), size)
-    return image.crop((left, top, left + size[1], top + size[0]))
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """Cuts a square out of the middle; what lies outside the picture is black."""
+    top, left = center_corner((image.height, image.width), (side, side))
+    return image.crop((left, top, left + side, top + side))
 
 
 def resize_square(
@@ -104,14 +103,7 @@ def tile_corners(canvas: Size, side: int) -> list[tuple[int, int]]:
     return [(top, left) for top in range(0, canvas[0], side) for left in range(0, canvas[1], side)]
 
 
-def split_tiles(image: Image.Image, side: int) -> list[Image.Image]:
-    """Cuts a canvas into square tiles, row by row."""
-    corners = tile_corners((image.height, image.width), side)
-    return [image.crop((left, top, left + side, top + side)) for top, left in corners]
-
-
 def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
-    """A side, or (height, width), from the spellings of preprocessor_config.json."""
     if isinstance(size, int):
         return size
     size = {name: pixels for name, pixels in size.items() if pixels is not None}
@@ -235,18 +227,19 @@ class ImageProcessor:
         side = self.config.vision_config.image_size
         if self.mode == "anyres":
             canvas = canvas_size((image.height, image.width), self.config)
-            tiles = split_tiles(anyres_canvas(image, canvas, self.resample), side)
-            return [image.resize((side, side), self.resample), *tiles]
+            whole = anyres_canvas(image, canvas, self.resample)
+            boxes = [(x, y, x + side, y + side) for y, x in tile_corners(canvas, side)]
+            return [image.resize((side, side), self.resample), *map(whole.crop, boxes)]
         if self.mode == "pad":
             size = self._resized_size((max(image.size),) * 2)
             # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
             background = tuple(int(mean * 255) for mean in self.mean)
-            return [
-                center_crop(resize_square(image, size, background, self.resample), (side, side))
-            ]
-        height, width = self._resized_size((image.height, image.width))
-        check_pixels((width, height), MAX_PIXELS, "The resized image")
-        return [center_crop(image.resize((width, height), self.resample), (side, side))]
+            resized = resize_square(image, size, background, self.resample)
+        else:
+            height, width = self._resized_size((image.height, image.width))
+            check_pixels((width, height), MAX_PIXELS, "The resized image")
+            resized = image.resize((width, height), self.resample)
+        return [center_crop(resized, side)]
 
     def _resized_size(self, size: Size) -> Size:
         return shortest_edge_size(size, self.size) if isinstance(self.size, int) else self.size

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from mlx_llava.files import is_file
-from mlx_llava.inputs.picture_files import picture_endings
+from mlx_llava.inputs.image_paths import image_endings
 
 #: Longer lines are text.
 MAX_LENGTH = 32768
@@ -109,7 +109,7 @@ def image_names(arguments: str) -> list[str]:
 def missing_paths(line: str) -> list[str]:
     """What looks like the path of a picture and is no file, so that it stays text."""
     words = [word.rstrip(_AFTER) for word in _MISSING.findall(line)]
-    return [word for word in words if Path(word).suffix.lower() in picture_endings()]
+    return [word for word in words if Path(word).suffix.lower() in image_endings()]
 
 
 def _other_names(text: str) -> Iterator[str]:
@@ -127,10 +127,9 @@ def _other_names(text: str) -> Iterator[str]:
 
 
 def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
-    """The files that a line names, from left to right."""
     if len(line) > MAX_LENGTH:
         return
-    endings = "|".join(re.escape(ending) for ending in sorted(picture_endings()))
+    endings = "|".join(re.escape(ending) for ending in sorted(image_endings()))
     pattern = rf"(?i:{endings})(?![A-Za-z0-9_/\\-]|\.[A-Za-z0-9])"
     ends = [match.end() for match in re.finditer(pattern, line)]
     start = 0
@@ -200,7 +199,7 @@ def _is_path(path: str) -> bool:
 
 
 def _is_picture(path: str) -> bool:
-    return Path(path).suffix.lower() in picture_endings() and _is_file(path)
+    return Path(path).suffix.lower() in image_endings() and _is_file(path)
 
 
 def _is_mark(letter: str, known: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -16,16 +16,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.chat_template import (
-    ChatTemplate,
-    JinjaTemplate,
-    Piece,
-    wrap_images,
-)
+from mlx_llava.inputs.chat_template import ChatTemplate, Segment, wrap_images
 from mlx_llava.inputs.image import ImageSource, load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.messages import Conversation, Message, Turn, read_messages
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.template_choice import choose_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from mlx_llava.model.anyres import Size, num_tiles
@@ -94,22 +89,6 @@ class Inputs:
             + display.texts(self.prompts)
             + display.table({**shapes, **tiles})
         )
-
-
-def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
-    """The checkpoint's own template, or the one that its shape points to."""
-    if config.conv_mode or not tokenizer.chat_template:
-        return get_template(config.conv_mode or guess_template(config).name)
-    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
-    tokens = {key: text for key, value in named.items() if (text := _text_of(value))}
-    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
-    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
-    return replace(template, stops=template.find_ends(tokenizer.special_tokens))
-
-
-def _text_of(token: Any) -> str:
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else ""
 
 
 class Processor:
@@ -194,7 +173,6 @@ class Processor:
         pictures: list[Any] = []
         for conversation, given in _rows(prompt, images):
             text, own = self._render(conversation, given, raw, system, image_position)
-            self._check_marks(text, own)
             texts.append(text)
             pictures += own
         return self._inputs(texts, [load_image(picture) for picture in pictures], started)
@@ -202,8 +180,8 @@ class Processor:
     def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
         """How many tokens a prompt takes; its pictures are read, but not made pixels."""
         text, pictures = self._render(conversation, as_list(images), False, None, "start")
-        self._check_marks(text, pictures)
-        (row,) = self._token_rows([text], self._image_tokens(_sizes(map(load_image, pictures))))
+        sizes = _sizes(map(load_image, pictures))
+        (row,) = self._token_rows([text], map(self.image_processor.num_tokens, sizes))
         return len(row)
 
     def _render(
@@ -214,27 +192,28 @@ class Processor:
         system: str | None,
         image_position: str,
     ) -> tuple[str, list[Any]]:
-        """The text of one prompt and its pictures in reading order."""
         if raw:
             if not isinstance(conversation, str):
                 raise ValueError("A raw prompt must be a text.")
-            return conversation, images
-        messages, images = read_messages(conversation, images, self.tokenizer.protect)
-        if system is not None:
-            messages = [message for message in messages if message.role != "system"]
-            messages.insert(0, Message("system", self.tokenizer.protect(system)))
-        text = self.template.render(messages, image_position)
-        return (wrap_images(text) if self.config.mm_use_im_start_end else text), images
-
-    def _check_marks(self, text: str, images: list[Any]) -> None:
+            text = conversation
+        else:
+            messages, images = read_messages(conversation, images, self.tokenizer.protect)
+            if system is not None:
+                messages = [message for message in messages if message.role != "system"]
+                messages.insert(0, Message("system", self.tokenizer.protect(system)))
+            text = self._wrapped(self.template.render(messages, image_position))
         marks = text.count(IMAGE_TOKEN)
         if marks != len(images):
             raise ValueError(
                 f"The prompt has {marks} {IMAGE_TOKEN} marks but {len(images)} images were given."
             )
+        return text, images
+
+    def _wrapped(self, text: str) -> str:
+        return wrap_images(text) if self.config.mm_use_im_start_end else text
 
     def learnable(
-        self, pieces: Sequence[Piece], image_tokens: Sequence[int]
+        self, segments: Sequence[Segment], image_tokens: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
         """Tokenises a conversation to be learned.
 
@@ -242,7 +221,7 @@ class Processor:
         tokenised, as it is not when that text is the prompt.
 
         Args:
-            pieces (list of Piece): What the template wrote.
+            segments (list of Segment): What the template wrote.
             image_tokens (list of int): How many placeholders each picture takes.
 
         Returns:
@@ -251,19 +230,19 @@ class Processor:
         text = ""
         ids: list[int] = []
         learned: list[bool] = []
-        for piece in pieces:
-            text += wrap_images(piece.text) if self.config.mm_use_im_start_end else piece.text
+        for segment in segments:
+            text += self._wrapped(segment.text)
             longer = self.tokenizer.encode(text)
             pairs = zip(ids, longer, strict=False)
             same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-            learned = learned[:same] + [piece.answer] * (len(longer) - same)
+            learned = learned[:same] + [segment.answer] * (len(longer) - same)
             ids = longer
         places = self._expand(ids, iter(image_tokens))
         return [ids[i] for i in places], [learned[i] for i in places]
 
     def _inputs(self, texts: list[str], images: list[Image.Image], started: float) -> Inputs:
         sizes = _sizes(images)
-        counts = self._image_tokens(sizes)
+        counts = tuple(map(self.image_processor.num_tokens, sizes))
         rows, folded = self._token_rows(texts, counts), iter(counts)
         ids = np.full((len(rows), max(map(len, rows))), _PADDING_ID, np.int32)
         mask = np.zeros_like(ids)
@@ -284,12 +263,7 @@ class Processor:
             image_processor=self.image_processor,
         )
 
-    def _image_tokens(self, sizes: Sequence[Size]) -> tuple[int, ...]:
-        """How many placeholders each picture takes."""
-        return tuple(map(self.image_processor.num_tokens, sizes))
-
-    def _token_rows(self, texts: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
-        """The ids of each prompt, with as many placeholders as its pictures take."""
+    def _token_rows(self, texts: Sequence[str], counts: Iterable[int]) -> list[list[int]]:
         remaining = iter(counts)
         encoded = [self.tokenizer.encode(text) for text in texts]
         return [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
@@ -305,7 +279,7 @@ class Processor:
         ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
         bos = "".join(token for token, i in special.items() if i in ids)
         first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
-        folded = "".join(f"<image x {next(counts)}>{piece}" for piece in rest)
+        folded = "".join(f"<image x {next(counts)}>{segment}" for segment in rest)
         return self.tokenizer.unprotect(bos + first + folded)
 
 

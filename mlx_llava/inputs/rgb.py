@@ -63,7 +63,6 @@ def to_rgb(image: Image.Image, levels: Levels = UNKNOWN, name: str = "The image"
 
 
 def _range(values: npt.NDArray[Any], levels: Levels, name: str) -> tuple[float, float]:
-    """Which values are black and white."""
     is_float = values.dtype.kind == "f"
     finite = values[np.isfinite(values)] if is_float else values
     lowest, highest = float(finite.min(initial=0)), float(finite.max(initial=0))

@@ -7,8 +7,11 @@ the hub's cache loses. Names are asked here too, and the numbers of the publishe
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mlx_llava.inputs.chat_template import ChatTemplate, JinjaTemplate
+from mlx_llava.inputs.templates import get_template
+from mlx_llava.inputs.tokenizer import Tokenizer, token_text
 from mlx_llava.model.config import LlavaConfig
 
 _LLAMA_3_WORDS = 128256
@@ -57,3 +60,14 @@ def guess_template(config: LlavaConfig, name: str = "") -> Guess:
     if text.hidden_size in _VICUNA_WIDTHS and text.rope_theta == 1e4:
         return Guess("vicuna_v1")
     return Guess("vicuna_v1", "no published LLaVA has this shape")
+
+
+def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The checkpoint's own template, or the one that its shape points to."""
+    if config.conv_mode or not tokenizer.chat_template:
+        return get_template(config.conv_mode or guess_template(config).name)
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    tokens = {key: text for key, value in named.items() if (text := token_text(value))}
+    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
+    return replace(template, stops=template.find_ends(tokenizer.special_tokens))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_llava.inputs.chat_template import ChatTemplate, Piece, place_images
+from mlx_llava.inputs.chat_template import ChatTemplate, Segment, place_images
 from mlx_llava.inputs.messages import Message, check_turns
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
 class Template(ChatTemplate):
-    """A built-in template, as the pieces that it puts around what is said.
+    """A built-in template, as the segments that it puts around what is said.
 
     Attributes:
         name: the name in LLaVA's conversation.py.
@@ -42,48 +42,43 @@ class Template(ChatTemplate):
     examples: tuple[Message, ...] = ()
     image_turn: bool = False
 
-    def pieces(
+    def segments(
         self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[Segment, ...]:
         """Writes the conversation; see `ChatTemplate`."""
         check_turns(messages)
         system = self.system
         if messages[0].role == "system":
             system, messages = messages[0].text, messages[1:]
-        pieces = [Piece(self.header.replace("{system}", system) if system else self.bare_header)]
+        segments = [
+            Segment(self.header.replace("{system}", system) if system else self.bare_header)
+        ]
         turns = [*self.examples, *self._images_first(messages)]
         inserted = len(turns) - len(messages)
         for i, message in enumerate(turns):
             if message.role == "assistant":
-                pieces += self._answer(message.text, learned=i >= inserted)
+                segments += self._answer(message.text, learned=i >= inserted)
                 continue
             said = place_images(message, self.image_joint, image_position)
             between = self.between if i else ""
-            pieces.append(Piece(between + self.user.replace("{text}", said) + self.assistant))
-        return tuple(pieces)
+            segments.append(Segment(between + self.user.replace("{text}", said) + self.assistant))
+        return tuple(segments)
 
-    def _answer(self, text: str, learned: bool) -> list[Piece]:
+    def _answer(self, text: str, learned: bool) -> list[Segment]:
         """An answer up to its end mark, and what the template puts after that."""
         mark = next(stop for stop in self.stops if stop in self.answer)
         written, after = self.answer.rsplit(mark, 1)
-        return [Piece(written.replace("{text}", text) + mark, learned), Piece(after)]
+        return [Segment(written.replace("{text}", text) + mark, learned), Segment(after)]
 
     def _images_first(self, messages: Sequence[Message]) -> list[Message]:
         """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
         first, *rest = messages
-        if not self.image_turn:
-            return [first, *rest]
         count = first.images + first.text.count(IMAGE_TOKEN)
-        if not count:
-            return [first, *rest]
+        if not self.image_turn or not count:
+            return [*messages]
         shown = Message("user", f"<Image>{IMAGE_TOKEN}</Image>" * count)
-        text = first.text.replace(IMAGE_TOKEN, "").strip()
-        return [
-            shown,
-            Message("assistant", "Received."),
-            replace(first, text=text, images=0),
-            *rest,
-        ]
+        asked = Message("user", first.text.replace(IMAGE_TOKEN, "").strip())
+        return [shown, Message("assistant", "Received."), asked, *rest]
 
 
 _CURIOUS = (
@@ -218,18 +213,10 @@ _ALL: tuple[Template, ...] = (
         image_joint="",
     ),
 )
+_NAMED = {template.name: template for template in _ALL}
 _ALIASES = {"v1": "vicuna_v1", "v0": "vicuna_v0", "mistral_direct": "chatml_direct"}
-
 #: Every built-in template by name, LLaVA's short names included.
-TEMPLATES: Mapping[str, Template] = {
-    **{template.name: template for template in _ALL},
-    **{
-        alias: template
-        for alias, name in _ALIASES.items()
-        for template in _ALL
-        if template.name == name
-    },
-}
+TEMPLATES: Mapping[str, Template] = _NAMED | {a: _NAMED[name] for a, name in _ALIASES.items()}
 
 
 def get_template(name: str) -> Template:

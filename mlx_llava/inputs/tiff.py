@@ -52,7 +52,6 @@ class Directory:
         return float(first / divisor[0]) if divisor else float(first)
 
     def _value(self, tag: int) -> tuple[int, bytes]:
-        """The type and the bytes of a tag's values."""
         if tag not in self.records:
             return 0, b""
         layout = "HHQ8s" if self.is_big else "HHL4s"

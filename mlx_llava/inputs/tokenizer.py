@@ -121,8 +121,7 @@ class Tokenizer:
         return cls(spec, config, image_token_id, template)
 
     def _id_of(self, key: str) -> int | None:
-        """The id of a token that tokenizer_config.json names, as text or as an object."""
-        text = _text_of(self.config.get(key))
+        text = token_text(self.config.get(key))
         return None if text is None else self._backend.token_to_id(text)
 
     def _read_bos(self) -> list[int]:
@@ -235,10 +234,10 @@ def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[di
     ]
 
 
-def _text_of(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """A token of tokenizer_config.json, which is a text or an object."""
-    text: str | None = token.get("content") if isinstance(token, Mapping) else token
-    return text
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
 
 
 def _named_special(config: Mapping[str, Any]) -> set[str | None]:
@@ -249,7 +248,7 @@ def _named_special(config: Mapping[str, Any]) -> set[str | None]:
     decoder = (config.get("added_tokens_decoder") or {}).values()
     named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
     named += config.get("additional_special_tokens") or []
-    return {*map(_text_of, named), *(t["content"] for t in decoder if t.get("special"))}
+    return {*map(token_text, named), *(t["content"] for t in decoder if t.get("special"))}
 
 
 def _backend(spec: Mapping[str, Any]) -> Backend:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
@@ -36,19 +35,11 @@ class LayerCache(Protocol):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Appends new positions and returns all of them."""
 
+    def is_trimmable(self) -> bool:
+        """Whether `trim` can be asked."""
+
     def trim(self, n: int) -> int:
         """Forgets the last `n` positions, or all if there are fewer; returns how many."""
-
-    def is_trimmable(self) -> bool:
-        """mlx-lm asks before it trims."""
-
-
-class Attending(Protocol):
-    """What has an `attend` of its own."""
-
-    @property
-    def attend(self) -> Attention:
-        """As `attend`, but for the cache."""
 
 
 #: One for every layer.
@@ -163,21 +154,18 @@ class Rows:
         *,
         attention: Attention,
         scale: float,
-        mask: Sequence[Mask],
+        mask: Mask | Sequence[Mask],
     ) -> mx.array:
         """`attend`, each row with its own cache and mask."""
         new = [mx.split(array, len(self.caches)) for array in (queries, keys, values)]
-        if any(hasattr(cache, "bits") for cache in self.caches):
-            attend_row = partial(attend, attention=attention, scale=scale)
-            rows = zip(self.caches, *new, mask, strict=True)
-            return mx.concatenate([attend_row(*row, mask=own) for *row, own in rows])
-        stored = [c.update_and_fetch(k, v) for c, _, k, v in zip(self.caches, *new, strict=True)]
-        all_keys, all_values = zip(*stored, strict=True)
-        return attention(queries, all_keys, all_values, scale=scale, mask=mask)
+        rows = zip(self.caches, *new, mask, strict=True)  # type: ignore[arg-type]
+        return mx.concatenate(
+            [attend(*row, attention=attention, scale=scale, mask=own) for *row, own in rows]
+        )
 
 
 def attend(
-    cache: LayerCache | Attending | None,
+    cache: LayerCache | Rows | None,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -193,9 +181,9 @@ def attend(
         queries (mx.array): (B, H, L, D).
         keys (mx.array): (B, heads, L, D).
         values (mx.array): As the keys.
-        attention (callable): `layers.attention`, or what stands for it.
+        attention (callable): MLX's, or what stands for it.
         scale (float): What scores are multiplied with.
-        mask (optional): As of `layers.attention`; of `Rows`, a list.
+        mask (optional): What may be seen; of `Rows`, a list.
 
     Returns:
         mx.array: (B, H, L, D).

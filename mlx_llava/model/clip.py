@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.model.config import VisionConfig
-from mlx_llava.model.layers import ACTIVATIONS, AnyArray, attention
+from mlx_llava.model.layers import ACTIVATIONS, AnyArray
 
 
 class PatchEmbedding(nn.Module):
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.scale = (D // self.num_heads) ** -0.5
-        self.attention = attention
+        self.attention = mx.fast.scaled_dot_product_attention
         self.q_proj = nn.Linear(D, D)
         self.k_proj = nn.Linear(D, D)
         self.v_proj = nn.Linear(D, D)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from typing import Any, TypeAlias, cast
@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_llava.model import clip, layers
 from mlx_llava.model.blas import set_blas_threads
-from mlx_llava.model.layers import Mask, Stored
+from mlx_llava.model.layers import Mask
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Function: TypeAlias = "Callable[..., mx.array]"
@@ -108,11 +108,7 @@ def _by_numpy(numpy: Callable[..., Array], mlx: Function, *arrays: mx.array) -> 
 def matmul(x: mx.array, weight: mx.array) -> mx.array:
     """``x @ weight.T``: (..., inputs) and (outputs, inputs) -> (..., outputs)."""
     if _fits(x.size * len(weight), x, weight):
-        return _by_numpy(_numpy_matmul, _mlx_matmul, x, weight)
-    return _mlx_matmul(x, weight)
-
-
-def _mlx_matmul(x: mx.array, weight: mx.array) -> mx.array:
+        return _by_numpy(_numpy_matmul, lambda x, weight: x @ weight.T, x, weight)
     return x @ weight.T
 
 
@@ -164,43 +160,22 @@ class PatchEmbedding(clip.PatchEmbedding):
 
 
 def attention(
-    queries: mx.array,
-    keys: Stored,
-    values: Stored,
-    *,
-    scale: float,
-    mask: Mask | Sequence[Mask] = None,
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
 ) -> mx.array:
-    """As `layers.attention`."""
-    of_rows = not isinstance(keys, mx.array)
-    stored: list[mx.array] = [*keys, *values] if of_rows else [keys, values]  # type: ignore[list-item]
-    half = len(stored) // 2
-
-    def by(attend: Callable[..., Any], queries: Any, *stored: Any) -> Any:
-        keys, values = (stored[:half], stored[half:]) if of_rows else stored
-        return attend(queries, keys, values, scale=scale, mask=mask)
-
-    mlx, numpy = partial(by, layers.attention), partial(by, _numpy_attention)
-    if _fits(queries.size * sum(array.shape[2] for array in stored[:half]), queries, *stored):
-        return _by_numpy(numpy, mlx, queries, *stored)
-    return cast("mx.array", mlx(queries, *stored))
+    """As mx.fast.scaled_dot_product_attention: (B, H, L, D), keys and values (B, heads, T, D)."""
+    mlx = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
+    if _fits(queries.size * keys.shape[2], queries, keys, values):
+        return _by_numpy(partial(_numpy_attention, scale, mask), mlx, queries, keys, values)
+    return mlx(queries, keys, values)
 
 
-def _numpy_attention(
-    queries: Array,
-    keys: Array | Sequence[Array],
-    values: Array | Sequence[Array],
-    *,
-    scale: float,
-    mask: Mask | Sequence[Mask],
-) -> Array:
+def _numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
     B, H, L, D = queries.shape
     output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
+    hidden = [~row[0] for row in _view(mask)] if isinstance(mask, mx.array) else [None]
     for i in range(B):
-        own = mask[i] if isinstance(mask, list) else mask
-        hidden = ~_view(own)[min(i, len(own) - 1), 0] if isinstance(own, mx.array) else None
-        key, value = (array.reshape(array.shape[-3:]) for array in (keys[i], values[i]))
-        _attend(output[i], queries[i] * scale, key, value, hidden, isinstance(own, str))
+        own = hidden[min(i, len(hidden) - 1)]
+        _attend(output[i], queries[i] * scale, keys[i], values[i], own, isinstance(mask, str))
     return output.swapaxes(1, 2)
 
 
@@ -235,43 +210,34 @@ def _attend(
 
 def quick_gelu(x: mx.array) -> mx.array:
     """As `layers.quick_gelu`."""
-    if _fits(EXP * x.size, x):
-        return _by_numpy(partial(_in_blocks, _quick_gelu), layers.quick_gelu, x)
-    return layers.quick_gelu(x)
+    return _gated(layers.quick_gelu, 1.702, x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """As `layers.swiglu`."""
-    if _fits(EXP * gate.size, gate, up):
-        return _by_numpy(partial(_in_blocks, _swiglu), layers.swiglu, gate, up)
-    return layers.swiglu(gate, up)
+    return _gated(layers.swiglu, 1, gate, up)
 
 
-def _in_blocks(function: Callable[..., None], *arrays: Array) -> Array:
-    """An elementwise ``function(output, *arrays)``, on as much at a time as a cache holds."""
-    output = np.empty(arrays[0].shape, np.float32)
-    flat = [array.reshape(-1) for array in (output, *arrays)]
-    for start in range(0, output.size, BLOCK // 4):
-        function(*(array[start : start + BLOCK // 4] for array in flat))
-    return output
+def _gated(mlx: Function, slope: float, *arrays: mx.array) -> mx.array:
+    if _fits(EXP * arrays[0].size, *arrays):
+        return _by_numpy(partial(_numpy_gated, slope), mlx, *arrays)
+    return mlx(*arrays)
 
 
-def _quick_gelu(output: Array, x: Array) -> None:
-    _gate(output, x, slope=1.702)
-
-
-def _swiglu(output: Array, gate: Array, up: Array) -> None:
-    _gate(output, gate, slope=1)
-    output *= up
-
-
-def _gate(output: Array, x: Array, slope: float) -> None:
-    """x sigmoid(slope x)."""
-    np.multiply(x, np.float32(-slope), out=output)
-    with np.errstate(over="ignore"):  # x / inf is the right 0
-        np.exp(output, out=output)
-    output += 1
-    np.divide(x, output, out=output)
+def _numpy_gated(slope: float, *arrays: Array) -> Array:
+    """x sigmoid(slope x), times another array if there is one; in blocks."""
+    outputs = np.empty(arrays[0].shape, np.float32)
+    flat = [array.reshape(-1) for array in (outputs, *arrays)]
+    for start in range(0, outputs.size, BLOCK // 4):
+        output, x, *factors = (array[start : start + BLOCK // 4] for array in flat)
+        np.multiply(x, np.float32(-slope), out=output)
+        with np.errstate(over="ignore"):  # x / inf is the right 0
+            np.exp(output, out=output)
+        output += 1
+        np.divide(x, output, out=output)
+        for factor in factors:
+            output *= factor
+    return outputs
 
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -280,7 +246,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     clip.PatchEmbedding: PatchEmbedding,
 }
 _FUNCTIONS: dict[Function, Function] = {
-    layers.attention: attention,
+    mx.fast.scaled_dot_product_attention: attention,
     layers.quick_gelu: quick_gelu,
     layers.swiglu: swiglu,
 }

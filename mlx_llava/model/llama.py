@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlx_llava.model.cache import Attending, Cache, KVCache, LayerCache, Rows, attend
+from mlx_llava.model.cache import Cache, KVCache, LayerCache, Rows, attend
 from mlx_llava.model.config import TextConfig
-from mlx_llava.model.layers import Mask, attention, swiglu
+from mlx_llava.model.layers import Mask, swiglu
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         D, self.head_dim = config.hidden_size, config.dims_per_head
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.kv_heads
         self.scale = self.head_dim**-0.5
-        self.attention = attention
+        self.attention = mx.fast.scaled_dot_product_attention
         self._periods = rope_frequencies(config)
         bias = config.attention_bias
         self.q_proj = nn.Linear(D, self.n_heads * self.head_dim, bias=bias)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         x: mx.array,
         mask: Mask | list[Mask],
         start: mx.array | int,
-        cache: LayerCache | Attending | None,
+        cache: LayerCache | Rows | None,
     ) -> mx.array:
         queries = self._heads(self.q_proj(x), self.n_heads)  # (B, heads, L, head width)
         keys = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, kv heads, L, head width)
@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         mask: Mask | list[Mask],
         start: mx.array | int,
-        cache: LayerCache | Attending | None,
+        cache: LayerCache | Rows | None,
     ) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)  # (B, L, D)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -93,8 +93,8 @@ class Examples:
         sizes = [(picture.height, picture.width) for picture in pictures]
         counts = [processor.image_processor.num_tokens(size) for size in sizes]
         try:
-            pieces = processor.template.pieces(self._messages(sample))
-            ids, learned = processor.learnable(pieces, counts)
+            segments = processor.template.segments(self._messages(sample))
+            ids, learned = processor.learnable(segments, counts)
         except ValueError as error:
             raise UnusableError("the template cannot write it", str(error)) from error
         if processor.config.image_token_index in ids[self.max_length :]:

@@ -27,9 +27,7 @@ from mlx_llava.json_files import field, read_json, write_json
 from mlx_llava.model.blas import set_blas_threads
 from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.data import Batch, Examples, order
-from mlx_llava.tuner.losses import answer_loss
-from mlx_llava.tuner.optimizer import make_optimizer
-from mlx_llava.tuner.options import TrainingOptions
+from mlx_llava.tuner.recipe import TrainingOptions, answer_loss, make_optimizer
 from mlx_llava.tuner.samples import summary
 
 Tree = dict[str, Any]
@@ -57,7 +55,7 @@ class Trainer:
         """Prepares a run.
 
         Args:
-            model (Llava): Its trainable parameters are trained; see `stages.prepare`.
+            model (Llava): Its trainable parameters are trained; see `recipe.prepare`.
             train (Examples): What to learn.
             valid (Examples, optional): What to measure.
             options (TrainingOptions): How.

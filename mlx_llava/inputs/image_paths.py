@@ -15,7 +15,7 @@ from mlx_llava.files import expand_home, real_path
 from mlx_llava.inputs.image import FORMATS
 
 
-def find_pictures(
+def find_images(
     places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
 ) -> list[str]:
     """The pictures of folders and patterns, those of a place in order of their names.
@@ -66,12 +66,10 @@ def _name_once(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def _links_to(folder: Path) -> tuple[int, Path]:
-    """How many links a name leads through, and where to."""
     return sum(part.is_symlink() for part in (folder, *folder.parents)), real_path(folder)
 
 
 def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
-    """The pictures of a folder or a pattern."""
     if path.is_dir():
         matching = _match(path, ["**", "*"] if recursive else ["*"], skipped)
     else:
@@ -79,14 +77,13 @@ def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Pat
         matching = _match(start, path.parts[1:] if path.anchor else path.parts, skipped)
     for file in matching:
         mode = _mode(file)
-        if has_picture_name(file) and stat.S_ISREG(mode):
+        if has_image_name(file) and stat.S_ISREG(mode):
             yield file
         elif not stat.S_ISDIR(mode):
             skipped.add(file)
 
 
 def _match(folder: Path, parts: Sequence[str], skipped: set[Path]) -> Iterator[Path]:
-    """What matches the parts of a pattern below a folder."""
     first, rest = parts[0], parts[1:]
     if first == "**":
         for below in _folders(folder, skipped):
@@ -137,12 +134,12 @@ def _mode(path: Path) -> int:
 
 
 @cache
-def picture_endings() -> set[str]:
+def image_endings() -> set[str]:
     """What the names of pictures end in."""
     known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
     return known | {".heic", ".heif"}
 
 
-def has_picture_name(file: Path) -> bool:
+def has_image_name(file: Path) -> bool:
     """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
-    return file.suffix.lower() in picture_endings() and not file.name.startswith(".")
+    return file.suffix.lower() in image_endings() and not file.name.startswith(".")

@@ -60,8 +60,8 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     if config.vision_feature_select_strategy == "full":
         boxes = np.concatenate([np.full((len(boxes), 1, 4), np.nan), boxes], axis=1)
     sizes = [size] if image_processor.mode == "anyres" else None
-    nowhere = mx.full((4,), np.nan) if config.has_newline else None
-    (laid,) = lay_out(mx.array(boxes, mx.float32), nowhere, sizes, config)
+    no_box = mx.full((4,), np.nan) if config.has_newline else None
+    (laid,) = lay_out(mx.array(boxes, mx.float32), no_box, sizes, config)
     return np.array(laid)
 
 
@@ -76,7 +76,7 @@ def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) ->
 
     Returns:
         Map (height, width) in the picture's proportions. Its sum is that of the values, less
-        those without a place and the part of each that lies beyond the picture.
+        those that show none of the picture and the part of each that lies beyond the picture.
     """
     left, top, right, bottom = boxes.T
     painted = paint(values / ((right - left) * (bottom - top)), boxes, size, longest)
@@ -93,10 +93,11 @@ def paint(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Ar
     """
     height, width = size
     rows, columns = (max(1, round(side * longest / max(size))) for side in size)
-    placed = ~np.isnan(boxes).any(axis=1)
-    left, top, right, bottom = boxes[placed].T * np.array([[columns / width, rows / height] * 2]).T
+    is_shown = ~np.isnan(boxes).any(axis=1)
+    scale = np.array([columns / width, rows / height] * 2)
+    left, top, right, bottom = (boxes[is_shown] * scale).T
     across, down = _overlap(left, right, columns), _overlap(top, bottom, rows)
-    return down.T @ (values[placed, None] * across)
+    return down.T @ (values[is_shown, None] * across)
 
 
 def _overlap(start: Array, end: Array, pixels: int) -> Array:
