@@ -131,7 +131,7 @@ MUTATIONS = (
     ("nothing left to read", "generation/prompt_cache", "zip(self.keys[:-1], keys", "zip(self.keys, keys"),
     ("cut inside a picture", "generation/prompt_cache", "return min([length, *cut])", "return length"),
     ("cache of another model", "generation/prompt_cache", 'if metadata["model"] != self._identity:', "if False:"),
-    ("prompt rolled over", "model/cache", "place = self.keep + (self", "place = (self"),
+    ("prompt rolled over", "model/cache", "slot = self.keep + (self", "slot = (self"),
     ("rows at one position", "model/llama", "return mx.array(offset), [", "return mx.array(offset[:1] * len(offset)), ["),
     ("rows share their chance", "generation/sampling", "return sampler if seed is None else _seeded(sampler, seed)", "return sampler"),
     ("unlikely tokens drawn", "generation/sampling", "likelier >= top_p * total", "likelier >= total"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.adapter import load_adapter
 from mlx_llava.checkpoint.hub import Source, find_checkpoint
@@ -186,12 +186,9 @@ def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]
         return layer_settings(quantization, path)
 
     nn.quantize(model, class_predicate=settings)
-    permuted = {
-        path: PermutedQuantizedLinear.from_layer(module)
-        for path, module in model.named_modules()
-        if f"{path}.input_permutation" in names
-    }
-    model.update_modules(tree_unflatten(list(permuted.items())))
+    for path, module in model.named_modules():
+        if f"{path}.input_permutation" in names:
+            PermutedQuantizedLinear.adopt(module)
 
 
 def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:

@@ -1,4 +1,4 @@
-"""Anyres (LLaVA 1.6): which canvas, which grid, which part of it is picture; and its layout.
+"""Anyres (LLaVA 1.6): which canvas, which grid, which part of it is image; and its layout.
 
 Processor and model both need the geometry, and must agree: the one counts the placeholders, the
 other fills them. All sizes are (height, width). LLaVA-NeXT: mm_utils.py and llava_arch.py.
@@ -21,7 +21,7 @@ Size: TypeAlias = tuple[int, int]
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size], convention: str) -> Size:
-    """Picks the anyres canvas that keeps most of the picture and wastes least (mm_utils.py).
+    """Picks the anyres canvas that keeps most of the image and wastes least (mm_utils.py).
 
     The original code reads the pinpoints as (width, height), Hugging Face as (height, width);
     with the usual symmetric list they differ where both sides are at most one tile.
@@ -39,7 +39,7 @@ def select_best_resolution(size: Size, pinpoints: Sequence[Size], convention: st
 
 
 def unpadded_grid(size: Size, grid: Size, convention: str) -> tuple[slice, slice]:
-    """The rows and columns of an anyres feature grid that show picture, not padding.
+    """The rows and columns of an anyres feature grid that show image, not padding.
 
     The original truncates the scaled side (llava_arch.py, unpad_image); Hugging Face first
     rounds it to 7 digits, which differs where floating point falls just short of an integer.
@@ -58,25 +58,25 @@ def unpadded_grid(size: Size, grid: Size, convention: str) -> tuple[slice, slice
 
 
 def canvas_size(size: Size, config: LlavaConfig) -> Size:
-    """The canvas, in pixels, on which a model wants a picture of (height, width)."""
+    """The canvas, in pixels, on which a model wants an image of (height, width)."""
     return select_best_resolution(size, config.image_grid_pinpoints, config.anyres_convention)
 
 
 def grid_size(size: Size, config: LlavaConfig) -> Size:
-    """Rows and columns of the anyres feature grid of a picture of (height, width)."""
+    """Rows and columns of the anyres feature grid of an image of (height, width)."""
     canvas = canvas_size(size, config)
     side, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     return canvas[0] // side * patches, canvas[1] // side * patches
 
 
 def num_tiles(size: Size, config: LlavaConfig) -> int:
-    """How many tiles a picture of (height, width) is cut into, beside the whole."""
+    """How many tiles an image of (height, width) is cut into, beside the whole."""
     rows, columns = grid_size(size, config)
     return rows * columns // config.vision_config.patches_per_side**2
 
 
 def num_tokens(size: Size, config: LlavaConfig) -> int:
-    """How many positions a picture of (height, width) takes in the prompt when it is cut."""
+    """How many positions an image of (height, width) takes in the prompt when it is cut."""
     tile = config.tokens_per_tile
     if config.mm_patch_merge_type != "spatial_unpad":
         return tile * (1 + num_tiles(size, config))
@@ -90,27 +90,29 @@ def lay_out(
     image_sizes: Sequence[Size] | None,
     config: LlavaConfig,
 ) -> list[mx.array]:
-    """Puts the features of tiles in the order that pictures have in the prompt.
+    """Puts the features of tiles in the order that images have in the prompt.
 
     Args:
-        features (mx.array): Of all tiles of all pictures, (N, P, D).
+        features (mx.array): Of all tiles of all images, (N, P, D).
         newline (mx.array, optional): What ends a line, (D,), in models that have it.
-        image_sizes (sequence of (height, width), optional): The pictures' own sizes, for anyres;
-            without them every tile is a picture.
+        image_sizes (sequence of (height, width), optional): The images' own sizes, for anyres;
+            without them every tile is an image.
         config (LlavaConfig): How it is done.
 
     Returns:
-        list[mx.array]: Those of each picture, (tokens, D).
+        list[mx.array]: Those of each image, (tokens, D).
 
     Raises:
         ValueError: Tiles and sizes do not match.
     """
     if image_sizes is None:
         return [tile if newline is None else _lines(tile[None], newline) for tile in features]
-    *ends, total = accumulate(1 + num_tiles(size, config) for size in image_sizes)
-    if total != len(features):
-        raise ValueError(f"pixel_values have {len(features)} tiles but image_sizes need {total}.")
-    images = zip(mx.split(features, ends), image_sizes, strict=True)
+    ends = list(accumulate((1 + num_tiles(size, config) for size in image_sizes), initial=0))
+    if ends[-1] != len(features):
+        raise ValueError(
+            f"pixel_values have {len(features)} tiles but image_sizes need {ends[-1]}."
+        )
+    images = zip(mx.split(features, ends[1:-1]), image_sizes, strict=True)
     return [_lay_out_tiles(tiles, newline, size, config) for tiles, size in images]
 
 

@@ -117,16 +117,16 @@ class RollingKVCache(KVCache):
         self.max_size, self.keep = max_size, keep
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends new positions; a single one takes the oldest's place when there is no more."""
+        """Appends new positions; a single one takes the oldest's slot when there is no more."""
         if self.offset + keys.shape[2] <= self.max_size:
             return super().update_and_fetch(keys, values)
         if keys.shape[2] > 1 or self.keys is None or self.values is None:
             raise ValueError(
                 f"{self.offset + keys.shape[2]} positions do not fit a cache of {self.max_size}."
             )
-        place = self.keep + (self.offset - self.keep) % (self.max_size - self.keep)
-        self.keys[..., place : place + 1, :] = keys
-        self.values[..., place : place + 1, :] = values
+        slot = self.keep + (self.offset - self.keep) % (self.max_size - self.keep)
+        self.keys[..., slot : slot + 1, :] = keys
+        self.values[..., slot : slot + 1, :] = values
         self.offset += 1
         return self.keys[..., : self.max_size, :], self.values[..., : self.max_size, :]
 

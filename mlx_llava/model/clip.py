@@ -1,6 +1,6 @@
 """CLIP's image encoder (Radford et al. 2021, arXiv:2103.00020): pixels -> hidden states.
 
-B pictures or tiles, H = W pixels, P patches, L = P + 1 tokens (class token first), D width.
+B images or tiles, H = W pixels, P patches, L = P + 1 tokens (class token first), D width.
 Module names are the checkpoint's, `pre_layrnorm` is spelt as there.
 """
 
@@ -52,7 +52,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention between all tokens of one picture."""
+    """Full attention between all tokens of one image."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class CLIPVisionTower(nn.Module):
             list[mx.array]: ``num_layers + 1`` hidden states (B, L, D); [0] is the embedding.
 
         Raises:
-            ValueError: The pictures do not have the tower's size.
+            ValueError: The images do not have the tower's size.
         """
         side = self.image_size
         if pixel_values.shape[1:] != (side, side, 3):

@@ -150,7 +150,7 @@ class LlavaConfig:
         mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
         mm_patch_merge_type: how anyres tiles become a sequence, ``spatial_unpad`` (LLaVA 1.6),
             ``spatial`` or ``flat``.
-        mm_use_im_start_end: LLaVA v0 wraps each picture in ``<im_start>`` and ``<im_end>``.
+        mm_use_im_start_end: LLaVA v0 wraps each image in ``<im_start>`` and ``<im_end>``.
         conv_mode: the built-in template, where the checkpoint has none of its own.
         eos_token_id: every id that ends an answer according to this file.
         quantization: MLX's quantisation: bits, group_size, mode, and settings per path.
@@ -206,7 +206,7 @@ class LlavaConfig:
 
     @property
     def is_anyres(self) -> bool:
-        """Whether pictures are cut into tiles (LLaVA 1.6)."""
+        """Whether images are cut into tiles (LLaVA 1.6)."""
         return self.model_type == "llava_next"
 
     @property
@@ -238,7 +238,7 @@ class LlavaConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """How many positions one tile (or one LLaVA 1.5 picture) takes in the prompt."""
+        """How many positions one tile (or one LLaVA 1.5 image) takes in the prompt."""
         class_token = self.vision_feature_select_strategy == "full"
         return self.vision_config.patches_per_side**2 + class_token
 

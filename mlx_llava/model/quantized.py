@@ -14,18 +14,15 @@ class PermutedQuantizedLinear(nn.QuantizedLinear):
     """Sorts its inputs by group, so that groups are contiguous as MLX's kernels need them.
 
     Attributes:
-        input_permutation: which input comes at each place, int32 (inputs,).
+        input_permutation: which input comes at each position, int32 (inputs,).
     """
 
     @classmethod
-    def from_layer(cls, layer: nn.QuantizedLinear) -> PermutedQuantizedLinear:
-        """The same layer, its inputs in the order that they have."""
-        permuted = cls.__new__(cls)
-        permuted.__dict__.update(layer.__dict__)
-        dict.update(permuted, layer)  # Module.update would look for each part in vain
+    def adopt(cls, layer: nn.QuantizedLinear) -> None:
+        """Makes a layer one of these, its inputs in the order that they have."""
+        layer.__class__ = cls
         inputs = layer.scales.shape[1] * layer.group_size
-        permuted.input_permutation = mx.arange(inputs, dtype=mx.int32)
-        return permuted
+        layer.input_permutation = mx.arange(inputs, dtype=mx.int32)
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x[..., self.input_permutation])
