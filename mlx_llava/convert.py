@@ -55,17 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _print_checks(path_or_repo: str | Path, **source: Any) -> None:
-    """Prints the checks of a checkpoint as they come.
-
-    Raises:
-        ValueError: One does not hold.
-    """
     for finding in verify(path_or_repo, **source):
         print(f"{finding.name + ':':14}{finding.found}", flush=True)
 
 
 def _upload(folder: Path, repo: str) -> None:
-    """Uploads a folder; whatever goes wrong on the way is the network's or the account's."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -81,15 +75,15 @@ def _upload(folder: Path, repo: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    wants = Quantization(args.q_bits, args.q_group_size, args.q_mode, args.q_recipe, args.q_vision)
-    quantization = wants if args.quantize else None
-    if quantization is None and wants != Quantization():
+    given = Quantization(args.q_bits, args.q_group_size, args.q_mode, args.q_recipe, args.q_vision)
+    quantization = given if args.quantize else None
+    if quantization is None and given != Quantization():
         raise ValueError("--q-bits, --q-group-size, --q-mode, --q-recipe and --q-vision need -q.")
     source = source_options(args)
-    wanted = {"quantization": quantization, "dtype": args.dtype, "dequantize": args.dequantize}
+    requested = {"quantization": quantization, "dtype": args.dtype, "dequantize": args.dequantize}
     if args.dry_run:
         with sensible_values(args.model):
-            print(make_plan(open_checkpoint(Source(args.model, **source)), **wanted))
+            print(make_plan(open_checkpoint(Source(args.model, **source)), **requested))
         return
     to_convert = (args.mlx_path, args.quantize, args.dequantize, args.dtype, args.upload_repo)
     if args.verify and not any((*to_convert, args.force)):
@@ -102,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             target,
             force=args.force,
             progress=show,
-            **wanted,
+            **requested,
             **source,
         )
     for warning in plan.contents.warnings:

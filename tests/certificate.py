@@ -22,7 +22,7 @@ import transformers as hf
 
 from mlx_llava import load
 from mlx_llava.checkpoint.original import translate
-from mlx_llava.checkpoint.verify import QUESTION, example_picture, verify
+from mlx_llava.checkpoint.verify import QUESTION, example_image, verify
 from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.processor import Inputs, Processor
@@ -206,7 +206,7 @@ class Certificate:
 
 def check_ids(row: Published, written: Written, processor: Processor) -> None:
     """The ids of a question about the example picture are the reference's."""
-    picture = example_picture()
+    picture = example_image()
     inputs = processor(QUESTION, picture)
     ours = inputs.input_ids[0].tolist()
     if "text_config" in row.config:
@@ -224,7 +224,7 @@ def published_tokens(processor: Processor) -> int:
     config = processor.config
     vision = replace(config.vision_config, patch_size=CLIP_336["patch_size"])
     images = replace(processor.image_processor, config=replace(config, vision_config=vision))
-    return images.num_tokens(example_picture().size[::-1])
+    return images.num_tokens(example_image().size[::-1])
 
 
 def published_guess(row: Published) -> Guess:

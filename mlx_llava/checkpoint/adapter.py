@@ -140,12 +140,10 @@ def load_adapter(model: Llava, folder: str | Path) -> list[str]:
 
 
 def _quantized(model: nn.Module) -> set[str]:
-    """The layers whose weights are made of codes."""
     return {path for path, layer in model.named_modules() if is_quantized(layer)}
 
 
 def _lora_layer(layer: nn.Module, change: LowRank) -> nn.Module:
-    """A linear layer with a change beside it."""
     from mlx_lm.tuner.lora import LoRALinear
 
     adapted = LoRALinear.from_base(layer, r=change.rank, scale=change.scale)

@@ -78,6 +78,17 @@ def ends_of(folder: Path) -> tuple[int, ...]:
     return read_ends(read_json(folder / name).get("eos_token_id"), name)
 
 
+def preprocessing(mode: str, side: int) -> dict[str, Any]:
+    """The preprocessor_config.json of CLIP with tiles of `side` pixels, for ``crop`` and so on."""
+    names = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}
+    return {
+        "image_processor_type": names.get(mode, "LlavaNextImageProcessor"),
+        "do_pad": mode != "crop",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+
+
 def _layer(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
     return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 

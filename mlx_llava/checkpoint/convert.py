@@ -80,7 +80,6 @@ def convert(
 
 
 def _check_disk(target: Path, nbytes: int) -> None:
-    """Raises ValueError unless the weights fit, with a little room for the rest."""
     parent = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if free < nbytes * 1.01 + 50_000_000:
@@ -90,7 +89,6 @@ def _check_disk(target: Path, nbytes: int) -> None:
 
 
 def _model_card(source: str, plan: Plan) -> str:
-    """The README.md of the result."""
     settings = layer_settings(plan.config.quantization or {})
     common = ", ".join(f"{key} {value}" for key, value in settings.items())
     return (

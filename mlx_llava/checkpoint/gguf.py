@@ -30,7 +30,7 @@ from mlx_llava.checkpoint.gguf_config import (
 )
 from mlx_llava.checkpoint.gptq import Repacked, mlx_quantization
 from mlx_llava.checkpoint.names import canonical_tensors
-from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, map_values, to_mlx
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, map_values, to_mlx
 from mlx_llava.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -185,7 +185,6 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
 
 
 def _read_decoder(path: Path, text: GGUFReader) -> Repacked:
-    """The decoder's tensors."""
     result = Repacked()
     heads = number(text, "llama.attention.head_count")
     kv_heads = number(text, "llama.attention.head_count_kv", heads)
@@ -236,7 +235,6 @@ def _add(
     rows: npt.NDArray[np.int64] | None,
     keep_quantised: bool = True,
 ) -> None:
-    """Adds one tensor under its canonical name, in MLX's quantised layout where there is one."""
     source = f"{path.name}:{tensor.name}"
     if name is None:
         reason = next((why for pattern, why in _DROPPED if re.search(pattern, tensor.name)), None)
@@ -251,7 +249,7 @@ def _add(
     def data() -> Bytes:
         """The raw rows; they leave memory with the returned array."""
         raw = map_values(path, int(tensor.data_offset), int(tensor.n_bytes), "U8")
-        raw = raw.reshape(shape[0] if len(shape) > 1 or kind in DTYPES else 1, -1)
+        raw = raw.reshape(shape[0] if len(shape) > 1 or kind in FILE_DTYPES else 1, -1)
         return raw if rows is None else raw[rows]
 
     if blocks is None:
@@ -271,14 +269,13 @@ def _add(
 def _plain(
     source: str, tensor: ReaderTensor, shape: tuple[int, ...], data: Callable[[], Bytes]
 ) -> LazyTensor:
-    """Numbers as they are stored, or those that blocks stand for."""
     kind = tensor.tensor_type
-    if kind.name not in DTYPES:
+    if kind.name not in FILE_DTYPES:
         dtype = mx.float16
         return LazyTensor(
             source, shape, dtype, lambda: dequantize(data(), kind, dtype).reshape(shape)
         )
-    dtype, stored = DTYPES[kind.name]
+    dtype, stored = FILE_DTYPES[kind.name]
     return LazyTensor(
         source, shape, dtype, lambda: to_mlx(data().view(stored).reshape(shape), kind.name)
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_llava.checkpoint.contents import preprocessing
 from mlx_llava.inputs.byte_bpe import begins_with_bos, spec_from_byte_bpe
 from mlx_llava.inputs.sentencepiece import NORMAL, Piece, spec_from_pieces
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
@@ -96,7 +97,6 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
 
 
 def _read_text(text: GGUFReader) -> dict[str, Any]:
-    """The decoder's ``text_config``, but for the size of its vocabulary."""
     for key, neutral in _NEUTRAL.items():
         if (found := value(text, f"llama.{key}", 0)) not in neutral:
             raise ValueError(f"llama.{key}={found!r} is not supported.")
@@ -149,7 +149,6 @@ def _read_rope_scaling(text: GGUFReader) -> dict[str, Any] | None:
 
 
 def _read_vision(vision: GGUFReader) -> dict[str, Any]:
-    """The tower's ``vision_config``."""
     sizes = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -166,13 +165,9 @@ def _read_vision(vision: GGUFReader) -> dict[str, Any]:
 
 def read_image_processor(vision: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
     """A preprocessor_config.json; LLaVA 1.5 pads, as the original does."""
-    side = config["vision_config"]["image_size"]
-    is_anyres = config["model_type"] == "llava_next"
+    mode = "anyres" if config["model_type"] == "llava_next" else "pad"
     return {
-        "image_processor_type": f"Llava{'Next' * is_anyres}ImageProcessor",
-        "do_pad": True,
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
+        **preprocessing(mode, config["vision_config"]["image_size"]),
         "image_mean": value(vision, "clip.vision.image_mean"),
         "image_std": value(vision, "clip.vision.image_std"),
     }

@@ -56,8 +56,8 @@ def repack_folder(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTe
         tensors (dict): Its tensors, by key.
     """
     if any(key.endswith(".qweight") for key in tensors):
-        own = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
-        return repack(tensors, data.pop("quantization_config", None) or own)
+        beside = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
+        return repack(tensors, data.pop("quantization_config", None) or beside)
     settings = data.get("quantization_config")
     if isinstance(settings, Mapping) and "quant_method" in settings:
         _refuse_codes(tensors, settings["quant_method"])
@@ -106,10 +106,9 @@ def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repa
 
 def mlx_quantization(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """MLX's ``quantization``: the commonest setting, and each layer's own."""
-    layers = {canonical_name(path): {**own, "mode": "affine"} for path, own in settings.items()}
+    layers = {canonical_name(path): {**layer, "mode": "affine"} for path, layer in settings.items()}
     common = max(layers.values(), key=list(layers.values()).count)
-    own = {path: setting for path, setting in layers.items() if setting != common}
-    return {**common, **own}
+    return {**common, **{path: layer for path, layer in layers.items() if layer != common}}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,6 @@ class _Layer:
 
     @classmethod
     def read(cls, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> _Layer:
-        """Finds out how a layer is packed, from its shapes and its config."""
         qweight, (groups, out) = parts["qweight"], parts["scales"].shape
         is_awq = qweight.shape[1] * 8 == out
         if is_awq and config.get("version", "gemm").lower() != "gemm":
@@ -156,12 +154,10 @@ class _Layer:
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
-        """Which input comes at each place when they are sorted by group."""
         return np.argsort(self.group_of, kind="stable")
 
     @property
     def is_in_order(self) -> bool:
-        """Whether groups are contiguous already."""
         return bool((np.diff(self.group_of) >= 0).all())
 
     @property
@@ -215,7 +211,6 @@ class _Layer:
 def _repack_layer(
     path: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any], result: Repacked
 ) -> None:
-    """Adds MLX's tensors for one layer."""
     layer = _Layer.read(parts, config)
     _add_bias(path, parts.get("bias"), result)
     group_size = layer.group_size

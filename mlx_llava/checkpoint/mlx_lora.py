@@ -52,7 +52,6 @@ def read_mlx(path: Path, settings: Mapping[str, Any]) -> Lora:
 
 
 def _strength(settings: Mapping[str, Any]) -> tuple[int, float, list[str]]:
-    """The rank, the scale, and what to say about them."""
     said = settings.get("lora_parameters") or settings
     if "rank" not in said or not {"scale", "alpha"} & said.keys():
         raise ValueError(f"{CONFIG} names no rank and no scale (or alpha) of its LoRA layers.")

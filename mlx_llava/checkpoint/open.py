@@ -118,12 +118,10 @@ def _read(path: Path, source: Source) -> Contents:
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a folder holds GGUF files and no other weights."""
     return bool(gguf_files(path)) and not visible_files(path, "*.safetensors", "*.bin")
 
 
 def _is_projector(path: Path) -> bool:
-    """Whether a folder holds a stand-alone projector and no model."""
     if not (path / PROJECTOR_FILE).exists():
         return False
     try:
@@ -134,7 +132,6 @@ def _is_projector(path: Path) -> bool:
 
 
 def _read_hf(path: Path, data: dict[str, Any], tensors: Tensors, is_mlx: bool) -> Contents:
-    """llava-hf's layout in all its spellings, plain or quantised."""
     packed = gptq.repack_folder(path, data, tensors)
     found = canonical_tensors(packed.tensors, is_mlx)
     warnings = unknown_warning(unknown_keys(data))
@@ -159,7 +156,6 @@ def _read_hf(path: Path, data: dict[str, Any], tensors: Tensors, is_mlx: bool) -
 
 
 def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
-    """A LoRA or a projector on a base: a LLaMA, or a whole LLaVA."""
     is_lora = is_adapter(path)
     kind = "LoRA" if is_lora else "projector"
     if not source.base:

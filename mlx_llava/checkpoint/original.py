@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.checkpoint import gptq
-from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, ends_of
+from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, ends_of, preprocessing
 from mlx_llava.checkpoint.folder import Tensors, read_folder
 from mlx_llava.checkpoint.hub import Source, checkpoint_name
 from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_tensors
@@ -103,19 +103,13 @@ def read_original(
         base = canonical_tensors(*read_folder(read_from[0])).tensors
         weights = apply_delta(base, weights)
         layout += ", delta applied"
-    inside = {name: t for name, t in weights.items() if name.startswith(TOWER)}
-    if inside:  # it may be tuned, and is never replaced
-        folder = source.find(source.vision_tower) if source.vision_tower else None
-        vision, warnings = tower_inside(inside, data, folder)
-    else:
-        folder = _find_tower(source.vision_tower or data.get("mm_vision_tower"), source)
-        (tower, vision), warnings = read_tower(folder), []
-        weights |= tower
+    vision, warnings, folder = _add_tower(weights, data, source)
     read_from += [folder] if folder else []
     rows = weights[EMBEDDINGS + "weight"].shape[0]
     settings = translate(data, vision, rows)
     warnings += unknown_warning(unknown_keys(settings))
     warnings += [] if source.base else delta_warning(checkpoint_name(path))
+    side = vision.get("image_size") or VisionConfig.image_size
     vocabulary = tokenizer_folder or path
     placeholder = find_image_token(vocabulary)
     if placeholder is not None:
@@ -129,7 +123,7 @@ def read_original(
         settings=settings,
         tensors=weights,
         tokenizer=partial(Tokenizer.from_folder, vocabulary, prefer_sentencepiece=True),
-        image_processor=image_processor(data, vision),
+        image_processor=preprocessing(_MODES[data.get("image_aspect_ratio")], side),
         eos_ids=ends_of(path),
         names=" ".join([*map(checkpoint_name, (path, vocabulary)), str(data.get("_name_or_path"))]),
         has_placeholder=bool(packed.settings) or (placeholder is not None and placeholder < rows),
@@ -139,6 +133,24 @@ def read_original(
     )
     contents.tie_head()
     return contents
+
+
+def _add_tower(
+    weights: dict[str, LazyTensor], data: Mapping[str, Any], source: Source
+) -> tuple[dict[str, Any], list[str], Path | None]:
+    """Adds the tower that is needed: not where one is inside, which may be tuned.
+
+    Returns:
+        Its ``vision_config``, warnings, and the folder that was read.
+    """
+    inside = {name: t for name, t in weights.items() if name.startswith(TOWER)}
+    if inside:
+        other = source.find(source.vision_tower) if source.vision_tower else None
+        return *tower_inside(inside, data, other), other
+    folder = _find_tower(source.vision_tower or data.get("mm_vision_tower"), source)
+    tower, vision = read_tower(folder)
+    weights |= tower
+    return vision, [], folder
 
 
 def _find_tower(where: str | Path | None, source: Source) -> Path:
@@ -240,19 +252,6 @@ def unknown_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What neither the original's config.json nor its tower's should say (config.unknown_keys)."""
     unknown = unknown_hf_keys(settings)
     return {key.removeprefix("text_config."): value for key, value in unknown.items()}
-
-
-def image_processor(data: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessor_config.json of an original checkpoint."""
-    side = vision.get("image_size") or VisionConfig.image_size
-    mode = _MODES[data.get("image_aspect_ratio")]
-    names = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}
-    return {
-        "image_processor_type": names.get(mode, "LlavaNextImageProcessor"),
-        "do_pad": mode != "crop",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-    }
 
 
 def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:

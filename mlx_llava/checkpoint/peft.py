@@ -94,7 +94,6 @@ def name_below_peft(key: str) -> str:
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings that change the maths and are not read."""
     kind = str(settings.get("peft_type", "LORA")).rpartition(".")[2]
     if kind.upper() != "LORA":
         raise ValueError(f"{CONFIG} says peft_type={kind!r}; mlx_llava reads LORA.")
@@ -115,7 +114,6 @@ def _check(settings: Mapping[str, Any]) -> None:
 def _change(
     name: str, module: str, parts: Mapping[str, LazyTensor], settings: Mapping[str, Any]
 ) -> LowRank:
-    """The change of one module, its alpha and rank as PEFT's patterns give them."""
     embedding = "embedding_" if "embedding_A" in parts else ""
     if not {f"{embedding}A", f"{embedding}B"} <= parts.keys():
         raise ValueError(f"The adapter has only {', '.join(parts)} of the two matrices of {name}.")

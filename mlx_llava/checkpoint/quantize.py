@@ -76,7 +76,6 @@ class Plan:
         return sum(item.nbytes for item in self.outputs)
 
     def __str__(self) -> str:
-        """The layout, and a line for each tensor: what becomes of it or why it is dropped."""
         lines = [f"layout: {self.contents.layout}"]
         for item in self.outputs:
             for name, shape, dtype in item.tensors:
@@ -106,8 +105,8 @@ def make_plan(
         tensors = plain_tensors(tensors, config.quantization)
         config = replace(config, quantization=None)
     if dtype is not None:
-        wanted = read_dtype(dtype)
-        tensors = {name: _cast(tensor, wanted) for name, tensor in tensors.items()}
+        target = read_dtype(dtype)
+        tensors = {name: _cast(tensor, target) for name, tensor in tensors.items()}
     layers: dict[str, dict[str, Any]] = {}
     if quantization is not None:
         layers = _layers_to_quantize(empty_model(config, tensors), quantization)
@@ -127,23 +126,21 @@ def make_plan(
 
 
 def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
-    """A floating-point tensor in another precision; codes and indices stay."""
     if not mx.issubdtype(tensor.dtype, mx.floating) or tensor.dtype == dtype:
         return tensor
     return tensor.then(lambda array: array.astype(dtype))
 
 
 def _layers_to_quantize(model: Llava, quantization: Quantization) -> dict[str, dict[str, Any]]:
-    """The settings of each layer that is plain and can be quantised."""
     settings = quantization.settings()
-    own: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
+    choose: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
     if quantization.recipe is not None:
         if quantization.recipe not in RECIPES:
             known = ", ".join(RECIPES)
             raise ValueError(f"There is no recipe {quantization.recipe!r}; known: {known}.")
         from mlx_lm.convert import mixed_quant_predicate_builder
 
-        own = mixed_quant_predicate_builder(
+        choose = mixed_quant_predicate_builder(
             quantization.recipe, model.language_model, settings["group_size"]
         )
     layers = {}
@@ -152,7 +149,7 @@ def _layers_to_quantize(model: Llava, quantization: Quantization) -> dict[str, d
         if not hasattr(module, "to_quantized") or not (in_language_model or quantization.vision):
             continue
         chosen = (
-            own(path.removeprefix("language_model."), module) if in_language_model else settings
+            choose(path.removeprefix("language_model."), module) if in_language_model else settings
         )
         if module.weight.shape[-1] % chosen["group_size"] == 0:
             layers[path] = chosen
@@ -169,12 +166,10 @@ def _written(
     """config.json's ``quantization``: the common settings, and those of layers that differ."""
     common = dict(already or quantization.settings())
     shared = {key: common.get(key, "affine") for key in ("group_size", "bits", "mode")}
-    return {**common, **{path: own for path, own in layers.items() if own != shared}}
+    return {**common, **{path: layer for path, layer in layers.items() if layer != shared}}
 
 
 def _quantized(path: str, tensor: LazyTensor, settings: Mapping[str, Any]) -> Output:
-    """A layer's weight as MLX's codes, scales and, in affine mode, biases."""
-
     def quantize(weight: mx.array) -> Sequence[mx.array]:
         return mx.quantize(weight, **settings)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, Output
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, Output, item_size
 from mlx_llava.json_files import decode, parse, write_json
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
-_SIZES = {name: np.dtype(kind).itemsize for name, (_, kind) in DTYPES.items()}
-_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items() if name != "F64"}
+_NAMES = {dtype: name for name, (dtype, _) in FILE_DTYPES.items() if name != "F64"}
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -37,8 +35,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
         for entry in header.values():
             start, end = entry["data_offsets"]
-            item = _SIZES.get(entry["dtype"])
-            if item and end - start != math.prod(entry["shape"]) * item:
+            kind, size_said = entry["dtype"], end - start
+            if kind in FILE_DTYPES and size_said != math.prod(entry["shape"]) * item_size(kind):
                 raise ValueError("a tensor is not as long as its shape")
     except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off.") from error
@@ -59,9 +57,9 @@ def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
     reader = _Reader(path)
     tensors = {}
     for key, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in FILE_DTYPES:
             raise ValueError(f"{path} holds {key} as {entry['dtype']}, which MLX has no type for.")
-        dtype, _ = DTYPES[entry["dtype"]]
+        dtype, _ = FILE_DTYPES[entry["dtype"]]
         read = functools.partial(reader.read, key)
         tensors[key] = LazyTensor(f"{path.name}:{key}", tuple(entry["shape"]), dtype, read)
     return tensors, metadata.get("format") == "mlx"
@@ -113,6 +111,20 @@ def write_weights(
         is_mlx (bool): The tensors are in MLX's layout, not PyTorch's.
         progress (callable): Is told the bytes of everything that is written.
     """
+    shards = _split(outputs)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, {"format": "mlx" if is_mlx else "pt"}, progress)
+    if len(shards) > 1:
+        files = zip(names, shards, strict=True)
+        places = {key: name for name, shard in files for o in shard for key, _, _ in o.tensors}
+        total = sum(item.nbytes for item in outputs)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _split(outputs: Sequence[Output]) -> list[list[Output]]:
     shards: list[list[Output]] = [[]]
     room = MAX_SHARD_BYTES
     for item in outputs:
@@ -121,17 +133,7 @@ def write_weights(
             room = MAX_SHARD_BYTES
         shards[-1].append(item)
         room -= item.nbytes
-    metadata = {"format": "mlx" if is_mlx else "pt"}
-    if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0], metadata, progress)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / name, shard, metadata, progress)
-        weight_map |= {tensor: name for item in shard for tensor, _, _ in item.tensors}
-    total = sum(item.nbytes for item in outputs)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return shards
 
 
 def _write_file(

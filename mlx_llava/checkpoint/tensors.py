@@ -60,7 +60,7 @@ def from_array(source: str, array: mx.array) -> LazyTensor:
 
 #: How file formats name their dtypes -> MLX's, and NumPy's to read them with. NumPy has no
 #: bfloat16, and MLX no float64 on a GPU.
-DTYPES: dict[str, tuple[mx.Dtype, str]] = {
+FILE_DTYPES: dict[str, tuple[mx.Dtype, str]] = {
     "F64": (mx.float32, "<f8"),
     "F32": (mx.float32, "<f4"),
     "F16": (mx.float16, "<f2"),
@@ -75,9 +75,14 @@ DTYPES: dict[str, tuple[mx.Dtype, str]] = {
 }
 
 
+def item_size(kind: str) -> int:
+    """The bytes of one stored value."""
+    return np.dtype(FILE_DTYPES[kind][1]).itemsize
+
+
 def to_mlx(array: npt.NDArray[Any], kind: str) -> mx.array:
     """Copies raw values as read from a file into MLX."""
-    dtype, _ = DTYPES[kind]
+    dtype, _ = FILE_DTYPES[kind]
     if kind == "BF16":
         return mx.array(array).view(mx.bfloat16)
     if kind == "F64":
@@ -87,7 +92,7 @@ def to_mlx(array: npt.NDArray[Any], kind: str) -> mx.array:
 
 def map_values(path: Path, offset: int, count: int, kind: str) -> npt.NDArray[Any]:
     """Maps `count` values of a file into memory; they leave it with the returned array."""
-    dtype = np.dtype(DTYPES[kind][1])
+    dtype = np.dtype(FILE_DTYPES[kind][1])
     if count == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))

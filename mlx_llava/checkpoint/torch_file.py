@@ -22,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_llava.checkpoint.tensors import DTYPES, LazyTensor, map_values, to_mlx
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, item_size, map_values, to_mlx
 
-#: torch's storage classes -> the names of DTYPES.
+#: torch's storage classes -> the names of FILE_DTYPES.
 _STORAGES = {
     "HalfStorage": "F16",
     "BFloat16Storage": "BF16",
@@ -55,8 +55,6 @@ _MAX_REPEATED = 1 << 20
 
 @dataclass(frozen=True)
 class _Storage:
-    """A run of values in a file that tensors are views of."""
-
     key: str
     kind: str
     count: int
@@ -101,8 +99,6 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names of `_GLOBALS` and no others."""
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:
             raise ValueError(f"it wants {module}.{name}, which no weights need")
@@ -112,13 +108,12 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise ValueError(f"it refers to {pid!r:.80}, which is no storage")
         _, kind, key, _, count, *view = pid
-        if kind not in DTYPES or type(count) is not int or count < 0 or any(view):
+        if kind not in FILE_DTYPES or type(count) is not int or count < 0 or any(view):
             raise ValueError(f"it refers to {pid!r:.80}, which is no storage")
         return _Storage(str(key), kind, count)
 
 
 def _unpickle(data: bytes) -> Any:
-    """Executes a pickle, after a look at all of its operations."""
     for opcode, _, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise ValueError(f"its pickle has the operation {opcode.name}, which no weights need")
@@ -149,7 +144,6 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _tensors(state: Any) -> dict[str, _View]:
-    """The named tensors of what a file holds."""
     for name in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
@@ -164,7 +158,7 @@ def _tensors(state: Any) -> dict[str, _View]:
 def _lazy(path: Path, key: str, view: _View, offset_of: Callable[[_Storage], int]) -> LazyTensor:
     """A view of a storage as a tensor; only the part of the file that it spans is mapped."""
     kind = view.storage.kind
-    item = np.dtype(DTYPES[kind][1]).itemsize
+    item = item_size(kind)
     steps = zip(view.shape, view.strides, strict=True)
     span = 0 if 0 in view.shape else 1 + sum((n - 1) * step for n, step in steps)
     start = offset_of(view.storage) + view.offset * item
@@ -176,7 +170,7 @@ def _lazy(path: Path, key: str, view: _View, offset_of: Callable[[_Storage], int
         strides = [step * item for step in view.strides]
         return to_mlx(np.lib.stride_tricks.as_strided(values, view.shape, strides), kind)
 
-    return LazyTensor(f"{path.name}:{key}", view.shape, DTYPES[kind][0], read)
+    return LazyTensor(f"{path.name}:{key}", view.shape, FILE_DTYPES[kind][0], read)
 
 
 def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
@@ -200,7 +194,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
     def offset_of(storage: _Storage) -> int:
         name = f"{root}data/{storage.key}"
         info = stored.get(name)
-        size = storage.count * np.dtype(DTYPES[storage.kind][1]).itemsize
+        size = storage.count * item_size(storage.kind)
         if info is None or info.file_size != size or info.compress_size != size:
             raise ValueError(f"{name} in it is missing, compressed, or not {size:,} bytes long")
         return _data_offset(path, info)

@@ -34,7 +34,7 @@ from mlx_llava.signatures import takes
 QUESTION = "What is in this picture?"
 
 
-def example_picture() -> Image.Image:
+def example_image() -> Image.Image:
     """A drawn picture of 300 x 200, whose canvas the two conventions of anyres choose apart."""
     return Image.linear_gradient("L").resize((300, 200)).convert("RGB")
 
@@ -83,7 +83,7 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
         mx.eval(model.state)
     yield from _describe_processor(checkpoint, processor)
     with _check("prompt"):
-        inputs = processor(QUESTION, example_picture())
+        inputs = processor(QUESTION, example_image())
     yield Finding("prompt", repr(inputs.prompts[0]))
     with _check("ids"):
         _check_ids(processor, inputs)
@@ -96,7 +96,6 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
 
 @contextmanager
 def _check(name: str) -> Iterator[None]:
-    """Names the check that an error belongs to."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -117,7 +116,6 @@ def _describe_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _counted(names: Iterable[str]) -> str:
-    """Each name with how often it occurs."""
     return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
 
 
@@ -128,15 +126,14 @@ def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterato
     marks = {i: processor.tokenizer.text_of(i) for i in sorted(processor.eos_ids)}
     texts = [f"text {stop!r}" for stop in template.stops if stop not in marks.values()]
     yield Finding("ends", ", ".join([*(f"{i} {mark}" for i, mark in marks.items()), *texts]))
-    picture = example_picture()
-    size, tokens = f"{picture.width} x {picture.height}", images.num_tokens(picture.size[::-1])
+    image = example_image()
+    size, tokens = f"{image.width} x {image.height}", images.num_tokens(image.size[::-1])
     side = config.vision_config.image_size
     yield Finding("pictures", f"{images.mode}, tiles of {side}; {size} takes {tokens} tokens")
     yield Finding("features", _features(config))
 
 
 def _features(config: LlavaConfig) -> str:
-    """Which hidden states of the tower the projector reads."""
     last = config.vision_config.num_hidden_layers
     states = " and ".join(map(str, config.feature_layers))
     dropped = config.vision_feature_select_strategy == "default"
@@ -147,7 +144,6 @@ def _features(config: LlavaConfig) -> str:
 
 
 def _check_ids(processor: Processor, inputs: Inputs) -> None:
-    """Raises ValueError for ids that say another prompt, or that the embedding has not."""
     image, rows = processor.config.image_token_index, processor.config.text_config.vocab_size
     text = [i for i in inputs.input_ids[0].tolist() if i != image]
     if max(text) >= rows:
@@ -157,7 +153,6 @@ def _check_ids(processor: Processor, inputs: Inputs) -> None:
 
 
 def _folded(inputs: Inputs, image: int) -> str:
-    """The ids of a prompt, the placeholders of its picture as one."""
     ids = inputs.input_ids[0].tolist()
     runs = ((token, len(list(run))) for token, run in groupby(ids))
     shown = (
@@ -191,10 +186,10 @@ def compare(
         dict: ``max_difference`` of the logits, ``top_1`` the fraction of positions with the same
         likeliest token, ``kl`` the mean divergence of the result from the source in nats.
     """
-    picture = example_picture()
+    image = example_image()
     (model, processor), (other, other_processor) = source, result
-    logits = model(**processor(QUESTION, picture)).astype(mx.float32)
-    others = other(**other_processor(QUESTION, picture)).astype(mx.float32)
+    logits = model(**processor(QUESTION, image)).astype(mx.float32)
+    others = other(**other_processor(QUESTION, image)).astype(mx.float32)
     rows = min(logits.shape[-1], others.shape[-1])
     logits, others = logits[..., :rows], others[..., :rows]
     log_p, log_q = nn.log_softmax(logits), nn.log_softmax(others)
