@@ -244,7 +244,7 @@ MUTATIONS = (
     ("NaN let through", "checkpoint/verify", "if bad := int((~mx.isfinite(values)).sum()):", "if bad := 0:"),
     ("ids that the embedding has not let through", "checkpoint/verify", "if max(text) >= rows:", "if False:"),
     ("ids of another text let through", "checkpoint/verify", "if QUESTION not in (read := processor.tokenizer.decode(text)):", "if False:"),
-    ("shapes not compared when verifying", "checkpoint/verify", "        check_tensors(empty_model(checkpoint.config, checkpoint.tensors), checkpoint.tensors)", "        pass"),
+    ("shapes not compared when verifying", "checkpoint/verify", "        check_tensors(empty_model(checkpoint.config, tensors), tensors)", "        pass"),
     ("converts when asked to verify", "convert", "if args.verify and not any((*to_convert, args.force)):", "if False:"),
     ("marks that are words of the user's", "inputs/tokenizer", "special = {IMAGE_TOKEN, *_named_special(config)}", "special = {IMAGE_TOKEN}"),
 )  # fmt: skip
