@@ -29,10 +29,10 @@ from mlx_llava.inputs.image_processor import MODES
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
+from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
-from mlx_llava.tuner.samples import LeftOut, read_samples, summary
-from mlx_llava.tuner.skipped import Skipped
+from mlx_llava.tuner.samples import LeftOut, Skipped, read_samples, summary
 from mlx_llava.tuner.trainer import Report, Trainer
 
 #: What every report of training says; those of validation are short.
@@ -99,23 +99,24 @@ def read_reports(path: Path) -> list[Report]:
     return [record for _, record in records]
 
 
-class Metrics:
-    """metrics.jsonl and a progress bar."""
+class Progress:
+    """metrics.jsonl and a bar."""
 
     def __init__(self, path: Path, step: int, steps: int) -> None:
         """Goes on after `step`; what an interrupted run wrote beyond it is dropped."""
         from tqdm import tqdm
 
         self.reports = [report for report in read_reports(path) if report["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:
             beside.write_text("".join(json.dumps(r) + "\n" for r in self.reports), "utf-8")
-        self.path = path
+        self.file = _report_file(path)
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None)
 
     def __call__(self, report: Report) -> None:
         """Keeps and shows what was measured."""
         self.reports.append(report)
-        _report_file(self.path).add(report)
+        self.file.add(report)
         self.bar.update(int(report["step"]) - self.bar.n)
         if "valid_loss" in report:
             self.bar.write(
@@ -137,7 +138,7 @@ class Metrics:
         except ImportError:
             print("no loss.png: pip install 'mlx_llava[plot]'", file=sys.stderr)
         else:
-            with whole_file(self.path.with_name("loss.png")) as beside:
+            with whole_file(self.file.path.with_name("loss.png")) as beside:
                 plot_losses(self.reports).savefig(beside, format="png", dpi=120)
 
 
@@ -185,13 +186,14 @@ def _read_data(
     return data, left_out
 
 
-def _list_left_out(path: Path, data: dict[str, Examples], left_out: Sequence[LeftOut]) -> None:
-    """Lists what is left out, and from now on what will be."""
-    skipped = Skipped(path)
-    for left in left_out:
-        skipped(left)
-    for examples in data.values():
-        examples.on_left_out = skipped
+def _load(args: argparse.Namespace) -> tuple[Llava, Processor]:
+    return load(
+        args.model,
+        dtype=args.dtype or fast_dtype(),
+        image_mode=args.image_mode,
+        template=args.template or ("plain" if args.stage == "projector" else None),
+        **source_options(args),
+    )
 
 
 @command
@@ -209,39 +211,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]
     if is_main:
         _check_folder(folder / kind, kind, args.resume, keep)
-    dtype = args.dtype or fast_dtype()
-    model, processor = load(
-        args.model,
-        dtype=dtype,
-        image_mode=args.image_mode,
-        template=args.template or ("plain" if options.stage == "projector" else None),
-        **source_options(args),
-    )
-    adapter = Adapter(
-        args.model or EMBEDDED,
-        options.stage,
-        args.lora_rank,
-        args.lora_alpha,
-        args.lora_dropout,
-        tuple(args.lora_targets),
-    )
+    model, processor = _load(args)
+    lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
+    adapter = Adapter(args.model or EMBEDDED, options.stage, *lora)
     mx.random.seed(options.seed)
     prepare(model, options, adapter)
     data, left_out = _read_data(args, processor, speaks=is_main)
     trainer = Trainer(model, data["data"], data.get("valid"), options, folder)
     if args.resume:
         trainer.resume()
+    skipped = Skipped(folder / ("skipped.jsonl" if is_main else f"skipped-{rank}.jsonl"))
+    for examples in data.values():
+        examples.on_left_out = skipped
     if not is_main:  # its samples are others than those of the first process
-        _list_left_out(folder / f"skipped-{rank}.jsonl", data, [])
         trainer.run(lambda _report: None)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(folder / "metrics.jsonl", trainer.step, trainer.steps)
-    _list_left_out(folder / "skipped.jsonl", data, left_out)
+    progress = Progress(folder / "metrics.jsonl", trainer.step, trainer.steps)
+    for left in left_out:
+        skipped(left)
     try:
-        trainer.run(metrics)
+        trainer.run(progress)
     finally:
-        metrics.close()
+        progress.close()
     for name, examples in data.items():
         _say_left_out(given[name], examples.problems)
     write_result(folder / kind, trainer, processor, adapter, keep)

@@ -91,7 +91,7 @@ MUTATIONS = (
     ("pictures without marks lost", "tuner/samples", "if names and not marks:", "if False:"),
     ("videos passed over", "tuner/samples", "        if entry.get(key):\n", "        if False:\n"),
     ("unread keys not named", "tuner/samples", "isinstance(value, (str, list, dict)) and value", "False"),
-    ("a skipped sample listed in every run", "tuner/skipped", "if identity in self._listed:", "if False:"),
+    ("a skipped sample listed in every run", "tuner/samples", "if identity in self._listed:", "if False:"),
     ("rows without an answer", "tuner/data", "if True not in learned[: self.max_length]:", "if False:"),
     ("placeholders left in the model", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._seed()"),
     ("chance left as a placeholder", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._give_back()"),

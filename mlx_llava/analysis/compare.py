@@ -14,6 +14,7 @@ from typing import Any
 from mlx_llava.analysis import peers
 from mlx_llava.analysis.measure import Figures, Workload, rows_of, spread, tell
 from mlx_llava.analysis.peers import Row
+from mlx_llava.model.blas import BLAS
 
 
 class Peer:
@@ -22,23 +23,15 @@ class Peer:
     def __init__(
         self, system: str, folder: str | Path, dtype: str, python: str | None = None
     ) -> None:
-        """Starts it.
-
-        Args:
-            system (str): ``mlx_llava``, ``transformers`` or ``mlx-vlm``.
-            folder (str or Path): The checkpoint.
-            dtype (str): What to compute in.
-            python (str, optional): The interpreter of its environment.
+        """Starts one of `peers.SYSTEMS` with the interpreter of its environment.
 
         Raises:
             ValueError: It cannot load the checkpoint.
         """
         self.system = system
         environment = dict(os.environ)
-        if system == "mlx-vlm":
-            from mlx_llava.model.blas import BLAS
-
-            environment |= {"LD_PRELOAD": BLAS} if BLAS else {}
+        if system == "mlx-vlm" and BLAS:
+            environment["LD_PRELOAD"] = BLAS
         program = ["-m", peers.__name__] if system == "mlx_llava" else [peers.__file__]
         self._process = subprocess.Popen(
             [python or sys.executable, *program, system, str(folder), dtype],
@@ -90,7 +83,7 @@ def compare(
     names: Sequence[str],
     pythons: Mapping[str, str],
 ) -> list[Figures]:
-    """Runs this package and others in turn, A B A B, on the same checkpoint and the same rows.
+    """Runs this package and others in turn, A B A B: medians and ratios for each batch.
 
     Args:
         folder (Path): The checkpoint.
@@ -98,35 +91,31 @@ def compare(
         work (Workload): What to measure.
         names (list of str): The other systems.
         pythons (dict): The interpreter of a system's environment, if it is another.
-
-    Returns:
-        list of dict: For each batch and number of pictures, medians and ratios.
     """
-    found = []
     with ExitStack() as stack:
         systems = []
         for name in ["mlx_llava", *names]:
             systems.append(Peer(name, folder, work.dtype, pythons.get(name)))
             stack.callback(systems[-1].close)
-        for images in work.images:
-            for batch in work.batch:
-                tell(f"{batch} rows of {images} pictures")
-                able = systems if batch == 1 else [s for s in systems if s.system != "mlx-vlm"]
-                runs = _take_turns(able, rows_of(pictures, batch, images), work)
-                versions = {peer.system: peer.versions for peer in able}
-                of_each = {name: _medians(turns) for name, turns in runs.items()}
-                ours = runs.pop("mlx_llava")
-                ratios = {name: _ratios(ours, theirs) for name, theirs in runs.items()}
-                found.append(
-                    {
-                        "batch": batch,
-                        "images": images,
-                        "versions": versions,
-                        "systems": of_each,
-                        "ratios": ratios,
-                    }
-                )
-    return found
+        return [
+            _compare(systems, rows_of(pictures, batch, images), work, images)
+            for images in work.images
+            for batch in work.batch
+        ]
+
+
+def _compare(systems: list[Peer], rows: list[Row], work: Workload, images: int) -> Figures:
+    tell(f"{len(rows)} rows of {images} pictures")
+    able = systems if len(rows) == 1 else [s for s in systems if s.system != "mlx-vlm"]
+    runs = _take_turns(able, rows, work)
+    ours = runs["mlx_llava"]
+    return {
+        "batch": len(rows),
+        "images": images,
+        "versions": {peer.system: peer.versions for peer in able},
+        "systems": {name: _medians(turns) for name, turns in runs.items()},
+        "ratios": {name: _ratios(ours, runs[name]) for name in runs if name != "mlx_llava"},
+    }
 
 
 def _take_turns(
@@ -166,16 +155,16 @@ def _ratios(ours: Sequence[Figures], theirs: Sequence[Figures]) -> Figures:
     """Ours by theirs, turn by turn."""
     pairs = list(zip(ours, theirs, strict=True))
     ratios: Figures = {
-        "throughput": spread([other["seconds"] / own["seconds"] for own, other in pairs]),
+        "throughput": spread([their["seconds"] / our["seconds"] for our, their in pairs]),
         "peak_memory": ours[-1]["peak_gb"] / theirs[-1]["peak_gb"],
-        "same_tokens": all(own["tokens"] == other["tokens"] for own, other in pairs),
+        "same_tokens": all(our["tokens"] == their["tokens"] for our, their in pairs),
     }
     if _has_first(theirs):
         decode = [
-            (other["seconds"] - other["first"]) / (own["seconds"] - own["first"])
-            for own, other in pairs
+            (their["seconds"] - their["first"]) / (our["seconds"] - our["first"])
+            for our, their in pairs
         ]
-        ratios["first"] = spread([own["first"] / other["first"] for own, other in pairs])
+        ratios["first"] = spread([our["first"] / their["first"] for our, their in pairs])
         ratios["decode"] = spread(decode)
     return ratios
 

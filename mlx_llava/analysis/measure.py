@@ -110,7 +110,7 @@ class Alone:
         times = list(zip(*runs[1:], strict=True))  # the first run warms up
         length = inputs.input_ids.shape[1]
         found: Figures = {"images": images, "prompt_tokens": length}
-        found |= {name: spread(own) for name, own in zip(PARTS, times, strict=True)}
+        found |= {name: spread(seconds) for name, seconds in zip(PARTS, times, strict=True)}
         found["first"] = spread([sum(run[:3]) for run in runs[1:]])
         positions = length + self.work.max_tokens // 2
         least = {

@@ -85,9 +85,9 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     """
     if len(human_answers) != 10:
         raise ValueError(f"There are {len(human_answers)} human answers; the rule needs 10.")
-    wanted = normalise(answer)
-    matches = [normalise(human) == wanted for human in human_answers]
-    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / 10
+    text = normalise(answer)
+    matches = [normalise(human) == text for human in human_answers]
+    return sum(min(1.0, (sum(matches) - left_out) / 3) for left_out in matches) / 10
 
 
 def score_exact(answers: Sequence[Record], _: Path | None) -> Figures:
@@ -140,13 +140,13 @@ def _pope_answers(
             f"{file} has {len(labels):,} labels, but the questions of the category {category} "
             f"are {len(given):,}; LLaVA's questions belong to POPE's commit e3e3926."
         )
-    said, truth = [], []
+    predicted, truth = [], []
     for key, (place, answer) in given.items():
         if key not in labels:
             raise ValueError(f"{place} asks {key[1]!r:.80} of {key[0]}; {file} does not.")
-        said.append(_says_yes(answer["text"]))
+        predicted.append(_says_yes(answer["text"]))
         truth.append(_pope_label(*labels[key]))
-    return said, truth
+    return predicted, truth
 
 
 def _by_pope_question(
@@ -180,8 +180,8 @@ def _says_yes(text: str) -> bool:
     return not {"No", "not", "no"} & {*words}
 
 
-def _yes_no(said: Sequence[bool], labels: Sequence[bool]) -> Figures:
-    pairs = list(zip(said, labels, strict=True))
+def _yes_no(predicted: Sequence[bool], labels: Sequence[bool]) -> Figures:
+    pairs = list(zip(predicted, labels, strict=True))
     hits = sum(yes and label for yes, label in pairs)
     precision = _ratio(hits, sum(yes for yes, _ in pairs))
     recall = _ratio(hits, sum(label for _, label in pairs))
@@ -190,7 +190,7 @@ def _yes_no(said: Sequence[bool], labels: Sequence[bool]) -> Figures:
         "precision": precision,
         "recall": recall,
         "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes ratio": _mean(said),
+        "yes ratio": _mean(predicted),
     }
 
 
@@ -226,8 +226,8 @@ def _chosen_letter(text: str) -> str:
         return text
     if len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":
         return text[0]
-    said = re.findall(r"The answer is ([A-Z]).", text)
-    return said[0] if len(said) == 1 else "FAILED"
+    letters = re.findall(r"The answer is ([A-Z]).", text)
+    return letters[0] if len(letters) == 1 else "FAILED"
 
 
 def score_textvqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
@@ -238,8 +238,8 @@ def score_textvqa(answers: Sequence[Record], annotations: Path | None) -> Figure
     humans = {}
     for place, item in _items(annotations, "data"):
         question = field(item, "question", str, place).lower()
-        said = field(item, "answers", list, place)
-        humans[field(item, "image_id", (str, int), place), question] = _ten_texts(said, place)
+        texts = field(item, "answers", list, place)
+        humans[field(item, "image_id", (str, int), place), question] = _ten_texts(texts, place)
     scores = []
     for answer in answers:
         key = (answer["question_id"], _textvqa_question(answer["prompt"], answer["place"]))
@@ -295,8 +295,9 @@ def score_vqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     """
     humans = {}
     for place, item in _items(annotations, "annotations"):
-        said = [field(human, "answer", str, place) for human in field(item, "answers", list, place)]
-        humans[str(field(item, "question_id", (str, int), place))] = _ten_texts(said, place)
+        said = field(item, "answers", list, place)
+        texts = [field(human, "answer", str, place) for human in said]
+        humans[str(field(item, "question_id", (str, int), place))] = _ten_texts(texts, place)
     given = {str(answer["question_id"]): answer["text"] for answer in answers}
     _check_overlap(given, humans, _needed(annotations))
     scores = [vqa_accuracy(given.get(key, ""), texts) for key, texts in humans.items()]

@@ -11,11 +11,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.messages import Message
@@ -78,7 +78,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def row(self, sample: Sample) -> tuple[list[int], list[int], list[Any]]:
+    def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image]]:
         """The ids, the labels and the pictures of a sample.
 
         Raises:
@@ -87,10 +87,10 @@ class Examples:
         """
         processor = self.processor
         try:
-            pictures = [load_image(path) for path in sample.images]
+            images = [load_image(path) for path in sample.images]
         except (ValueError, OSError) as error:
             raise UnusableError("image is broken", str(error)) from error
-        sizes = [(picture.height, picture.width) for picture in pictures]
+        sizes = [(image.height, image.width) for image in images]
         counts = [processor.image_processor.num_tokens(size) for size in sizes]
         try:
             segments = processor.template.segments(self._messages(sample))
@@ -104,7 +104,7 @@ class Examples:
         labels = [i if is_answer else IGNORED for i, is_answer in zip(ids, learned, strict=True)]
         # Nothing is learned from what comes after the last answer.
         length = min(self.max_length, len(ids) - learned[::-1].index(True))
-        return ids[:length], labels[:length], pictures
+        return ids[:length], labels[:length], images
 
     def _excess(self, ids: Sequence[int]) -> str:
         return f"{len(ids)} tokens, of which {self.max_length} are read"
@@ -119,26 +119,26 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> Batch | None:
         """The rows of some samples; None if none of them can be used."""
         rows: list[tuple[list[int], list[int]]] = []
-        pictures: list[Any] = []
+        images: list[Image.Image] = []
         for index in indices:
             try:
-                ids, labels, own = self.row(self.samples[index])
+                ids, labels, row_images = self.row(self.samples[index])
             except UnusableError as error:
                 self._leave_out(index, error)
                 continue
             rows.append((ids, labels))
-            pictures += own
+            images += row_images
         if not rows:
             return None
         longest = max(len(ids) for ids, _ in rows)
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         image_processor = self.processor.image_processor
-        sizes = tuple((picture.height, picture.width) for picture in pictures)
+        sizes = tuple((image.height, image.width) for image in images)
         return Batch(
             input_ids=mx.array(_padded([ids for ids, _ in rows], length, 0)),
             labels=mx.array(_padded([labels for _, labels in rows], length, IGNORED)),
-            pixel_values=mx.array(image_processor(pictures)) if pictures else None,
-            image_sizes=sizes if pictures and image_processor.mode == "anyres" else None,
+            pixel_values=mx.array(image_processor(images)) if images else None,
+            image_sizes=sizes if images and image_processor.mode == "anyres" else None,
         )
 
     def _leave_out(self, index: int, error: UnusableError) -> None:

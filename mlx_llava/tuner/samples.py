@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mlx_llava.files import is_file
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
-from mlx_llava.json_files import Place, read_records
+from mlx_llava.json_files import JsonLines, Place, field, read_records
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -68,6 +68,35 @@ class LeftOut(NamedTuple):
 
     place: Place
     error: UnusableError
+
+
+class Skipped:
+    """Adds a line to skipped.jsonl for each sample that is left out; only once in all of a run."""
+
+    def __init__(self, path: Path) -> None:
+        """Goes on with a list, if there is one.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        self._file = JsonLines(path, '{"file": ', errors="replace")
+        records = self._file.read()
+        self._listed = {_identity(record, field(record, "file", str, p)) for p, record in records}
+        self._file.mend()
+
+    def __call__(self, left_out: LeftOut) -> None:
+        """Lists a sample."""
+        place = left_out.place
+        record = {"file": place.file, place.unit: place.number, "why": str(left_out.error)}
+        identity = _identity(record, place.file)
+        if identity in self._listed:
+            return
+        self._listed.add(identity)
+        self._file.add(record)
+
+
+def _identity(record: Mapping[str, Any], file: str) -> str:
+    return f"{file}, {record.get('line')}, {record.get('index')}"
 
 
 class Reading(NamedTuple):
@@ -138,7 +167,7 @@ def _read_sample(entry: Any, image_folder: Path, protect: Callable[[str], str]) 
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UnusableError("turns do not alternate", ", ".join(roles))
-    marks = [name for _, own in turns for name in own]
+    marks = [name for _, images in turns for name in images]
     names = _image_names(entry)
     if names and not marks:
         messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
@@ -270,13 +299,13 @@ def _unread(entry: Mapping[str, Any]) -> Iterator[str]:
     turns = _turns_key(entry)
     yield from _telling(entry, {*_READ, turns})
     for turn in entry[turns]:
-        own = {_key(turn, "from", "role"), _key(turn, "value", "content")}
-        yield from (f"{turns}.{key}" for key in _telling(turn, own))
+        read = {_key(turn, "from", "role"), _key(turn, "value", "content")}
+        yield from (f"{turns}.{key}" for key in _telling(turn, read))
 
 
-def _telling(data: Mapping[str, Any], known: set[str]) -> list[str]:
+def _telling(data: Mapping[str, Any], read: set[str]) -> list[str]:
     return [
         key
         for key, value in data.items()
-        if key not in known and isinstance(value, (str, list, dict)) and value
+        if key not in read and isinstance(value, (str, list, dict)) and value
     ]

@@ -100,9 +100,9 @@ class Trainer:
             epoch, first = epoch + 1, 0
 
     def _parts(self, examples: Examples, indices: list[int]) -> list[Batch]:
-        own = indices[self.group.rank() :: self.group.size()]
-        size = -(-len(own) // self.options.accumulation) or 1
-        parts = (examples.batch(own[i : i + size]) for i in range(0, len(own), size))
+        rows = indices[self.group.rank() :: self.group.size()]
+        size = -(-len(rows) // self.options.accumulation) or 1
+        parts = (examples.batch(rows[i : i + size]) for i in range(0, len(rows), size))
         return [part for part in parts if part is not None]
 
     def _set_weights(self, trained: Tree) -> None:
@@ -199,7 +199,9 @@ class Trainer:
         """Makes chance the same after an interruption, and another in every process."""
         mx.random.seed(self.options.seed + self.step * self.group.size() + self.group.rank())
 
-    def _sum(self, loss: mx.array, count: mx.array, gradients: Tree) -> tuple[Any, ...]:
+    def _sum(
+        self, loss: mx.array, count: mx.array, gradients: Tree
+    ) -> tuple[mx.array, mx.array, Tree]:
         """The sums over all processes."""
         if self.group.size() == 1:
             return loss, count, gradients
@@ -237,7 +239,7 @@ class Trainer:
             self._give_back()
             self.model.train(was_training)
         loss, count, _ = self._sum(loss, count, {})
-        return loss.item() / max(int(count), 1)
+        return float(loss) / max(int(count), 1)
 
     def _total_loss(self, examples: Examples) -> tuple[mx.array, mx.array]:
         """The sums over this process's tokens, and how many they are."""
