@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_llava.arguments import add_model_arguments, command, load_model, say_if_embedded
-from mlx_llava.files import is_same_file, one_line, whole_file
+from mlx_llava.files import is_same_file, one_line, read_bytes, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
@@ -73,11 +73,9 @@ class Lines(JsonLines):
         self.key = key
 
     def holds(self, file: Path) -> bool:
-        """See `Captions`."""
         return is_same_file(file, self.path)
 
     def done(self) -> set[str]:
-        """See `Captions`."""
         try:
             lines = [line for _, line in self.read()]
         except ValueError as error:
@@ -87,13 +85,11 @@ class Lines(JsonLines):
         return {line["image"] for line in lines}
 
     def mend(self) -> None:
-        """See `Captions`."""
         if not all(line.startswith(self.head) for line in self.whole().splitlines()):
             raise _not_ours(self.path, "lines")
         super().mend()
 
     def write(self, picture: str, text: str) -> None:
-        """See `Captions`."""
         self.add({"image": picture, self.key: text})
 
 
@@ -106,11 +102,9 @@ class Table:
         self.path = path
 
     def holds(self, file: Path) -> bool:
-        """See `Captions`."""
         return is_same_file(file, self.path)
 
     def done(self) -> set[str]:
-        """See `Captions`."""
         records, _ = self._records()
         rows = list(csv.reader(io.StringIO("".join(records), newline="")))
         head = tuple(rows[0]) if rows else self.columns
@@ -119,7 +113,6 @@ class Table:
         return {row[0] for row in rows[1:]}
 
     def mend(self) -> None:
-        """See `Captions`."""
         records, cut = self._records()
         begins = [_rows(self.columns), *['"'] * len(records)]
         begin = begins[len(records)]
@@ -131,7 +124,6 @@ class Table:
                 beside.write_bytes("".join(records).encode(errors="surrogateescape"))
 
     def write(self, picture: str, text: str) -> None:
-        """See `Captions`."""
         is_new = not self.path.exists() or not self.path.stat().st_size
         head = [self.columns] if is_new else []
         rows = _rows(*head, (picture, text))
@@ -140,7 +132,7 @@ class Table:
 
     def _records(self) -> tuple[list[str], str]:
         """The whole rows, in which no quotation is open, and what a kill has left of one."""
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = read_bytes(self.path) if self.path.exists() else b""
         records, record = list[str](), ""
         for line in re.split(r"(?<=\n)", data.decode(errors="surrogateescape")):
             record += line
@@ -163,18 +155,15 @@ class TextFiles:
         self.pictures = pictures
 
     def holds(self, file: Path) -> bool:
-        """See `Captions`."""
         return file.suffix == ".txt"
 
     def done(self) -> set[str]:
-        """See `Captions`."""
         return {picture for picture in self.pictures if _text_file(picture).is_file()}
 
     def mend(self) -> None:
         """See `Captions`; a text file is there whole or not at all."""
 
     def write(self, picture: str, text: str) -> None:
-        """See `Captions`."""
         path = _text_file(picture)
         if os.path.lexists(path):  # by somebody else, or under another case of letters
             raise NotWrittenError(f"There is {path} already.")

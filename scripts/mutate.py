@@ -223,7 +223,7 @@ MUTATIONS = (
     ("somebody's file is gone on with", "caption", "is_ours = all(map(bytes.startswith, records, beginnings))", "is_ours = True"),
     ("paths begin within words", "inputs/mentions", "if _may_begin(line, start):", "if True:"),
     ("bytes that are no text", "chat", "if bad is not None:", "if False:"),
-    ("an answer may end anywhere", "generation/json_schema", "self.special_token_ids = sorted", "self.special_token_ids = [] and sorted"),
+    ("an answer may end anywhere", "generation/json_schema", "eos_token=sorted(eos_ids)", "eos_token=0"),
     ("lines cut at Unicode's separators", "json_files", 'enumerate(text.split("\\n"), 1)', "enumerate(text.splitlines(), 1)"),
     ("a byte-order mark is text", "json_files", '    text = text.removeprefix(_BOM)\n', ""),
     ("half a pair of surrogates", "json_files", "        if half:\n", "        if False:\n"),

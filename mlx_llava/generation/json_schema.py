@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -16,8 +16,6 @@ from mlx_llava.json_files import parse, read_json
 
 #: All white space there is, so that no answer ends in blanks without end.
 _LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-#: A character that merges with no other.
-_BEFORE = "\x02"
 #: The schema of any object.
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -52,13 +50,7 @@ class JsonConstraint:
         eos_ids: Collection[int],
         vocab_size: int,
     ) -> None:
-        """Compiles a schema.
-
-        Args:
-            schema (dict): A JSON schema.
-            tokenizer (Tokenizer): The model's.
-            eos_ids (collection of int): What ends an answer; can only follow a whole text.
-            vocab_size (int): V.
+        """Compiles a schema; a token of `eos_ids` can only follow a whole text.
 
         Raises:
             ValueError: The schema makes no sense or uses what llguidance does not know,
@@ -88,24 +80,6 @@ class JsonConstraint:
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
 
-class _Vocabulary:
-    """What llguidance asks of a tokenizer (its TokenizerWrapper)."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, eos_id: int, vocab_size: int) -> None:
-        self.eos_token_id = eos_id
-        self.special_token_ids = sorted({eos_id, *tokenizer.special_tokens.values()})
-        self.tokens = [tokenizer.bytes_of(i) for i in range(vocab_size)]
-        self._tokenizer = tokenizer
-        self._before = tokenizer.encode(_BEFORE)
-
-    def __call__(self, text: str) -> list[int]:
-        """The ids of text within a text: without begin of text, and no space added."""
-        ids = self._tokenizer.encode(_BEFORE + self._tokenizer.protect(text))
-        return ids[len(self._before) :]
-
-
 def _check(matcher: Any) -> None:
     if matcher.is_error():
         why = matcher.get_error().partition("<state>")[0].split()
@@ -130,9 +104,7 @@ def _compiled(schema: str, tokenizer: Tokenizer, eos_ids: frozenset[int], vocab_
 @lru_cache(maxsize=2)
 def _vocabulary(tokenizer: Tokenizer, eos_ids: frozenset[int], vocab_size: int) -> Any:
     """The vocabulary as llguidance searches it; takes a while, and serves all answers."""
-    from llguidance import LLTokenizer, TokenizerWrapper
+    from llguidance import LLTokenizer
 
-    ids = sorted(eos_ids)
-    as_llguidance: Callable[[Any], Any] = TokenizerWrapper
-    vocabulary = as_llguidance(_Vocabulary(tokenizer, ids[0], vocab_size))
-    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=ids)
+    spec = json.dumps(tokenizer.spec)
+    return LLTokenizer(spec, n_vocab=vocab_size, eos_token=sorted(eos_ids))

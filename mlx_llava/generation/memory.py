@@ -37,12 +37,7 @@ def check_request(
     kv_bits: int | None = None,
     max_kv_size: int | None = None,
 ) -> int:
-    """How many tokens the answer to one prompt can have.
-
-    Raises:
-        ContextError: The prompt leaves no room in the context.
-        ValueError: It is not one prompt, or it and its answer do not fit beside the weights.
-    """
+    """How many tokens the answer to one prompt can have, or a ValueError that says why none."""
     rows, prompt_tokens = inputs.input_ids.shape
     if rows != 1:
         raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")

@@ -35,7 +35,7 @@ _FORMAT = "mlx_llava prompt cache 1"
 
 
 @dataclass(frozen=True)
-class PromptImage:
+class _Image:
     """One image of a prompt.
 
     Attributes:
@@ -51,7 +51,7 @@ class PromptImage:
     positions: range
 
 
-def _images(inputs: Inputs, image_token_index: int) -> Iterator[PromptImage]:
+def _images(inputs: Inputs, image_token_index: int) -> Iterator[_Image]:
     if inputs.pixel_values is None:
         return
     placeholders = np.flatnonzero(inputs.input_ids[0] == image_token_index)
@@ -62,7 +62,7 @@ def _images(inputs: Inputs, image_token_index: int) -> Iterator[PromptImage]:
         digest = hashlib.sha256(repr((size, pixels.shape)).encode())
         digest.update(np.ascontiguousarray(pixels).data)
         start = int(placeholders[seen])
-        yield PromptImage(digest.hexdigest(), pixels, size, range(start, start + count))
+        yield _Image(digest.hexdigest(), pixels, size, range(start, start + count))
         tile, seen = tile + tiles, seen + count
 
 
@@ -95,12 +95,12 @@ class Prompt:
         cut = [image.positions.start for image in self.images if length in image.positions]
         return min([length, *cut])
 
-    def images_after(self, prefix: int) -> list[PromptImage]:
+    def images_after(self, prefix: int) -> list[_Image]:
         """The images that stand after so many first positions."""
         return [image for image in self.images if image.positions.start >= prefix]
 
 
-class FeatureCache:
+class _FeatureCache:
     """The features of the images that were seen last, up to so many bytes."""
 
     def __init__(self, model: Llava, max_bytes: int) -> None:
@@ -108,7 +108,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self._features: OrderedDict[str, mx.array] = OrderedDict()
 
-    def features(self, images: Iterable[PromptImage]) -> dict[str, mx.array]:
+    def features(self, images: Iterable[_Image]) -> dict[str, mx.array]:
         """The features of images by hash; those that are not kept are encoded together."""
         wanted = {image.digest: image for image in images}
         found = {h: self._features[h] for h in wanted.keys() & self._features.keys()}
@@ -140,7 +140,7 @@ class PromptCache:
     ) -> None:
         self.model = model
         self.max_bytes = max_bytes
-        self._images = FeatureCache(model, max_feature_bytes)
+        self._images = _FeatureCache(model, max_feature_bytes)
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
 
     @cached_property
@@ -148,12 +148,7 @@ class PromptCache:
         return fingerprint(self.model)
 
     def begin(self, inputs: Inputs, empty: Cache) -> tuple[Prompt, Cache, int]:
-        """The longest known beginning of a prompt.
-
-        Args:
-            inputs (Inputs): What will be read.
-            empty (list): A cache for it; what others of its kind hold is reused, within its
-                limits.
+        """The longest known beginning of a prompt, within the limits of an empty cache for it.
 
         Returns:
             The prompt as it is known here, a cache to go on with, and how many of its positions

@@ -22,15 +22,13 @@ class Row:
 
     Attributes:
         uid: by which others know it.
-        inputs: the prompt.
-        prompt: the same, known by its content.
+        prompt: its content, and
         cached: how many of its first positions were read before.
         max_tokens: the longest answer.
-        kv_bytes: what keys and values of all that can take.
+        kv_bytes: what keys and values of prompt and answer can take.
         choose: takes its tokens from logits.
-        cache: its keys and values.
         tokens: its answer so far.
-        token: the token that comes next, (1,), and
+        token: the one that comes next, (1,), with
         logprobs: the log-probabilities that it was chosen from, (1, V).
     """
 
