@@ -30,11 +30,7 @@ _PARTIAL = (
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, checked to be all there; safetensors go first.
-
-    Raises:
-        FileNotFoundError: There are none, or a shard is missing.
-    """
+    """The weight files of a folder, checked to be all there; safetensors go first."""
     for index_name, whole, pattern in _KINDS:
         index = read_json(folder / index_name)
         expected = set(index.get("weight_map", {}).values())
@@ -84,11 +80,7 @@ def _siblings(name: str) -> Iterable[str]:
 
 
 def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of one file, however they are stored, and whether MLX laid them out.
-
-    Raises:
-        ValueError: The file is broken, or was not downloaded to its end.
-    """
+    """The tensors of one file, however they are stored, and whether MLX laid them out."""
     check_download(path)
     if path.suffix == ".safetensors":
         return safetensors.read_file(path)
@@ -108,12 +100,7 @@ def check_download(path: Path) -> None:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of all files, and whether they are in MLX's own layout.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is broken, or two files hold a tensor of the same name.
-    """
+    """The tensors of all files, and whether they are in MLX's own layout."""
     tensors: dict[str, LazyTensor] = {}
     is_mlx = False
     for path in find_files(folder):

@@ -77,10 +77,6 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
     Args:
         folder (Path): Where they are.
         mmproj (Path, optional): The second one, if it is known.
-
-    Raises:
-        FileNotFoundError: One is missing.
-        ValueError: There are several.
     """
     kinds: dict[bool, list[Path]] = {False: [], True: []}
     for path in gguf_files(folder):
@@ -116,11 +112,7 @@ def _architecture(path: Path) -> str | None:
 
 
 def open_reader(path: Path, architecture: str) -> GGUFReader:
-    """Opens a GGUF file of an architecture.
-
-    Raises:
-        ValueError: The package is missing, or it is another file.
-    """
+    """Opens a GGUF file of an architecture."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -141,12 +133,7 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
 
 
 def read_gguf(path: Path, mmproj: Path | None) -> Contents:
-    """Reads the two files of a LLaVA, named or in one folder.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is not what it should be.
-    """
+    """Reads the two files of a LLaVA, named or in one folder."""
     if path.is_dir():
         path, mmproj = find_pair(path, mmproj)
     if mmproj is None:

@@ -45,11 +45,7 @@ def value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def number(reader: GGUFReader, key: str, default: float | None = None) -> Any:
-    """The positive number under a key.
-
-    Raises:
-        ValueError: There is none, and no default; or it is something else.
-    """
+    """The positive number under a key."""
     found = value(reader, key, default)
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
         said = "missing" if found is None else f"{found!r}"
@@ -58,11 +54,7 @@ def number(reader: GGUFReader, key: str, default: float | None = None) -> Any:
 
 
 def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
-    """A llava-hf config.json from both files' metadata.
-
-    Raises:
-        ValueError: A key is missing, or says what is not supported.
-    """
+    """A llava-hf config.json from both files' metadata."""
     if value(vision, "clip.use_silu"):
         raise ValueError("The tower's activation is SiLU, expected CLIP's GELU.")
     pairs = value(vision, "clip.vision.image_grid_pinpoints")
@@ -174,11 +166,7 @@ def read_image_processor(vision: GGUFReader, config: Mapping[str, Any]) -> dict[
 
 
 def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json from the metadata.
-
-    Raises:
-        ValueError: The vocabulary is of another kind, or cuts text in another way.
-    """
+    """tokenizer.json and tokenizer_config.json from the metadata."""
 
     def ggml(key: str, default: Any = None) -> Any:
         return value(text, f"tokenizer.ggml.{key}", default)

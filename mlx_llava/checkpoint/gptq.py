@@ -86,9 +86,6 @@ def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repa
     Args:
         tensors (dict): As found, by key.
         config (dict): ``quantization_config`` or the content of quantize_config.json.
-
-    Raises:
-        ValueError: A layer is incomplete or of an unknown kind.
     """
     layers = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
     result = Repacked()

@@ -113,9 +113,6 @@ def merge_lora(
         base (dict): Tensors by canonical name.
         lora (Lora): What changes them.
         quantization (dict, optional): MLX's settings of the base's layers.
-
-    Raises:
-        ValueError: The adapter does not fit the base.
     """
     result = dict(base)
     if not lora.changes and all(name.startswith(PROJECTOR) for name in lora.trained):

@@ -28,9 +28,6 @@ def read_mlx(path: Path, settings: Mapping[str, Any]) -> Lora:
     Args:
         path (Path): Its file of weights.
         settings (dict): Its adapter_config.json.
-
-    Raises:
-        ValueError: The file is broken, or adapter_config.json does not fit it.
     """
     modules: dict[str, dict[str, LazyTensor]] = {}
     trained = {}

@@ -67,9 +67,6 @@ def canonical_tensors(tensors: Mapping[str, LazyTensor], is_mlx: bool) -> Canoni
     Args:
         tensors (dict): As found, by key.
         is_mlx (bool): The files are MLX's own; decides between (O, 3, 3, 3) and itself.
-
-    Raises:
-        ValueError: Two tensors have the same canonical name.
     """
     result = Canonical({}, {})
     for key, tensor in tensors.items():

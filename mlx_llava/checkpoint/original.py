@@ -173,9 +173,6 @@ def translate(
         data (dict): The original config.json.
         vision (dict): The tower's ``vision_config``.
         vocabulary (int): How many rows the embedding has, whatever config.json says.
-
-    Raises:
-        ValueError: The config names something that is not supported.
     """
     refuse_others(data)
     mode = data.get("image_aspect_ratio")
@@ -255,11 +252,7 @@ def unknown_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """The vision half of a CLIP repository: canonical tensors and ``vision_config``.
-
-    Raises:
-        ValueError: It is no CLIP.
-    """
+    """The vision half of a CLIP repository: canonical tensors and ``vision_config``."""
     found = canonical_tensors(*read_folder(folder)).tensors
     tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
     if not tower:

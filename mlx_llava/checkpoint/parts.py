@@ -25,9 +25,6 @@ def apply_delta(
 
     The sum is taken in the delta's own float16, as the original does. Rows that the delta adds
     to the vocabulary are final, and so is the projector.
-
-    Raises:
-        ValueError: The base is not the model that the delta was taken from.
     """
     result = {}
     for name, tensor in delta.items():
@@ -77,12 +74,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def read_adapter(folder: Path) -> Lora:
-    """Reads a LoRA folder (or its weights' path) of PEFT's, LLaVA's, mlx-lm's, mlx-vlm's or ours.
-
-    Raises:
-        FileNotFoundError: It has no weights, or no adapter_config.json.
-        ValueError: It is of another kind, or broken.
-    """
+    """Reads a LoRA, by its folder or weights, of PEFT's, LLaVA's, mlx-lm's, mlx-vlm's or ours."""
     folder = folder.parent if folder.is_file() else folder
     settings, files = read_json(folder / CONFIG), adapter_files(folder)
     if not files:
@@ -109,11 +101,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_projector(path: Path) -> Lora:
-    """A stand-alone mm_projector.bin, or the one in a folder; other tensors are left out.
-
-    Raises:
-        ValueError: There is no projector in it.
-    """
+    """A stand-alone mm_projector.bin, or the one in a folder; other tensors are left out."""
     path = path if path.is_file() else path / PROJECTOR_FILE
     tensors, _ = read_file(path)
     named = {peft.name_below_peft(key): tensor for key, tensor in tensors.items()}

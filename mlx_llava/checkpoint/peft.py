@@ -59,9 +59,6 @@ def read_peft(folder: Path, path: Path, settings: Mapping[str, Any]) -> Lora:
         folder (Path): The folder.
         path (Path): Its file of weights.
         settings (dict): Its adapter_config.json.
-
-    Raises:
-        ValueError: It is no LoRA, or one of a kind that is not supported.
     """
     _check(settings)
     modules: dict[str, dict[str, LazyTensor]] = {}

@@ -47,11 +47,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of a safetensors file by name, and whether it is in MLX's own layout.
-
-    Raises:
-        ValueError: The file is broken.
-    """
+    """The tensors of a safetensors file by name, and whether it is in MLX's own layout."""
     header = _read_header(path)
     metadata = header.pop("__metadata__")
     reader = _Reader(path)
@@ -85,11 +81,7 @@ class _Reader:
 def write_arrays(
     path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a file at once.
-
-    Raises:
-        OSError: There is no room for it, or no right to write it.
-    """
+    """Writes a file at once."""
     try:
         mx.save_safetensors(str(path), dict(arrays), metadata)
     except RuntimeError as error:

@@ -126,9 +126,6 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     Args:
         path (Path): A file that torch.save wrote of a state dict, or of a dict that holds one
             under ``state_dict`` or ``model``.
-
-    Raises:
-        ValueError: The file is broken, or holds more than tensors.
     """
     try:
         state, offsets = _read_zip(path)
