@@ -10,9 +10,9 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, Protocol, TypeAlias
 
 from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
@@ -33,17 +33,27 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _MODEL, *_SOURCE = fields(Source)
 
 
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Field[Any]]) -> None:
+    """Adds a flag for each of some fields; see `signatures.option`."""
+    for option in options:
+        names = [f"--{option.name.replace('_', '-')}"]
+        names += ["-m"] if option.name == "max_tokens" else []
+        parser.add_argument(*names, **option.metadata["flag"])
+
+
+def given_options(args: argparse.Namespace, options: Iterable[Field[Any]]) -> dict[str, Any]:
+    """What was given for `add_options`, by name."""
+    return {option.name: getattr(args, option.name) for option in options}
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says where the parts of a checkpoint are, as the fields of `Source`."""
-    for option in _SOURCE:
-        action = "store_true" if option.default is False else "store"
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, action=action, help=option.metadata["help"])
+    add_options(parser, _SOURCE)
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for `add_source_arguments`, as options of `load` and `convert`."""
-    return {option.name: getattr(args, option.name) for option in _SOURCE}
+    return given_options(args, _SOURCE)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,15 +88,12 @@ def say_if_embedded(args: argparse.Namespace) -> None:
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds how to answer, as the fields of `Options`."""
-    for option in fields(Options):
-        names = [f"--{option.name.replace('_', '-')}"]
-        names += ["-m"] if option.name == "max_tokens" else []
-        parser.add_argument(*names, **option.metadata["flag"])
+    add_options(parser, fields(Options))
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given for `add_answer_arguments`, as the fields of `Options`."""
-    options = {field.name: getattr(args, field.name) for field in fields(Options)}
+    options = given_options(args, fields(Options))
     if args.json_schema is not None:
         options["json_schema"] = read_schema(args.json_schema)
     return options

@@ -1,13 +1,34 @@
-"""Functions that take the fields of a dataclass as keywords, and show each of them."""
+"""Options: fields of dataclasses, which functions take as keywords and commands as flags."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar, cast
 
+Class = TypeVar("Class")
 Function = TypeVar("Function", bound="Callable[..., Any]")
+
+
+def option(default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None) -> Any:
+    """A field: of what kind it is, what it does, and what argparse is told of its flag."""
+    if kind is bool:
+        usual: dict[str, Any] = {"action": "store_true", "help": what}
+    else:
+        given = "" if default is None else " (default: %(default)s)"
+        usual = {"type": kind, "default": default, "help": what + given}
+    return field(default=default, metadata={"kind": kind, "help": what, "flag": flag or usual})
+
+
+def documented(cls: type[Class]) -> type[Class]:
+    """Lists the options of a dataclass in its docstring."""
+    lines = [
+        f"    {option.name}: {option.metadata['help']}."
+        for option in fields(cast("type[Any]", cls))
+    ]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+    return cls
 
 
 def takes(cls: type, *omitted: str, others: bool = False) -> Callable[[Function], Function]:

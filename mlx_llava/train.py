@@ -17,7 +17,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_llava.arguments import add_source_arguments, command, source_options
+from mlx_llava.arguments import (
+    add_options,
+    add_source_arguments,
+    command,
+    given_options,
+    source_options,
+)
 from mlx_llava.checkpoint.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
 from mlx_llava.checkpoint.load import load
@@ -53,8 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-folder", default=".", help="what image paths are relative to (default: .)")
     add("--output", default="trained", help="the folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    for option in fields(TrainingOptions):
-        add(f"--{option.name.replace('_', '-')}", **option.metadata["flag"])
+    add_options(parser, fields(TrainingOptions))
     for name in ("rank", "alpha", "dropout"):
         default = getattr(Adapter, name)
         add(f"--lora-{name}", type=type(default), default=default, help="(default: %(default)s)")
@@ -200,10 +205,7 @@ def _load(args: argparse.Namespace) -> tuple[Llava, Processor]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    given = vars(args)
-    options = TrainingOptions(
-        **{field.name: given[field.name] for field in fields(TrainingOptions)}
-    )
+    options = TrainingOptions(**given_options(args, fields(TrainingOptions)))
     folder = Path(args.output)
     rank = mx.distributed.init().rank()
     is_main = rank == 0
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         progress.close()
     for name, examples in data.items():
-        _say_left_out(given[name], examples.problems)
+        _say_left_out(getattr(args, name), examples.problems)
     write_result(folder / kind, trainer, processor, adapter, keep)
     print(folder / kind)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_llava.files import expand_home
+from mlx_llava.signatures import option
 
 _FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_trainables.bin"]
 #: For repositories without safetensors.
@@ -23,22 +24,16 @@ EMBEDDED_NOTE = (
 class Source:
     """Where a checkpoint and its parts are; `load` has a keyword, and commands a flag, for each."""
 
-    model: str | Path | None = field(
-        default=None, metadata={"help": "a folder, a GGUF file, or a hub repository"}
+    model: str | Path | None = option(None, str, "a folder, a GGUF file, or a hub repository")
+    base: str | Path | None = option(
+        None, str, "the model that a delta, a LoRA or a projector belongs to"
     )
-    base: str | Path | None = field(
-        default=None, metadata={"help": "the model that a delta, a LoRA or a projector belongs to"}
+    vision_tower: str | Path | None = option(
+        None, str, "CLIP, for checkpoints without a vision tower inside"
     )
-    vision_tower: str | Path | None = field(
-        default=None, metadata={"help": "CLIP, for checkpoints without a vision tower inside"}
-    )
-    mmproj: str | Path | None = field(
-        default=None, metadata={"help": "the second file of a GGUF pair"}
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of a hub repository"}
-    )
-    offline: bool = field(default=False, metadata={"help": "use only what was downloaded before"})
+    mmproj: str | Path | None = option(None, str, "the second file of a GGUF pair")
+    revision: str | None = option(None, str, "branch, tag or commit of a hub repository")
+    offline: bool = option(False, bool, "use only what was downloaded before")
 
     def find(self, part: str | Path) -> Path:
         """The local folder or file of a part."""

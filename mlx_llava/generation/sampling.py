@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_llava.generation.json_schema import JsonConstraint
 from mlx_llava.inputs.processor import Processor
+from mlx_llava.signatures import documented, option
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
@@ -133,13 +134,7 @@ _KINDS: Mapping[type, tuple[type, str]] = {
 }
 
 
-def _option(default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None) -> Any:
-    """A field: of what kind it is, what it does, and what argparse is told of its flag."""
-    given = "" if default is None else " (default: %(default)s)"
-    number = {"type": kind, "default": default, "help": what + given}
-    return field(default=default, metadata={"kind": kind, "help": what, "flag": flag or number})
-
-
+@documented
 @dataclass(frozen=True)
 class Options:
     """How to answer one prompt.
@@ -147,28 +142,28 @@ class Options:
     `stream_generate` has a keyword for each, a line of a prompts file a key, and commands a flag.
     """
 
-    max_tokens: int = _option(
+    max_tokens: int = option(
         MAX_TOKENS, int, "the longest answer; less if the context is full before"
     )
-    temp: float = _option(0.0, float, "temperature; 0 takes the likeliest token")
-    top_p: float = _option(
+    temp: float = option(0.0, float, "temperature; 0 takes the likeliest token")
+    top_p: float = option(
         0.0, float, "samples from the likeliest tokens of this total probability; 0 is off"
     )
-    min_p: float = _option(
+    min_p: float = option(
         0.0, float, "drops tokens below this fraction of the likeliest one's probability"
     )
-    top_k: int = _option(0, int, "samples from that many likeliest tokens; 0 is off")
-    repetition_penalty: float | None = _option(
+    top_k: int = option(0, int, "samples from that many likeliest tokens; 0 is off")
+    repetition_penalty: float | None = option(
         None, float, "above 1, tokens of the last 20 become less likely"
     )
-    seed: int | None = _option(None, int, "makes sampling repeatable")
-    stop: Sequence[str] = _option(
+    seed: int | None = option(None, int, "makes sampling repeatable")
+    stop: Sequence[str] = option(
         (),
         str,
         "texts that end the answer, beside the template's own",
         {"action": "append", "default": [], "help": "a text that ends the answer; repeatable"},
     )
-    json_schema: Mapping[str, Any] | None = _option(
+    json_schema: Mapping[str, Any] | None = option(
         None,
         dict,
         "makes the answer JSON of this schema, if it is not cut off",
@@ -178,7 +173,7 @@ class Options:
     @classmethod
     def take(cls, keywords: dict[str, Any]) -> Options:
         """What there is of options among keywords, from which it is removed."""
-        names = [option.name for option in fields(cls) if option.name in keywords]
+        names = [one.name for one in fields(cls) if one.name in keywords]
         return cls(**{name: keywords.pop(name) for name in names})
 
     def __post_init__(self) -> None:
@@ -188,14 +183,14 @@ class Options:
         is_list = isinstance(self.stop, (list, tuple))
         if not is_list or not all(isinstance(text, str) for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a text or a list of texts.")
-        for option in fields(self):
-            value, kind = getattr(self, option.name), option.metadata["kind"]
-            if kind not in _KINDS or (value is None and option.default is None):
+        for one in fields(self):
+            value, kind = getattr(self, one.name), one.metadata["kind"]
+            if kind not in _KINDS or (value is None and one.default is None):
                 continue
             number, words = _KINDS[kind]
             fits = isinstance(value, number) and not isinstance(value, bool)
             if not fits or (kind is float and not -math.inf < value < math.inf):
-                raise ValueError(f"{option.name} is {value!r}; it must be {words}.")
+                raise ValueError(f"{one.name} is {value!r}; it must be {words}.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
 

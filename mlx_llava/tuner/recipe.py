@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.adapter import Adapter, add_lora
 from mlx_llava.model.llava import Llava
+from mlx_llava.signatures import documented, option
 from mlx_llava.tuner.data import IGNORED, Batch
 
 Schedule = Callable[[mx.array], mx.array]
@@ -27,55 +27,52 @@ LEARNING_RATES = {"projector": 1e-3, "full": 2e-5, "lora": 2e-4}
 LORA_PROJECTOR_LEARNING_RATE = 2e-5
 
 
-def _option(default: Any, kind: type, what: str) -> Any:
-    """A field: what it does, and what argparse is told of its flag."""
-    flag: dict[str, Any] = {"action": "store_true", "help": what}
-    if kind is not bool:
-        given = "" if default is None else " (default: %(default)s)"
-        flag = {"type": kind, "default": default, "help": what + given}
-    return field(default=default, metadata={"help": what, "flag": flag})
-
-
-_STAGE = {"help": "what learns: the projector alone, all but the vision tower, or LoRA layers"}
-
-
+@documented
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train; the command has a flag for each."""
 
-    stage: str = field(metadata={**_STAGE, "flag": {**_STAGE, "choices": STAGES, "required": True}})
-    steps: int | None = _option(None, int, "how often weights change (default: epochs over all)")
-    epochs: int = _option(1, int, "how often everything is seen")
-    batch_size: int = _option(16, int, "rows of a step, of all processes together")
-    accumulation: int = _option(1, int, "in how many parts a process computes its rows of a step")
-    learning_rate: float | None = _option(
+    stage: str = option(
+        MISSING,
+        str,
+        "what learns: projector, full (projector and decoder), or lora (LoRA layers and projector)",
+        {"choices": STAGES, "required": True, "help": "the projector, all, or LoRA layers"},
+    )
+    steps: int | None = option(
+        None, int, "how often weights change (default: epochs over the data)"
+    )
+    epochs: int = option(1, int, "how often everything is seen")
+    batch_size: int = option(16, int, "rows of a step, of all processes together")
+    accumulation: int = option(1, int, "in how many parts a process computes its rows of a step")
+    learning_rate: float | None = option(
         None, float, "the highest (default: 1e-3, 2e-5 or 2e-4 by stage)"
     )
-    projector_learning_rate: float | None = _option(
+    projector_learning_rate: float | None = option(
         None, float, "the projector's (default: as the others; 2e-5 with LoRA)"
     )
-    vision_learning_rate: float | None = _option(
+    vision_learning_rate: float | None = option(
         None, float, "trains the vision tower too (LLaVA 1.6: 2e-6)"
     )
-    warmup_ratio: float = _option(
+    warmup_ratio: float = option(
         0.03, float, "the part of the steps in which rates rise; then they fall as a cosine"
     )
-    weight_decay: float = _option(0.0, float, "of matrices, not of biases and norms")
-    max_grad_norm: float = _option(1.0, float, "gradients are scaled down to it")
-    gradient_checkpointing: bool = _option(False, bool, "less memory for more time")
-    max_length: int = _option(2048, int, "the longest row in tokens")
-    report_every: int = _option(10, int, "steps from report to report")
-    validate_every: int = _option(200, int, "steps from validation to validation")
-    save_every: int = _option(200, int, "steps from checkpoint to checkpoint")
-    seed: int = _option(0, int, "the same gives the same run")
+    weight_decay: float = option(0.0, float, "of matrices, not of biases and norms")
+    max_grad_norm: float = option(1.0, float, "gradients are scaled down to it")
+    gradient_checkpointing: bool = option(False, bool, "less memory for more time")
+    max_length: int = option(2048, int, "the longest row in tokens")
+    report_every: int = option(10, int, "steps from report to report")
+    validate_every: int = option(200, int, "steps from validation to validation")
+    save_every: int = option(200, int, "steps from checkpoint to checkpoint")
+    seed: int = option(0, int, "the same gives the same run")
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"There is no stage {self.stage!r}; known: {', '.join(STAGES)}.")
-        for option in fields(self):
-            value, is_count = getattr(self, option.name), option.metadata["flag"].get("type") is int
-            if is_count and option.name != "seed" and value is not None and value < 1:
-                raise ValueError(f"{option.name} is {value}; it must be at least 1.")
+        counts = [one.name for one in fields(self) if one.metadata["kind"] is int]
+        for name in counts:
+            value = getattr(self, name)
+            if name != "seed" and value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1).")
         if not 0 <= self.seed < 2**32:
@@ -92,14 +89,6 @@ class TrainingOptions:
             "vision_tower": self.vision_learning_rate or 0.0,
             "": rate,
         }
-
-
-TrainingOptions.__doc__ = "\n".join(
-    [
-        f"{TrainingOptions.__doc__}\n\nAttributes:",
-        *(f"    {option.name}: {option.metadata['help']}." for option in fields(TrainingOptions)),
-    ]
-)
 
 
 def prepare(model: Llava, options: TrainingOptions, adapter: Adapter) -> None:
