@@ -220,7 +220,7 @@ MUTATIONS = (
     ("a long name has no room", "files", "if len(os.fsencode(name)) > _LONGEST:", "if False:"),
     ("a picture for each link to it", "inputs/image_paths", "names.setdefault(real, name)", "names[Path(name)] = name"),
     ("somebody's text is replaced", "caption", "if os.path.lexists(path):", "if False:"),
-    ("somebody's file is gone on with", "caption", "is_ours = all(map(bytes.startswith, records, beginnings))", "is_ours = True"),
+    ("somebody's file is gone on with", "caption", "is_ours = all(map(str.startswith, records, begins))", "is_ours = True"),
     ("paths begin within words", "inputs/mentions", "if _may_begin(line, start):", "if True:"),
     ("bytes that are no text", "chat", "if bad is not None:", "if False:"),
     ("an answer may end anywhere", "generation/json_schema", "eos_token=sorted(eos_ids)", "eos_token=0"),

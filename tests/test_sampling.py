@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.generation.sampling import keep_top_p, make_logits_processors, make_sampler
+from mlx_llava import stream_generate
+from mlx_llava.generate import build_parser
+from mlx_llava.generation.sampling import Options, keep_top_p, make_logits_processors, make_sampler
 
 theirs = pytest.importorskip("mlx_lm.sample_utils")
 
@@ -75,3 +80,13 @@ def test_penalties_that_are_none_or_make_no_sense():
     assert make_logits_processors(None) == make_logits_processors(0.0) == []
     with pytest.raises(ValueError, match="repetition_penalty is -1"):
         make_logits_processors(-1.0)
+
+
+def test_options_are_shown_where_they_are_taken():
+    parameters = inspect.signature(stream_generate).parameters
+    parsed = vars(build_parser().parse_args(["--prompt", "hi"]))
+    for option in fields(Options):
+        assert parameters[option.name].default == option.default
+        assert f"        {option.name} ({option.type}): " in stream_generate.__doc__
+        given = parsed[option.name]
+        assert (tuple(given) if option.name == "stop" else given) == option.default
