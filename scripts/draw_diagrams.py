@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from mlx_llava.inputs.image_processor import Box, ImageProcessor
@@ -16,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PACKAGE = DOCS.parent / "mlx_llava"
 #: Files at the top of the package that are no commands.
 GROUND = ("files", "folders", "json_files", "signatures", "version")
-INSIDE = ("__init__", "__main__", "cli", "arguments")
+INSIDE = ("__init__", "__main__", "arguments", "cli")
 # Tints that stay apart for colour-blind readers, being of different lightness too.
 SEEN, PROJECTED, WORD, DECODER, INK = "#dbeafe", "#fbcf8b", "#f1f1f1", "#cfe3c4", "#444444"
 
@@ -207,36 +208,31 @@ FLOORS = (WORD, SEEN, DECODER, DECODER, PROJECTED, PROJECTED)
 def rooms() -> Drawing:
     """The package: each room imports only rooms below it, and rooms on one floor never meet."""
     drawing = Drawing(
-        960, 440, "Seven rooms, one above the other; each imports only from those below it."
+        960, 540, "Seven rooms, one above the other; each imports only from those below it."
     )
-    for floor, (names, fill) in enumerate(zip(ROOMS, FLOORS, strict=True)):
+    y = 12
+    for names, fill in zip(ROOMS, FLOORS, strict=True):
         width = (920 - 20 * (len(names) - 1)) / len(names)
+        files = [wrap(" ".join(_files(name)), int(width / 6.2)) for name, _ in names]
+        height = 50 + 14 * max(map(len, files))
         for column, (name, job) in enumerate(names):
-            x, y = 20 + column * (width + 20), 20 + 66 * floor
-            drawing.rect(x, y, width, 54, fill, 'rx="8"')
+            x = 20 + column * (width + 20)
+            drawing.rect(x, y, width, height, fill, 'rx="8"')
             title = name if name == "commands" else f"{name}/"
-            drawing.text(x + width / 2, y + 23, title, 15, 'font-weight="bold"')
-            files = sorted(path.stem for path in _files(name))
-            drawing.text(x + width / 2, y + 42, job if len(names) > 1 else _line(job, files), 11)
-    drawing.text(480, 428, "the ground: " + ", ".join(GROUND), 12)
+            drawing.text(x + width / 2, y + 20, title, 15, 'font-weight="bold"')
+            drawing.text(x + width / 2, y + 38, job, 12)
+            for row, line in enumerate(files[column]):
+                drawing.text(x + width / 2, y + 55 + 14 * row, line, 11)
+        y += height + 10
+    drawing.text(480, y + 10, "the ground: " + ", ".join(GROUND), 12)
     return drawing
 
 
-def _files(room: str) -> list[Path]:
-    """The files of a room that have a name of their own."""
+def _files(room: str) -> list[str]:
+    """The files of a room."""
     folder = PACKAGE if room == "commands" else PACKAGE / room
-    names = {*GROUND, *INSIDE} if room == "commands" else {"__init__"}
-    return [path for path in folder.glob("*.py") if path.stem not in names]
-
-
-def _line(job: str, files: Sequence[str]) -> str:
-    """What a room does, and as many of its files as a line holds."""
-    words = f"{job}: "
-    for name in files:
-        if len(words) > 125:
-            return words + "..."
-        words += f"{name} "
-    return words.rstrip()
+    others = {*GROUND, *INSIDE} if room == "commands" else {"__init__"}
+    return sorted({path.stem for path in folder.glob("*.py")} - others)
 
 
 DIAGRAMS = {"llava": llava, "image-modes": image_modes, "sequence": sequence, "rooms": rooms}

@@ -39,7 +39,11 @@ NAMES = {
     "mlx_llava.tuner.recipe": ("TrainingOptions",),
 }
 #: The docstrings' way of writing results: one, without a name.
-OPTIONS = {"returns_multiple_items": False, "returns_named_value": False}
+OPTIONS = {
+    "returns_multiple_items": False,
+    "returns_named_value": False,
+    "warn_unknown_params": False,  # those of **options
+}
 HEAD = """# Python API
 
 Made from the docstrings by `scripts/make_api_docs.py`. What the top level does not export may
