@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, Output, item_size
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, ITEM_SIZES, LazyTensor, Output
 from mlx_llava.json_files import decode, parse, write_json
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         for entry in header.values():
             start, end = entry["data_offsets"]
             kind, size_said = entry["dtype"], end - start
-            if kind in FILE_DTYPES and size_said != math.prod(entry["shape"]) * item_size(kind):
+            if kind in FILE_DTYPES and size_said != math.prod(entry["shape"]) * ITEM_SIZES[kind]:
                 raise ValueError("a tensor is not as long as its shape")
     except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off.") from error

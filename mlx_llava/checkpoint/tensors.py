@@ -73,11 +73,8 @@ FILE_DTYPES: dict[str, tuple[mx.Dtype, str]] = {
     "U8": (mx.uint8, "u1"),
     "BOOL": (mx.bool_, "?"),
 }
-
-
-def item_size(kind: str) -> int:
-    """The bytes of one stored value."""
-    return np.dtype(FILE_DTYPES[kind][1]).itemsize
+#: The bytes of one stored value.
+ITEM_SIZES = {kind: np.dtype(stored).itemsize for kind, (_, stored) in FILE_DTYPES.items()}
 
 
 def to_mlx(array: npt.NDArray[Any], kind: str) -> mx.array:

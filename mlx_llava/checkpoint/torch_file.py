@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, item_size, map_values, to_mlx
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, ITEM_SIZES, LazyTensor, map_values, to_mlx
 
 #: torch's storage classes -> the names of FILE_DTYPES.
 _STORAGES = {
@@ -155,7 +155,7 @@ def _tensors(state: Any) -> dict[str, _View]:
 def _lazy(path: Path, key: str, view: _View, offset_of: Callable[[_Storage], int]) -> LazyTensor:
     """A view of a storage as a tensor; only the part of the file that it spans is mapped."""
     kind = view.storage.kind
-    item = item_size(kind)
+    item = ITEM_SIZES[kind]
     steps = zip(view.shape, view.strides, strict=True)
     span = 0 if 0 in view.shape else 1 + sum((n - 1) * step for n, step in steps)
     start = offset_of(view.storage) + view.offset * item
@@ -191,7 +191,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
     def offset_of(storage: _Storage) -> int:
         name = f"{root}data/{storage.key}"
         info = stored.get(name)
-        size = storage.count * item_size(storage.kind)
+        size = storage.count * ITEM_SIZES[storage.kind]
         if info is None or info.file_size != size or info.compress_size != size:
             raise ValueError(f"{name} in it is missing, compressed, or not {size:,} bytes long")
         return _data_offset(path, info)
