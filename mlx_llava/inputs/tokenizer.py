@@ -121,7 +121,10 @@ class Tokenizer:
         return cls(spec, config, image_token_id, template)
 
     def _id_of(self, key: str) -> int | None:
-        text = token_text(self.config.get(key))
+        token = self.config.get(key)
+        text = token_text(token)
+        if text is None and not isinstance(token, (Mapping, type(None))):
+            raise ValueError(f"tokenizer_config.json has {key}={token!r:.80}, expected a text.")
         return None if text is None else self._backend.token_to_id(text)
 
     def _read_bos(self) -> list[int]:
