@@ -29,14 +29,13 @@ from mlx_llava.files import expand_home
 from mlx_llava.generation.batch import BATCH_SIZE
 from mlx_llava.generation.sampling import Options
 from mlx_llava.json_files import read_text
-from mlx_llava.serving.limits import Limits
-from mlx_llava.serving.pictures import Sources
+from mlx_llava.serving.pictures import Limits, Sources
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from mlx_llava.serving.engine import Engine
-    from mlx_llava.serving.http_server import HttpServer
+    from mlx_llava.serving.http import HttpServer
 
 HOST, PORT = "127.0.0.1", 8080
 #: So many connections may wait to be taken.
@@ -231,8 +230,7 @@ def make_server(app: ASGIApp, args: argparse.Namespace, engine: Engine) -> HttpS
     """What speaks HTTP. It finishes running answers before it ends, and logs no bodies."""
     import uvicorn
 
-    from mlx_llava.serving.connection import Connection
-    from mlx_llava.serving.http_server import HttpServer
+    from mlx_llava.serving.http import Connection, HttpServer
 
     config = uvicorn.Config(
         app,

@@ -15,7 +15,7 @@ import openai
 from mlx_llava import server
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.engine import Engine
-from mlx_llava.serving.http_server import HttpServer
+from mlx_llava.serving.http import HttpServer
 
 MODEL = "tiny-llava"
 

@@ -26,7 +26,7 @@ from mlx_llava import server
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
-from mlx_llava.serving import connection
+from mlx_llava.serving import http as connection
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.pictures import Sources, read_below

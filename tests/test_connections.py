@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from mlx_llava.serving import app as api
-from mlx_llava.serving import connection
+from mlx_llava.serving import http as connection
+from mlx_llava.serving.bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.json_bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
 from mlx_llava.serving.requests import ChatRequest, read_request
 from tests.serving import MODEL, endless, receive, serving, user, waits_until
 

@@ -1,15 +1,14 @@
-"""OpenAI's API over an engine, as an ASGI app: request -> pictures -> answers -> replies.
+"""OpenAI's API over an engine, as an ASGI app: read -> check -> pictures -> ask -> reply.
 
-A request is followed from `Api.complete`: `read_request`, its pictures and prompts (`_asks`),
-`Engine.answer`, and the shape of the replies.
+A request's way is that of `Api.complete`, and of the methods below it from top to bottom.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,33 +26,20 @@ from starlette.types import Send
 from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.image import image_size, load_image
-from mlx_llava.inputs.processor import Inputs
-from mlx_llava.serving.engine import Ask, BusyError, Engine, EngineError, Piece
-from mlx_llava.serving.errors import ApiError, busy
+from mlx_llava.serving.engine import Ask, Engine, Piece
+from mlx_llava.serving.errors import ApiError, failure
 from mlx_llava.serving.guard import error_response
-from mlx_llava.serving.limits import Limits
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.pictures import MAX_BYTES, Sources, is_remote
-from mlx_llava.serving.requests import ChatRequest, CompletionRequest, Wanted, read_request
-from mlx_llava.serving.responses import ChatShape, CompletionShape, Shape, Tally
+from mlx_llava.serving.pictures import Limits, Pictures, Sources
+from mlx_llava.serving.requests import AnswerRequest, ChatRequest, CompletionRequest, read_request
+from mlx_llava.serving.responses import ChatReply, CompletionReply, Reply
 from mlx_llava.serving.workers import Workers, forget
 
 PAGE = Path(__file__).parent / "page"
 #: Where no key is needed: what says nothing of anyone's questions.
 OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterdir())))
-#: What browsers and cameras make; each further decoder is one more that strangers can feed.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 #: Bytes from which one body is parsed at a time, so that those of texts wait for none of them.
 LONG_BODY = 1_000_000
-#: Pixels of a request up to which its pictures are small, as those of most telephones are.
-SMALL_PIXELS = 16_000_000
-#: So many requests have pictures fetched at a time, and keep them until they are decoded.
-FETCHES = 8
-#: How long fetching all pictures of a request may take.
-REMOTE_SECONDS = 30.0
-#: And one of them.
-SECONDS = 10.0
 
 T = TypeVar("T")
 
@@ -79,12 +65,9 @@ class Api:
     def __post_init__(self) -> None:
         """Begins to count."""
         self.metrics = Metrics(self.engine)
-        # The pictures of one request are decoded at a time, and beside those of one with small
-        # ones, so that their pixels never add up. Texts wait for no pictures and no schemas, small
-        # pictures for no large ones, and those that are sent for none of elsewhere.
-        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
+        self._pictures = Pictures(self.sources, self.limits)
+        # Texts wait for no pictures, no schemas and no long bodies.
         self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
-        self._holding = asyncio.Semaphore(FETCHES)
 
     def app(self) -> Starlette:
         """The ASGI app; unguarded, see guard.py."""
@@ -112,11 +95,11 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        return await self.complete(request, ChatRequest, ChatShape)
+        return await self.complete(request, ChatRequest, ChatReply)
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
-        return await self.complete(request, CompletionRequest, CompletionShape)
+        return await self.complete(request, CompletionRequest, CompletionReply)
 
     async def models(self, _: Request) -> Response:
         """``GET /v1/models``."""
@@ -130,7 +113,7 @@ class Api:
     async def health(self, _: Request) -> Response:
         """``GET /health``."""
         if self.engine.has_ended:
-            raise ApiError(503, "The model's thread has ended.", kind="server_error")
+            raise failure("The model's thread has ended.")
         return JSONResponse({"status": "ok"})
 
     async def metric(self, _: Request) -> Response:
@@ -150,183 +133,108 @@ class Api:
             )
 
     async def complete(
-        self, request: Request, kind: type[Wanted], shape_of: type[Shape]
+        self, request: Request, kind: type[AnswerRequest], reply_to: type[Reply]
     ) -> Response:
         """Answers a request, whole or as a stream.
 
         Args:
             request (Request): Of HTTP.
             kind (type): What its body is.
-            shape_of (type): What its answer looks like.
+            reply_to (type): What its answer looks like.
 
         Raises:
             ApiError: It is refused, or fails before the first word.
         """
+        asked = await self._read(request, kind)
+        self._check(asked)
+        reply = reply_to(asked)
+        pieces = self._answer(asked)
+        if not asked.stream:
+            return JSONResponse(await _while_connected(request, _whole(reply, pieces)))
+        first = await _while_connected(request, anext(pieces))
+        return _EventStream(_events(reply, first, pieces), media_type="text/event-stream")
+
+    async def _read(self, request: Request, kind: type[AnswerRequest]) -> AnswerRequest:
         _check_content_type(request)
         body = await request.body()
         workers = self._parsing if len(body) > LONG_BODY else self._reading
-        wanted = await workers.run(partial(read_request, body, kind))
-        self._check_model(wanted.model)
-        has_logprobs = wanted.told_logprobs is not None
-        shape = shape_of(wanted.model, has_logprobs, wanted.tells_usage)
-        pieces = self._pieces(wanted)
-        if not wanted.stream:
-            whole = await _while_connected(request, self._whole(shape, pieces, wanted.n))
-            return JSONResponse(whole)
-        first = await _while_connected(request, anext(pieces))
-        events = self._events(shape, first, pieces, wanted.n)
-        return _EventStream(events, media_type="text/event-stream")
+        return await workers.run(partial(read_request, body, kind))
 
-    async def _pieces(self, wanted: Wanted) -> AsyncGenerator[Piece, None]:
-        """The pieces of all answers to a request, as they are made."""
-        prompts = 1 if isinstance(wanted, ChatRequest) else len(wanted.prompt)
-        count = prompts * wanted.n
-        if count > self.engine.capacity:
-            raise ApiError(
-                400, f"{count} answers were asked for, of {self.engine.capacity}.", param="n"
-            )
-        try:
-            with self.engine.place(count):
-                until = anyio.current_time() + self.limits.seconds
-                with anyio.fail_after(self.limits.seconds):
-                    asks = await self._asks(wanted)
-                left = max(0.0, until - anyio.current_time())
-                answer = self.engine.answer(asks, top_logprobs=wanted.told_logprobs, seconds=left)
-                async with aclosing(answer) as pieces:
-                    async for piece in pieces:
-                        if piece.finish_reason:
-                            self.metrics.count_answer(piece.figures)
-                        yield piece
-        except BusyError as error:
-            raise busy(f"The server is busy: {error}") from error
-        except ContextError as error:
-            raise _context_error(str(error)) from error
-        except ValueError as error:
-            raise ApiError(400, one_line(error)) from error
-        except TimeoutError as error:
-            message = f"The answer took more than {self.limits.seconds:g} s."
-            raise ApiError(503, message, kind="server_error", code="timeout") from error
-        except EngineError as error:
-            raise ApiError(503, str(error), kind="server_error") from error
-
-    async def _asks(self, wanted: Wanted) -> list[Ask]:
-        """The prompts of a request, prepared, each as often as it is to be answered."""
-        if isinstance(wanted, ChatRequest):
-            urls, texts = wanted.pictures(), sum(map(len, wanted.texts()))
-        else:
-            urls, texts = [], max(map(len, wanted.prompt))
-        if len(urls) > self.limits.images:
-            raise ApiError(
-                400,
-                f"There are {len(urls)} pictures; the limit is {self.limits.images}.",
-                param="messages",
-                code="too_many_images",
-            )
-        self._check_length(texts)
-        options = wanted.options(self.defaults)
-        if options.json_schema is not None:
-            compile = partial(options.logits_processors, self.engine.processor)
-            await self._compiling.run(compile)
-        async with self._holding if any(map(is_remote, urls)) else nullcontext():
-            files = await self._fetch(urls)
-            workers = self._reading
-            if urls:
-                pixels = await self._measuring.run(partial(self._pixels, urls, files))
-                workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
-            prepared = await workers.run(partial(self._prepare, wanted, urls, files))
-        return [(inputs, own) for inputs in prepared for own in wanted.seeded(options)]
-
-    async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
-        """The pictures that are elsewhere; all of a request together have one deadline."""
-        until = anyio.current_time() + REMOTE_SECONDS
-        files: dict[str, bytes] = {}
-        for url in filter(is_remote, urls):
-            left = until - anyio.current_time()
-            if left <= 0:
-                message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
-                raise ApiError(400, message, param="messages", code="invalid_image_url")
-            room = min(MAX_BYTES, self.limits.body_bytes - sum(map(len, files.values())))
-            if url not in files:
-                with _refusing("invalid_image_url"):
-                    files[url] = await self.sources.fetch(url, room, min(SECONDS, left))
-        return files
-
-    def _check_length(self, characters: int) -> None:
-        """Refuses texts that cannot fit, before they are tokenised."""
-        processor = self.engine.processor
+    def _check(self, asked: AnswerRequest) -> None:
+        """Refuses what this server has not, and what cannot fit, before anything is made of it."""
+        self._check_model(asked.model)
+        if asked.answers > self.engine.capacity:
+            message = f"{asked.answers} answers were asked for, of {self.engine.capacity}."
+            raise ApiError(400, message, param="n")
+        images, limit = len(asked.pictures()), self.limits.images
+        if images > limit:
+            message = f"There are {images} pictures; the limit is {limit}."
+            raise ApiError(400, message, param="messages", code="too_many_images")
+        processor, characters = self.engine.processor, asked.longest()
         if characters > processor.context_length * processor.tokenizer.longest_piece:
             raise _context_error(
                 f"The text has {characters:,} characters, more than the model's context of "
                 f"{processor.context_length} tokens can hold."
             )
 
-    def _prepare(
-        self, wanted: Wanted, urls: Sequence[str], files: Mapping[str, bytes]
-    ) -> list[Inputs]:
-        """What needs neither the model nor the event loop: decoding, cutting, tokenising."""
-        processor = self.engine.processor
-        if isinstance(wanted, CompletionRequest):
-            return [processor(text, raw=True) for text in wanted.prompt]
-        with _refusing("invalid_image"):
-            pictures = [
-                load_image(file, self.limits.pixels, FORMATS) for file in self._files(urls, files)
-            ]
-        return [processor(wanted.conversation(pictures))]
+    async def _answer(self, asked: AnswerRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of all answers to a request, as they are made."""
+        try:
+            with self.engine.place(asked.answers):
+                deadline = anyio.current_time() + self.limits.seconds
+                with anyio.fail_after(self.limits.seconds):
+                    asks = await self._prepare(asked)
+                answer = self.engine.answer(asks, asked.requested_logprobs, deadline)
+                async with aclosing(answer) as pieces:
+                    async for piece in pieces:
+                        if piece.finish_reason:
+                            self.metrics.count_answer(piece.figures)
+                        yield piece
+        except ContextError as error:
+            raise _context_error(str(error)) from error
+        except ValueError as error:
+            raise ApiError(400, one_line(error)) from error
+        except TimeoutError as error:
+            message = f"The answer took more than {self.limits.seconds:g} s."
+            raise failure(message, code="timeout") from error
 
-    def _files(self, urls: Sequence[str], files: Mapping[str, bytes]) -> Iterator[bytes]:
-        """The pictures of a request, from what was fetched and what is at hand."""
-        for url in urls:
-            with _refusing("invalid_image_url"):
-                file = files[url] if url in files else self.sources.read(url)
-            yield file
+    async def _prepare(self, asked: AnswerRequest) -> list[Ask]:
+        """The prompts of a request, each as often as it is to be answered."""
+        options = asked.options(self.defaults)
+        if options.json_schema is not None:
+            compile = partial(options.logits_processors, self.engine.processor)
+            await self._compiling.run(compile)
+        prepare = partial(asked.inputs, self.engine.processor)
+        if urls := asked.pictures():
+            prompts = await self._pictures.use(urls, prepare)
+        else:
+            prompts = await self._reading.run(partial(prepare, ()))
+        return [(inputs, own) for inputs in prompts for own in asked.seeded(options)]
 
-    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
-        """How many pixels the pictures of a request have, which may not be too many."""
-        limit, pixels = self.limits.pixels, 0
-        for count, file in enumerate(self._files(urls, files), 1):
-            with _refusing("invalid_image"):
-                width, height = image_size(file, limit, FORMATS)
-            pixels += width * height
-            if pixels > limit:
-                message = (
-                    f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
-                    f"request is {limit:,}."
-                )
-                raise ApiError(400, message, param="messages", code="invalid_image")
-        return pixels
 
-    async def _whole(
-        self, shape: Shape, pieces: AsyncGenerator[Piece, None], n: int
-    ) -> dict[str, Any]:
-        """All answers in one reply."""
-        answers: dict[int, Piece] = {}
-        tally = Tally(n)
-        async with aclosing(pieces):
-            async for piece in pieces:
-                tally.add(piece)
-                before = answers.get(piece.index)
-                answers[piece.index] = before.then(piece) if before else piece
-        return shape.whole([answers[i] for i in sorted(answers)], tally.usage, tally.timings)
+async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
+    """All answers in one reply."""
+    async with aclosing(pieces):
+        return reply.whole([piece async for piece in pieces])
 
-    async def _events(
-        self, shape: Shape, first: Piece, pieces: AsyncGenerator[Piece, None], n: int
-    ) -> AsyncGenerator[str, None]:
-        """The answers as server-sent events."""
-        tally = Tally(n)
-        async with aclosing(pieces):
-            try:
-                piece: Piece | None = first
-                while piece is not None:
-                    tally.add(piece)
-                    for chunk in shape.chunks(piece):
-                        yield _event(chunk)
-                    piece = await anext(pieces, None)
-            except ApiError as error:
-                yield _event(error.body())
-                return
-        if shape.include_usage:
-            yield _event(shape.last_chunk(tally.usage, tally.timings))
-        yield "data: [DONE]\n\n"
+
+async def _events(
+    reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]
+) -> AsyncGenerator[str, None]:
+    """The answers as server-sent events."""
+    async with aclosing(pieces):
+        try:
+            piece: Piece | None = first
+            while piece is not None:
+                for chunk in reply.chunks(piece):
+                    yield _event(chunk)
+                piece = await anext(pieces, None)
+        except ApiError as error:
+            yield _event(error.body())
+            return
+    for chunk in reply.last_chunks():
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
 
 
 class _EventStream(StreamingResponse):
@@ -365,15 +273,6 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
     if tasks[0].cancelled():
         raise ClientDisconnect
     return tasks[0].result()
-
-
-@contextmanager
-def _refusing(code: str) -> Iterator[None]:
-    """Errors of pictures as clients read them."""
-    try:
-        yield
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code=code) from error
 
 
 async def _refuse(_: Request, error: ApiError) -> Response:

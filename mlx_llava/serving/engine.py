@@ -9,7 +9,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, TypeAlias
 
+import anyio
 import mlx.core as mx
 import numpy as np
 
@@ -26,38 +26,25 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
+from mlx_llava.serving.errors import busy, failure
 
 logger = logging.getLogger(__name__)
 
 #: After so many steps without a pause, memory that MLX keeps for reuse is given back.
 CLEAR_EVERY = 256
+ENDING = "The server is ending."
 #: A prompt, and how to answer it.
 Ask: TypeAlias = tuple[Inputs, Options]
 
 
-class BusyError(Exception):
-    """There are as many questions as may wait."""
-
-
-class EngineError(Exception):
-    """The model's thread could not go on with an answer, through no fault of the question."""
-
-
 @dataclass(frozen=True)
-class Likelihood:
-    """A token and its log-probability."""
+class Token:
+    """A token and its log-probability; one of an answer, with the likeliest in its place."""
 
     text: str
     content: bytes
     logprob: float
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer, and the likeliest ones in its place."""
-
-    chosen: Likelihood
-    top: tuple[Likelihood, ...]
+    top: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,6 @@ class _Job:
     top_logprobs: int | None
     send: Callable[[Piece | Exception], None]
     uids: set[int] = field(default_factory=set)
-    is_cancelled: bool = False
 
 
 class Engine:
@@ -180,10 +166,10 @@ class Engine:
         """Takes places for some answers, while they are prepared and made.
 
         Raises:
-            BusyError: There are not so many.
+            ApiError: There are not so many.
         """
         if self.taken + count > self.capacity:
-            raise BusyError(f"{self.taken} of {self.capacity} places are taken.")
+            raise busy(f"The server is busy: {self.taken} of {self.capacity} places are taken.")
         self.taken += count
         try:
             yield
@@ -191,7 +177,7 @@ class Engine:
             self.taken -= count
 
     async def answer(
-        self, asks: Sequence[Ask], *, top_logprobs: int | None = None, seconds: float | None = None
+        self, asks: Sequence[Ask], top_logprobs: int | None, deadline: float
     ) -> AsyncGenerator[Piece, None]:
         """Answers; where the asker stops listening, the model stops answering.
 
@@ -199,7 +185,7 @@ class Engine:
             asks (list): Prompts and how to answer each.
             top_logprobs (int, optional): Tells the tokens of each piece, and so many likeliest
                 ones in place of each.
-            seconds (float, optional): How long all of it may take.
+            deadline (float): Of all of it, by `anyio.current_time`.
 
         Yields:
             Piece: Of the answers in turn, until each has its last.
@@ -207,7 +193,7 @@ class Engine:
         Raises:
             ValueError: A prompt does not fit, or its options make no sense.
             TimeoutError: The time is over.
-            EngineError: The model has failed.
+            ApiError: The model has failed, through no fault of the question.
         """
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
@@ -219,19 +205,16 @@ class Engine:
         job = _Job(asks, top_logprobs, send)
         self._inbox.put(lambda: self._begin(job))
         if self.has_ended:  # perhaps before it saw the job
-            raise EngineError("The server is ending.")
+            raise failure(ENDING)
         remaining = len(asks)
-        until = None if seconds is None else time.monotonic() + seconds
         try:
             while remaining:
-                left = None if until is None else max(0.0, until - time.monotonic())
-                piece = await asyncio.wait_for(pieces.get(), left)
+                with anyio.fail_after(deadline - anyio.current_time()):
+                    piece = await pieces.get()
                 if isinstance(piece, Exception):
                     raise piece
                 remaining -= piece.finish_reason is not None
                 yield piece
-        except asyncio.TimeoutError as error:  # another class than TimeoutError in Python 3.10
-            raise TimeoutError(f"The answer took more than {seconds:g} s.") from error
         finally:
             if remaining:
                 self._inbox.put(lambda: self._cancel(job))
@@ -255,9 +238,12 @@ class Engine:
     def _serve(self) -> None:
         """Does what is asked until it is asked to end."""
         for step in count(1):
-            if self._generator.is_idle or step % CLEAR_EVERY == 0:
+            if step % CLEAR_EVERY == 0:
                 mx.clear_cache()  # buffers of all the lengths that there were
-            for command in self._commands():
+            while self._generator.is_idle or not self._inbox.empty():
+                if self._generator.is_idle:
+                    mx.clear_cache()
+                command = self._inbox.get()
                 if command is None:
                     return
                 command()
@@ -266,32 +252,18 @@ class Engine:
     def _end(self) -> None:
         """Leaves nobody waiting, however it came to the end."""
         self.has_ended = True
-        self._fail_all("The server is ending.")
-        for command in self._asked():
-            if command is not None:
+        self._fail_all(ENDING)
+        while not self._inbox.empty():
+            if command := self._inbox.get():
                 command()
 
     def _new_generator(self, model: Llava, processor: Processor) -> BatchGenerator:
         cache = PromptCache(model, self._prompt_cache_bytes)
         return BatchGenerator(model, processor, batch_size=self.batch_size, prompt_cache=cache)
 
-    def _commands(self) -> Iterator[Callable[[], None] | None]:
-        """What has been asked; waits for it where there is nothing else to do."""
-        if self._generator.is_idle:
-            yield self._inbox.get()
-        yield from self._asked()
-
-    def _asked(self) -> Iterator[Callable[[], None] | None]:
-        """What has been asked and not been done."""
-        with suppress(queue.Empty):
-            while True:
-                yield self._inbox.get_nowait()
-
     def _begin(self, job: _Job) -> None:
-        if job.is_cancelled:
-            return
         if self.has_ended:
-            self._fail(job, EngineError("The server is ending."))
+            self._fail(job, failure(ENDING))
             return
         try:
             for index, (inputs, options) in enumerate(job.asks):
@@ -302,10 +274,9 @@ class Engine:
             self._fail(job, error)
         except Exception as error:
             logger.exception("A prompt could not be read.")
-            self._fail(job, EngineError(f"The prompt could not be read: {error}"))
+            self._fail(job, failure(f"The prompt could not be read: {error}"))
 
     def _cancel(self, job: _Job) -> None:
-        job.is_cancelled = True
         for uid in job.uids:
             self._generator.remove(uid)
             del self._answers[uid]
@@ -318,7 +289,7 @@ class Engine:
     def _fail_all(self, why: str) -> None:
         jobs = {id(answer.job): answer.job for answer in self._answers.values()}
         for job in jobs.values():
-            self._fail(job, EngineError(why))
+            self._fail(job, failure(why))
 
     def _step(self) -> None:
         try:
@@ -333,19 +304,12 @@ class Engine:
             return
         for uid, response in responses:
             answer = self._answers[uid]
-            answer.job.send(self._piece(answer, response))
-            if response.finish_reason:
+            reason, tokens = response.finish_reason, self._tokens(answer, response)
+            figures = response.figures() if reason else {}
+            answer.job.send(Piece(answer.index, response.text, tokens, reason, figures))
+            if reason:
                 answer.job.uids.discard(uid)
                 del self._answers[uid]
-
-    def _piece(self, answer: _Answer, response: GenerationResponse) -> Piece:
-        return Piece(
-            index=answer.index,
-            text=response.text,
-            tokens=self._tokens(answer, response),
-            finish_reason=response.finish_reason,
-            figures=response.figures() if response.finish_reason else {},
-        )
 
     def _tokens(self, answer: _Answer, response: GenerationResponse) -> tuple[Token, ...]:
         """The tokens whose text is out; those of a stop text, and the end itself, never are."""
@@ -372,14 +336,12 @@ class Engine:
         best = np.argpartition(-values, top)[:top]
         ranked = best[np.argsort(-values[best])]
         likeliest = [int(i) for i in ranked if np.isfinite(values[i])]
-        return Token(
-            chosen=self._likelihood(chosen, values),
-            top=tuple(self._likelihood(i, values) for i in likeliest),
-        )
+        top_tokens = tuple(self._likelihood(i, values) for i in likeliest)
+        return replace(self._likelihood(chosen, values), top=top_tokens)
 
-    def _likelihood(self, token: int, values: np.ndarray[Any, Any]) -> Likelihood:
+    def _likelihood(self, token: int, values: np.ndarray[Any, Any]) -> Token:
         content = self.processor.tokenizer.bytes_of(token)
-        return Likelihood(content.decode(errors="replace"), content, float(values[token]))
+        return Token(content.decode(errors="replace"), content, float(values[token]))
 
 
 def _end_streams() -> None:

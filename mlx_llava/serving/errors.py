@@ -42,6 +42,11 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, kind=kind, code=code, headers=headers)
 
 
+def failure(message: str, code: str | None = None) -> ApiError:
+    """Says that the server cannot answer, through no fault of the question."""
+    return ApiError(503, message, kind="server_error", code=code)
+
+
 def unsupported(name: str, neutral: str) -> ApiError:
     """Refuses what would change the answer and cannot, with what may stand there instead."""
     message = f"{name} is not supported here; leave it out (or {neutral})."

@@ -6,7 +6,7 @@ plain texts for parts and for pictures, answers without content, turns in any or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
@@ -138,8 +138,12 @@ def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[T
     system: list[str | ImagePart] | None = None
     turns: list[tuple[str, list[str | ImagePart]]] = []
     shown: list[str | ImagePart] = []
+    parts: list[str | ImagePart]
     for message in messages:
-        parts = [*_parts(message, following)]
+        parts = [
+            part.text if isinstance(part, TextPart) else ImagePart(next(following))
+            for part in message.content
+        ]
         if message.role == "user":
             parts, shown = shown + parts, []
         else:
@@ -158,12 +162,3 @@ def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[T
     if system is not None:
         turns.insert(0, ("system", system))
     return [Turn(role, parts) for role, parts in turns]
-
-
-def _parts(message: Message, pictures: Iterator[Any]) -> Iterator[str | ImagePart]:
-    """The parts as `Processor` takes them, with the pictures in their places."""
-    for part in message.content:
-        if isinstance(part, TextPart):
-            yield part.text
-        else:
-            yield ImagePart(next(pictures))

@@ -1,20 +1,65 @@
-"""What a request may name as a picture -> its bytes, by what the server's owner allows."""
+"""What a request names as pictures -> pixels, as far as the server's owner allows it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from mlx_llava.inputs.image import decode_data_url, is_data_url
+from mlx_llava.inputs.image import decode_data_url, image_size, is_data_url, load_image
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.workers import Workers
 
 #: Of a picture that is elsewhere, or a file.
 MAX_BYTES = 20_000_000
 #: How JPEG, PNG, GIF and WebP begin in base64, which some clients send without data: before it.
 _BARE = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+#: What browsers and cameras make; each further decoder is one more that strangers can feed.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: Pixels of a request up to which its pictures are small, as those of most telephones are.
+SMALL_PIXELS = 16_000_000
+#: So many requests have pictures fetched at a time, and keep them until they are decoded.
+FETCHES = 8
+#: How long fetching all pictures of a request may take.
+REMOTE_SECONDS = 30.0
+#: And one of them.
+SECONDS = 10.0
 _NO_FILE = "There is no such file in the image root."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take.
+
+    Attributes:
+        body_bytes: its length.
+        body_seconds: how long it may take to arrive.
+        images: how many pictures it may have.
+        pixels: of all its pictures together.
+        seconds: how long its answers may take, waiting included.
+    """
+
+    body_bytes: int = 50_000_000
+    body_seconds: float = 30.0
+    images: int = 16
+    pixels: int = 100_000_000
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Checks that something is allowed."""
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"The limit {name} is {value}; it must be more than 0.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +106,86 @@ class Sources:
                 "Local files are not allowed here (--image-root); send the picture as a data: URL."
             )
         return read_below(self.root, _path_in(url, self.root))
+
+
+class Pictures:
+    """Reads the pictures of requests, so that their pixels never add up.
+
+    Those of one request are decoded at a time, and beside those of one with small ones. Small
+    pictures wait for no large ones, and those that are sent for none of elsewhere.
+    """
+
+    def __init__(self, sources: Sources, limits: Limits) -> None:
+        """Reads what `sources` allow, as much as `limits` do."""
+        self._sources, self._limits = sources, limits
+        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
+        self._holding = asyncio.Semaphore(FETCHES)
+
+    async def use(self, urls: Sequence[str], work: Callable[[list[Any]], T]) -> T:
+        """Does some work with pictures, in the thread that decodes them.
+
+        Raises:
+            ApiError: A picture is not allowed, cannot be read, or they are too large together.
+        """
+        async with self._holding if any(map(is_remote, urls)) else nullcontext():
+            files = await self._fetch(urls)
+            pixels = await self._measuring.run(partial(self._pixels, urls, files))
+            workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
+            return await workers.run(partial(self._work, work, urls, files))
+
+    async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
+        """The pictures that are elsewhere; all of a request together have one deadline."""
+        until = time.monotonic() + REMOTE_SECONDS
+        files: dict[str, bytes] = {}
+        for url in filter(is_remote, urls):
+            left = until - time.monotonic()
+            if left <= 0:
+                message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
+                raise ApiError(400, message, param="messages", code="invalid_image_url")
+            room = min(MAX_BYTES, self._limits.body_bytes - sum(map(len, files.values())))
+            if url not in files:
+                with _refusing("invalid_image_url"):
+                    files[url] = await self._sources.fetch(url, room, min(SECONDS, left))
+        return files
+
+    def _files(self, urls: Sequence[str], files: Mapping[str, bytes]) -> Iterator[bytes]:
+        """The pictures of a request, from what was fetched and what is at hand."""
+        for url in urls:
+            with _refusing("invalid_image_url"):
+                file = files[url] if url in files else self._sources.read(url)
+            yield file
+
+    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
+        """How many pixels the pictures of a request have, which may not be too many."""
+        limit, pixels = self._limits.pixels, 0
+        for count, file in enumerate(self._files(urls, files), 1):
+            with _refusing("invalid_image"):
+                width, height = image_size(file, limit, FORMATS)
+            pixels += width * height
+            if pixels > limit:
+                message = (
+                    f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
+                    f"request is {limit:,}."
+                )
+                raise ApiError(400, message, param="messages", code="invalid_image")
+        return pixels
+
+    def _work(
+        self, work: Callable[[list[Any]], T], urls: Sequence[str], files: Mapping[str, bytes]
+    ) -> T:
+        with _refusing("invalid_image"):
+            limit = self._limits.pixels
+            images = [load_image(file, limit, FORMATS) for file in self._files(urls, files)]
+        return work(images)
+
+
+@contextmanager
+def _refusing(code: str) -> Iterator[None]:
+    """Errors of pictures as clients read them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code=code) from error
 
 
 def is_remote(url: str) -> bool:

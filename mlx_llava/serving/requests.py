@@ -10,11 +10,12 @@ import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    BeforeValidator,
     FailFast,
     Field,
     ValidationError,
@@ -22,17 +23,19 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Turn
-from mlx_llava.serving.answer_formats import AnswerFormat
+from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.serving.bodies import read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.json_bodies import read_json
 from mlx_llava.serving.messages import MAX_MESSAGES, Lenient, Message, check_fields, conversation
 from mlx_llava.serving.parameters import check_parameters
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_PROMPTS = 64
+MAX_SCHEMA_LENGTH = 100_000
 DEFAULT_COMPLETION_TOKENS = 16
 #: Options that a request has under their own names, and as they are.
 _OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
@@ -61,7 +64,45 @@ def _or_off(count: int) -> int:
     return max(count, 0)
 
 
+def _short(schema: Any) -> Any:
+    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
+        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
+    return schema
+
+
 MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
+Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
+
+
+class TextFormat(Lenient):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Lenient):
+    """Any JSON object, or one of a schema, as llama.cpp's clients ask for it."""
+
+    type: Literal["json_object"]
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class JsonSchema(Lenient):
+    """A schema; answers always follow it to the letter."""
+
+    schema_: Schema = Field(alias="schema")
+
+
+class SchemaFormat(Lenient):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+AnswerFormat: TypeAlias = Annotated[
+    TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")
+]
 
 
 class StreamOptions(Lenient):
@@ -70,7 +111,7 @@ class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-class _Request(Lenient):
+class AnswerRequest(Lenient):
     """What both kinds of requests have; `top_k` and what follows are not OpenAI's."""
 
     model: str
@@ -94,9 +135,31 @@ class _Request(Lenient):
         return [stop] if isinstance(stop, str) else stop
 
     @property
-    def tells_usage(self) -> bool:
+    def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return bool(self.stream_options.include_usage)
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell in place of each, or None for no tokens."""
+        raise NotImplementedError
+
+    @property
+    def answers(self) -> int:
+        """How many answers there are to be."""
+        return self.n
+
+    def longest(self) -> int:
+        """The characters of its longest prompt."""
+        raise NotImplementedError
+
+    def pictures(self) -> list[str]:
+        """The URLs of all pictures in order."""
+        return []
+
+    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
+        """Its prompts as the model reads them, with images for the URLs of its pictures."""
+        raise NotImplementedError
 
     def options(self, defaults: Options) -> Options:
         """How to answer, where the server's defaults are for what is not said."""
@@ -112,7 +175,7 @@ class _Request(Lenient):
         return [replace(options, seed=_as_seed(options.seed + i)) for i in range(self.n)]
 
 
-class ChatRequest(_Request):
+class ChatRequest(AnswerRequest):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -122,21 +185,31 @@ class ChatRequest(_Request):
     response_format: AnswerFormat | None = None
 
     def options(self, defaults: Options) -> Options:
-        """See `_Request`; of two lengths, the newer parameter's is taken."""
+        """See `AnswerRequest`; of two lengths, the newer parameter's is taken."""
         options = super().options(defaults)
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
-        if self.response_format is not None:
-            options = replace(options, json_schema=self.response_format.schema_of_answers())
-        return options
+        schema: dict[str, Any] | None = None
+        match self.response_format:
+            case None:
+                return options
+            case SchemaFormat(json_schema=wrapped):
+                schema = wrapped.schema_
+            case JsonFormat():
+                schema = self.response_format.schema_ or ANY_OBJECT
+        return replace(options, json_schema=schema)
 
     @property
-    def told_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell in place of each, or None for no tokens."""
+    def requested_logprobs(self) -> int | None:
+        """See `AnswerRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def longest(self) -> int:
+        """See `AnswerRequest`."""
+        return sum(map(len, self.texts()))
+
     def pictures(self) -> list[str]:
-        """The URLs of all pictures in order."""
+        """See `AnswerRequest`."""
         return [url for message in self.messages for url in message.pictures()]
 
     def texts(self) -> list[str]:
@@ -147,8 +220,12 @@ class ChatRequest(_Request):
         """The messages for `Processor`, with the pictures in their places."""
         return conversation(self.messages, pictures)
 
+    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
+        """See `AnswerRequest`."""
+        return [processor(self.conversation(images))]
 
-class CompletionRequest(_Request):
+
+class CompletionRequest(AnswerRequest):
     """The body of ``POST /v1/completions``: text as the model reads it, without pictures."""
 
     prompt: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
@@ -160,19 +237,32 @@ class CompletionRequest(_Request):
         return [prompt] if isinstance(prompt, str) else prompt
 
     def options(self, defaults: Options) -> Options:
-        """See `_Request`."""
+        """See `AnswerRequest`."""
         return super().options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS))
 
     @property
-    def told_logprobs(self) -> int | None:
-        """See `ChatRequest`."""
+    def requested_logprobs(self) -> int | None:
+        """See `AnswerRequest`."""
         return self.logprobs
 
+    @property
+    def answers(self) -> int:
+        """See `AnswerRequest`."""
+        return self.n * len(self.prompt)
 
-Wanted: TypeAlias = ChatRequest | CompletionRequest
+    def longest(self) -> int:
+        """See `AnswerRequest`."""
+        return max(map(len, self.prompt))
+
+    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:  # noqa: ARG002
+        """See `AnswerRequest`."""
+        return [processor(text, raw=True) for text in self.prompt]
 
 
-def read_request(body: bytes, kind: type[Wanted]) -> Wanted:
+AnyRequest = TypeVar("AnyRequest", bound=AnswerRequest)
+
+
+def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
     """Reads a request.
 
     Raises:

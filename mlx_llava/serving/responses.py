@@ -4,107 +4,84 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from mlx_llava.serving.engine import Likelihood, Piece, Token
+from mlx_llava.serving.engine import Piece, Token
+from mlx_llava.serving.requests import AnswerRequest
 
 
-@dataclass
-class Usage:
-    """How many tokens a request took."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-
-    def add(self, figures: Mapping[str, Any], is_new_prompt: bool) -> None:
-        """Counts an answer, and its prompt unless another answer has the same one."""
-        self.completion += figures["generation_tokens"]
-        if is_new_prompt:
-            self.prompt += figures["prompt_tokens"]
-            self.cached += figures["cached_tokens"]
-
-    def body(self) -> dict[str, Any]:
-        """The object that clients read."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
-        }
-
-
-class Tally:
-    """The usage of a request, and the timings of its first answer."""
-
-    def __init__(self, n: int) -> None:
-        """Begins to count, where each prompt has `n` answers."""
-        self._n = n
-        self.usage = Usage()
-        self.timings: dict[str, float] = {}
-
-    def add(self, piece: Piece) -> None:
-        """Counts an answer that ends."""
-        if piece.finish_reason:
-            self.usage.add(piece.figures, is_new_prompt=piece.index % self._n == 0)
-            if piece.index == 0:
-                self.timings = piece.figures["timings"]
-
-
-class Shape:
+class Reply:
     """The objects in which one request is answered; ``timings`` in them are not OpenAI's."""
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, model: str, has_logprobs: bool, include_usage: bool) -> None:
-        """Begins an answer.
-
-        Args:
-            model (str): The model's name.
-            has_logprobs (bool): Whether tokens are told.
-            include_usage (bool): Whether a stream ends with the usage, which is null till then.
-        """
-        self.include_usage = include_usage
-        self._has_logprobs = has_logprobs
-        self._told: dict[int, int] = {}  # characters of each answer
+    def __init__(self, request: AnswerRequest) -> None:
+        """Begins a reply."""
+        self._request = request
+        self._has_logprobs = request.requested_logprobs is not None
+        self._written: dict[int, int] = {}  # characters of each answer
+        self._prompt = self._cached = self._completion = 0
+        self._timings: Mapping[str, float] = {}
         self._head = {
             "id": self.prefix + uuid.uuid4().hex,
             "created": int(time.time()),
-            "model": model,
+            "model": request.model,
             "system_fingerprint": None,
         }
 
-    def whole(
-        self, answers: Sequence[Piece], usage: Usage, timings: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """The whole answer."""
-        choices = [self._whole_choice(answer) for answer in answers]
-        ending = {"choices": choices, "usage": usage.body(), "timings": timings}
-        return {**self._head, "object": self.whole_object, **ending}
+    def whole(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """All answers in one."""
+        answers: dict[int, Piece] = {}
+        for piece in pieces:
+            self._count(piece)
+            before = answers.get(piece.index)
+            answers[piece.index] = before.then(piece) if before else piece
+        choices = [self._whole_choice(answers[i]) for i in sorted(answers)]
+        return {**self._head, "object": self.whole_object, "choices": choices, **self._figures()}
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """What a stream tells of a piece."""
+        self._count(piece)
         choices = []
-        if piece.index not in self._told:
-            self._told[piece.index] = 0
+        if piece.index not in self._written:
+            self._written[piece.index] = 0
             choices += self._opening(piece.index)
         if piece.text or piece.tokens or piece.finish_reason:
             choices.append(self._choice(piece))
-        self._told[piece.index] += len(piece.text)
+        self._written[piece.index] += len(piece.text)
         return [self._chunk([choice]) for choice in choices]
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """What a stream ends with: the usage, where it was asked for."""
+        return [{**self._chunk([]), **self._figures()}] if self._request.includes_usage else []
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_object, "choices": choices}
-        return {**chunk, "usage": None} if self.include_usage else chunk
+        return {**chunk, "usage": None} if self._request.includes_usage else chunk
 
-    def last_chunk(self, usage: Usage, timings: Mapping[str, float]) -> dict[str, Any]:
-        """The last chunk of a stream, with the usage."""
-        return {**self._chunk([]), "usage": usage.body(), "timings": timings}
+    def _count(self, piece: Piece) -> None:
+        """Counts an answer that ends; its prompt once, and the time of the first."""
+        if not piece.finish_reason:
+            return
+        self._completion += piece.figures["generation_tokens"]
+        if piece.index % self._request.n == 0:
+            self._prompt += piece.figures["prompt_tokens"]
+            self._cached += piece.figures["cached_tokens"]
+        if piece.index == 0:
+            self._timings = piece.figures["timings"]
+
+    def _figures(self) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._completion,
+            "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        }
+        return {"usage": usage, "timings": self._timings}
 
     def _opening(self, index: int) -> list[dict[str, Any]]:
         """What an answer opens with in a stream."""
@@ -119,7 +96,7 @@ class Shape:
         raise NotImplementedError
 
 
-class ChatShape(Shape):
+class ChatReply(Reply):
     """Of ``/v1/chat/completions``."""
 
     prefix = "chatcmpl-"
@@ -151,21 +128,16 @@ class ChatShape(Shape):
         if not self._has_logprobs:
             return None
         content = [
-            {**_likelihood(token.chosen), "top_logprobs": [*map(_likelihood, token.top)]}
-            for token in tokens
+            {**_logprob(token), "top_logprobs": [*map(_logprob, token.top)]} for token in tokens
         ]
         return {"content": content, "refusal": None}
 
 
-def _likelihood(likelihood: Likelihood) -> dict[str, Any]:
-    return {
-        "token": likelihood.text,
-        "logprob": likelihood.logprob,
-        "bytes": [*likelihood.content],
-    }
+def _logprob(token: Token) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": [*token.content]}
 
 
-class CompletionShape(Shape):
+class CompletionReply(Reply):
     """Of ``/v1/completions``."""
 
     prefix = "cmpl-"
@@ -178,7 +150,7 @@ class CompletionShape(Shape):
         return {
             "text": piece.text,
             "index": piece.index,
-            "logprobs": self._logprobs(piece, self._told.get(piece.index, 0)),
+            "logprobs": self._logprobs(piece, self._written.get(piece.index, 0)),
             "finish_reason": piece.finish_reason,
         }
 
@@ -191,14 +163,14 @@ class CompletionShape(Shape):
             return None
         tokens = piece.tokens
         offsets = []
-        if at == 0 and tokens and tokens[0].chosen.text[:1] == " " != piece.text[:1]:
+        if at == 0 and tokens and tokens[0].text[:1] == " " != piece.text[:1]:
             at = -1  # tokenizers drop the space that an answer begins with
         for token in tokens:
             offsets.append(max(at, 0))
-            at += len(token.chosen.text)
+            at += len(token.text)
         return {
-            "tokens": [token.chosen.text for token in tokens],
-            "token_logprobs": [token.chosen.logprob for token in tokens],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{t.text: t.logprob for t in token.top} for token in tokens],
             "text_offset": offsets,
         }

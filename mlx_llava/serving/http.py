@@ -1,7 +1,8 @@
-"""A client's connection: uvicorn's, for clients that are slow, gone, half-closed or no clients.
+"""What speaks HTTP: uvicorn, for clients that are slow, gone, half-closed or no clients.
 
-A connection closes where a request's head does not come, for which uvicorn waits forever. Of
-very many, the one that has asked for nothing for the longest gives way to a new one.
+Control-C ends it with a reply to everyone. A connection closes where a request's head does not
+come, for which uvicorn waits forever. Of very many, the one that has asked for nothing for the
+longest gives way to a new one.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import socket
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mlx_llava.serving.errors import ApiError, busy
@@ -31,8 +35,50 @@ SHORT_PARTS = 10_000
 PART_BYTES = 100
 #: Between the letters that tell whether a half-closed client is still there.
 PROBE_SECONDS = 0.5
+#: For clients to take the last words, where the server ends.
+LAST_SECONDS = 1.0
 #: What every answer begins with, whatever its status.
 _BEGINNING = b"HTTP/1.1 "
+
+
+class HttpServer(uvicorn.Server):
+    """Finishes what runs before it ends; asked twice, or when time is over, it cuts that off."""
+
+    def __init__(self, config: uvicorn.Config, seconds: float, stop: Callable[[], None]) -> None:
+        """Prepares; see uvicorn.
+
+        Args:
+            config (uvicorn.Config): Of the server.
+            seconds (float): How long what runs may take.
+            stop (callable): Ends all answers, so that each tells its client.
+        """
+        super().__init__(config)
+        self._seconds = seconds
+        self._stop = stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends."""
+        ending = asyncio.ensure_future(super().shutdown(sockets))
+        left = self._seconds
+        while left > 0 and not (self.force_exit or ending.done()):
+            await asyncio.wait([ending], timeout=0.1)
+            left -= 0.1
+        if self.force_exit or not ending.done():
+            self.force_exit = True
+            await self._cut_off()
+        await ending
+
+    async def _cut_off(self) -> None:
+        """Ends all answers, then the connections of those who do not take them."""
+        self._stop()
+        await self._finish()
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+        await self._finish()
+
+    async def _finish(self) -> None:
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_SECONDS)
 
 
 class Connection(H11Protocol):
