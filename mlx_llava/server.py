@@ -78,12 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-root", metavar="DIR", help="a folder whose pictures may be named in requests")
     add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
     add("--max-waiting", type=int, default=64, help="answers that wait (default: %(default)s)")
-    add(
-        "--max-images",
-        type=int,
-        default=Limits.images,
-        help="of a request (default: %(default)s)",
-    )
+    add("--max-images", type=int, default=Limits.images, help="of a request (default: %(default)s)")
     add(
         "--max-pixels",
         type=int,

@@ -160,7 +160,7 @@ MUTATIONS = (
     ("seeds all equal", "serving/requests", "_as_seed(options.seed + i)", "_as_seed(options.seed)"),
     ("top_p of zero as none", "serving/requests", "if self.top_p == 0:", "if False:"),
     ("parameters without effect taken", "serving/requests", "    check_parameters(data)\n", ""),
-    ("parts of messages lost", "serving/requests", '    check_fields(data.get("messages"))\n', ""),
+    ("parts of messages lost", "serving/parameters", "            raise unsupported(f\"messages.{index}.{name}\", \"null\")", "            pass"),
     ("earlier system texts forgotten", "serving/messages", "system = (system or []) + parts", "system = parts"),
     ("pictures of the system's lost", "serving/messages", "shown += [part for part in parts if isinstance(part, ImagePart)]", "pass"),
     ("turns not joined", "serving/messages", "elif turns and turns[-1][0] == message.role:", "elif False:"),

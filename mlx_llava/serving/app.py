@@ -63,7 +63,6 @@ class Api:
     limits: Limits
 
     def __post_init__(self) -> None:
-        """Begins to count."""
         self.metrics = Metrics(self.engine)
         self._pictures = Pictures(self.sources, self.limits)
         # Texts wait for no pictures, no schemas and no long bodies.
@@ -94,30 +93,24 @@ class Api:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
-        """``POST /v1/chat/completions``."""
         return await self.complete(request, ChatRequest, ChatReply)
 
     async def completions(self, request: Request) -> Response:
-        """``POST /v1/completions``."""
         return await self.complete(request, CompletionRequest, CompletionReply)
 
     async def models(self, _: Request) -> Response:
-        """``GET /v1/models``."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        """``GET /v1/models/NAME``."""
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
     async def health(self, _: Request) -> Response:
-        """``GET /health``."""
         if self.engine.has_ended:
             raise failure("The model's thread has ended.")
         return JSONResponse({"status": "ok"})
 
     async def metric(self, _: Request) -> Response:
-        """``GET /metrics``."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _model(self) -> dict[str, Any]:
@@ -135,16 +128,7 @@ class Api:
     async def complete(
         self, request: Request, kind: type[AnswerRequest], reply_to: type[Reply]
     ) -> Response:
-        """Answers a request, whole or as a stream.
-
-        Args:
-            request (Request): Of HTTP.
-            kind (type): What its body is.
-            reply_to (type): What its answer looks like.
-
-        Raises:
-            ApiError: It is refused, or fails before the first word.
-        """
+        """Answers a request, whole or as a stream."""
         asked = await self._read(request, kind)
         self._check(asked)
         reply = reply_to(asked)
@@ -213,7 +197,6 @@ class Api:
 
 
 async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
-    """All answers in one reply."""
     async with aclosing(pieces):
         return reply.whole([piece async for piece in pieces])
 
@@ -221,7 +204,6 @@ async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> dict[str,
 async def _events(
     reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]
 ) -> AsyncGenerator[str, None]:
-    """The answers as server-sent events."""
     async with aclosing(pieces):
         try:
             piece: Piece | None = first
@@ -285,7 +267,6 @@ def _context_error(message: str) -> ApiError:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    """What Starlette refuses: unknown paths and methods."""
     message = f"Invalid URL ({request.method} {request.url.path})"
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))

@@ -40,7 +40,6 @@ class BodyLimit:
     _held: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request."""
         size = 0
         is_complete = False
         until = anyio.current_time() + self.seconds

@@ -118,12 +118,6 @@ class Engine:
     ) -> None:
         """Loads a model, and returns when it is ready.
 
-        Args:
-            load (callable): Loads it.
-            batch_size (int): How many answers run at a time.
-            max_waiting (int): How many more may wait.
-            prompt_cache_bytes (int): How much of earlier prompts to keep, see `PromptCache`.
-
         Raises:
             ValueError: A number is too small; or what `load` raises.
         """
@@ -149,7 +143,6 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many answers run."""
         return min(len(self._answers), self.batch_size)
 
     def stop(self) -> None:
@@ -220,7 +213,6 @@ class Engine:
                 self._inbox.put(lambda: self._cancel(job))
 
     def _run(self, load: Callable[[], tuple[Llava, Processor]], ready: Future[Processor]) -> None:
-        """What the thread does."""
         try:
             model, processor = load()
             self._generator = self._new_generator(model, processor)
@@ -236,7 +228,6 @@ class Engine:
             _end_streams()
 
     def _serve(self) -> None:
-        """Does what is asked until it is asked to end."""
         for step in count(1):
             if step % CLEAR_EVERY == 0:
                 mx.clear_cache()  # buffers of all the lengths that there were
@@ -331,7 +322,7 @@ class Engine:
         return tuple(tokens)
 
     def _token(self, chosen: int, logprobs: mx.array, top: int) -> Token:
-        """A token in its place, with log-probabilities (V,)."""
+        """A token in its place, from log-probabilities (V,)."""
         values = np.array(logprobs)
         best = np.argpartition(-values, top)[:top]
         ranked = best[np.argsort(-values[best])]

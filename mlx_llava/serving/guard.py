@@ -58,7 +58,6 @@ class Guard:
     count: Callable[[str, int], Any]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request."""
         if scope["type"] != "http":
             return  # no WebSockets; uvicorn answers these with an error
 
@@ -132,5 +131,4 @@ class Guard:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """An error as clients read it."""
     return JSONResponse(error.body(), error.status, error.headers)

@@ -45,19 +45,12 @@ class HttpServer(uvicorn.Server):
     """Finishes what runs before it ends; asked twice, or when time is over, it cuts that off."""
 
     def __init__(self, config: uvicorn.Config, seconds: float, stop: Callable[[], None]) -> None:
-        """Prepares; see uvicorn.
-
-        Args:
-            config (uvicorn.Config): Of the server.
-            seconds (float): How long what runs may take.
-            stop (callable): Ends all answers, so that each tells its client.
-        """
+        """Gives what runs some seconds; `stop` ends all answers, so that each tells its client."""
         super().__init__(config)
         self._seconds = seconds
         self._stop = stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends."""
         ending = asyncio.ensure_future(super().shutdown(sockets))
         left = self._seconds
         while left > 0 and not (self.force_exit or ending.done()):
@@ -85,7 +78,6 @@ class Connection(H11Protocol):
     """Uvicorn's connection, with limits on waiting and errors in OpenAI's shape."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """See uvicorn."""
         super().__init__(*args, **options)
         self.conn = _Counted(h11.SERVER, HEAD_BYTES)
         self._late: asyncio.TimerHandle | None = None
@@ -126,7 +118,6 @@ class Connection(H11Protocol):
         return True
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
@@ -149,7 +140,6 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits for nothing any more."""
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -193,7 +183,6 @@ class _Counted(h11.Connection):
     _parts = _bytes = 0
 
     def next_event(self) -> Any:
-        """See h11."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._parts = self._bytes = 0
@@ -215,7 +204,6 @@ class _Begun:
         return getattr(self._transport, name)
 
     def write_letter(self) -> bool:
-        """Writes the next letter; returns whether there are more."""
         self._transport.write(_BEGINNING[self._written : self._written + 1])
         self._written += 1
         return self._written < len(_BEGINNING)

@@ -6,28 +6,16 @@ plain texts for parts and for pictures, answers without content, turns in any or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from mlx_llava.inputs.messages import ImagePart, Turn
-from mlx_llava.serving.errors import unsupported
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
 THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
-#: What would be lost if it were left out, and the values that say nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "audio": ({},),
-    "files": ([],),
-    "function_call": ({},),
-    "images": ([],),
-    "partial": (False,),
-    "prefix": (False,),
-    "refusal": ("",),
-    "tool_calls": ([],),
-}
 
 
 class Lenient(BaseModel):
@@ -37,8 +25,6 @@ class Lenient(BaseModel):
 
 
 class TextPart(Lenient):
-    """A text of a message."""
-
     type: Literal["text"]
     text: str
 
@@ -50,8 +36,6 @@ class ImageUrl(Lenient):
 
 
 class UrlPart(Lenient):
-    """A picture of a message."""
-
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -67,10 +51,6 @@ Part = Annotated[TextPart | UrlPart, Field(discriminator="type")]
 def _is_thought(part: Any) -> bool:
     """What templates leave out of earlier answers, like the field `reasoning_content`."""
     return isinstance(part, dict) and part.get("type") in THOUGHTS
-
-
-def _as_part(part: Any) -> Any:
-    return {"type": "text", "text": part} if isinstance(part, str) else part
 
 
 class Message(Lenient):
@@ -93,8 +73,10 @@ class Message(Lenient):
     @field_validator("content", mode="before")
     @classmethod
     def _in_parts(cls, content: Any) -> Any:
-        content = [content] if isinstance(content, str) else content
-        return [*map(_as_part, content)] if isinstance(content, list) else content
+        parts = [content] if isinstance(content, str) else content
+        if not isinstance(parts, list):
+            return parts
+        return [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
 
     @property
     def is_answer_to_come(self) -> bool:
@@ -102,24 +84,11 @@ class Message(Lenient):
         return self.role == "assistant" and not any(self.texts() + self.pictures())
 
     def texts(self) -> list[str]:
-        """Its texts in order."""
         return [part.text for part in self.content if isinstance(part, TextPart)]
 
     def pictures(self) -> list[str]:
         """The URLs of its pictures in order."""
         return [part.image_url.url for part in self.content if isinstance(part, UrlPart)]
-
-
-def check_fields(messages: Any) -> None:
-    """Refuses fields of messages that say more than a text or a picture.
-
-    Raises:
-        ApiError: It names the first.
-    """
-    for place, message in enumerate(messages if isinstance(messages, list) else ()):
-        for name in sorted(UNSUPPORTED.keys() & (message if isinstance(message, dict) else {})):
-            if message[name] is not None and message[name] not in UNSUPPORTED[name]:
-                raise unsupported(f"messages.{place}.{name}", "null")
 
 
 def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[Turn]:

@@ -17,7 +17,6 @@ class Metrics:
     """The counters of one server; names begin with ``mlx_llava_``."""
 
     def __init__(self, engine: Engine) -> None:
-        """Counts from zero."""
         self._registry = CollectorRegistry()
         self._requests = self._make(
             Counter, "requests", "Requests, by path and status.", labelnames=("path", "status")
@@ -57,5 +56,4 @@ class Metrics:
         self._decode.observe(timings["decode"])
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
         return generate_latest(self._registry)

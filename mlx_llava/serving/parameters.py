@@ -11,8 +11,10 @@ from typing import Any
 
 from mlx_llava.serving.errors import unsupported
 
+_SAMPLERS = "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split()
 #: The values that change nothing, beside null, by whose parameter it is.
-_OPENAI: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    # OpenAI's
     "audio": ({},),
     "best_of": (1,),
     "echo": (False,),
@@ -27,9 +29,7 @@ _OPENAI: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "verbosity": ("medium",),
     "web_search_options": (),
-}
-_SAMPLERS = "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split()
-_LLAMA_CPP: Mapping[str, tuple[Any, ...]] = {
+    # llama.cpp's
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "grammar": ("",),
@@ -42,17 +42,14 @@ _LLAMA_CPP: Mapping[str, tuple[Any, ...]] = {
     "top_n_sigma": (-1, 0),
     "typical_p": (1,),
     "xtc_probability": (0,),
-}
-_OLLAMA: Mapping[str, tuple[Any, ...]] = {
+    # Ollama's
     "format": ("",),
     "images": ([],),
     "options": ({},),
     "system": ("",),
     "template": ("",),
     "think": (False,),
-}
-#: vLLM's and SGLang's.
-_VLLM: Mapping[str, tuple[Any, ...]] = {
+    # vLLM's and SGLang's
     "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -79,9 +76,7 @@ _VLLM: Mapping[str, tuple[Any, ...]] = {
     "top_a": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-}
-#: mlx-lm's, and those of text-generation-webui.
-_OTHERS: Mapping[str, tuple[Any, ...]] = {
+    # mlx-lm's, and those of text-generation-webui
     "adapters": ("",),
     "character": ("",),
     "do_sample": (True,),
@@ -97,22 +92,34 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
     "role_mapping": ({},),
     "smoothing_factor": (0,),
 }
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    **_OPENAI,
-    **_LLAMA_CPP,
-    **_OLLAMA,
-    **_VLLM,
-    **_OTHERS,
+#: What would be lost if it were left out, and the values that say nothing.
+_OF_MESSAGES: Mapping[str, tuple[Any, ...]] = {
+    "audio": ({},),
+    "files": ([],),
+    "function_call": ({},),
+    "images": ([],),
+    "partial": (False,),
+    "prefix": (False,),
+    "refusal": ("",),
+    "tool_calls": ([],),
 }
 
 
 def check_parameters(data: Mapping[str, Any]) -> None:
-    """Refuses what would change the answer and is not honoured.
+    """Refuses what would change the answer, or says more than texts and pictures.
 
     Raises:
         ApiError: It names the first.
     """
-    for name in sorted(UNSUPPORTED.keys() & data.keys()):
-        neutral = UNSUPPORTED[name]
-        if data[name] is not None and data[name] not in neutral:
-            raise unsupported(name, " or ".join(map(repr, neutral)) or "null")
+    for name in _set(data, UNSUPPORTED):
+        raise unsupported(name, " or ".join(map(repr, UNSUPPORTED[name])) or "null")
+    messages = data.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in _set(message if isinstance(message, dict) else {}, _OF_MESSAGES):
+            raise unsupported(f"messages.{index}.{name}", "null")
+
+
+def _set(data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """The names whose values say something."""
+    names = sorted(neutral.keys() & data.keys())
+    return [name for name in names if data[name] is not None and data[name] not in neutral[name]]

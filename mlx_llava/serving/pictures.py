@@ -56,7 +56,6 @@ class Limits:
     seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        """Checks that something is allowed."""
         for name, value in vars(self).items():
             if value <= 0:
                 raise ValueError(f"The limit {name} is {value}; it must be more than 0.")
@@ -116,7 +115,6 @@ class Pictures:
     """
 
     def __init__(self, sources: Sources, limits: Limits) -> None:
-        """Reads what `sources` allow, as much as `limits` do."""
         self._sources, self._limits = sources, limits
         self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
         self._holding = asyncio.Semaphore(FETCHES)

@@ -29,7 +29,7 @@ from mlx_llava.inputs.messages import Turn
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.serving.bodies import read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.messages import MAX_MESSAGES, Lenient, Message, check_fields, conversation
+from mlx_llava.serving.messages import MAX_MESSAGES, Lenient, Message, conversation
 from mlx_llava.serving.parameters import check_parameters
 
 MAX_STOPS = 16
@@ -75,8 +75,6 @@ Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
 
 
 class TextFormat(Lenient):
-    """Any text."""
-
     type: Literal["text"]
 
 
@@ -94,8 +92,6 @@ class JsonSchema(Lenient):
 
 
 class SchemaFormat(Lenient):
-    """JSON of a schema."""
-
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -106,8 +102,6 @@ AnswerFormat: TypeAlias = Annotated[
 
 
 class StreamOptions(Lenient):
-    """What a stream tells; a whole answer always tells it."""
-
     include_usage: bool | None = None
 
 
@@ -136,7 +130,6 @@ class AnswerRequest(Lenient):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
         return bool(self.stream_options.include_usage)
 
     @property
@@ -189,39 +182,32 @@ class ChatRequest(AnswerRequest):
         options = super().options(defaults)
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
-        schema: dict[str, Any] | None = None
         match self.response_format:
-            case None:
-                return options
-            case SchemaFormat(json_schema=wrapped):
-                schema = wrapped.schema_
-            case JsonFormat():
-                schema = self.response_format.schema_ or ANY_OBJECT
-        return replace(options, json_schema=schema)
+            case SchemaFormat(json_schema=JsonSchema(schema_=schema)):
+                return replace(options, json_schema=schema)
+            case JsonFormat(schema_=schema):
+                return replace(options, json_schema=schema or ANY_OBJECT)
+            case TextFormat():
+                return replace(options, json_schema=None)
+        return options
 
     @property
     def requested_logprobs(self) -> int | None:
-        """See `AnswerRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def longest(self) -> int:
-        """See `AnswerRequest`."""
         return sum(map(len, self.texts()))
 
     def pictures(self) -> list[str]:
-        """See `AnswerRequest`."""
         return [url for message in self.messages for url in message.pictures()]
 
     def texts(self) -> list[str]:
-        """All texts in order."""
         return [text for message in self.messages for text in message.texts()]
 
     def conversation(self, pictures: Sequence[Any]) -> list[Turn]:
-        """The messages for `Processor`, with the pictures in their places."""
         return conversation(self.messages, pictures)
 
     def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
-        """See `AnswerRequest`."""
         return [processor(self.conversation(images))]
 
 
@@ -237,25 +223,20 @@ class CompletionRequest(AnswerRequest):
         return [prompt] if isinstance(prompt, str) else prompt
 
     def options(self, defaults: Options) -> Options:
-        """See `AnswerRequest`."""
         return super().options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS))
 
     @property
     def requested_logprobs(self) -> int | None:
-        """See `AnswerRequest`."""
         return self.logprobs
 
     @property
     def answers(self) -> int:
-        """See `AnswerRequest`."""
         return self.n * len(self.prompt)
 
     def longest(self) -> int:
-        """See `AnswerRequest`."""
         return max(map(len, self.prompt))
 
     def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:  # noqa: ARG002
-        """See `AnswerRequest`."""
         return [processor(text, raw=True) for text in self.prompt]
 
 
@@ -270,7 +251,6 @@ def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
     """
     data = {key: value for key, value in read_json(body).items() if value is not None}
     check_parameters(data)
-    check_fields(data.get("messages"))
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
@@ -281,7 +261,6 @@ def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, in one line."""
     first = error.errors(include_url=False)[0]
     param = _path(first["loc"])
     if first["type"] == "missing":

@@ -19,7 +19,6 @@ class Reply:
     chunk_object: ClassVar[str]
 
     def __init__(self, request: AnswerRequest) -> None:
-        """Begins a reply."""
         self._request = request
         self._has_logprobs = request.requested_logprobs is not None
         self._written: dict[int, int] = {}  # characters of each answer
@@ -83,17 +82,15 @@ class Reply:
         }
         return {"usage": usage, "timings": self._timings}
 
-    def _opening(self, index: int) -> list[dict[str, Any]]:
+    def _opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002
         """What an answer opens with in a stream."""
-        raise NotImplementedError
+        return []
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        """A piece of an answer in a stream."""
         raise NotImplementedError
 
     def _whole_choice(self, answer: Piece) -> dict[str, Any]:
-        """A whole answer."""
-        raise NotImplementedError
+        return self._choice(answer)
 
 
 class ChatReply(Reply):
@@ -143,9 +140,6 @@ class CompletionReply(Reply):
     prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
 
-    def _opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002
-        return []
-
     def _choice(self, piece: Piece) -> dict[str, Any]:
         return {
             "text": piece.text,
@@ -153,9 +147,6 @@ class CompletionReply(Reply):
             "logprobs": self._logprobs(piece, self._written.get(piece.index, 0)),
             "finish_reason": piece.finish_reason,
         }
-
-    def _whole_choice(self, answer: Piece) -> dict[str, Any]:
-        return self._choice(answer)
 
     def _logprobs(self, piece: Piece, at: int) -> dict[str, Any] | None:
         """Tokens and where each begins in the text, `at` being where the piece does."""

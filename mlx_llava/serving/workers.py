@@ -31,7 +31,6 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        """Takes note of how many work at a time."""
         self._free = asyncio.Semaphore(count)
 
     async def run(self, work: Callable[[], T]) -> T:
