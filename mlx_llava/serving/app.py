@@ -26,7 +26,8 @@ from starlette.types import Send
 from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
-from mlx_llava.serving.engine import Ask, Engine, Piece
+from mlx_llava.inputs.processor import Inputs
+from mlx_llava.serving.engine import Engine, Piece
 from mlx_llava.serving.errors import ApiError, failure
 from mlx_llava.serving.guard import error_response
 from mlx_llava.serving.metrics import Metrics
@@ -126,49 +127,49 @@ class Api:
             )
 
     async def complete(
-        self, request: Request, kind: type[AnswerRequest], reply_to: type[Reply]
+        self, http: Request, kind: type[AnswerRequest], reply_to: type[Reply]
     ) -> Response:
         """Answers a request, whole or as a stream."""
-        asked = await self._read(request, kind)
-        self._check(asked)
-        reply = reply_to(asked)
-        pieces = self._answer(asked)
-        if not asked.stream:
-            return JSONResponse(await _while_connected(request, _whole(reply, pieces)))
-        first = await _while_connected(request, anext(pieces))
+        request = await self._read(http, kind)
+        self._check(request)
+        reply = reply_to(request)
+        pieces = self._answer(request)
+        if not request.stream:
+            return JSONResponse(await _while_connected(http, _whole(reply, pieces)))
+        first = await _while_connected(http, anext(pieces))
         return _EventStream(_events(reply, first, pieces), media_type="text/event-stream")
 
-    async def _read(self, request: Request, kind: type[AnswerRequest]) -> AnswerRequest:
-        _check_content_type(request)
-        body = await request.body()
+    async def _read(self, http: Request, kind: type[AnswerRequest]) -> AnswerRequest:
+        _check_content_type(http)
+        body = await http.body()
         workers = self._parsing if len(body) > LONG_BODY else self._reading
         return await workers.run(partial(read_request, body, kind))
 
-    def _check(self, asked: AnswerRequest) -> None:
+    def _check(self, request: AnswerRequest) -> None:
         """Refuses what this server has not, and what cannot fit, before anything is made of it."""
-        self._check_model(asked.model)
-        if asked.answers > self.engine.capacity:
-            message = f"{asked.answers} answers were asked for, of {self.engine.capacity}."
+        self._check_model(request.model)
+        if request.answers > self.engine.capacity:
+            message = f"{request.answers} answers were asked for, of {self.engine.capacity}."
             raise ApiError(400, message, param="n")
-        images, limit = len(asked.pictures()), self.limits.images
+        images, limit = len(request.pictures()), self.limits.images
         if images > limit:
             message = f"There are {images} pictures; the limit is {limit}."
             raise ApiError(400, message, param="messages", code="too_many_images")
-        processor, characters = self.engine.processor, asked.longest()
+        processor, characters = self.engine.processor, request.longest()
         if characters > processor.context_length * processor.tokenizer.longest_piece:
             raise _context_error(
                 f"The text has {characters:,} characters, more than the model's context of "
                 f"{processor.context_length} tokens can hold."
             )
 
-    async def _answer(self, asked: AnswerRequest) -> AsyncGenerator[Piece, None]:
+    async def _answer(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers to a request, as they are made."""
         try:
-            with self.engine.place(asked.answers):
+            with self.engine.place(request.answers):
                 deadline = anyio.current_time() + self.limits.seconds
                 with anyio.fail_after(self.limits.seconds):
-                    asks = await self._prepare(asked)
-                answer = self.engine.answer(asks, asked.requested_logprobs, deadline)
+                    prompts = await self._prepare(request)
+                answer = self.engine.answer(prompts, request.requested_logprobs, deadline)
                 async with aclosing(answer) as pieces:
                     async for piece in pieces:
                         if piece.finish_reason:
@@ -182,18 +183,18 @@ class Api:
             message = f"The answer took more than {self.limits.seconds:g} s."
             raise failure(message, code="timeout") from error
 
-    async def _prepare(self, asked: AnswerRequest) -> list[Ask]:
+    async def _prepare(self, request: AnswerRequest) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
-        options = asked.options(self.defaults)
+        options = request.options(self.defaults)
         if options.json_schema is not None:
             compile = partial(options.logits_processors, self.engine.processor)
             await self._compiling.run(compile)
-        prepare = partial(asked.inputs, self.engine.processor)
-        if urls := asked.pictures():
+        prepare = partial(request.inputs, self.engine.processor)
+        if urls := request.pictures():
             prompts = await self._pictures.use(urls, prepare)
         else:
             prompts = await self._reading.run(partial(prepare, ()))
-        return [(inputs, own) for inputs in prompts for own in asked.seeded(options)]
+        return [(inputs, seeded) for inputs in prompts for seeded in request.seeded(options)]
 
 
 async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:

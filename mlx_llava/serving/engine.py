@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 import mlx.core as mx
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 #: After so many steps without a pause, memory that MLX keeps for reuse is given back.
 CLEAR_EVERY = 256
 ENDING = "The server is ending."
-#: A prompt, and how to answer it.
-Ask: TypeAlias = tuple[Inputs, Options]
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,12 @@ class _Job:
     """The answers of one request.
 
     Attributes:
-        asks: what is asked.
+        prompts: what to answer, and how.
         top_logprobs: how many likeliest tokens to tell, or None for no tokens at all.
         send: takes pieces, or the error that ends all, in the asker's thread.
     """
 
-    asks: Sequence[Ask]
+    prompts: Sequence[tuple[Inputs, Options]]
     top_logprobs: int | None
     send: Callable[[Piece | Exception], None]
     uids: set[int] = field(default_factory=set)
@@ -170,12 +168,12 @@ class Engine:
             self.taken -= count
 
     async def answer(
-        self, asks: Sequence[Ask], top_logprobs: int | None, deadline: float
+        self, prompts: Sequence[tuple[Inputs, Options]], top_logprobs: int | None, deadline: float
     ) -> AsyncGenerator[Piece, None]:
         """Answers; where the asker stops listening, the model stops answering.
 
         Args:
-            asks (list): Prompts and how to answer each.
+            prompts (list): What to answer, and how.
             top_logprobs (int, optional): Tells the tokens of each piece, and so many likeliest
                 ones in place of each.
             deadline (float): Of all of it, by `anyio.current_time`.
@@ -195,11 +193,11 @@ class Engine:
             with suppress(RuntimeError):  # the asker's loop is gone, and the asker with it
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = _Job(asks, top_logprobs, send)
+        job = _Job(prompts, top_logprobs, send)
         self._inbox.put(lambda: self._begin(job))
         if self.has_ended:  # perhaps before it saw the job
             raise failure(ENDING)
-        remaining = len(asks)
+        remaining = len(prompts)
         try:
             while remaining:
                 with anyio.fail_after(deadline - anyio.current_time()):
@@ -257,7 +255,7 @@ class Engine:
             self._fail(job, failure(ENDING))
             return
         try:
-            for index, (inputs, options) in enumerate(job.asks):
+            for index, (inputs, options) in enumerate(job.prompts):
                 uid = self._generator.insert(inputs, options)
                 job.uids.add(uid)
                 self._answers[uid] = _Answer(job, index)

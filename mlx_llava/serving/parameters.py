@@ -1,5 +1,6 @@
 """Parameters that would change an answer and are not honoured: refused by their names.
 
+They are OpenAI's, and those of llama.cpp, mlx-lm, Ollama, vLLM, SGLang, text-generation-webui.
 What is neither here nor read asks nothing of the answer (`user`, `metadata`, `store`, `tools`,
 `keep_alive`, `cache_prompt`, ...) and is ignored, as the other servers of OpenAI's API do.
 """
@@ -7,101 +8,69 @@ What is neither here nor read asks nothing of the answer (`user`, `metadata`, `s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from mlx_llava.serving.errors import unsupported
 
-_SAMPLERS = "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split()
-#: The values that change nothing, beside null, by whose parameter it is.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    # OpenAI's
-    "audio": ({},),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "instructions": ("",),
+Neutral: TypeAlias = Mapping[str, tuple[Any, ...]]
+
+
+def _each(names: str, *values: Any) -> Neutral:
+    return dict.fromkeys(names.split(), values)
+
+
+#: The values that change nothing, beside null.
+UNSUPPORTED: Neutral = {
+    **_each(
+        "adapters character chat_template ebnf format grammar guided_grammar guided_regex "
+        "instruction_template instructions lora_path negative_prompt regex suffix system template",
+        "",
+    ),
+    **_each(
+        "allowed_token_ids bad_words documents guided_choice images logits_processors "
+        "stop_token_ids",
+        [],
+    ),
+    **_each(
+        "audio extra_body json_schema mm_processor_kwargs options role_mapping structured_outputs",
+        {},
+    ),
+    **_each(
+        "dry_multiplier dynatemp_range frequency_penalty min_tokens mirostat no_repeat_ngram_size "
+        "penalty_alpha presence_penalty prompt_logprobs smoothing_factor top_a xtc_probability",
+        0,
+    ),
+    **_each(
+        "best_of encoder_repetition_penalty guidance_scale length_penalty num_beams tfs_z "
+        "typical_p",
+        1,
+    ),
+    **_each(
+        "continue_final_message echo ignore_eos include_stop_str_in_output think use_beam_search",
+        False,
+    ),
+    **_each("add_generation_prompt do_sample skip_special_tokens", True),
+    **_each("function_call tool_choice", "none", "auto"),
+    **_each("n_predict truncate_prompt_tokens web_search_options"),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),
+    "guided_json": ({}, ""),
     "logit_bias": ({}, []),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    # llama.cpp's
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "grammar": ("",),
-    "ignore_eos": (False,),
-    "json_schema": ({},),
-    "mirostat": (0,),
-    "n_predict": (),
-    "samplers": (_SAMPLERS, "edkypmxt"),
-    "tfs_z": (1,),
-    "top_n_sigma": (-1, 0),
-    "typical_p": (1,),
-    "xtc_probability": (0,),
-    # Ollama's
-    "format": ("",),
-    "images": ([],),
-    "options": ({},),
-    "system": ("",),
-    "template": ("",),
-    "think": (False,),
-    # vLLM's and SGLang's
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "chat_template": ("",),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "ebnf": ("",),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_json": ({}, ""),
-    "guided_regex": ("",),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "lora_path": ("",),
-    "min_tokens": (0,),
-    "mm_processor_kwargs": ({},),
-    "prompt_logprobs": (0,),
-    "regex": ("",),
-    "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "structured_outputs": ({},),
-    "top_a": (0,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    # mlx-lm's, and those of text-generation-webui
-    "adapters": ("",),
-    "character": ("",),
-    "do_sample": (True,),
-    "encoder_repetition_penalty": (1,),
-    "extra_body": ({},),
-    "guidance_scale": (1,),
-    "instruction_template": ("",),
-    "negative_prompt": ("",),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
     "repetition_context_size": (20,),
-    "role_mapping": ({},),
-    "smoothing_factor": (0,),
+    "samplers": (
+        "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split(),
+        "edkypmxt",
+    ),
+    "top_n_sigma": (-1, 0),
+    "verbosity": ("medium",),
 }
-#: What would be lost if it were left out, and the values that say nothing.
-_OF_MESSAGES: Mapping[str, tuple[Any, ...]] = {
-    "audio": ({},),
-    "files": ([],),
-    "function_call": ({},),
-    "images": ([],),
-    "partial": (False,),
-    "prefix": (False,),
+#: Of messages: what would be lost if it were left out, and the values that say nothing.
+_OF_MESSAGES: Neutral = {
+    **_each("audio function_call", {}),
+    **_each("files images tool_calls", []),
+    **_each("partial prefix", False),
     "refusal": ("",),
-    "tool_calls": ([],),
 }
 
 
@@ -111,15 +80,14 @@ def check_parameters(data: Mapping[str, Any]) -> None:
     Raises:
         ApiError: It names the first.
     """
-    for name in _set(data, UNSUPPORTED):
+    for name in _said(data, UNSUPPORTED):
         raise unsupported(name, " or ".join(map(repr, UNSUPPORTED[name])) or "null")
     messages = data.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        for name in _set(message if isinstance(message, dict) else {}, _OF_MESSAGES):
+        for name in _said(message if isinstance(message, dict) else {}, _OF_MESSAGES):
             raise unsupported(f"messages.{index}.{name}", "null")
 
 
-def _set(data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """The names whose values say something."""
+def _said(data: Mapping[str, Any], neutral: Neutral) -> list[str]:
     names = sorted(neutral.keys() & data.keys())
     return [name for name in names if data[name] is not None and data[name] not in neutral[name]]
