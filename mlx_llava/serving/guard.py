@@ -131,4 +131,5 @@ class Guard:
 
 
 def error_response(error: ApiError) -> JSONResponse:
+    """An error as clients read it."""
     return JSONResponse(error.body(), error.status, error.headers)

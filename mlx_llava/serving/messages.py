@@ -25,6 +25,8 @@ class Lenient(BaseModel):
 
 
 class TextPart(Lenient):
+    """A text of a message."""
+
     type: Literal["text"]
     text: str
 
@@ -36,6 +38,8 @@ class ImageUrl(Lenient):
 
 
 class UrlPart(Lenient):
+    """A picture of a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 

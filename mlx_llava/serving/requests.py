@@ -75,6 +75,8 @@ Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
 
 
 class TextFormat(Lenient):
+    """Any text."""
+
     type: Literal["text"]
 
 
@@ -92,6 +94,8 @@ class JsonSchema(Lenient):
 
 
 class SchemaFormat(Lenient):
+    """JSON of a schema."""
+
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -102,6 +106,8 @@ AnswerFormat: TypeAlias = Annotated[
 
 
 class StreamOptions(Lenient):
+    """What a stream tells; a whole answer always tells it."""
+
     include_usage: bool | None = None
 
 
