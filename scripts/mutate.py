@@ -13,21 +13,61 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = (
-    *("tests/test_goldens.py", "tests/test_oracle.py", "tests/test_preprocess.py"),
-    *("tests/test_image.py", "tests/test_image_files.py", "tests/test_server_pictures.py"),
-    *("tests/test_kernels.py", "tests/test_batch.py", "tests/test_reuse.py"),
-    *("tests/test_gradients.py", "tests/test_tuner.py", "tests/test_explain.py"),
-    *("tests/test_structured.py", "tests/test_sampling.py", "tests/test_adapters.py"),
-    *("tests/test_clients.py", "tests/test_connections.py", "tests/test_data_urls.py"),
-    *("tests/test_server.py", "tests/test_attacks.py"),
-    *("tests/test_config.py", "tests/test_known_keys.py", "tests/test_tied_head.py"),
-    *("tests/test_original_config.py", "tests/test_prompt.py", "tests/test_json_files.py"),
-    *("tests/test_samples.py", "tests/test_scores.py", "tests/test_evaluate.py"),
-    *("tests/test_evaluate_files.py", "tests/test_prompts_file.py", "tests/test_command.py"),
-    *("tests/test_checkpoint.py", "tests/test_gguf.py"),
-    *("tests/test_folders.py", "tests/test_chat.py", "tests/test_caption.py"),
-    "tests/test_verify.py",
-    "tests/test_tokenizer.py",
+    *(
+        "tests/model/test_goldens.py",
+        "tests/model/test_oracle.py",
+        "tests/inputs/test_image_processor.py",
+    ),
+    *(
+        "tests/inputs/test_image.py",
+        "tests/inputs/test_image_files.py",
+        "tests/serving/test_pictures.py",
+    ),
+    *(
+        "tests/model/test_linux_cpu.py",
+        "tests/generation/test_batch.py",
+        "tests/generation/test_prompt_cache.py",
+    ),
+    *(
+        "tests/tuner/test_gradients.py",
+        "tests/tuner/test_trainer.py",
+        "tests/analysis/test_attribution.py",
+    ),
+    *(
+        "tests/generation/test_json_schema.py",
+        "tests/generation/test_sampling.py",
+        "tests/checkpoint/test_adapters.py",
+    ),
+    *(
+        "tests/serving/test_clients.py",
+        "tests/serving/test_connections.py",
+        "tests/inputs/test_data_urls.py",
+    ),
+    *("tests/serving/test_app.py", "tests/serving/test_attacks.py"),
+    *(
+        "tests/model/test_config.py",
+        "tests/model/test_known_keys.py",
+        "tests/checkpoint/test_tied_head.py",
+    ),
+    *(
+        "tests/checkpoint/test_original.py",
+        "tests/inputs/test_chat_template.py",
+        "tests/test_json_files.py",
+    ),
+    *(
+        "tests/tuner/test_samples.py",
+        "tests/analysis/test_scores.py",
+        "tests/commands/test_evaluate.py",
+    ),
+    *(
+        "tests/commands/test_evaluate_files.py",
+        "tests/generation/test_jobs.py",
+        "tests/commands/test_command.py",
+    ),
+    *("tests/checkpoint/test_load.py", "tests/checkpoint/test_gguf.py"),
+    *("tests/test_folders.py", "tests/commands/test_chat.py", "tests/commands/test_caption.py"),
+    "tests/checkpoint/test_verify.py",
+    "tests/inputs/test_tokenizer.py",
 )
 
 #: What goes wrong, the file, the line as it is, the line with the mistake.

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from mlx_llava.checkpoint.hub import embedded_model  # noqa: E402
 from tests.browser import browser  # noqa: E402
-from tests.serving import serving  # noqa: E402
+from tests.servers import serving  # noqa: E402
 
 LARGE = {"viewport": {"width": 1000, "height": 720}}
 SMALL = {"viewport": {"width": 390, "height": 720}, "is_mobile": True, "device_scale_factor": 2}

@@ -20,10 +20,10 @@ from tests.certificate_tokenizers import (
     sentencepiece_model,
     tokenizer_config,
 )
+from tests.checkpoint.test_gptq import LINEAR, pack_awq, pack_bits
 from tests.conftest import SHARED
 from tests.gguf_files import sentencepieces, write_text, write_vision
 from tests.published.row import PINPOINTS, Published, Settings
-from tests.test_quantised_layouts import LINEAR, pack_awq, pack_bits
 
 Tensors = dict[str, torch.Tensor]
 

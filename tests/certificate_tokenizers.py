@@ -19,8 +19,8 @@ from mlx_llava.checkpoint.verify import QUESTION
 from mlx_llava.inputs.sentencepiece import UNUSED, USER_DEFINED
 from tests import layouts, tiny
 from tests.conftest import SHARED
+from tests.inputs.test_chat_template import RENDERED
 from tests.published.row import Published
-from tests.test_prompt import RENDERED
 
 Spec = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 S is the side of one tile, N tiles. Sizes are (height, width) except where Pillow is spoken
 to. Every step is bit-equal to transformers' Pillow image processors (CLIPImageProcessor,
-LlavaImageProcessor, LlavaNextImageProcessor): tests/test_preprocess.py.
+LlavaImageProcessor, LlavaNextImageProcessor): tests/inputs/test_image_processor.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mlx_llava.serving import http as connection
 from mlx_llava.serving.bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.requests import ChatRequest, read_request
-from tests.serving import MODEL, endless, receive, serving, user, waits_until
+from tests.servers import MODEL, endless, receive, serving, user, waits_until
 
 
 @pytest.fixture(scope="module")

@@ -373,7 +373,7 @@ def test_a_stand_alone_projector_on_its_base(reference, tmp_path):
 
 def test_a_quantised_v0_is_a_decoder_a_projector_and_clip(reference, tmp_path):
     """wojtab/llava-13b-v0-4bit-128g: GPTQ-for-LLaMa's file has the language model alone."""
-    from tests.test_quantised_layouts import quantised_model
+    from tests.checkpoint.test_gptq import quantised_model
 
     quantised, tensors = quantised_model("gptq", 4, original=True)
     state = layouts.state_dict(quantised)

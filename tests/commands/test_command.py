@@ -18,7 +18,7 @@ import pytest
 
 from mlx_llava import cli, generate, load
 from tests.conftest import GOLDENS, PICTURE, ROOT
-from tests.test_image import png_header
+from tests.inputs.test_image import png_header
 
 MODEL = str(GOLDENS / "llava")
 main = importlib.import_module("mlx_llava.generate").main

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 from mlx_llava.inputs.image import data_url
 from tests import browser
 from tests.conftest import ROOT
-from tests.serving import serving
+from tests.servers import serving
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="there is no Chromium; Debian's package is called chromium"

@@ -24,7 +24,7 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.conftest import ROOT, shared_data
-from tests.serving import MODEL, serving
+from tests.servers import MODEL, serving
 
 PICTURE = ROOT / "weights/tiny-llava/examples/shapes.png"
 URL = data_url(PICTURE.read_bytes())

@@ -21,10 +21,10 @@ from mlx_llava.inputs.image import png
 from mlx_llava.serving import pictures
 from mlx_llava.serving.requests import ChatRequest
 from mlx_llava.serving.workers import Workers
-from tests.serving import MODEL, serving, user
+from tests.inputs.test_image_files import OTHERS, flood, scan_bomb
+from tests.servers import MODEL, serving, user
+from tests.serving.test_attacks import chat, named, refused, resident_mb
 from tests.sites import Site
-from tests.test_attacks import chat, named, refused, resident_mb
-from tests.test_image_files import OTHERS, flood, scan_bomb
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 PATIENCE = 60

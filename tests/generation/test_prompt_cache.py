@@ -16,7 +16,7 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import generate_step, make_cache
 from mlx_llava.model.cache import KVCache, RollingKVCache, nbytes
 from tests.conftest import GOLDENS, PICTURE
-from tests.test_batch import picture
+from tests.generation.test_batch import picture
 
 MODEL = str(GOLDENS / "llava")
 

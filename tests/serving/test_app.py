@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated, Literal
 
 import httpx
@@ -27,7 +26,7 @@ from mlx_llava import generate, load, server, stream_generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.model.llava import Llava
 from tests.conftest import ROOT
-from tests.serving import MODEL, endless, serving, user, waits_until
+from tests.servers import MODEL, endless, serving, user, waits_until
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
 QUESTION = "What colour is the circle?"
@@ -377,7 +376,7 @@ def test_models(client):
 
 def test_open_webui(served):
     """What Open WebUI was seen to send: models, a chat with a picture, titles, tags."""
-    recorded = json.loads((Path(__file__).parent / "open_webui.json").read_text())
+    recorded = json.loads((ROOT / "tests" / "open_webui.json").read_text())
     url = data_url(png(PICTURE))
     for request in recorded["requests"]:
         text = json.dumps(request["body"]).replace("PICTURE", url)

@@ -31,7 +31,7 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.pictures import Sources, read_below
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
-from tests.serving import MODEL, receive, serving, user
+from tests.servers import MODEL, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
 SECRET = "the secret of the house"

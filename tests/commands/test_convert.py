@@ -200,7 +200,7 @@ def test_a_dry_run_ends_in_one_line_too(tmp_path, capsys):
 
 
 def test_act_order_survives_conversion_and_dequantising(tmp_path):
-    from tests.test_quantised_layouts import quantised_model
+    from tests.checkpoint.test_gptq import quantised_model
 
     reference, tensors = quantised_model("act-order", 4, original=True)
     config = layouts.original_config(reference)
