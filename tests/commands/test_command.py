@@ -257,6 +257,8 @@ def test_control_c_ends_cleanly_with_130(tmp_path):
     command = process(
         *["mlx_llava.generate", "--model", MODEL, "--quiet"],
         *["--prompts-file", str(tmp_path / "never.jsonl")],
+        # What runs the tests in the background may have told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         writer = open_when_read(tmp_path / "never.jsonl")
