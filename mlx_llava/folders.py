@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -71,7 +71,8 @@ def new_folder(
             check_target(target, kind, force, keep)
             _swap(beside, place, kind)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            with suppress(OSError):
+                _empty(beside)
             raise
 
 
@@ -156,7 +157,17 @@ def _remove_unfinished(beside: Path, kind: Kind) -> None:
     else:
         is_unfinished = not any(beside.iterdir())
     if is_unfinished:
-        shutil.rmtree(beside)
+        _empty(beside)
+
+
+def _empty(beside: Path) -> None:
+    """Removes a folder that is ours; the manifest, without which the rest is nobody's, last."""
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == MANIFEST):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    beside.rmdir()
 
 
 def _write_manifest(folder: Path, kind: Kind) -> None:

@@ -314,6 +314,11 @@ new = snapshot(target)
 done, kills = False, 0
 while not done:
     write(target, "old", force=True)
+    if not os.fork():  # one that was killed before
+        with new_folder(target, "model", force=True) as beside:
+            (beside / "config.json").write_text("begun")
+            os._exit(9)
+    os.wait()
     if not (child := os.fork()):
         left = kills
         def kill(event, arguments):
