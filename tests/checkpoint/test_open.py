@@ -16,6 +16,7 @@ from mlx_llava import LlavaConfig, generate
 from mlx_llava.checkpoint.original import translate
 from mlx_llava.inputs.template_choice import guess_template
 from tests.conftest import load_as_stored as load
+from tests.published.original import V15_7B
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 layouts = pytest.importorskip("tests.layouts")
@@ -430,49 +431,9 @@ def test_what_is_no_llava_is_named(reference, tmp_path):
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
 CLIP_L |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
 
-# config.json of liuhaotian/llava-v1.5-7b and llava-v1.6-mistral-7b, key for key.
-V15 = {
-    "_name_or_path": "llava-v1.5-7b",
-    "architectures": ["LlavaLlamaForCausalLM"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "freeze_mm_mlp_adapter": False,
-    "freeze_mm_vision_resampler": False,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "image_aspect_ratio": "pad",
-    "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_length": 4096,
-    "max_position_embeddings": 4096,
-    "mm_hidden_size": 1024,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_resampler_type": None,
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-    "model_type": "llava",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "pad_token_id": 0,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.31.0",
-    "tune_mm_mlp_adapter": False,
-    "tune_mm_vision_resampler": False,
-    "unfreeze_mm_vision_tower": False,
-    "use_cache": True,
-    "use_mm_proj": True,
-    "vocab_size": 32000,
-}
+# config.json of liuhaotian/llava-v1.6-mistral-7b, key for key.
 V16_MISTRAL = {
-    **V15,
+    **V15_7B,
     "architectures": ["LlavaMistralForCausalLM"],
     "model_type": "llava_mistral",
     "image_aspect_ratio": "anyres",
@@ -494,7 +455,7 @@ V16_MISTRAL = {
 
 
 def test_published_configs_are_read():
-    config = LlavaConfig.from_dict(translate(V15, CLIP_L, 32000))
+    config = LlavaConfig.from_dict(translate(V15_7B, CLIP_L, 32000))
     guess = guess_template(config, "anything")
     assert (config.model_type, guess.name) == ("llava", "vicuna_v1")
     assert (config.text_config.kv_heads, config.text_config.rms_norm_eps) == (32, 1e-5)
