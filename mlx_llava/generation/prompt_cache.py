@@ -156,10 +156,11 @@ class PromptCache:
         """
         prompt = Prompt(inputs, self.model.config.image_token_index)
         usable = [entry for entry in self._entries if _kind(entry[1]) == _kind(empty)]
-        best = max(usable, key=lambda entry: prompt.shared_prefix(entry[0]), default=None)
-        length = prompt.shared_prefix(best[0]) if best else 0
-        if best is None or not length:
+        lengths = [prompt.shared_prefix(keys) for keys, _ in usable]
+        length = max(lengths, default=0)
+        if not length:
             return prompt, empty, 0
+        best = usable[lengths.index(length)]
         self._entries.remove(best)
         self._entries.append(best)
         return prompt, fork(best[1], length, like=empty), length

@@ -17,6 +17,8 @@ from mlx_llava.model.config import (
     unknown_keys,
 )
 from mlx_llava.model.llama import rope_frequencies
+from tests.published.llava_hf import VICUNA_7B
+from tests.published.row import CLIP_336
 
 # The published llava-hf configs: what differs from the defaults of their classes.
 LLAVA_15 = {
@@ -26,29 +28,11 @@ LLAVA_15 = {
     "model_type": "llava",
     "pad_token_id": 32001,
     "projector_hidden_act": "gelu",
-    "text_config": {
-        "_name_or_path": "lmsys/vicuna-7b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    },
+    "text_config": VICUNA_7B,
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
     "transformers_version": "4.36.0.dev0",
-    "vision_config": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "vocab_size": 32000,
-    },
+    "vision_config": {**CLIP_336, "vocab_size": 32000},
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
     "vocab_size": 32064,

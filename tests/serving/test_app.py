@@ -33,12 +33,6 @@ QUESTION = "What colour is the circle?"
 
 
 @pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def client(served):
     with served.client() as client:
         yield client

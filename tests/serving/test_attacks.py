@@ -38,12 +38,6 @@ SECRET = "the secret of the house"
 PICTURE = Image.new("RGB", (8, 8), "red")
 
 
-@pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def still_works(served):
     """After every attack, an honest request is answered."""

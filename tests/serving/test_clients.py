@@ -24,7 +24,7 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.conftest import ROOT, shared_data
-from tests.servers import MODEL, serving
+from tests.servers import MODEL
 
 PICTURE = ROOT / "weights/tiny-llava/examples/shapes.png"
 URL = data_url(PICTURE.read_bytes())
@@ -33,12 +33,6 @@ TEXT = {"type": "text", "text": QUESTION}
 IMAGE = {"type": "image_url", "image_url": {"url": URL}}
 NOTHING = {"type": "text", "text": ""}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
 
 
 def post(served, body):

@@ -20,12 +20,6 @@ from mlx_llava.serving.requests import ChatRequest, read_request
 from tests.servers import MODEL, endless, receive, serving, user, waits_until
 
 
-@pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def still_works(served):
     """After everything, an honest request is answered."""

@@ -29,12 +29,6 @@ def chromium():
         yield running
 
 
-@pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
-
-
 @pytest.fixture
 def open_page(chromium, served):
     """Opens a server's page; in the end, nothing may have gone wrong in any of them."""

@@ -30,12 +30,6 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 PATIENCE = 60
 
 
-@pytest.fixture(scope="module")
-def served():
-    with serving() as running:
-        yield running
-
-
 def wait_until(is_so):
     """Waits for what another thread brings about."""
     end = time.monotonic() + PATIENCE
