@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.model.anyres import Size, lay_out
+from mlx_llava.model.anyres import Size
+from mlx_llava.model.layout import lay_out
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 

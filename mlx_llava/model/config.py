@@ -15,9 +15,10 @@ from typing import Any
 
 from mlx_llava.model.config_checks import Section, names_of, refuse_empty, refuse_value
 from mlx_llava.model.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
-from mlx_llava.model.layers import ACTIVATIONS
 from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
 
+#: The names of what layers.py has.
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 #: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
 _CLIP_L_336 = {
     "hidden_size": 1024,
@@ -263,7 +264,7 @@ _TOP = Section(
     CHANGES,
     {
         "model_type": ("llava", "llava_next"),
-        "projector_hidden_act": tuple(ACTIVATIONS),
+        "projector_hidden_act": ACTIVATIONS,
         "vision_feature_select_strategy": ("default", "full"),
         "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
         "anyres_convention": ("hf", "original"),
@@ -282,7 +283,7 @@ _VISION = Section(
     {
         "model_type": ("clip_vision_model",),
         "num_channels": (3,),
-        "hidden_act": tuple(ACTIVATIONS),
+        "hidden_act": ACTIVATIONS,
     },
 )
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.model.anyres import Size, lay_out
+from mlx_llava.model.anyres import Size
 from mlx_llava.model.cache import LayerCache
 from mlx_llava.model.clip import CLIPVisionTower
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.layers import AnyArray
+from mlx_llava.model.layout import lay_out
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.projector import Projector
 

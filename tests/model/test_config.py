@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_llava.model import layers
 from mlx_llava.model.config import (
+    ACTIVATIONS,
     LlavaConfig,
     TextConfig,
     VisionConfig,
@@ -191,6 +193,10 @@ def test_linear_rope_stretches_the_context():
 def test_feature_layers_count_from_the_embedding(layer, expected):
     config = LlavaConfig.from_dict({"model_type": "llava", "vision_feature_layer": layer})
     assert config.feature_layers == expected
+
+
+def test_every_activation_that_a_config_may_name_exists():
+    assert {*ACTIVATIONS} == {*layers.ACTIVATIONS}
 
 
 def test_pinpoints_may_be_text():
