@@ -16,6 +16,7 @@ TESTS = (
     *(
         "tests/model/test_goldens.py",
         "tests/model/test_oracle.py",
+        "tests/model/test_graphs.py",
         "tests/inputs/test_image_processor.py",
     ),
     *(
@@ -287,6 +288,9 @@ MUTATIONS = (
     ("shapes not compared when verifying", "checkpoint/verify", "        check_tensors(empty_model(checkpoint.config, tensors), tensors)", "        pass"),
     ("converts when asked to verify", "convert", "if args.verify and not any((*to_convert, args.force)):", "if False:"),
     ("marks that are words of the user's", "inputs/tokenizer", "special = {IMAGE_TOKEN, *_named_special(config)}", "special = {IMAGE_TOKEN}"),
+    ("16 bits made wider", "model/llama", "x = self.gate(self.gate_proj(x), self.up_proj(x))", "x = self.gate(self.gate_proj(x).astype(mx.float32), self.up_proj(x)).astype(x.dtype)"),
+    ("a kernel more for each layer of the tower", "model/clip", "return x + self.mlp(self.layer_norm2(x))", "return x + 1 * self.mlp(self.layer_norm2(x))"),
+    ("the host waits for every step", "generation/steps", "mx.async_eval(token, logprobs)", "mx.eval(token, logprobs)"),
 )  # fmt: skip
 
 
