@@ -11,9 +11,10 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from typing import Any
 
-from mlx_llava.model.config_checks import Section, names_of, refuse_empty, refuse_value
+from mlx_llava.model.config_checks import Section, names_of, refuse_value
 from mlx_llava.model.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
 from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
 
@@ -28,11 +29,15 @@ _CLIP_L_336 = {
     "patch_size": 14,
     "image_size": 336,
 }
-_MISTRAL_DEFAULTS = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096 * 32,
-    "sliding_window": 4096,
+#: What the defaults of a decoder's class are instead of `TextConfig`'s.
+_TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
 }
 #: Keys that transformers does not know; written only where they say something.
 _EXTENSIONS = frozenset(
@@ -61,16 +66,14 @@ class VisionConfig:
     def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
         """Reads ``vision_config``; None stands for LLaVA's own default tower."""
         data = _CLIP_L_336 if data is None else data
-        where = _VISION.where
         _VISION.check(data)
-        config = _VISION.build(cls, data)
-        refuse_empty(config, where)
-        if config.hidden_size % config.num_attention_heads:
-            heads = config.num_attention_heads
-            refuse_value(where, "hidden_size", config.hidden_size, f"multiples of {heads} heads")
-        if not 0 < config.patch_size <= config.image_size:
-            size = f"1 to image_size={config.image_size}"
-            refuse_value(where, "patch_size", config.patch_size, size)
+        config = _VISION.read(cls, data)
+        if config.hidden_size % (heads := config.num_attention_heads):
+            expected = f"multiples of {heads} heads"
+            _VISION.refuse("hidden_size", config.hidden_size, expected)
+        if config.patch_size > config.image_size:
+            expected = f"1 to image_size={config.image_size}"
+            _VISION.refuse("patch_size", config.patch_size, expected)
         return config
 
     @property
@@ -103,21 +106,17 @@ class TextConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
         """Reads ``text_config``, filled with the defaults of its own model family."""
-        data, where = data or {}, _TEXT.where
+        data = data or {}
         _TEXT.check(data)
-        model_type = data.get("model_type") or "llama"
-        defaults = _MISTRAL_DEFAULTS if model_type == "mistral" else {}
-        data = {**defaults, **data, "model_type": model_type}
-        data |= read_rope(data)
-        if model_type == "llama":
-            data["sliding_window"] = None  # LlamaConfig has no such key and ignores it
-        config = _TEXT.build(cls, data)
-        refuse_empty(config, where)
+        data = {**_TEXT_DEFAULTS[data.get("model_type") or cls.model_type], **data}
+        config = _TEXT.read(cls, {**data, **read_rope(data)})
+        if config.model_type == "llama":
+            config = replace(config, sliding_window=None)  # LlamaConfig ignores such a key
         config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
         check_factors(config.rope_scaling, config.dims_per_head)
         if config.num_attention_heads % config.kv_heads:
-            heads = f"divisors of num_attention_heads={config.num_attention_heads}"
-            refuse_value(where, "num_key_value_heads", config.kv_heads, heads)
+            expected = f"divisors of num_attention_heads={config.num_attention_heads}"
+            _TEXT.refuse("num_key_value_heads", config.kv_heads, expected)
         return config
 
     @property
@@ -182,26 +181,31 @@ class LlavaConfig:
         Raises:
             ValueError: The config names a model, a value or a key that is not supported.
         """
-        data, where = dict(data), _TOP.where
-        _TOP.check({**data, "model_type": str(data.get("model_type"))})
-        data["eos_token_id"] = _eos_ids(data)
-        data["vision_config"] = VisionConfig.from_dict(data.get("vision_config"))
-        data["text_config"] = text = TextConfig.from_dict(data.get("text_config"))
-        data["quantization"] = _mlx_quantization(data)
-        data["image_token_index"] = _image_token(data)
-        if isinstance(data.get("vision_feature_layer"), list):
-            data["vision_feature_layer"] = tuple(data["vision_feature_layer"])
+        data = {**data, "model_type": str(data.get("model_type"))}
+        _TOP.check(data)
+        ends = data.get("eos_token_id")
+        if ends is None:
+            ends = (data.get("text_config") or {}).get("eos_token_id")
+        vision = VisionConfig.from_dict(data.get("vision_config"))
+        text = TextConfig.from_dict(data.get("text_config"))
+        layers = data.get("vision_feature_layer")
         pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
-        side = data["vision_config"].image_size
-        data["image_grid_pinpoints"] = read_pinpoints(pinpoints, side)
-        if text.tie_word_embeddings:
-            data["tie_word_embeddings"] = True
-        config = _TOP.build(cls, data)
-        if config.is_anyres and config.vision_feature_select_strategy != "default":
-            key = "vision_feature_select_strategy"
-            refuse_value(where, key, data[key], f"default with {config.model_type}")
+        data |= {
+            "eos_token_id": read_ends(ends, _TOP.where),
+            "vision_config": vision,
+            "text_config": text,
+            "quantization": _mlx_quantization(data),
+            "image_token_index": _image_token(data),
+            "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
+            "image_grid_pinpoints": read_pinpoints(pinpoints, vision.image_size),
+            "tie_word_embeddings": text.tie_word_embeddings or data.get("tie_word_embeddings"),
+        }
+        config = _TOP.read(cls, data)
+        if config.is_anyres and (how := config.vision_feature_select_strategy) != "default":
+            expected = f"default with {config.model_type}"
+            _TOP.refuse("vision_feature_select_strategy", how, expected)
         if config.is_anyres and data.get("use_image_newline_parameter", True) is not True:
-            refuse_value(where, "use_image_newline_parameter", False, "True")
+            _TOP.refuse("use_image_newline_parameter", False, "True")
         _ = config.projector_layers, config.feature_layers  # which may refuse their keys
         return config
 
@@ -218,7 +222,7 @@ class LlavaConfig:
         wanted = (layers,) if isinstance(layers, int) else layers
         if not wanted or any(layer not in range(-states, states) for layer in wanted):
             expected = f"indices from {-states} to {states - 1}"
-            refuse_value("config.json", "vision_feature_layer", layers, expected)
+            _TOP.refuse("vision_feature_layer", layers, expected)
         return tuple(layer % states for layer in wanted)
 
     @property
@@ -229,7 +233,7 @@ class LlavaConfig:
         match = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
         if not match or not 0 < int(match[1]) <= 8:
             expected = "'linear', 'identity' and 'mlpNx_gelu'"
-            refuse_value("config.json", "mm_projector_type", self.mm_projector_type, expected)
+            _TOP.refuse("mm_projector_type", self.mm_projector_type, expected)
         return int(match[1])
 
     @property
@@ -274,17 +278,13 @@ _TEXT = Section(
     "text_config",
     names_of(TextConfig) | {"original_max_position_embeddings", "rope_parameters"},
     TEXT_CHANGES,
-    {"model_type": ("llama", "mistral"), "hidden_act": ("silu", "swish")},
+    {"model_type": tuple(_TEXT_DEFAULTS), "hidden_act": ("silu", "swish")},
 )
 _VISION = Section(
     "vision_config",
     names_of(VisionConfig),
     VISION_CHANGES,
-    {
-        "model_type": ("clip_vision_model",),
-        "num_channels": (3,),
-        "hidden_act": ACTIVATIONS,
-    },
+    {"model_type": ("clip_vision_model",), "num_channels": (3,), "hidden_act": ACTIVATIONS},
 )
 
 
@@ -296,9 +296,9 @@ def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
     return {
         **_TOP.unknown(data),
-        **{f"text_config.{key}": value for key, value in _TEXT.unknown(text).items()},
-        **{f"text_config.{key}": value for key, value in unknown_rope_keys(text).items()},
-        **{f"vision_config.{key}": value for key, value in _VISION.unknown(vision).items()},
+        **_TEXT.unknown(text, "text_config."),
+        **unknown_rope_keys(text),
+        **_VISION.unknown(vision, "vision_config."),
     }
 
 
@@ -307,21 +307,16 @@ def read_pinpoints(
 ) -> tuple[tuple[int, int], ...]:
     """Reads ``image_grid_pinpoints``: pairs, the text of some, or LLaVA-NeXT's range of tiles.
 
-    Args:
-        pinpoints (str or list): ``[[336, 672], ...]``, or ``"(1x1),...,(6x6)"``: every grid
-            from the first to the last (mm_utils.py, process_anyres_image).
-        side (int): The side of a tile in pixels, for a range.
+    A range, ``"(1x1),...,(6x6)"``, is every grid from the first to the last of tiles with a side
+    of so many pixels (mm_utils.py, process_anyres_image).
     """
     if isinstance(pinpoints, str) and "x" in pinpoints:
         grids = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
         if len(grids) < 2:
             raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no range of grids.")
-        first, last = grids[0], grids[-1]
-        return tuple(
-            (a * side, b * side)
-            for a in range(first[0], last[0] + 1)
-            for b in range(first[1], last[1] + 1)
-        )
+        ends = zip(grids[0], grids[-1], strict=True)
+        heights, widths = (range(a * side, b * side + 1, side) for a, b in ends)
+        return tuple(product(heights, widths))
     try:
         pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
     except (SyntaxError, ValueError) as error:
@@ -335,14 +330,6 @@ def _image_token(data: Mapping[str, Any]) -> int:
     if len(given) > 1:
         raise ValueError(f"config.json gives the image token two ids: {sorted(given)}.")
     return int(given.pop()) if given else LlavaConfig.image_token_index
-
-
-def _eos_ids(data: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ends of answer of the whole model, or of its text model."""
-    ids = data.get("eos_token_id")
-    if ids is None:
-        ids = (data.get("text_config") or {}).get("eos_token_id")
-    return read_ends(ids, "config.json")
 
 
 def read_ends(ids: object, where: str) -> tuple[int, ...]:
@@ -359,7 +346,7 @@ def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:
     if not found:
         return None
     if not isinstance(found, Mapping):
-        refuse_value("config.json", "quantization", found, "an object")
+        _TOP.refuse("quantization", found, "an object")
     if "quant_method" in found or "bits" not in found:
         method = found.get("quant_method", "unknown")
         raise ValueError(f"The checkpoint is quantised with {method!r}, which is not MLX's own.")

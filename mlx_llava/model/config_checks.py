@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from fnmatch import translate
 from functools import cache
 from typing import Any, NoReturn, TypeVar
 
-from mlx_llava.model.known_keys import HARMLESS
+from mlx_llava.model.known_keys import HARMLESS, NEUTRAL, OFF
 
 Config = TypeVar("Config")
-#: Rows of known_keys.py: what keys do, the values with which they do nothing, their names.
-Changes = tuple[tuple[str, tuple[object, ...], str], ...]
+_KINDS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 @cache
@@ -38,27 +37,26 @@ class Section:
     Attributes:
         where: its name.
         keys: what this package reads.
-        changes: what is known to change the maths where it is not read.
-        allowed: of keys that it reads, all values that it knows.
+        changes: what changes the maths where it is not read, as known_keys.py names it.
+        allowed: of keys that it reads, all values that are supported.
     """
 
     where: str
     keys: AbstractSet[str]
-    changes: Changes
-    allowed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    changes: Mapping[str, str]
+    allowed: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     def check(self, data: Mapping[str, Any]) -> None:
-        """Raises ValueError for values that are not known, and keys that change the maths."""
+        """Raises ValueError for values that are not supported, and keys that change the maths."""
         for key, allowed in self.allowed.items():
             if data.get(key) is not None and data[key] not in allowed:
                 *others, last = map(repr, allowed)
-                expected = f"{', '.join(others)} and {last}" if others else last
-                refuse_value(self.where, key, data[key], expected)
+                self.refuse(key, data[key], f"{', '.join(others)} and {last}" if others else last)
         found = [
-            f"{key}={_short(value)} ({meaning})"
-            for key, value in self._others(data).items()
-            for meaning, neutral, names in self.changes
-            if _pattern(names).match(key) and not _is_one_of(value, neutral)
+            f"{key}={value!r:.60} ({meaning})"
+            for key, value in self._unread(data).items()
+            for meaning, names in self.changes.items()
+            if _pattern(names).match(key) and not _is_one_of(value, NEUTRAL.get(meaning, OFF))
         ]
         if found:
             raise ValueError(
@@ -66,61 +64,54 @@ class Section:
                 f"{', '.join(found)}."
             )
 
-    def build(self, cls: type[Config], data: Mapping[str, Any]) -> Config:
-        """Makes a config of the keys that it has; null stands for a default that is not null."""
+    def read(self, config: type[Config], data: Mapping[str, Any]) -> Config:
+        """Makes a config of keys that are of its fields' kinds; null stands for a default."""
         values = {}
-        for part in fields(cls):  # type: ignore[arg-type]
-            value, default = data.get(part.name), part.default
-            if part.name not in data or (value is None and default is not None):
+        for part in fields(config):  # type: ignore[arg-type]
+            if (value := data.get(part.name)) is None:
                 continue
-            kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-            if type(default) in kinds and not isinstance(value, (*kinds[type(default)], tuple)):
-                refuse_value(self.where, part.name, value, f"a {type(default).__name__}")
+            kind = str(part.type).removesuffix(" | None")
+            if kind in _KINDS and not isinstance(value, _KINDS[kind]):
+                self.refuse(part.name, value, f"a {kind}")
+            if kind in ("int", "float") and value <= 0 and value is not False:
+                self.refuse(part.name, value, "positive numbers")
             values[part.name] = value
-        return cls(**values)
+        return config(**values)
 
-    def unknown(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def unknown(self, data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """The keys that are neither read, nor known, nor off (null, false, empty)."""
-        known = _pattern(" ".join(names for _, _, names in self.changes))
+        known = _pattern(" ".join(self.changes.values()))
         return {
-            key: value
-            for key, value in self._others(data).items()
+            prefix + key: value
+            for key, value in self._unread(data).items()
             if not known.match(key) and not (value is None or value is False or value in ([], {}))
         }
 
-    def _others(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def refuse(self, key: str, found: object, expected: object) -> NoReturn:
+        """Raises ValueError for a value, with what is supported instead."""
+        refuse_value(self.where, key, found, expected)
+
+    def _unread(self, data: Mapping[str, Any]) -> dict[str, Any]:
         read, harmless = {*self.keys, *self.allowed}, _pattern(HARMLESS)
         return {k: value for k, value in data.items() if k not in read and not harmless.match(k)}
+
+
+def names_of(config: type) -> set[str]:
+    """The names of a dataclass's fields."""
+    return {part.name for part in fields(config)}
 
 
 def unknown_warning(unknown: Mapping[str, Any]) -> list[str]:
     """The one warning about keys that are not known, if there are any."""
     if not unknown:
         return []
-    named = ", ".join(f"{key}={_short(value)}" for key, value in unknown.items())
+    named = ", ".join(f"{key}={value!r:.60}" for key, value in unknown.items())
     return [
         f"config.json has keys that mlx_llava does not know and does not read: {named}. "
         "If one of them changes the maths, answers will be wrong."
     ]
 
 
-def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
 def refuse_value(where: str, key: str, found: object, expected: object) -> NoReturn:
     """Raises ValueError for a value, with what is supported instead."""
     raise ValueError(f"{where} has {key}={found!r}; mlx_llava supports {expected}.")
-
-
-def names_of(cls: type) -> set[str]:
-    """The names of a dataclass's fields."""
-    return {field.name for field in fields(cls)}
-
-
-def refuse_empty(config: object, where: str) -> None:
-    """Raises ValueError for a size that is not positive."""
-    for key, value in vars(config).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            refuse_value(where, key, value, "positive numbers")

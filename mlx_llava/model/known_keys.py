@@ -64,143 +64,101 @@ HARMLESS = (
     "skip_vision skip_vision_* unsloth_*"
 )
 
-#: What null, false and the like say: that a key does nothing.
-_OFF: tuple[object, ...] = (None, False, 0, "", "none")
-
-#: Keys that change the maths: what they do, the values with which they do not, their names.
-CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("soft-capping", _OFF, "*softcap* *soft_cap* *logit_cap logits_cap *logit_clip*"),
-    (
-        "normalised queries and keys",
-        _OFF,
-        "*key_norm* *qk*norm* *query_norm* k_norm q_norm qk_l2_clip* qk_ln",
-    ),
-    (
-        "another base of rotation",
-        (None, 10000),
-        """rope_base rope_freq_base rope_freq_scale rotary_base rotary_emb_base
-        rotary_embedding_base""",
-    ),
-    ("clipped queries, keys and values", _OFF, "*clip_qkv qkv_clip"),
-    (
-        "a rotation of a part of each head",
-        (None, 1),
-        "partial_rotary* *rotary_pct *rotary_percent* *rope_pct *rope_percent* rotary_dim",
-    ),
-    (
-        "another rotation of positions",
-        _OFF,
-        """*_rope_theta *alibi* bias_max_distance interleaved_rope kv_rope* mrope* no_rope* nope_*
-        *rel_pos* relative_attention* rope_2d* rope_interleave* rope_local* rope_mode rope_ratio
-        rope_scaling_* rope_theta_* rope_type rope_traditional rotary_interleaved use_dynamic_ntk
-        use_logn_attn use_mem_rope xpos*""",
-    ),
-    (
-        "another kind of positions",
-        (*_OFF, "absolute", "learned", "rope", "rotary"),
-        "position_embedding_type pos_embed_type *positional_embedding* *position_encoding*",
-    ),
-    (
-        "a multiplier",
-        (None, 1),
-        """*_multiplier *_multiplier_scale *_multipliers *logit_scale *logits_scale
-        attention_value_scale logits_scaling output_scale qk_scale_factor
-        residual_scale* residual_weight scale_depth scale_emb""",
-    ),
-    (
-        "another scale of embeddings, attention or logits",
-        _OFF,
-        """*query_pre_attn_scalar attention_multiplier attention_scale attn_scale
-        attn_temperature* dim_model_base emb*_scale* floor_scale log_scaling*
-        mup_* normalize_embedding* scale_attn_by_inverse* scale_embedding* softmax_scale use_mup""",
-    ),
-    (
-        "experts",
-        (*_OFF, 1),
-        """*_experts *_experts_* *num_experts* expert_* experts_* *_expert_* decoder_sparse_step
-        enable_moe* first_k_dense_replace is_moe mlp_only_layers moe moe_* n_group
-        norm_topk_prob num_dense_layers route_scale routed_* router_* scoring_func
+#: Keys that change the maths: what they do, and their names.
+CHANGES = {
+    "soft-capping": "*softcap* *soft_cap* *logit_cap logits_cap *logit_clip*",
+    "normalised queries and keys": """*key_norm* *qk*norm* *query_norm* k_norm q_norm qk_l2_clip*
+        qk_ln""",
+    "another base of rotation": """rope_base rope_freq_base rope_freq_scale rotary_base
+        rotary_emb_base rotary_embedding_base""",
+    "clipped queries, keys and values": "*clip_qkv qkv_clip",
+    "a rotation of a part of each head": """partial_rotary* *rotary_pct *rotary_percent* *rope_pct
+        *rope_percent* rotary_dim""",
+    "another rotation of positions": """*_rope_theta *alibi* bias_max_distance interleaved_rope
+        kv_rope* mrope* no_rope* nope_* *rel_pos* relative_attention* rope_2d* rope_interleave*
+        rope_local* rope_mode rope_ratio rope_scaling_* rope_theta_* rope_type rope_traditional
+        rotary_interleaved use_dynamic_ntk use_logn_attn use_mem_rope xpos*""",
+    "another kind of positions": """position_embedding_type pos_embed_type *positional_embedding*
+        *position_encoding*""",
+    "a multiplier": """*_multiplier *_multiplier_scale *_multipliers *logit_scale *logits_scale
+        attention_value_scale logits_scaling output_scale qk_scale_factor residual_scale*
+        residual_weight scale_depth scale_emb""",
+    "another scale of embeddings, attention or logits": """*query_pre_attn_scalar
+        attention_multiplier attention_scale attn_scale attn_temperature* dim_model_base emb*_scale*
+        floor_scale log_scaling* mup_* normalize_embedding* scale_attn_by_inverse* scale_embedding*
+        softmax_scale use_mup""",
+    "experts": """*_experts *_experts_* *num_experts* expert_* experts_* *_expert_*
+        decoder_sparse_step enable_moe* first_k_dense_replace is_moe mlp_only_layers moe moe_*
+        n_group norm_topk_prob num_dense_layers route_scale routed_* router_* scoring_func
         shared_intermediate_size topk_* use_moe zero_expert_num""",
-    ),
-    (
-        "latent attention",
-        _OFF,
-        "index_* indexer_* kv_lora_rank o_lora_rank q_lora_rank qk_*_dim v_head_dim",
-    ),
-    (
-        "layers of several kinds",
-        (*_OFF, "attention", "dense", "full", "full_attention", "global"),
-        """*_layer_types *_per_layer *layer_pattern* *window_pattern attn_layer_* block_types
-        cross_attention_layers cross_layer_* full_attention_interval full_attn_idxs global_attn*
-        hybrid_* layer_types layers_block_type local_layer_ids num_*_attention_layers
-        per_layer_*""",
-    ),
-    (
-        "another attention",
-        _OFF,
-        """*attention_sink* *_attention_gate *_attn_gate *attn_type *attention_window*
-        *output_gate* *_sink attention_chunk_size attention_k_eq_v attention_type attn_config cla_*
-        conv1d_width conv_L_cache d_state gating lambda_std_dev learnable_sink* linear_*
-        local_attention* local_window* lru_width mamba* multi_query* num_kv_shared_layers prefix_lm
-        sliding_window_size sliding_windows ssm_* *bidirectional* use_sliding_window
+    "latent attention": """index_* indexer_* kv_lora_rank o_lora_rank q_lora_rank qk_*_dim
+        v_head_dim""",
+    "layers of several kinds": """*_layer_types *_per_layer *layer_pattern* *window_pattern
+        attn_layer_* block_types cross_attention_layers cross_layer_* full_attention_interval
+        full_attn_idxs global_attn* hybrid_* layer_types layers_block_type local_layer_ids
+        num_*_attention_layers per_layer_*""",
+    "another attention": """*attention_sink* *_attention_gate *_attn_gate *attn_type
+        *attention_window* *output_gate* *_sink attention_chunk_size attention_k_eq_v attention_type
+        attn_config cla_* conv1d_width conv_L_cache d_state gating lambda_std_dev learnable_sink*
+        linear_* local_attention* local_window* lru_width mamba* multi_query* num_kv_shared_layers
+        prefix_lm sliding_window_size sliding_windows ssm_* *bidirectional* use_sliding_window
         window_size""",
-    ),
-    (
-        "another block",
-        _OFF,
-        """*_gated_mlp *_per_layer_input *_unit_offset *parallel_residual* *sandwich* altup*
-        apply_residual_connection_post_layernorm ffn_config gated_norm* hc_* laurel_rank
+    "another block": """*_gated_mlp *_per_layer_input *_unit_offset *parallel_residual* *sandwich*
+        altup* apply_residual_connection_post_layernorm ffn_config gated_norm* hc_* laurel_rank
         layer_scale_init_value layerscale_value loop_* new_decoder_architecture norm_after
-        norm_weight_offset num_register_tokens parallel_attn ple_* post_norm* recurrent_*
-        swiglu_* use_post_* use_swiglu_ffn""",
-    ),
-    (
-        "another norm",
-        (*_OFF, "rms", "rms_norm", "rmsnorm", "RMSNorm", "layer_norm", "layernorm", "LayerNorm"),
-        "layer_norm_type norm_class norm_type normalization normalization_type",
-    ),
-    (
-        "another activation",
-        (*_OFF, "silu", "swish", "swiglu", "quick_gelu"),
-        """*_sparsity_pattern act_fn activation activation_fn activation_function activation_type
-        ffn_act_fn hidden_activation mlp_activation_function""",
-    ),
-    (
-        "biases",
-        _OFF,
-        """*_out_bias *lm_head_bias *qkv_bias* add_bias_linear bias k_bias
+        norm_weight_offset num_register_tokens parallel_attn ple_* post_norm* recurrent_* swiglu_*
+        use_post_* use_swiglu_ffn""",
+    "another norm": "layer_norm_type norm_class norm_type normalization normalization_type",
+    "another activation": """*_sparsity_pattern act_fn activation activation_fn activation_function
+        activation_type ffn_act_fn hidden_activation mlp_activation_function""",
+    "biases": """*_out_bias *lm_head_bias *qkv_bias* add_bias_linear bias k_bias
         multi_modal_projector_bias o_bias projector_bias q_bias use_bias v_bias""",
-    ),
-    (
-        "another way to read pictures",
-        (*_OFF, 1),
-        """*_resampler *_resampler_* *_token_merg* *perceiver* *qformer* downsample_ratio
-        mm_projector mm_vision_tower_aux* pixel_shuffle* s2 spatial_merge_size
+    "another way to read pictures": """*_resampler *_resampler_* *_token_merg* *perceiver* *qformer*
+        downsample_ratio mm_projector mm_vision_tower_aux* pixel_shuffle* s2 spatial_merge_size
         temporal_merge_size temporal_patch_size vision_aspect_ratio vision_feature_layers
         vision_tower_aux*""",
-    ),
-)
-
+}
 #: The same for the decoder alone, which rotates positions and looks back only.
-TEXT_CHANGES = (
-    *CHANGES,
-    ("no rotation of positions", (None, True), "use_rope use_rotary*"),
-    ("attention to what follows", (None, True), "*is_causal"),
-    ("another norm", (None, True), "rms_norm use_rms_norm use_rmsnorm"),
-)
+TEXT_CHANGES = CHANGES | {
+    "no rotation of positions": "use_rope use_rotary*",
+    "attention to what follows": "*is_causal",
+    "no RMSNorm": "rms_norm use_rms_norm use_rmsnorm",
+}
 #: And for the tower, which has learned positions and a class token.
-VISION_CHANGES = (
-    *CHANGES,
-    ("rotated positions", _OFF, "rope_* use_rope use_rotary*"),
-    ("no class token", (None, True), "*class_token *cls_token use_abs_pos*"),
-)
+VISION_CHANGES = CHANGES | {
+    "rotated positions": "rope_* use_rope use_rotary*",
+    "no class token": "*class_token *cls_token use_abs_pos*",
+}
 #: And inside RoPE's parameters, for its other kinds (YaRN, LongRoPE, M-RoPE, NTK by alpha).
-ROPE_CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    *CHANGES,
-    (
-        "another rotation of positions",
-        _OFF,
-        """*_attention *mrope* alpha attention_factor beta_* long_factor mscale* short_factor
-        truncate""",
+ROPE_CHANGES = CHANGES | {
+    "another kind of rotation": """*_attention *mrope* alpha attention_factor beta_* long_factor
+        mscale* short_factor truncate""",
+}
+
+#: What null, false and the like say: that a key does nothing.
+OFF: tuple[object, ...] = (None, False, 0, "", "none")
+#: With which other values such keys do nothing.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "another base of rotation": (None, 10000),
+    "a rotation of a part of each head": (None, 1),
+    "another kind of positions": (*OFF, "absolute", "learned", "rope", "rotary"),
+    "a multiplier": (None, 1),
+    "experts": (*OFF, 1),
+    "layers of several kinds": (*OFF, "attention", "dense", "full", "full_attention", "global"),
+    "another norm": (
+        *OFF,
+        "rms",
+        "rms_norm",
+        "rmsnorm",
+        "RMSNorm",
+        "layer_norm",
+        "layernorm",
+        "LayerNorm",
     ),
-)
+    "another activation": (*OFF, "silu", "swish", "swiglu", "quick_gelu"),
+    "another way to read pictures": (*OFF, 1),
+    "no rotation of positions": (None, True),
+    "attention to what follows": (None, True),
+    "no RMSNorm": (None, True),
+    "no class token": (None, True),
+}

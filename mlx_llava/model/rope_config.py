@@ -10,13 +10,9 @@ from mlx_llava.model.known_keys import ROPE_CHANGES
 
 _THETA = 10000.0
 _CONTEXT = 2048
-_READ = frozenset(
-    """
-    rope_theta rope_type type factor low_freq_factor high_freq_factor
-    original_max_position_embeddings
-    """.split()
-)
-_WHERE = "text_config.rope_parameters"
+_KEYS = """rope_theta rope_type type factor low_freq_factor high_freq_factor
+    original_max_position_embeddings"""
+_ROPE = Section("text_config.rope_parameters", frozenset(_KEYS.split()), ROPE_CHANGES)
 #: A factor for each frequency, as GGUF files of Llama 3.1 have; Phi's change with the prompt.
 _FACTORS = ("short_factor", "long_factor", "attention_factor")
 #: The kinds of scaling, and the numbers that each needs.
@@ -39,7 +35,7 @@ def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in _NEEDED:
         refuse_value("text_config", "rope_type", kind, ", ".join(_NEEDED))
     needed = _NEEDED[kind]
-    Section(_WHERE, _READ | {*needed}, ROPE_CHANGES).check(rope)
+    _ROPE.check({key: value for key, value in rope.items() if key not in needed})
     theta = rope.get("rope_theta") or data.get("rope_theta") or _THETA
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}
@@ -66,12 +62,12 @@ def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
     is_list = isinstance(factors, list) and len(factors) == dims // 2
     if not is_list or short != factors or attention != 1:
         same = f"{dims // 2} factors, the same for short and long prompts, and attention_factor=1"
-        refuse_value(_WHERE, "rope_type", "longrope", f"it with {same}")
+        _ROPE.refuse("rope_type", "longrope", f"it with {same}")
 
 
 def unknown_rope_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that nobody here understands."""
-    return Section(_WHERE, _READ, ROPE_CHANGES).unknown(_parameters(data))
+    return _ROPE.unknown(_parameters(data), "text_config.")
 
 
 def _parameters(data: Mapping[str, Any]) -> dict[str, Any]:
