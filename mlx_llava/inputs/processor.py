@@ -19,7 +19,7 @@ from mlx_llava.inputs import html as display
 from mlx_llava.inputs.chat_template import ChatTemplate, Segment, wrap_images
 from mlx_llava.inputs.image import ImageSource, load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
-from mlx_llava.inputs.messages import Conversation, Message, Turn, read_messages
+from mlx_llava.inputs.messages import Conversation, Message, read_messages
 from mlx_llava.inputs.template_choice import choose_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -285,7 +285,9 @@ class Processor:
 
 def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
     """Each prompt with its own pictures: one, or the rows of a batch."""
-    if isinstance(prompt, str) or all(isinstance(message, (Mapping, Turn)) for message in prompt):
+    if isinstance(prompt, str) or all(
+        isinstance(message, (Mapping, Message)) for message in prompt
+    ):
         return [(prompt, as_list(images))]
     per_row = [None] * len(prompt) if images is None else as_list(images)
     if len(per_row) != len(prompt):

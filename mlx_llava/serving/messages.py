@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from mlx_llava.inputs.messages import ImagePart, Turn
+from mlx_llava.inputs.messages import Message
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
@@ -57,7 +57,7 @@ def _is_thought(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in THOUGHTS
 
 
-class Message(Lenient):
+class ChatMessage(Lenient):
     """A message, its content always in parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -95,43 +95,32 @@ class Message(Lenient):
         return [part.image_url.url for part in self.content if isinstance(part, UrlPart)]
 
 
-def conversation(messages: Sequence[Message], pictures: Sequence[Any]) -> list[Turn]:
+def conversation(messages: Sequence[ChatMessage]) -> list[Message]:
     """The messages for `Processor`, in the order that every template has.
 
     The texts of all system and developer messages become one system turn at the beginning.
     Turns of one role that follow each other are joined, and before an assistant's greeting
-    stands a user's turn that says nothing. Pictures are shown to the model by a user: those of
+    stands a user's turn that says nothing. Images are shown to the model by a user: those of
     other messages go to the user's turn that follows, or to the last.
-
-    Args:
-        messages (list of Message): What is said.
-        pictures (list): Its pictures in order, for their URLs.
     """
-    following = iter(pictures)
-    system: list[str | ImagePart] | None = None
-    turns: list[tuple[str, list[str | ImagePart]]] = []
-    shown: list[str | ImagePart] = []
-    parts: list[str | ImagePart]
+    system: list[str] | None = None
+    turns: list[tuple[str, list[str]]] = []
+    images: list[int] = []
+    shown = 0
     for message in messages:
-        parts = [
-            part.text if isinstance(part, TextPart) else ImagePart(next(following))
-            for part in message.content
-        ]
-        if message.role == "user":
-            parts, shown = shown + parts, []
-        else:
-            shown += [part for part in parts if isinstance(part, ImagePart)]
-            parts = [part for part in parts if isinstance(part, str)]
+        texts, shown = message.texts(), shown + len(message.pictures())
         if message.role in ("system", "developer"):
-            system = (system or []) + parts
-        elif turns and turns[-1][0] == message.role:
-            turns[-1][1].extend(parts)
-        else:
-            turns.append((message.role, parts))
+            system = (system or []) + texts
+            continue
+        if not turns or turns[-1][0] != message.role:
+            turns.append((message.role, []))
+            images.append(0)
+        turns[-1][1].extend(texts)
+        if message.role == "user":
+            images[-1], shown = images[-1] + shown, 0
     if turns and turns[-1][0] == "user":
-        turns[-1][1].extend(shown)
+        images[-1] += shown
+    joined = [Message(role, "\n".join(t), n) for (role, t), n in zip(turns, images, strict=True)]
     if turns and turns[0][0] == "assistant":
-        turns.insert(0, ("user", []))
-    if system is not None:
-        turns.insert(0, ("system", system))
-    return [Turn(role, parts) for role, parts in turns]
+        joined.insert(0, Message("user", ""))
+    return joined if system is None else [Message("system", "\n".join(system)), *joined]

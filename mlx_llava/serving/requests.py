@@ -25,11 +25,11 @@ from pydantic_core import PydanticCustomError
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.messages import Turn
+from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.serving.bodies import read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.messages import MAX_MESSAGES, Lenient, Message, conversation
+from mlx_llava.serving.messages import MAX_MESSAGES, ChatMessage, Lenient, conversation
 from mlx_llava.serving.parameters import check_parameters
 
 MAX_STOPS = 16
@@ -177,7 +177,9 @@ class AnswerRequest(Lenient):
 class ChatRequest(AnswerRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -210,11 +212,11 @@ class ChatRequest(AnswerRequest):
     def texts(self) -> list[str]:
         return [text for message in self.messages for text in message.texts()]
 
-    def conversation(self, pictures: Sequence[Any]) -> list[Turn]:
-        return conversation(self.messages, pictures)
+    def conversation(self) -> list[Message]:
+        return conversation(self.messages)
 
     def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
-        return [processor(self.conversation(images))]
+        return [processor(self.conversation(), images)]
 
 
 class CompletionRequest(AnswerRequest):

@@ -18,7 +18,7 @@ import pytest
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image import data_url
-from mlx_llava.inputs.messages import ImagePart, Turn, read_messages
+from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.parameters import UNSUPPORTED
@@ -292,17 +292,20 @@ def read(messages, **fields):
 @pytest.mark.parametrize(("messages", "expected"), ORDERS.values(), ids=ORDERS.keys())
 def test_turns(messages, expected):
     request = read(messages)
-    given = request.conversation(range(len(request.pictures())))
-    read_part = lambda part: ImagePart(part) if isinstance(part, int) else part["text"]  # noqa: E731
-    assert given == [Turn(role, [*map(read_part, parts)]) for role, parts in expected]
+    turns = []
+    for role, parts in expected:
+        said = [part["text"] for part in parts if not isinstance(part, int)]
+        turns.append(Message(role, "\n".join(said), images=len(parts) - len(said)))
+    assert request.conversation() == turns
+    images = [part for _, parts in expected for part in parts if isinstance(part, int)]
+    assert images == [*range(len(request.pictures()))]  # so that they stay in their order
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_every_template_writes_them(template):
     for messages, _ in ORDERS.values():
         request = read(messages)
-        given = request.conversation(request.pictures())
-        turns, _ = read_messages(given, (), lambda text, **_: text)
+        turns, _ = read_messages(request.conversation(), (), lambda text, **_: text)
         written = template.render(turns)
         assert all(line in written for turn in turns for line in turn.text.split("\n"))
 
