@@ -1,7 +1,6 @@
 """How fast, how large: seconds, tokens and bytes, as medians and as parts of what is possible.
 
 python -m mlx_llava.benchmark --shape 1b --out measured.json --plot measured.png
-python -m mlx_llava.benchmark --shape 1b --against transformers
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from mlx_llava.analysis import compare, measure
 from mlx_llava.analysis.machine import describe
-from mlx_llava.analysis.measure import Alone, Figures, Workload, draw_pictures, tell
-from mlx_llava.analysis.peers import SYSTEMS
+from mlx_llava.analysis.measure import Alone, Figures, draw_pictures, lines, tell
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
 from mlx_llava.arguments import command
 from mlx_llava.checkpoint.hub import find_checkpoint
@@ -36,30 +32,28 @@ COMMAND = "mlx_llava.benchmark"
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="mlx_llava.benchmark",
-        description="Measure a model here, alone or in turn with other systems. Times are seconds.",
+        prog="mlx_llava.benchmark", description="Measure a model here. Times are seconds."
     )
+    add_workload(parser)
+    add = parser.add_argument
+    add("--requests", type=int, default=0, help="short prompts, to see how memory grows")
+    add("--plot", type=Path, metavar="FILE", help="draw the figures; needs mlx-llava[plot]")
+    return parser
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Adds what to measure, which scripts/compare_systems.py takes too."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="a folder or a hub repository (default: embedded)")
     what.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    add("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
-    add("--against", metavar="SYSTEMS", help="transformers, mlx-vlm, or both with a comma")
-    add(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="SYSTEM=PYTHON",
-        help="the interpreter of the environment that has the system; repeatable",
-    )
+    add("--q-bits", type=int, metavar="BITS", help="random codes for the decoder of a --shape")
+    add("--dtype", choices=DTYPES, help="(default: what the device is fast at)")
     add("--batch", type=_numbers, default=[1, 2, 4, 8], help="rows at once (default: 1,2,4,8)")
     add("--images", type=_numbers, default=[1, 4], help="pictures a row (default: 1,4)")
     add("--max-tokens", "-m", type=int, default=32, help="of an answer (default: %(default)s)")
     add("--repeats", type=int, default=5, help="of every measurement (default: %(default)s)")
-    add("--requests", type=int, default=0, help="short prompts, to see how memory grows")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON")
-    add("--plot", type=Path, metavar="FILE", help="draw them (a PNG); needs mlx-llava[plot]")
-    return parser
 
 
 def _numbers(text: str) -> list[int]:
@@ -69,31 +63,59 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
+def check_workload(args: argparse.Namespace) -> None:
+    """Raises ValueError or FileExistsError for what `add_workload` takes and nothing can do."""
+    if args.max_tokens < 2 or args.repeats < 1:
+        raise ValueError("--max-tokens must be at least 2 and --repeats at least 1.")
+    if args.q_bits and not args.shape:
+        raise ValueError("--q-bits belongs to --shape; a --model has the bits that it has.")
+    if args.out:
+        check_output(args.out, COMMAND)
+
+
 @contextmanager
-def checkpoint(args: argparse.Namespace, dtype: str) -> Iterator[Path]:
-    """The folder to measure, made and removed again where it is a random one."""
-    if args.shape is None:
-        yield find_checkpoint(args.model, None, offline=False)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        tell(f"nothing yet: writing a random {args.shape}")
-        write_random_model(args.shape, Path(folder) / "model", dtype)
-        yield Path(folder) / "model"
+def prepared(args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+    """The checkpoint to measure, made and removed again where it is random, and pictures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        if args.shape is None:
+            folder = find_checkpoint(args.model, None, offline=False)
+        else:
+            tell(f"nothing yet: writing a random {args.shape}")
+            # Published codes have scales of 16 bits.
+            stored = args.dtype or ("float16" if args.q_bits else fast_dtype())
+            write_random_model(args.shape, folder, stored, args.q_bits)
+        yield folder, draw_pictures(Path(scratch), max(2, max(args.batch) * max(args.images)))
 
 
-def table(found: Figures) -> str:
-    """The figures for people."""
+def about(args: argparse.Namespace) -> Figures:
+    """What was measured, and where."""
+    names = ("dtype", "q_bits", "batch", "images", "max_tokens", "repeats")
+    return {
+        "command": COMMAND,
+        "model": args.shape or args.model or "embedded",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe(),
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def heading(found: Figures) -> str:
+    """What was measured, and where, for people."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
-    lines = [
-        f"{found['model']} in {found['dtype']}, {found['max_tokens']} tokens, medians of "
-        f"{found['repeats']}; {machine['device']}, {machine['cores']} cores; {versions}",
-    ]
-    if "alone" in found:
-        lines += measure.lines(found["alone"])
-    for row in found.get("against", []):
-        lines += compare.lines(row)
-    return "\n".join(lines)
+    bits = f", {found['q_bits']} bits" if found["q_bits"] else ""
+    return (
+        f"{found['model']} in {found['dtype']}{bits}, {found['max_tokens']} tokens, medians of "
+        f"{found['repeats']}; {machine['device']}, {machine['cores']} cores; {versions}"
+    )
+
+
+def write_figures(found: Figures, path: Path | None) -> None:
+    """Writes all figures, where a file was asked for."""
+    if path:
+        with own_file(path, COMMAND) as beside:
+            write_json(beside, found)
 
 
 def plot(found: Figures, path: Path) -> None:
@@ -125,47 +147,20 @@ def plot(found: Figures, path: Path) -> None:
         figure.savefig(beside, format="png", dpi=120, metadata={"Software": COMMAND})
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.max_tokens < 2 or args.repeats < 1:
-        raise ValueError("--max-tokens must be at least 2 and --repeats at least 1.")
-    unknown = set((args.against or "mlx-vlm").split(",")) - (SYSTEMS.keys() - {"mlx_llava"})
-    if unknown:
-        raise ValueError(f"There is no system {sorted(unknown)}; known: transformers, mlx-vlm.")
-    if any("=" not in pair for pair in args.peer_python):
-        raise ValueError("--peer-python is SYSTEM=PYTHON, as mlx-vlm=venv/bin/python.")
-    if args.plot and args.against:
-        raise ValueError("--plot draws this package alone; leave --against away.")
-    for path in (args.out, args.plot):
-        if path is not None:
-            check_output(path, COMMAND)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    _check(args)
-    dtype = args.dtype or fast_dtype()
-    work = Workload(dtype, args.batch, args.images, args.max_tokens, args.repeats, args.requests)
-    found: Figures = {
-        "command": COMMAND,
-        "model": args.shape or args.model or "embedded",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe(),
-        **asdict(work),
-    }
-    with checkpoint(args, dtype) as folder, tempfile.TemporaryDirectory() as drawn:
-        pictures = draw_pictures(Path(drawn), max(2, max(args.batch) * max(args.images)))
-        if args.against:
-            pythons = dict(pair.split("=", 1) for pair in args.peer_python)
-            names = args.against.split(",")
-            found["against"] = compare.compare(folder, pictures, work, names, pythons)
-        else:
-            found["alone"] = Alone(folder, pictures, work).measure()
-    print(table(found))
-    if args.out:
-        with own_file(args.out, COMMAND) as beside:
-            write_json(beside, found)
+    check_workload(args)
+    if args.plot:
+        check_output(args.plot, COMMAND)
+    found = about(args)
+    with prepared(args) as (folder, pictures):
+        alone = Alone(folder, pictures, args.dtype, args.max_tokens, args.repeats)
+        found["dtype"] = alone.dtype
+        found["alone"] = alone.measure(args.batch, args.images, args.requests)
+    print(heading(found), *lines(found["alone"]), sep="\n")
+    write_figures(found, args.out)
     if args.plot:
         plot(found, args.plot)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mlx_llava.version import __version__
 
 COMMANDS = {
-    "benchmark": "measure speed and memory, alone or against others",
+    "benchmark": "measure speed and memory",
     "caption": "caption folders of pictures",
     "chat": "chat about pictures in the terminal",
     "convert": "make an MLX folder of any checkpoint",

@@ -7,8 +7,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,11 +18,19 @@ from PIL import Image
 
 from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
 from mlx_llava.analysis.machine import matmul_rate, read_rate
-from mlx_llava.analysis.peers import Ours, Row, peak_gb
+from mlx_llava.checkpoint.load import load
+from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import generate_step
+from mlx_llava.generation.stream import stream_generate
+from mlx_llava.inputs.processor import Processor
+from mlx_llava.model.llava import Llava
 
 Figures: TypeAlias = "dict[str, Any]"
+#: A raw prompt, with a mark for each picture, and the pictures' paths.
+Row: TypeAlias = "tuple[str, Sequence[str]]"
 PARTS = ("preprocess", "encode", "prefill", "token")
 CONTEXTS = (64, 256, 1024)
 
@@ -48,58 +56,84 @@ def rows_of(pictures: Sequence[str], batch: int, images: int) -> list[Row]:
     return [(text, list(pictures[i * images : (i + 1) * images])) for i in range(batch)]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What to measure.
+def load_endless(folder: str | Path, dtype: str | None) -> tuple[Llava, Processor]:
+    """A model that nothing but ``max_tokens`` ends the answers of."""
+    model, processor = load(folder, dtype=dtype)
+    processor.eos_ids = frozenset()
+    template: Any = processor.template  # one of several dataclasses
+    processor.template = replace(template, stops=())
+    return model, processor
 
-    Attributes:
-        dtype: what to compute in.
-        batch: rows at once, one measurement for each.
-        images: pictures of a row, one measurement for each.
-        max_tokens: the length of every answer.
-        repeats: of every measurement.
-        requests: how many short prompts to answer, to see how memory grows; 0 for none.
+
+def answer_rows(
+    model: Llava, processor: Processor, rows: Sequence[Row], max_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """Answers rows together.
+
+    Returns:
+        The seconds until there is a first token, and the tokens of each row.
     """
-
-    dtype: str
-    batch: Sequence[int]
-    images: Sequence[int]
-    max_tokens: int
-    repeats: int
-    requests: int = 0
+    started, first = time.perf_counter(), 0.0
+    inputs = [processor(prompt, list(images), raw=True) for prompt, images in rows]
+    tokens: list[list[int]] = [[] for _ in rows]
+    if len(rows) == 1:
+        parts = stream_generate(model, processor, inputs[0], max_tokens=max_tokens)
+        answers: Iterable[tuple[int, GenerationResponse]] = ((0, part) for part in parts)
+    else:
+        generator = BatchGenerator(model, processor, batch_size=len(rows))
+        for one in inputs:
+            generator.insert(one, Options(max_tokens))
+        answers = run(generator)
+    for row, part in answers:
+        first = first or time.perf_counter() - started
+        tokens[row].append(part.token)
+    return first, tokens
 
 
 class Alone:
     """Measures this package by its own parts."""
 
-    def __init__(self, folder: Path, pictures: list[str], work: Workload) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, pictures: list[str], dtype: str | None, max_tokens: int, repeats: int
+    ) -> None:
+        """Loads a checkpoint, and measures the machine.
+
+        Args:
+            folder (Path): The checkpoint.
+            pictures (list of str): Paths, as many as the largest batch has, and 2 at least.
+            dtype (str, optional): What to compute in.
+            max_tokens (int): The length of every answer.
+            repeats (int): Of every measurement.
+        """
+        self.folder, self.pictures = folder, pictures
+        self.max_tokens, self.repeats = max_tokens, repeats
         started = time.perf_counter()
-        self.ours = Ours(str(folder), work.dtype)
+        self.model, self.processor = load_endless(folder, dtype)
         self.load_seconds = time.perf_counter() - started
-        self.model, self.processor = self.ours.model, self.ours.processor
-        self.pictures, self.work = pictures, work
-        self.flops = 1e9 * matmul_rate(getattr(mx, work.dtype))
+        self.flops = 1e9 * matmul_rate(self.model.language_model.dtype)
         self.bytes = 1e9 * read_rate()
+
+    @property
+    def dtype(self) -> str:
+        """What the decoder computes in."""
+        return str(self.model.language_model.dtype).removeprefix("mlx.core.")
 
     def _decode(self, embeddings: mx.array) -> tuple[float, float]:
         """Seconds to read a prompt, and for each token after the first."""
         clock = [time.perf_counter()]
-        steps = generate_step(
-            embeddings, self.model.language_model, max_tokens=self.work.max_tokens
-        )
+        steps = generate_step(embeddings, self.model.language_model, max_tokens=self.max_tokens)
         next(steps)
         clock.append(time.perf_counter())
         for _ in steps:
             pass
         clock.append(time.perf_counter())
-        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.work.max_tokens - 1)
+        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.max_tokens - 1)
 
     def one(self, images: int) -> Figures:
         """One row, part by part."""
         prompt, paths = rows_of(self.pictures, 1, images)[0]
         runs = []
-        for _ in range(self.work.repeats + 1):
+        for _ in range(self.repeats + 1):
             started = time.perf_counter()
             inputs = self.processor(prompt, paths, raw=True)
             prepared = time.perf_counter()
@@ -112,7 +146,7 @@ class Alone:
         found: Figures = {"images": images, "prompt_tokens": length}
         found |= {name: spread(seconds) for name, seconds in zip(PARTS, times, strict=True)}
         found["first"] = spread([sum(run[:3]) for run in runs[1:]])
-        positions = length + self.work.max_tokens // 2
+        positions = length + self.max_tokens // 2
         least = {
             "encode": encode_flops(self.model.config, sum(inputs.image_tiles)) / self.flops,
             "prefill": prefill_flops(self.model.config, length) / self.flops,
@@ -124,7 +158,7 @@ class Alone:
     def context(self, length: int) -> Figures:
         """A prompt of text of some length."""
         embeddings = self.model.language_model.model.embed_tokens(mx.zeros((1, length), mx.int32))
-        runs = [self._decode(embeddings) for _ in range(self.work.repeats)]
+        runs = [self._decode(embeddings) for _ in range(self.repeats)]
         prefill, token = zip(*runs, strict=True)
         return {"prompt_tokens": length, "prefill": spread(prefill), "token": spread(token)}
 
@@ -133,19 +167,16 @@ class Alone:
         prompt, paths = rows_of(self.pictures, 1, 1)[0]
         second = prompt.replace("What is in this picture?", "Which colours are there?")
         times: dict[str, list[float]] = {"first": [], "follow_up": []}
-        for _ in range(self.work.repeats):
+        for _ in range(self.repeats):
             cache = PromptCache(self.model)
             for name, text in (("first", prompt), ("follow_up", second)):
                 started = time.perf_counter()
                 inputs = self.processor(text, paths, raw=True)
-                empty = self.model.language_model.make_cache()
-                content, kv, cached = cache.begin(inputs, empty)
-                (embeddings,) = cache.embed([(content, cached)])
-                token, _ = next(
-                    generate_step(embeddings, self.model.language_model, cache=kv, max_tokens=1)
+                parts = stream_generate(
+                    self.model, self.processor, inputs, max_tokens=1, prompt_cache=cache
                 )
+                list(parts)
                 times[name].append(time.perf_counter() - started)
-                cache.store(content, [token], kv)
         found: Figures = {name: spread(values) for name, values in times.items()}
         ratios = [b / a for a, b in zip(times["first"], times["follow_up"], strict=True)]
         return {**found, "ratio": spread(ratios)}
@@ -154,16 +185,16 @@ class Alone:
         """Several rows at once: all of it, and what comes after each row's first token."""
         rows = rows_of(self.pictures, batch, images)
         whole, decoding = [], []
-        for _ in range(self.work.repeats):
+        for _ in range(self.repeats):
             started = time.perf_counter()
-            first, _ = self.ours.answer(rows, self.work.max_tokens)
+            first, _ = answer_rows(self.model, self.processor, rows, self.max_tokens)
             whole.append(time.perf_counter() - started)
-            decoding.append(batch * (self.work.max_tokens - 1) / (whole[-1] - first))
+            decoding.append(batch * (self.max_tokens - 1) / (whole[-1] - first))
         return {
             "batch": batch,
             "images": images,
             "seconds": spread(whole),
-            "tokens_per_second": batch * self.work.max_tokens / statistics.median(whole),
+            "tokens_per_second": batch * self.max_tokens / statistics.median(whole),
             "decode_tokens_per_second": spread(decoding),
         }
 
@@ -172,38 +203,43 @@ class Alone:
         command = [sys.executable, "-m", "mlx_llava.generate", "--model", str(self.folder)]
         command += ["--image", self.pictures[0], "--prompt", "What is this?", "--max-tokens", "1"]
         times = []
-        for run in range(self.work.repeats + 1):
+        for _ in range(self.repeats + 1):
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            if run:  # the first one fills the system's caches
-                times.append(time.perf_counter() - started)
-        return spread(times)
+            times.append(time.perf_counter() - started)
+        return spread(times[1:])  # the first one fills the system's caches
 
     def grow(self, requests: int) -> Figures:
         """How the memory of this process grows with short prompts, after some to warm up."""
         for count in (max(20, requests // 10), requests):
             before = resident_bytes()
             for _ in range(count):
-                self.ours.answer(rows_of(self.pictures, 1, 1), 2)
+                answer_rows(self.model, self.processor, rows_of(self.pictures, 1, 1), 2)
             growth = resident_bytes() / before - 1
         return {"requests": requests, "resident_gb": before / 1e9, "growth": growth}
 
-    def measure(self) -> Figures:
-        """Everything."""
+    def measure(self, batch: Sequence[int], images: Sequence[int], requests: int = 0) -> Figures:
+        """Everything.
+
+        Args:
+            batch (list of int): Rows at once, one measurement for each.
+            images (list of int): Pictures of a row, one measurement for each.
+            requests (int): How many short prompts to answer, to see how memory grows.
+        """
         tell("the start of a process")
         start = self.start()
         tell("one row")
-        single = [self.one(images) for images in sorted({*self.work.images, 1, 2})]
+        single = [self.one(count) for count in sorted({*images, 1, 2})]
         tell("contexts")
-        limit = self.processor.context_length - self.work.max_tokens
+        limit = self.processor.context_length - self.max_tokens
         contexts = [self.context(length) for length in CONTEXTS if length <= limit]
         tell("a follow-up question")
         follow_up = self.follow_up()
         batches = []
-        for images in self.work.images:
-            for batch in self.work.batch:
-                tell(f"{batch} rows of {images} pictures")
-                batches.append(self.batch(batch, images))
+        for count in images:
+            for rows in batch:
+                tell(f"{rows} rows of {count} pictures")
+                batches.append(self.batch(rows, count))
         return {
             "matmul_gflops": self.flops / 1e9,
             "read_gb_per_second": self.bytes / 1e9,
@@ -214,7 +250,7 @@ class Alone:
             "follow_up": follow_up,
             "batches": batches,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            "growth": self.grow(self.work.requests) if self.work.requests else None,
+            "growth": self.grow(requests) if requests else None,
         }
 
 
@@ -223,7 +259,7 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return int(peak_gb() * 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def tell(what: str) -> None:

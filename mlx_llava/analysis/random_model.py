@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map_with_path
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.names import to_torch_layout
 from mlx_llava.checkpoint.precision import read_dtype
-from mlx_llava.checkpoint.save import save
+from mlx_llava.checkpoint.safetensors import write_weights
+from mlx_llava.checkpoint.save import write_settings
+from mlx_llava.checkpoint.tensors import LazyTensor, output
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 
+#: The bits that MLX's codes can have, and how many of these share a scale.
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP = 64
+#: Of each dtype, an unsigned kind as wide, and the bits behind a number's point.
+_FLOATS: dict[mx.Dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
+    mx.float32: (np.uint32, 23),
+    mx.float16: (np.uint16, 10),
+    mx.bfloat16: (np.uint16, 7),
+}
 _CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -78,24 +93,96 @@ def random_config(shape: str, image_token_index: int) -> LlavaConfig:
     return LlavaConfig.from_dict(data)
 
 
-def write_random_model(shape: str, folder: Path, dtype: str) -> None:
-    """Writes a checkpoint that every system reads, with the embedded model's tokenizer."""
+def write_random_model(shape: str, folder: Path, dtype: str, bits: int | None = None) -> None:
+    """Writes a checkpoint with the embedded model's tokenizer, one tensor at a time.
+
+    Args:
+        shape (str): A name of `SHAPES`.
+        folder (Path): Where to.
+        dtype (str): Of all weights that are not codes.
+        bits (int, optional): Makes the decoder's weights codes of so many bits, which
+            transformers does not read.
+
+    Raises:
+        ValueError: There is no such shape, or MLX has no codes of so many bits.
+    """
     _, embedded = load(embedded_model(), lazy=True, as_stored=True)
     config = random_config(shape, embedded.config.image_token_index)
     side = config.vision_config.image_size
     images = replace(ImageProcessor.from_config(None, config), size=side)
-    processor = Processor(config, embedded.tokenizer, images, template=embedded.template)
-    model = Llava(config)
     mx.random.seed(0)
-    parameters = tree_map_with_path(_random, model.parameters())
-    model.update(parameters)
-    model.set_dtype(read_dtype(dtype))
-    save(model, processor, folder, force=True)
+    model = Llava(config)  # its large arrays are never computed
+    if bits is not None:
+        settings = _check_bits(bits)
+        nn.quantize(model.language_model, class_predicate=_has_whole_groups, **settings)
+        config = replace(config, quantization=settings)
+    processor = Processor(config, embedded.tokenizer, images, template=embedded.template)
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    tensors = {
+        name: LazyTensor(
+            "a generator",
+            array.shape,
+            array.dtype if array.dtype == mx.uint32 else read_dtype(dtype),
+            partial(_random, seed, name, array, read_dtype(dtype), bits),
+        )
+        for seed, (name, array) in enumerate(weights.items())
+    }
+    layout = to_torch_layout(tensors) if bits is None else tensors
+    outputs = [output(name, tensor) for name, tensor in layout.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, outputs, is_mlx=bits is not None)
+    write_settings(folder, config, processor)
 
 
-def _random(name: str, weight: mx.array) -> mx.array:
-    """Numbers that keep activations at the size that training gives them."""
-    if weight.ndim == 1:
-        return mx.ones_like(weight) if name.endswith("norm.weight") else weight
-    fan_in = 1 if "embed" in name and "patch" not in name else weight[0].size
-    return mx.random.normal(weight.shape) / math.sqrt(fan_in)
+def _check_bits(bits: int) -> dict[str, Any]:
+    if bits not in BITS:
+        raise ValueError(f"There are no codes of {bits} bits; known: {', '.join(map(str, BITS))}.")
+    return {"group_size": GROUP, "bits": bits, "mode": "affine"}
+
+
+def _has_whole_groups(_: str, layer: nn.Module) -> bool:
+    return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % GROUP == 0
+
+
+def _random(seed: int, name: str, array: mx.array, dtype: mx.Dtype, bits: int | None) -> mx.array:
+    """Numbers that keep activations at the size that training gives them.
+
+    Codes and numbers come straight from the generator, in the bits that they are written in.
+    """
+    generator = np.random.default_rng(seed)
+    if array.dtype == mx.uint32:
+        return _random_bits(generator, array.shape, np.uint32)
+    if array.ndim == 1:
+        return array.astype(dtype)
+    *path, part = name.split(".")
+    fan_in = array[0].size * (GROUP if part in ("scales", "biases") else 1)
+    if "embed" in path[-1] and path[-1] != "patch_embedding":
+        fan_in = 1
+    if part == "weight":
+        return _uniform(generator, array.shape, dtype, 0, math.sqrt(12 / fan_in))
+    # Of codes from 0 to n - 1, times a scale, the variance is scale^2 (n^2 - 1) / 12.
+    largest = 2 ** (bits or 0) - 1
+    scale = math.sqrt(12 / (largest * (largest + 2) * fan_in))
+    middle = scale if part == "scales" else -scale * largest / 2
+    return _uniform(generator, array.shape, dtype, middle, 0.2 * abs(middle))
+
+
+def _uniform(
+    generator: np.random.Generator,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    middle: float,
+    width: float,
+) -> mx.array:
+    """Numbers around a middle: random bits behind the point of a number from 1 to 2."""
+    unsigned, behind_point = _FLOATS[dtype]
+    bits = _random_bits(generator, shape, unsigned) & (2**behind_point - 1)
+    one = mx.array(1, dtype).view(bits.dtype)
+    return ((bits | one).view(dtype) - 1.5) * width + middle
+
+
+def _random_bits(
+    generator: np.random.Generator, shape: tuple[int, ...], unsigned: type[np.unsignedinteger[Any]]
+) -> mx.array:
+    largest = np.iinfo(unsigned).max
+    return mx.array(generator.integers(0, largest, shape, unsigned, endpoint=True))

@@ -1,4 +1,4 @@
-"""The benchmark: it runs, its counts are right, and its peers answer the same rows."""
+"""The benchmark: it runs, its counts are right, and its random models are as trained ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from mlx_llava import load
 from mlx_llava.analysis import random_model
-from mlx_llava.analysis.compare import Peer
 from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
 from mlx_llava.analysis.measure import draw_pictures
 from mlx_llava.benchmark import main
 from mlx_llava.files import check_output
 from mlx_llava.model.cache import nbytes
+from mlx_llava.model.quantized import is_quantized, plain_weight
 from tests.conftest import ROOT
 
 SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
@@ -65,53 +65,19 @@ def test_nothing_but_its_own_figures_is_written_over(option, tmp_path, capsys):
     assert mine.read_text() == '{"model": "mine"}'
 
 
-def test_it_takes_turns_with_transformers(tmp_path, capsys):
-    pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    out = tmp_path / "against.json"
-    assert main([*SMALL, "--against", "transformers", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["against"]
-    assert len(rows) == 4
-    for row in rows:
-        assert row["ratios"]["transformers"]["same_tokens"]
-        assert row["ratios"]["transformers"]["throughput"]["median"] > 0
-        assert row["systems"]["transformers"]["peak_gb"] > 0
-        assert ("first" in row["ratios"]["transformers"]) == (row["batch"] == 1)
-    assert "against transformers: first token takes" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "llama.cpp"], "no system ['llama.cpp']; known: transformers, mlx-vlm"),
         (["--max-tokens", "1"], "--max-tokens must be at least 2"),
         (["--repeats", "0"], "--repeats at least 1"),
-        (["--peer-python", "x"], "--peer-python is SYSTEM=PYTHON"),
-        (["--plot", "x.png", "--against", "mlx-vlm"], "--plot draws this package alone"),
+        (["--q-bits", "4"], "--q-bits belongs to --shape"),
+        (["--shape", "tiny", "--q-bits", "7"], "no codes of 7 bits; known: 2, 3, 4, 5, 6, 8"),
         (["--model", "no/where/at-all"], "no/where/at-all"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_system_that_cannot_load_says_so(tmp_path):
-    with pytest.raises(ValueError, match="mlx_llava cannot do this: .*no.such"):
-        Peer("mlx_llava", tmp_path / "no.such", "float32")
-
-
-def test_our_own_process_answers_rows(tiny, tmp_path):
-    peer = Peer("mlx_llava", tiny, "float32")
-    (path,) = draw_pictures(tmp_path, 1)
-    row = ["USER: <image> What? ASSISTANT:", [path]]
-    one, two = peer.answer([row], 5), peer.answer([row, row], 5)
-    with pytest.raises(ValueError, match="marks but 0 images"):
-        peer.answer([["<image>", []]], 5)
-    peer.close()
-    assert two["tokens"] == one["tokens"] * 2
-    assert len(one["tokens"][0]) == 5
-    assert 0 < one["first"] <= one["seconds"]
 
 
 def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
@@ -167,7 +133,48 @@ def test_the_profile_names_the_parts(tiny):
         assert part in done.stdout
 
 
-def test_random_weights_keep_activations_of_one_size(tiny):
-    model, processor = load(tiny, dtype="float32")
-    logits = model(**processor("<image>What?", draw_pictures(tiny.parent, 1)))
-    assert 0.1 < mx.std(logits).item() < 10
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("float32", None), ("float16", None), ("bfloat16", None), ("float32", 3), ("bfloat16", 8)],
+)
+def test_random_weights_keep_activations_of_one_size(dtype, bits, tmp_path):
+    """Also those that are codes."""
+    random_model.write_random_model("tiny", tmp_path / "m", dtype, bits)
+    model, processor = load(tmp_path / "m", as_stored=True)
+    assert model.language_model.dtype == getattr(mx, dtype)
+    layer = model.language_model.layers[0].self_attn.q_proj
+    weight = plain_weight(layer).astype(mx.float32)
+    assert is_quantized(layer) == bool(bits)
+    assert (model.config.quantization or {}).get("bits") == bits
+    assert mx.std(weight).item() * 8 == pytest.approx(1, abs=0.1)  # of 64 inputs
+    assert abs(mx.mean(weight).item()) < 0.02
+    logits = model(**processor("<image>What?", draw_pictures(tmp_path, 1)))
+    assert 0.5 < mx.std(logits.astype(mx.float32)).item() < 2
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_random_model_is_written_in_a_fraction_of_its_size(bits, tmp_path):
+    """No tensor is ever in memory in more than its own bits, and no two at once."""
+    code = (
+        "import resource, sys; from pathlib import Path; import mlx.core as mx;"
+        "from mlx_llava.analysis import random_model as r; _, text = r.SHAPES['tiny'];"
+        "text.update(hidden_size=256, num_attention_heads=8, intermediate_size=8192);"
+        "text.update(num_hidden_layers=16);"
+        f"r.write_random_model('tiny', Path(sys.argv[1]), 'float16', {bits});"
+        "print(mx.get_peak_memory())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "m")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    embedding = 32064 * 256 * (2 if bits is None else 0.5)
+    assert size > 5 * embedding
+    assert int(done.stdout) < 4 * embedding
+
+
+def test_codes_are_measured(tmp_path, capsys):
+    out = tmp_path / "measured.json"
+    small = ["--dtype", "float32", "--batch", "1", "--images", "1", "--repeats", "1", "-m", "4"]
+    assert main(["--shape", "tiny", "--q-bits", "4", *small, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["q_bits"] == 4
+    assert ", 4 bits, 4 tokens" in capsys.readouterr().out

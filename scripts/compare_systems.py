@@ -1,20 +1,31 @@
-"""Runs this package and other systems in turn, on the same checkpoint and the same rows."""
+"""This package and other systems in turn, on the same checkpoint, pictures and prompts.
+
+python scripts/compare_systems.py --shape 1b --batch 1 --images 1 --against transformers
+python scripts/compare_systems.py --against mlx-vlm --peer-python mlx-vlm=venv/bin/python
+
+Each system has a process of its own (scripts/peers.py); the tokens are compared too.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.analysis import peers
-from mlx_llava.analysis.measure import Figures, Workload, rows_of, spread, tell
-from mlx_llava.analysis.peers import Row
+from mlx_llava import benchmark
+from mlx_llava.analysis.measure import Figures, Row, rows_of, spread, tell
+from mlx_llava.arguments import command
 from mlx_llava.model.blas import BLAS
+from mlx_llava.model.device import fast_dtype
+
+PEERS = Path(__file__).with_name("peers.py")
+OTHERS = ("transformers", "mlx-vlm")
 
 
 class Peer:
@@ -23,7 +34,7 @@ class Peer:
     def __init__(
         self, system: str, folder: str | Path, dtype: str, python: str | None = None
     ) -> None:
-        """Starts one of `peers.SYSTEMS` with the interpreter of its environment.
+        """Starts one of peers.py's SYSTEMS with the interpreter of its environment.
 
         Raises:
             ValueError: It cannot load the checkpoint.
@@ -32,9 +43,8 @@ class Peer:
         environment = dict(os.environ)
         if system == "mlx-vlm" and BLAS:
             environment["LD_PRELOAD"] = BLAS
-        program = ["-m", peers.__name__] if system == "mlx_llava" else [peers.__file__]
         self._process = subprocess.Popen(
-            [python or sys.executable, *program, system, str(folder), dtype],
+            [python or sys.executable, str(PEERS), system, str(folder), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -76,57 +86,29 @@ class Peer:
         self._process.communicate()
 
 
-def compare(
-    folder: Path,
-    pictures: list[str],
-    work: Workload,
-    names: Sequence[str],
-    pythons: Mapping[str, str],
-) -> list[Figures]:
-    """Runs this package and others in turn, A B A B: medians and ratios for each batch.
-
-    Args:
-        folder (Path): The checkpoint.
-        pictures (list of str): Paths, as many as the largest batch has.
-        work (Workload): What to measure.
-        names (list of str): The other systems.
-        pythons (dict): The interpreter of a system's environment, if it is another.
-    """
-    with ExitStack() as stack:
-        systems = []
-        for name in ["mlx_llava", *names]:
-            systems.append(Peer(name, folder, work.dtype, pythons.get(name)))
-            stack.callback(systems[-1].close)
-        return [
-            _compare(systems, rows_of(pictures, batch, images), work, images)
-            for images in work.images
-            for batch in work.batch
-        ]
-
-
-def _compare(systems: list[Peer], rows: list[Row], work: Workload, images: int) -> Figures:
-    tell(f"{len(rows)} rows of {images} pictures")
+def compare(systems: list[Peer], rows: list[Row], max_tokens: int, repeats: int) -> Figures:
+    """Medians of each system, and ratios of the first to the others, of runs A B A B."""
     able = systems if len(rows) == 1 else [s for s in systems if s.system != "mlx-vlm"]
-    runs = _take_turns(able, rows, work)
-    ours = runs["mlx_llava"]
+    runs = _take_turns(able, rows, max_tokens, repeats)
+    ours, *others = runs
     return {
         "batch": len(rows),
-        "images": images,
+        "images": len(rows[0][1]),
         "versions": {peer.system: peer.versions for peer in able},
         "systems": {name: _medians(turns) for name, turns in runs.items()},
-        "ratios": {name: _ratios(ours, runs[name]) for name in runs if name != "mlx_llava"},
+        "ratios": {name: _ratios(runs[ours], runs[name]) for name in others},
     }
 
 
 def _take_turns(
-    systems: Sequence[Peer], rows: Sequence[Row], work: Workload
+    systems: Sequence[Peer], rows: Sequence[Row], max_tokens: int, repeats: int
 ) -> dict[str, list[Figures]]:
     """Each system's answers, turn by turn, without those that warm up."""
     runs: dict[str, list[Figures]] = {peer.system: [] for peer in systems}
-    for turn in range(work.repeats + 1):
+    for turn in range(repeats + 1):
         for peer in systems:
-            answer = peer.answer(rows, work.max_tokens)
-            if turn or work.repeats == 1:
+            answer = peer.answer(rows, max_tokens)
+            if turn or repeats == 1:
                 runs[peer.system].append(answer)
     return runs
 
@@ -193,3 +175,52 @@ def lines(row: Figures) -> list[str]:
         memory = f"peak memory {ratio['peak_memory']:.2f}x"
         found.append(f"  against {name}: {', '.join([*parts, memory])}; {same}")
     return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The script's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    benchmark.add_workload(parser)
+    add = parser.add_argument
+    add("--against", required=True, metavar="SYSTEMS", help=f"of {', '.join(OTHERS)}, by commas")
+    add(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="SYSTEM=PYTHON",
+        help="the interpreter of the environment that has the system; repeatable",
+    )
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    args = build_parser().parse_args(argv)
+    benchmark.check_workload(args)
+    names = args.against.split(",")
+    if unknown := {*names} - {*OTHERS}:
+        raise ValueError(f"There is no system {sorted(unknown)}; known: {', '.join(OTHERS)}.")
+    if any("=" not in pair for pair in args.peer_python):
+        raise ValueError("--peer-python is SYSTEM=PYTHON, as mlx-vlm=venv/bin/python.")
+    args.dtype = args.dtype or fast_dtype()
+    pythons = dict(pair.split("=", 1) for pair in args.peer_python)
+    found = {**benchmark.about(args), "against": []}
+    with benchmark.prepared(args) as (folder, pictures), ExitStack() as stack:
+        systems = []
+        for name in ("mlx_llava", *names):
+            systems.append(Peer(name, folder, args.dtype, pythons.get(name)))
+            stack.callback(systems[-1].close)
+        for images in args.images:
+            for batch in args.batch:
+                tell(f"{batch} rows of {images} pictures")
+                rows = rows_of(pictures, batch, images)
+                found["against"].append(compare(systems, rows, args.max_tokens, args.repeats))
+    print(benchmark.heading(found))
+    for row in found["against"]:
+        print(*lines(row), sep="\n")
+    benchmark.write_figures(found, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

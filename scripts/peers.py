@@ -2,7 +2,7 @@
 
 This file is also the program of a process that holds one, `python peers.py SYSTEM FOLDER DTYPE`,
 with the Python of an environment that has the system; it then imports nothing of this package. It
-reads lines of JSON and answers each with one; see `compare.Peer`.
+reads lines of JSON and answers each with one; see `compare_systems.Peer`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 #: A row: a raw prompt, with a mark for each picture, and the pictures' paths.
@@ -25,42 +24,14 @@ class Ours:
     packages = ("mlx_llava", "mlx")
 
     def __init__(self, folder: str, dtype: str) -> None:
-        from mlx_llava.checkpoint.load import load
+        from mlx_llava.analysis.measure import answer_rows, load_endless
 
-        self.model, self.processor = load(folder, dtype=dtype)
-        self.processor.eos_ids = frozenset()
-        template: Any = self.processor.template
-        self.processor.template = replace(template, stops=())
+        self.model, self.processor = load_endless(folder, dtype)
+        self.answer_rows = answer_rows
 
     def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
         """The time until every row has its first token, and the tokens of each row."""
-        if len(rows) > 1:
-            return self._batch(rows, max_tokens)
-        from mlx_llava.generation.stream import stream_generate
-
-        (prompt, images), started, first = rows[0], time.perf_counter(), 0.0
-        tokens = []
-        for part in stream_generate(
-            self.model, self.processor, prompt, list(images), max_tokens=max_tokens, raw=True
-        ):
-            first = first or time.perf_counter() - started
-            tokens.append(part.token)
-        return first, [tokens]
-
-    def _batch(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
-        from mlx_llava.generation.batch import BatchGenerator, run
-        from mlx_llava.generation.sampling import Options
-
-        started, first = time.perf_counter(), 0.0
-        generator = BatchGenerator(self.model, self.processor, batch_size=len(rows))
-        for prompt, images in rows:
-            inputs = self.processor(prompt, list(images), raw=True)
-            generator.insert(inputs, Options(max_tokens))
-        tokens: list[list[int]] = [[] for _ in rows]
-        for uid, response in run(generator):
-            first = first or time.perf_counter() - started
-            tokens[uid].append(response.token)
-        return first, tokens
+        return self.answer_rows(self.model, self.processor, rows, max_tokens)
 
 
 class Transformers:
@@ -189,6 +160,5 @@ def serve(name: str, folder: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    if not __package__:
-        sys.path.pop(0)  # this folder, whose modules have names of others
+    sys.path.pop(0)  # this folder, whose modules have names of others
     serve(*sys.argv[1:])
