@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar, cast
@@ -11,14 +12,39 @@ Class = TypeVar("Class")
 Function = TypeVar("Function", bound="Callable[..., Any]")
 
 
-def option(default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None) -> Any:
-    """A field: of what kind it is, what it does, and what argparse is told of its flag."""
+#: What a bound may be, by the field's name for it, and how that is said.
+_BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+}
+
+
+def option(
+    default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None, **bounds: float
+) -> Any:
+    """A field: of what kind it is, what it does, and what argparse is told of its flag.
+
+    Its bounds are ``ge``, ``gt`` and ``le``, as pydantic has them.
+    """
     if kind is bool:
         usual: dict[str, Any] = {"action": "store_true", "help": what}
     else:
         given = "" if default is None else " (default: %(default)s)"
         usual = {"type": kind, "default": default, "help": what + given}
-    return field(default=default, metadata={"kind": kind, "help": what, "flag": flag or usual})
+    return field(
+        default=default,
+        metadata={"kind": kind, "help": what, "flag": flag or usual, "bounds": bounds},
+    )
+
+
+def check_bounds(options: Any) -> None:
+    """Raises ValueError unless the options of a dataclass lie within their bounds."""
+    for one in fields(options):
+        value, bounds = getattr(options, one.name), one.metadata["bounds"]
+        if value is not None and not all(_BOUNDS[b][0](value, bounds[b]) for b in bounds):
+            expected = " and ".join(f"{_BOUNDS[b][1]} {bounds[b]}" for b in bounds)
+            raise ValueError(f"{one.name} is {value}; it must be {expected}.")
 
 
 def documented(cls: type[Class]) -> type[Class]:

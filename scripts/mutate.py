@@ -193,6 +193,7 @@ MUTATIONS = (
     ("a line's end has a place", "analysis/boxes", "mx.full((4,), np.nan)", "mx.zeros((4,))"),
     ("areas forgotten", "analysis/boxes", "values / ((right - left) * (bottom - top))", "values"),
     ("normalised in float64", "inputs/image_processor", ".astype(np.float32)\n        mean", "\n        mean"),
+    ("options outside their bounds", "signatures", "not all(_BOUNDS[b][0](value, bounds[b]) for b in bounds)", "False"),
     ("answers under another's number", "serving/engine", "self._answers[uid] = _Answer(job, index)", "self._answers[uid] = _Answer(job, 0)"),
     ("a client that went keeps the model busy", "serving/engine", "            self._generator.remove(uid)\n", ""),
     ("places not given back", "serving/engine", "            self.taken -= count", "            pass"),

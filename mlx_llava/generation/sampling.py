@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_llava.generation.json_schema import JsonConstraint
 from mlx_llava.inputs.processor import Processor
-from mlx_llava.signatures import documented, option
+from mlx_llava.signatures import check_bounds, documented, option
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
@@ -37,14 +37,7 @@ def make_sampler(
     """A function from log-probabilities (1, V) to ids (1,), with its own chance if it has a seed.
 
     What is unlikely is left out by `top_p`, then by `min_p`, then by `top_k`.
-
-    Raises:
-        ValueError: A number makes no sense.
     """
-    if temp < 0 or top_k < 0:
-        raise ValueError(f"temp is {temp} and top_k is {top_k}; they must be 0 or more.")
-    if not (0 <= top_p <= 1 and 0 <= min_p <= 1):
-        raise ValueError(f"top_p is {top_p} and min_p is {min_p}; they must lie in 0..1.")
     if temp == 0:
         return greedy
 
@@ -105,16 +98,10 @@ def _seeded(sampler: Sampler, seed: int) -> Sampler:
 
 
 def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProcessor]:
-    """A penalty on the last tokens (https://arxiv.org/abs/1909.05858), or nothing.
-
-    Raises:
-        ValueError: It is less than 0.
-    """
+    """A penalty on the last tokens (https://arxiv.org/abs/1909.05858), or nothing."""
     if not repetition_penalty:
         return []
     penalty = repetition_penalty
-    if penalty < 0:
-        raise ValueError(f"repetition_penalty is {penalty}; it must be 0 or more.")
 
     def penalize(seen: mx.array, logits: mx.array) -> mx.array:
         if seen.size:
@@ -145,16 +132,24 @@ class Options:
     max_tokens: int = option(
         MAX_TOKENS, int, "the longest answer; less if the context is full before"
     )
-    temp: float = option(0.0, float, "temperature; 0 takes the likeliest token")
+    temp: float = option(0.0, float, "temperature; 0 takes the likeliest token", ge=0)
     top_p: float = option(
-        0.0, float, "samples from the likeliest tokens of this total probability; 0 is off"
+        0.0,
+        float,
+        "samples from the likeliest tokens of this total probability; 0 is off",
+        ge=0,
+        le=1,
     )
     min_p: float = option(
-        0.0, float, "drops tokens below this fraction of the likeliest one's probability"
+        0.0,
+        float,
+        "drops tokens below this fraction of the likeliest one's probability",
+        ge=0,
+        le=1,
     )
-    top_k: int = option(0, int, "samples from that many likeliest tokens; 0 is off")
+    top_k: int = option(0, int, "samples from that many likeliest tokens; 0 is off", ge=0)
     repetition_penalty: float | None = option(
-        None, float, "above 1, tokens of the last 20 become less likely"
+        None, float, "above 1, tokens of the last 20 become less likely", ge=0
     )
     seed: int | None = option(None, int, "makes sampling repeatable")
     stop: Sequence[str] = option(
@@ -177,7 +172,7 @@ class Options:
         return cls(**{name: keywords.pop(name) for name in names})
 
     def __post_init__(self) -> None:
-        """Checks kinds, since options may come from a file or over a network."""
+        """Checks kinds and bounds: options may come from a file or over a network."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         is_list = isinstance(self.stop, (list, tuple))
@@ -191,6 +186,7 @@ class Options:
             fits = isinstance(value, number) and not isinstance(value, bool)
             if not fits or (kind is float and not -math.inf < value < math.inf):
                 raise ValueError(f"{one.name} is {value!r}; it must be {words}.")
+        check_bounds(self)
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
 

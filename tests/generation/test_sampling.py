@@ -79,7 +79,7 @@ def test_repetition_penalty_is_mlx_lms(penalty):
 def test_penalties_that_are_none_or_make_no_sense():
     assert make_logits_processors(None) == make_logits_processors(0.0) == []
     with pytest.raises(ValueError, match="repetition_penalty is -1"):
-        make_logits_processors(-1.0)
+        Options(repetition_penalty=-1.0)
 
 
 def test_options_are_shown_where_they_are_taken():
