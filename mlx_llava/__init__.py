@@ -17,7 +17,7 @@ from mlx_llava.version import __version__
 if TYPE_CHECKING:
     from mlx_llava.checkpoint.convert import convert
     from mlx_llava.checkpoint.load import load
-    from mlx_llava.generation.batch import batch_generate
+    from mlx_llava.generation.jobs import batch_generate
     from mlx_llava.generation.response import GenerationResponse
     from mlx_llava.generation.stream import generate, stream_generate
     from mlx_llava.inputs.image import load_image
@@ -45,7 +45,7 @@ _PLACES = {
     "Llava": "model.llava",
     "LlavaConfig": "model.config",
     "Processor": "inputs.processor",
-    "batch_generate": "generation.batch",
+    "batch_generate": "generation.jobs",
     "convert": "checkpoint.convert",
     "generate": "generation.stream",
     "load": "checkpoint.load",

@@ -33,10 +33,10 @@ from mlx_llava.generation.jobs import answer_prompts, read_line
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.steps import make_cache
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import decode, numbered_lines
+from mlx_llava.model.cache import make_cache
 from mlx_llava.model.llava import Llava
 
 STDIN = "standard input"
@@ -164,7 +164,7 @@ def _answer(
     if path is not None:
         cache = PromptCache(model)
         if Path(path).exists():
-            cache.load(path, make_cache(model.language_model, 0, args.kv_bits))
+            cache.load(path, make_cache(model.config.text_config, 0, args.kv_bits))
     tokens = []
     for part in stream_generate(
         model,

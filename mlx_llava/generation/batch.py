@@ -8,10 +8,9 @@ ends, and a waiting one takes its place. B rows, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -20,7 +19,6 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options, greedy
 from mlx_llava.generation.steps import PREFILL_STEP, log_softmax, prefill, queues_ahead
-from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import Rows, nbytes
 from mlx_llava.model.device import available_memory
@@ -202,96 +200,6 @@ class BatchGenerator:
                 chosen.append(row)
         mx.async_eval([(row.token, row.logprobs) for row in chosen])
         return chosen
-
-
-def batch_generate(
-    model: Llava,
-    processor: Processor,
-    prompts: Sequence[Conversation],
-    images: Sequence[Any] | None = None,
-    *,
-    batch_size: int = BATCH_SIZE,
-    prompt_cache: PromptCache | None = None,
-    prompt_options: dict[str, Any] | None = None,
-    **options: Any,
-) -> list[str]:
-    """Answers several prompts; each as if it were alone.
-
-    Pictures are read when there is a place for their prompt, not all of them at first.
-
-    Args:
-        model (Llava): The model.
-        processor (Processor): Its processor.
-        prompts (list): What `Processor` takes for a batch.
-        images (list, optional): For each prompt, its pictures or None.
-        batch_size (int): How many are answered at a time.
-        prompt_cache (PromptCache, optional): What to reuse.
-        prompt_options (dict, optional): ``raw``, ``system``, ``image_position`` of `Processor`.
-        **options: Of `Options`: for all rows one value, or a list with one for each.
-
-    Returns:
-        list[str]: The answers.
-
-    Raises:
-        ValueError: A prompt is longer than the context, or `Processor` refuses it.
-    """
-    rows = split_options(options, len(prompts))
-    given = [None] * len(prompts) if images is None else list(images)
-    if len(given) != len(prompts):
-        raise ValueError(f"There are {len(prompts)} prompts but images for {len(given)}.")
-    generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
-    texts = [""] * len(prompts)
-
-    def ask(prompt: Conversation, pictures: Any, own: Options) -> tuple[Inputs, Options]:
-        return processor(prompt, pictures, **(prompt_options or {})), own
-
-    asks = (partial(ask, *row) for row in zip(prompts, given, rows, strict=True))
-    for index, outcome in answer_each(generator, asks):
-        if isinstance(outcome, Exception):
-            raise outcome
-        texts[index] += outcome.text
-    return texts
-
-
-def answer_each(
-    generator: BatchGenerator, asks: Iterable[Callable[[], tuple[Inputs, Options]]]
-) -> Iterator[tuple[int, GenerationResponse | Exception]]:
-    """Answers what is asked, which is made only as far ahead as there are places.
-
-    Yields:
-        tuple: The number of an ask from 0, and what comes of it: responses, or one error.
-    """
-    remaining = enumerate(asks)
-    running: dict[int, int] = {}
-    while True:
-        while generator.free > 0 and (following := next(remaining, None)):
-            index, ask = following
-            try:
-                running[generator.insert(*ask())] = index
-            except (ValueError, OSError, TypeError, RecursionError) as error:
-                yield index, error
-        if generator.is_idle:
-            return
-        try:
-            for uid, response in generator.next():
-                yield running[uid], response
-        except AnswerError as error:
-            yield running[error.uid], error
-
-
-def split_options(options: dict[str, Any], rows: int) -> list[Options]:
-    """The options of each row; ``stop`` is a list of texts, or one such list for each."""
-    split: list[dict[str, Any]] = [{} for _ in range(rows)]
-    for name, value in options.items():
-        shared = not isinstance(value, (list, tuple)) or (
-            name == "stop" and all(isinstance(text, str) for text in value)
-        )
-        values = [value] * rows if shared else value
-        if len(values) != rows:
-            raise ValueError(f"There are {rows} prompts but {len(values)} values of {name}.")
-        for row, own in zip(split, values, strict=True):
-            row[name] = own
-    return [Options(**row) for row in split]
 
 
 def run(generator: BatchGenerator) -> Iterator[tuple[int, GenerationResponse]]:

@@ -16,13 +16,12 @@ class StreamingDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # the last ids whose text is out, then those that wait
-        self._waiting = 0
+        self._shown: list[int] = []  # the last ids whose text is out
+        self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that `token` completes, or ``""`` while a character is unfinished."""
-        self._ids.append(token)
-        self._waiting += 1
+        self._waiting.append(token)
         return self._take(final=False)
 
     def flush(self) -> str:
@@ -30,12 +29,11 @@ class StreamingDecoder:
         return self._take(final=True)
 
     def _take(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[: len(self._ids) - self._waiting])
-        text = self._tokenizer.decode(self._ids)
+        before = self._tokenizer.decode(self._shown)
+        text = self._tokenizer.decode(self._shown + self._waiting)
         if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
             return ""
-        self._ids = self._ids[len(self._ids) - self._waiting :]
-        self._waiting = 0
+        self._shown, self._waiting = self._waiting, []
         return text[len(before) :]
 
 
@@ -52,14 +50,11 @@ class StopMatcher:
         found = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
         if found:
             return self._held[: min(found)], True
-        safe = len(self._held) - self._possible_start()
+        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        withheld = max((len(start) for start in starts if self._held.endswith(start)), default=0)
+        safe = len(self._held) - withheld
         shown, self._held = self._held[:safe], self._held[safe:]
         return shown, False
-
-    def _possible_start(self) -> int:
-        """How many characters at the end could be the start of a stop."""
-        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
-        return max((len(start) for start in starts if self._held.endswith(start)), default=0)
 
     def flush(self) -> str:
         """What was withheld, once nothing more comes."""
@@ -68,7 +63,11 @@ class StopMatcher:
 
 
 class Answer:
-    """One answer as it grows: ids -> text, up to an end-of-answer id, a stop text or a length."""
+    """One answer as it grows: ids -> text, up to an end-of-answer id, a stop text or a length.
+
+    Attributes:
+        text: all of it so far.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, eos_ids: Collection[int], stops: Sequence[str], max_tokens: int
@@ -76,20 +75,21 @@ class Answer:
         self._decoder = StreamingDecoder(tokenizer)
         self._matcher = StopMatcher(stops)
         self._eos_ids = eos_ids
-        self._max_tokens = max_tokens
-        self.length = 0
+        self._remaining = max_tokens
+        self.text = ""
 
     def add(self, token: int) -> tuple[str, str | None]:
         """The text that became readable, and ``stop`` or ``length`` if this is the end."""
-        self.length += 1
-        finish_reason = None
-        if token in self._eos_ids:
-            text, finish_reason = self._decoder.flush(), "stop"
-        else:
-            text = self._decoder.add(token)
-            if self.length == self._max_tokens:
-                text, finish_reason = text + self._decoder.flush(), "length"
+        self._remaining -= 1
+        is_end = token in self._eos_ids
+        text = "" if is_end else self._decoder.add(token)
+        finish_reason = "stop" if is_end else None if self._remaining else "length"
+        if finish_reason:
+            text += self._decoder.flush()
         text, stopped = self._matcher.add(text)
         if stopped:
-            return text, "stop"
-        return (text + self._matcher.flush() if finish_reason else text), finish_reason
+            finish_reason = "stop"
+        elif finish_reason:
+            text += self._matcher.flush()
+        self.text += text
+        return text, finish_reason

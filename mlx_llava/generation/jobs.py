@@ -1,22 +1,117 @@
-"""Many prompts -> a record for each, as they are answered."""
+"""Many prompts -> their answers, or a record for each as it is answered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from mlx_llava.files import one_line
-from mlx_llava.generation.batch import BatchGenerator, answer_each
+from mlx_llava.generation.batch import BATCH_SIZE, AnswerError, BatchGenerator
+from mlx_llava.generation.prompt_cache import PromptCache
+from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import Place, decode, field, parse
+from mlx_llava.model.llava import Llava
 
 _OPTIONS = {field.name for field in fields(Options)}
-_KNOWN = {"prompt", "images", "id", *_OPTIONS}
+_KEYS = {"prompt", "images", "id", *_OPTIONS}
 
 T = TypeVar("T")
+#: Makes what a `BatchGenerator` takes.
+Request: TypeAlias = "Callable[[], tuple[Inputs, Options]]"
+
+
+def batch_generate(
+    model: Llava,
+    processor: Processor,
+    prompts: Sequence[Conversation],
+    images: Sequence[Any] | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    prompt_cache: PromptCache | None = None,
+    prompt_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Answers several prompts; each as if it were alone.
+
+    Pictures are read when there is a place for their prompt, not all of them at first.
+
+    Args:
+        model (Llava): The model.
+        processor (Processor): Its processor.
+        prompts (list): What `Processor` takes for a batch.
+        images (list, optional): For each prompt, its pictures or None.
+        batch_size (int): How many are answered at a time.
+        prompt_cache (PromptCache, optional): What to reuse.
+        prompt_options (dict, optional): ``raw``, ``system``, ``image_position`` of `Processor`.
+        **options: Of `Options`: for all rows one value, or a list with one for each.
+
+    Returns:
+        list[str]: The answers.
+
+    Raises:
+        ValueError: A prompt is longer than the context, or `Processor` refuses it.
+    """
+    images = [None] * len(prompts) if images is None else images
+    if len(images) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts but images for {len(images)}.")
+
+    def prepare(prompt: Conversation, image: Any, row: Options) -> tuple[Inputs, Options]:
+        return processor(prompt, image, **(prompt_options or {})), row
+
+    rows = zip(prompts, images, _split_options(options, len(prompts)), strict=True)
+    generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
+    texts = [""] * len(prompts)
+    for index, outcome in _answer_each(generator, (partial(prepare, *row) for row in rows)):
+        if isinstance(outcome, Exception):
+            raise outcome
+        texts[index] = outcome.answer
+    return texts
+
+
+def _split_options(options: dict[str, Any], rows: int) -> list[Options]:
+    """The options of each row; ``stop`` is a list of texts, or one such list for each."""
+    split: list[dict[str, Any]] = [{} for _ in range(rows)]
+    for name, value in options.items():
+        is_shared = not isinstance(value, (list, tuple)) or (
+            name == "stop" and all(isinstance(text, str) for text in value)
+        )
+        values = [value] * rows if is_shared else value
+        if len(values) != rows:
+            raise ValueError(f"There are {rows} prompts but {len(values)} values of {name}.")
+        for row, one in zip(split, values, strict=True):
+            row[name] = one
+    return [Options(**row) for row in split]
+
+
+def _answer_each(
+    generator: BatchGenerator, requests: Iterable[Request]
+) -> Iterator[tuple[int, GenerationResponse | Exception]]:
+    """Answers requests, which are made only as far ahead as there are places.
+
+    Yields:
+        tuple: The number of a request from 0, and what comes of it: responses, or one error.
+    """
+    remaining = enumerate(requests)
+    running: dict[int, int] = {}
+    while True:
+        while generator.free > 0 and (following := next(remaining, None)):
+            index, prepare = following
+            try:
+                running[generator.insert(*prepare())] = index
+            except (ValueError, OSError, TypeError, RecursionError) as error:
+                yield index, error
+        if generator.is_idle:
+            return
+        try:
+            for uid, response in generator.next():
+                yield running[uid], response
+        except AnswerError as error:
+            yield running[error.uid], error
 
 
 def answer_prompts(
@@ -30,7 +125,7 @@ def answer_prompts(
     """Answers prompts, reading only as far ahead as there are places.
 
     Args:
-        prompts (iterable): What is to be asked.
+        prompts (iterable): What is to be answered.
         read (callable): One of them -> ``prompt``, and perhaps ``images`` (a list), ``id``, and
             fields of `Options` for it alone.
         generator (BatchGenerator): Answers them.
@@ -44,15 +139,15 @@ def answer_prompts(
     """
     records: dict[int, dict[str, Any]] = {}
 
-    def ask(index: int, prompt: T) -> tuple[Inputs, Options]:
+    def prepare(index: int, prompt: T) -> tuple[Inputs, Options]:
         records[index] = {"index": index}
         data = read(prompt)
         records[index] |= {"id": data["id"]} if "id" in data else {}
         options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
         return processor(data["prompt"], data.get("images"), **prompt_options), options
 
-    asks = (partial(ask, index, prompt) for index, prompt in enumerate(prompts))
-    for index, outcome in answer_each(generator, asks):
+    requests = (partial(prepare, *numbered) for numbered in enumerate(prompts))
+    for index, outcome in _answer_each(generator, requests):
         if isinstance(outcome, Exception):
             yield {**records.pop(index), "error": one_line(outcome)}
         elif outcome.finish_reason:
@@ -71,7 +166,7 @@ def in_order(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
-    """What a line of JSON asks.
+    """The request in a line of JSON.
 
     Args:
         name (str): The file, for errors.
@@ -84,10 +179,10 @@ def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
     place = Place(name, "line", number)
     data: dict[str, Any] = parse(decode(line, name, number), name, number)
     prompt = field(data, "prompt", (str, list), place)
-    unknown = sorted(data.keys() - _KNOWN)
+    unknown = sorted(data.keys() - _KEYS)
     if unknown:
-        known = ", ".join(sorted(_KNOWN))
-        raise ValueError(f"{place} has unknown keys {', '.join(unknown):.200}; known: {known}.")
+        keys = ", ".join(sorted(_KEYS))
+        raise ValueError(f"{place} has unknown keys {', '.join(unknown):.200}; known: {keys}.")
     if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
         raise ValueError(f"{place} has a list as prompt that holds more than messages.")
     images = field(data, "images", (str, list, type(None)), place, default=None)

@@ -1,14 +1,13 @@
-"""What a model has read before: features of pictures, and keys and values of prompts.
+"""What a model has read before: features of images, and keys and values of prompts.
 
-A prompt is known by its token ids and, where a picture stands, by the hash of the picture's
-pixels, so that nothing of one picture is ever used for another.
+A prompt is compared by its token ids and, where an image stands, by the hash of the image's
+pixels, so that nothing of one image is ever used for another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from mlx_llava.model.anyres import Size
 from mlx_llava.model.cache import Cache, fork, nbytes
 from mlx_llava.model.llava import Llava
 
-#: A token id, or the hash of the picture that has a placeholder here.
+#: A token id, or the hash of the image that has a placeholder here.
 Key: TypeAlias = "int | str"
 
 _FORMAT = "mlx_llava prompt cache 1"
@@ -67,7 +66,7 @@ def _images(inputs: Inputs, image_token_index: int) -> Iterator[_Image]:
 
 
 class Prompt:
-    """One row of inputs, known by its content.
+    """One row of inputs, as it is compared with others.
 
     Attributes:
         input_ids: its tokens, (1, L).
@@ -86,18 +85,13 @@ class Prompt:
     def shared_prefix(self, keys: Sequence[Key]) -> int:
         """How many of the first positions are those of `keys`.
 
-        Never the last position, for its logits are wanted; and never a part of an image.
+        Never the last position, for its logits are needed; and never a part of an image.
         """
         pairs = zip(self.keys[:-1], keys, strict=False)
-        length = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if length is None:
-            length = min(len(self.keys) - 1, len(keys))
+        whole = min(len(self.keys) - 1, len(keys))
+        length = next((i for i, (a, b) in enumerate(pairs) if a != b), whole)
         cut = [image.positions.start for image in self.images if length in image.positions]
         return min([length, *cut])
-
-    def images_after(self, prefix: int) -> list[_Image]:
-        """The images that stand after so many first positions."""
-        return [image for image in self.images if image.positions.start >= prefix]
 
 
 class _FeatureCache:
@@ -106,24 +100,22 @@ class _FeatureCache:
     def __init__(self, model: Llava, max_bytes: int) -> None:
         self.model = model
         self.max_bytes = max_bytes
-        self._features: OrderedDict[str, mx.array] = OrderedDict()
+        self._features: dict[str, mx.array] = {}  # the last used ones are the last
 
     def features(self, images: Iterable[_Image]) -> dict[str, mx.array]:
         """The features of images by hash; those that are not kept are encoded together."""
-        wanted = {image.digest: image for image in images}
-        found = {h: self._features[h] for h in wanted.keys() & self._features.keys()}
-        new = {h: image for h, image in wanted.items() if h not in found}
+        requested = {image.digest: image for image in images}
+        new = {h: image for h, image in requested.items() if h not in self._features}
         if new:
             pixels = np.concatenate([image.pixel_values for image in new.values()])
             sizes = [image.size for image in new.values() if image.size is not None]
             encoded = self.model.encode_images(pixels, sizes or None)
             mx.eval(encoded)
-            found.update(zip(new, encoded, strict=True))
-        for digest, features in found.items():
-            self._features[digest] = features
-            self._features.move_to_end(digest)
+            self._features.update(zip(new, encoded, strict=True))
+        found = {digest: self._features.pop(digest) for digest in requested}
+        self._features.update(found)
         while sum(features.nbytes for features in self._features.values()) > self.max_bytes:
-            self._features.popitem(last=False)
+            self._features.pop(next(iter(self._features)))
         return found
 
 
@@ -148,30 +140,33 @@ class PromptCache:
         return fingerprint(self.model)
 
     def begin(self, inputs: Inputs, empty: Cache) -> tuple[Prompt, Cache, int]:
-        """The longest known beginning of a prompt, within the limits of an empty cache for it.
+        """The longest cached prefix of a prompt, within the limits of an empty cache for it.
 
         Returns:
-            The prompt as it is known here, a cache to go on with, and how many of its positions
-            that holds.
+            The prompt, a cache to go on with, and how many of its positions that holds.
         """
         prompt = Prompt(inputs, self.model.config.image_token_index)
-        usable = [entry for entry in self._entries if _kind(entry[1]) == _kind(empty)]
-        lengths = [prompt.shared_prefix(keys) for keys, _ in usable]
+        lengths = [
+            prompt.shared_prefix(keys) if _kind(cache) == _kind(empty) else 0
+            for keys, cache in self._entries
+        ]
         length = max(lengths, default=0)
         if not length:
             return prompt, empty, 0
-        best = usable[lengths.index(length)]
-        self._entries.remove(best)
+        best = self._entries.pop(lengths.index(length))
         self._entries.append(best)
         return prompt, fork(best[1], length, like=empty), length
 
     def embed(self, prompts: Sequence[tuple[Prompt, int]]) -> list[mx.array]:
-        """Embeds prompts after so many known positions of each; images of all of them together.
+        """Embeds prompts after so many cached positions of each; images of all of them together.
 
         Returns:
             list of mx.array: (1, positions, D) of each prompt.
         """
-        new = [prompt.images_after(cached) for prompt, cached in prompts]
+        new = [
+            [image for image in prompt.images if image.positions.start >= cached]
+            for prompt, cached in prompts
+        ]
         features = self._images.features(chain(*new))
         return [
             self.model.embed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,46 +77,3 @@ class GenerationResponse:
             },
             "peak_memory": self.peak_memory,
         }
-
-
-class Meter:
-    """Counts and times one answer from the moment when its prompt has been embedded."""
-
-    def __init__(self, inputs: Inputs, encode_seconds: float, cached_tokens: int = 0) -> None:
-        self._inputs = inputs
-        self._encode_seconds = encode_seconds
-        self._cached_tokens = cached_tokens
-        self._started = time.perf_counter()
-        self._first: float | None = None
-        self._count = 0
-        self._answer = ""
-
-    def response(
-        self, token: int, logprobs: mx.array, text: str, finish_reason: str | None
-    ) -> GenerationResponse:
-        """What to say of the next token, which has just been made."""
-        now = time.perf_counter()
-        self._first = self._first or now
-        self._count += 1
-        self._answer += text
-        prefill_seconds, decode_seconds = self._first - self._started, now - self._first
-        prompt_tokens = self._inputs.input_ids.shape[1]
-        return GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=logprobs,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=(prompt_tokens - self._cached_tokens) / max(prefill_seconds, 1e-9),
-            generation_tokens=self._count,
-            generation_tps=(self._count - 1) / max(decode_seconds, 1e-9),
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish_reason,
-            image_tokens=sum(self._inputs.image_tokens),
-            cached_tokens=self._cached_tokens,
-            preprocess_seconds=self._inputs.seconds,
-            encode_seconds=self._encode_seconds,
-            prefill_seconds=prefill_seconds,
-            decode_seconds=decode_seconds,
-            answer=self._answer,
-            inputs=self._inputs,
-        )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
@@ -40,17 +40,22 @@ def make_sampler(
     """
     if temp == 0:
         return greedy
+    key = None if seed is None else mx.random.key(seed)
 
     def sampler(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        drawn = None
+        if key is not None:
+            key, drawn = mx.random.split(key)
         if 0 < top_p < 1:
             logprobs = keep_top_p(logprobs, top_p)
         if min_p:
             logprobs = keep_min_p(logprobs, min_p)
         if 0 < top_k < logprobs.shape[-1]:
             logprobs = keep_top_k(logprobs, top_k)
-        return mx.random.categorical(logprobs * (1 / temp))
+        return mx.random.categorical(logprobs * (1 / temp), key=drawn)
 
-    return sampler if seed is None else _seeded(sampler, seed)
+    return sampler
 
 
 def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
@@ -77,24 +82,6 @@ def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
 
 def _at_least(logprobs: mx.array, least: mx.array) -> mx.array:
     return mx.where(logprobs < least, -math.inf, logprobs)
-
-
-def _seeded(sampler: Sampler, seed: int) -> Sampler:
-    """A sampler that draws as if nothing else did."""
-    key = mx.random.key(seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        state = cast("list[mx.array]", mx.random.state)
-        others = mx.array(state[0])
-        state[0][:] = key
-        try:
-            return sampler(logprobs)
-        finally:
-            key = mx.array(state[0])
-            state[0][:] = others
-
-    return sample
 
 
 def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProcessor]:

@@ -11,62 +11,11 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_llava.generation.sampling import MAX_TOKENS, LogitsProcessor, Sampler, greedy
-from mlx_llava.model.cache import Cache, RollingKVCache, group_size
+from mlx_llava.model.cache import Cache
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.llama import LanguageModel
 
 PREFILL_STEP = 2048
-
-
-def make_cache(
-    language_model: LanguageModel,
-    prompt_tokens: int,
-    kv_bits: int | None = None,
-    max_kv_size: int | None = None,
-) -> Cache:
-    """An empty cache for one prompt.
-
-    Args:
-        language_model (LanguageModel): The decoder.
-        prompt_tokens (int): The length of the prompt.
-        kv_bits (int, optional): Stores keys and values in 2, 4 or 8 bits (mlx-lm's cache).
-        max_kv_size (int, optional): Stores that many positions at most: the prompt, its system
-            text and pictures with it, and the last ones of the answer.
-
-    Raises:
-        ValueError: The two exclude each other, or do not fit the model or the prompt.
-    """
-    config = language_model.config
-    if max_kv_size is None:
-        if kv_bits is None:
-            return language_model.make_cache()
-        return _quantized_cache(len(language_model.layers), config.dims_per_head, kv_bits)
-    if kv_bits is not None:
-        raise ValueError("A cache has either kv_bits or max_kv_size.")
-    if config.sliding_window is not None:
-        raise ValueError(
-            f"max_kv_size is {max_kv_size}, but this model has a sliding window of its own, "
-            f"{config.sliding_window} tokens."
-        )
-    if max_kv_size <= prompt_tokens:
-        raise ValueError(
-            f"max_kv_size is {max_kv_size} and the prompt, which is kept, has {prompt_tokens} "
-            "tokens; use more, or a shorter prompt."
-        )
-    return [RollingKVCache(max_kv_size, prompt_tokens) for _ in language_model.layers]
-
-
-def _quantized_cache(layers: int, dims: int, bits: int) -> Cache:
-    """mlx-lm's cache of codes, in groups as long as the head allows."""
-    size = group_size(dims)
-    if size is None or bits not in (2, 4, 8):
-        raise ValueError(
-            f"kv_bits is {bits} and a head has {dims} dimensions; known: 2, 4 or 8, for a "
-            "multiple of 32."
-        )
-    from mlx_lm.models.cache import QuantizedKVCache
-
-    return [QuantizedKVCache(size, bits) for _ in range(layers)]
 
 
 def prefill(

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_llava.model.config import TextConfig
 from mlx_llava.model.layers import Mask
 
 Attention: TypeAlias = Callable[..., mx.array]
@@ -197,6 +198,56 @@ def attend(
 
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
     return attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def make_cache(
+    config: TextConfig,
+    prompt_tokens: int = 0,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+) -> Cache:
+    """An empty cache for one prompt.
+
+    Args:
+        config (TextConfig): The decoder's.
+        prompt_tokens (int): The length of the prompt.
+        kv_bits (int, optional): Stores keys and values in 2, 4 or 8 bits (mlx-lm's cache).
+        max_kv_size (int, optional): Stores that many positions at most: the prompt, its system
+            text and pictures with it, and the last ones of the answer.
+
+    Raises:
+        ValueError: The two exclude each other, or do not fit the model or the prompt.
+    """
+    layers = range(config.num_hidden_layers)
+    if max_kv_size is None:
+        if kv_bits is None:
+            return [KVCache() for _ in layers]
+        return _quantized_cache(len(layers), config.dims_per_head, kv_bits)
+    if kv_bits is not None:
+        raise ValueError("A cache has either kv_bits or max_kv_size.")
+    if config.sliding_window is not None:
+        raise ValueError(
+            f"max_kv_size is {max_kv_size}, but this model has a sliding window of its own, "
+            f"{config.sliding_window} tokens."
+        )
+    if max_kv_size <= prompt_tokens:
+        raise ValueError(
+            f"max_kv_size is {max_kv_size} and the prompt, which is kept, has {prompt_tokens} "
+            "tokens; use more, or a shorter prompt."
+        )
+    return [RollingKVCache(max_kv_size, prompt_tokens) for _ in layers]
+
+
+def _quantized_cache(layers: int, dims: int, bits: int) -> Cache:
+    size = group_size(dims)
+    if size is None or bits not in (2, 4, 8):
+        raise ValueError(
+            f"kv_bits is {bits} and a head has {dims} dimensions; known: 2, 4 or 8, for a "
+            "multiple of 32."
+        )
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    return [QuantizedKVCache(size, bits) for _ in range(layers)]
 
 
 def group_size(dims: int) -> int | None:

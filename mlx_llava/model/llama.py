@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlx_llava.model.cache import Cache, KVCache, LayerCache, Rows, attend
+from mlx_llava.model.cache import Cache, LayerCache, Rows, attend, make_cache
 from mlx_llava.model.config import TextConfig
 from mlx_llava.model.layers import Mask, swiglu
 
@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
 
     def make_cache(self) -> Cache:
         """An empty cache for every layer."""
-        return [KVCache() for _ in self.layers]
+        return make_cache(self.config)
 
     def _positions(
         self, L: int, offset: int | list[int], attention_mask: mx.array | None

@@ -13,8 +13,8 @@ from mlx_llava.generate import main
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache, fingerprint
 from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.steps import generate_step, make_cache
-from mlx_llava.model.cache import KVCache, RollingKVCache, nbytes
+from mlx_llava.generation.steps import generate_step
+from mlx_llava.model.cache import KVCache, RollingKVCache, make_cache, nbytes
 from tests.conftest import GOLDENS, PICTURE
 from tests.generation.test_batch import picture
 
@@ -219,7 +219,7 @@ def test_a_quantised_cache_is_close(wide, bits, tolerance):
             for _, logprobs in generate_step(
                 embeddings,
                 model.language_model,
-                cache=make_cache(model.language_model, 0, kv_bits),
+                cache=make_cache(model.config.text_config, 0, kv_bits),
                 max_tokens=3,
             )
         ]

@@ -17,9 +17,8 @@ from mlx_llava.analysis import machine
 from mlx_llava.checkpoint import precision
 from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.generation import memory
-from mlx_llava.generation.steps import make_cache
 from mlx_llava.model import device
-from mlx_llava.model.cache import nbytes
+from mlx_llava.model.cache import make_cache, nbytes
 from mlx_llava.model.quantized import is_quantized
 from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
 
@@ -137,7 +136,7 @@ def test_the_estimate_of_keys_and_values_is_exact():
     inputs = processor("hi", PICTURE)
     length = inputs.input_ids.shape[1]
     for bits in (None, 8, 4):
-        cache = make_cache(model.language_model, length, bits)
+        cache = make_cache(model.config.text_config, length, bits)
         model.language_model(input_embeddings=model.embed(**inputs), cache=cache)
         capacity = cache[0].keys[0].shape[-2] if bits else cache[0].keys.shape[2]
         assert memory.kv_bytes(model.config, capacity, 4, bits) == nbytes(cache)
