@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
+import mlx_llava
 from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
-from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import one_line
 from mlx_llava.generation.json_schema import read_schema
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import MAX_TOKENS, Options
 from mlx_llava.inputs.image_processor import MODES
-from mlx_llava.inputs.processor import Processor
-from mlx_llava.model.llava import Llava
 
 Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 
@@ -67,17 +66,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
-def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Processor]:
-    """Loads what was asked for by `add_model_arguments`; `options` are others of `load`."""
-    return load(
-        args.model,
-        adapter_path=args.adapter_path,
-        template=args.template,
-        image_mode=args.image_mode,
-        dtype=args.dtype,
-        **source_options(args),
-        **options,
-    )
+def load_model(
+    args: argparse.Namespace, **options: Any
+) -> tuple[mlx_llava.Llava, mlx_llava.Processor]:
+    """Loads what was asked for, by all flags that are named as options of `load`.
+
+    Only now is much of the package imported: ``--help`` need not wait for it.
+
+    Args:
+        args (argparse.Namespace): Of a command that has ``--model``.
+        **options: Of `load`, in the place of flags.
+    """
+    known = inspect.signature(mlx_llava.load).parameters
+    flags = {name: value for name, value in vars(args).items() if name in known}
+    return mlx_llava.load(args.model, **{**flags, **options})
 
 
 def say_if_embedded(args: argparse.Namespace) -> None:
@@ -86,17 +88,22 @@ def say_if_embedded(args: argparse.Namespace) -> None:
         print(EMBEDDED_NOTE, file=sys.stderr)
 
 
-def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how to answer, as the fields of `Options`."""
+def add_answer_arguments(parser: argparse.ArgumentParser, max_tokens: int = MAX_TOKENS) -> None:
+    """Adds how to answer, as the fields of `Options`; `max_tokens` is its default."""
     add_options(parser, fields(Options))
+    parser.set_defaults(max_tokens=max_tokens)
 
 
-def answer_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given for `add_answer_arguments`, as the fields of `Options`."""
-    options = given_options(args, fields(Options))
+def answer_options(args: argparse.Namespace) -> Options:
+    """What was given for `add_answer_arguments`.
+
+    Raises:
+        ValueError: A number makes no sense.
+    """
+    given = given_options(args, fields(Options))
     if args.json_schema is not None:
-        options["json_schema"] = read_schema(args.json_schema)
-    return options
+        given["json_schema"] = read_schema(args.json_schema)
+    return Options(**given)
 
 
 @contextmanager
@@ -134,15 +141,7 @@ def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-class ExitCode(Protocol):
-    """A command's ``main``: arguments (default: those of the process) -> exit code."""
-
-    def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Runs the command."""
-        ...
-
-
-def command(main: Main) -> ExitCode:
+def command(main: Main) -> Callable[..., int]:
     """Turns ``main(argv)`` into one that returns an exit code and prints no traceback.
 
     ValueError and OSError are what the library raises for what a user can mend.

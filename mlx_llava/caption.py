@@ -6,17 +6,22 @@ python -m mlx_llava.caption photos --recursive --out captions.jsonl --resume
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
-from mlx_llava.arguments import add_model_arguments, command, load_model, say_if_embedded
+from mlx_llava.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    command,
+    load_model,
+    say_if_embedded,
+)
 from mlx_llava.files import is_same_file, one_line, read_bytes, whole_file
 from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
@@ -27,42 +32,8 @@ from mlx_llava.json_files import JsonLines
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.
 BESIDE = "txt"
-
-
-class Captions(Protocol):
-    """Where captions are kept."""
-
-    def holds(self, file: Path) -> bool:
-        """Whether a file that is no picture may be one of these."""
-        ...
-
-    def done(self) -> set[str]:
-        """The pictures that have one."""
-        ...
-
-    def mend(self) -> None:
-        """Takes away what a kill has left half written.
-
-        Raises:
-            ValueError: There is something that this command did not write.
-        """
-        ...
-
-    def write(self, picture: str, text: str) -> None:
-        """Keeps a caption for good.
-
-        Raises:
-            NotWrittenError: This caption alone cannot be kept.
-        """
-        ...
-
-
-class NotWrittenError(Exception):
-    """One caption cannot be kept; the others may."""
-
-
-def _not_ours(path: Path, unit: str) -> ValueError:
-    return ValueError(f"{path} holds {unit} that this command did not write.")
+_FIELD = '"([^"]*(?:""[^"]*)*)"'
+_ROW = re.compile(f"{_FIELD},{_FIELD}\n")
 
 
 class Lines(JsonLines):
@@ -72,113 +43,106 @@ class Lines(JsonLines):
         super().__init__(path, '{"image": "', errors="surrogateescape")
         self.key = key
 
-    def holds(self, file: Path) -> bool:
-        return is_same_file(file, self.path)
-
     def done(self) -> set[str]:
-        try:
-            lines = [line for _, line in self.read()]
-        except ValueError as error:
-            raise _not_ours(self.path, "lines") from error
-        if not all(isinstance(line, dict) and tuple(line) == ("image", self.key) for line in lines):
-            raise _not_ours(self.path, "lines")
+        """The images that have a line.
+
+        Raises:
+            ValueError: There is something that this command did not write; of all stores.
+        """
+        is_ours = all(line.startswith(self.head) for line in self.whole().splitlines())
+        lines = [line for _, line in self.read()] if is_ours else []
+        if not is_ours or any(tuple(line) != ("image", self.key) for line in lines):
+            raise ValueError(f"{self.path} holds lines that this command did not write.")
         return {line["image"] for line in lines}
 
-    def mend(self) -> None:
-        if not all(line.startswith(self.head) for line in self.whole().splitlines()):
-            raise _not_ours(self.path, "lines")
-        super().mend()
-
-    def write(self, picture: str, text: str) -> None:
-        self.add({"image": picture, self.key: text})
+    def write(self, image: str, text: str) -> None:
+        """Keeps a caption for good."""
+        self.add({"image": image, self.key: text})
 
 
 class Table:
-    """A CSV file with the columns ``image`` and ``text``."""
+    """A CSV file with the columns ``image`` and ``text``, and quotes around all that is in it."""
 
-    columns = ("image", "text")
+    head = '"image","text"\n'
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def holds(self, file: Path) -> bool:
-        return is_same_file(file, self.path)
-
     def done(self) -> set[str]:
-        records, _ = self._records()
-        rows = list(csv.reader(io.StringIO("".join(records), newline="")))
-        head = tuple(rows[0]) if rows else self.columns
-        if head != self.columns or any(len(row) != 2 for row in rows):
-            raise _not_ours(self.path, "rows")
-        return {row[0] for row in rows[1:]}
+        """See `Lines`."""
+        whole, cut = self._read()
+        rows = _ROW.findall(whole)
+        begin = '"' if rows else self.head
+        is_whole = whole == "".join(f'"{image}","{text}"\n' for image, text in rows)
+        is_ours = is_whole and whole.startswith(self.head if rows else "")
+        if not is_ours or not (cut.startswith(begin) or begin.startswith(cut)):
+            raise ValueError(f"{self.path} holds rows that this command did not write.")
+        return {image.replace('""', '"') for image, _ in rows[1:]}
 
     def mend(self) -> None:
-        records, cut = self._records()
-        begins = [_rows(self.columns), *['"'] * len(records)]
-        begin = begins[len(records)]
-        is_ours = all(map(str.startswith, records, begins))
-        if not is_ours or not (cut.startswith(begin) or begin.startswith(cut)):
-            raise _not_ours(self.path, "rows")
+        """Takes away what a kill has left half written."""
+        whole, cut = self._read()
         if cut:
             with whole_file(self.path) as beside:
-                beside.write_bytes("".join(records).encode(errors="surrogateescape"))
+                beside.write_bytes(whole.encode(errors="surrogateescape"))
 
-    def write(self, picture: str, text: str) -> None:
+    def write(self, image: str, text: str) -> None:
+        """Keeps a caption for good."""
         is_new = not self.path.exists() or not self.path.stat().st_size
-        head = [self.columns] if is_new else []
-        rows = _rows(*head, (picture, text))
+        image, text = (field.replace('"', '""') for field in (image, text))
+        rows = f'{self.head if is_new else ""}"{image}","{text}"\n'
         with self.path.open("ab") as file:
             file.write(rows.encode(errors="surrogateescape"))
 
-    def _records(self) -> tuple[list[str], str]:
-        """The whole rows, in which no quotation is open, and what a kill has left of one."""
+    def _read(self) -> tuple[str, str]:
+        """The whole rows, after which no quotation is open, and what a kill has left of one."""
         data = read_bytes(self.path) if self.path.exists() else b""
-        records, record = list[str](), ""
-        for line in re.split(r"(?<=\n)", data.decode(errors="surrogateescape")):
-            record += line
-            if line.endswith("\n") and record.count('"') % 2 == 0:
-                records.append(record)
-                record = ""
-        return records, record
-
-
-def _rows(*rows: tuple[str, str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
-    return buffer.getvalue()
+        text = data.decode(errors="surrogateescape")
+        end = text.rfind("\n") + 1
+        while text.count('"', 0, end) % 2:
+            end = text.rfind("\n", 0, end - 1) + 1
+        return text[:end], text[end:]
 
 
 class TextFiles:
-    """A ``.txt`` beside each picture."""
+    """A ``.txt`` beside each picture, which is there whole or not at all."""
 
-    def __init__(self, pictures: Sequence[str]) -> None:
-        self.pictures = pictures
-
-    def holds(self, file: Path) -> bool:
-        return file.suffix == ".txt"
+    def __init__(self, images: Sequence[str]) -> None:
+        self.files = {image: Path(image).with_suffix(".txt") for image in images}
+        shared = [path for path, count in Counter(self.files.values()).items() if count > 1]
+        if shared:
+            raise ValueError(
+                f"{len(shared)} text files would be shared by pictures, {shared[0]} first; use "
+                "--out captions.jsonl."
+            )
 
     def done(self) -> set[str]:
-        return {picture for picture in self.pictures if _text_file(picture).is_file()}
+        """See `Lines`."""
+        return {image for image, path in self.files.items() if path.is_file()}
 
     def mend(self) -> None:
-        """See `Captions`; a text file is there whole or not at all."""
+        """Nothing is ever half written."""
 
-    def write(self, picture: str, text: str) -> None:
-        path = _text_file(picture)
+    def write(self, image: str, text: str) -> None:
+        """Keeps a caption for good.
+
+        Raises:
+            ValueError: This one cannot be kept; the others may.
+        """
+        path = self.files[image]
         if os.path.lexists(path):  # by somebody else, or under another case of letters
-            raise NotWrittenError(f"There is {path} already.")
+            raise ValueError(f"There is {path} already.")
         try:
             with whole_file(path) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise NotWrittenError(f"{path} cannot be written: {error.strerror}.") from error
+            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _text_file(picture: str) -> Path:
-    return Path(picture).with_suffix(".txt")
+Captions: TypeAlias = Lines | Table | TextFiles
 
 
-def open_captions(out: str, pictures: Sequence[str]) -> Captions:
+def open_captions(out: str, images: Sequence[str]) -> Captions:
     """Where ``--out`` says that captions go.
 
     Raises:
@@ -186,19 +150,12 @@ def open_captions(out: str, pictures: Sequence[str]) -> Captions:
             a text file.
     """
     if out == BESIDE:
-        shared = [path for path, count in Counter(map(_text_file, pictures)).items() if count > 1]
-        if shared:
-            raise ValueError(
-                f"{len(shared)} text files would be shared by pictures, {shared[0]} first; use "
-                "--out captions.jsonl."
-            )
-        return TextFiles(pictures)
-    kinds: dict[str, type[Lines | Table]] = {".jsonl": Lines, ".csv": Table}
+        return TextFiles(images)
     path = Path(out)
-    if path.suffix not in kinds:
+    if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return kinds[path.suffix](path)
+    return Lines(path) if path.suffix == ".jsonl" else Table(path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -220,10 +177,10 @@ def build_parser() -> argparse.ArgumentParser:
         f"{BESIDE} for a text file beside each picture",
     )
     add("--resume", action="store_true", help="go on where an earlier run has ended")
-    add("--max-tokens", "-m", type=int, default=128, help="of a caption (default: %(default)s)")
     add(
         "--batch-size", type=int, default=BATCH_SIZE, help="pictures at once (default: %(default)s)"
     )
+    add_answer_arguments(parser, max_tokens=128)
     add_model_arguments(parser)
     return parser
 
@@ -231,59 +188,69 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
+    from tqdm import tqdm
+
     args = build_parser().parse_args(argv)
+    options = answer_options(args)
     others: set[Path] = set()
-    pictures = find_images(args.pictures, args.recursive, others)
-    captions = open_captions(args.out, pictures)
-    out = Path("captions" if args.out == BESIDE else args.out)
-    errors = Lines(out.with_suffix(".errors.jsonl"), "error")
+    images = find_images(args.pictures, args.recursive, others)
+    captions = open_captions(args.out, images)
+    out = [] if args.out == BESIDE else [Path(args.out)]
+    errors = Lines(Path(out[0] if out else "captions").with_suffix(".errors.jsonl"), "error")
     broken = errors.done()
     done = captions.done() | broken
-    begun = [str(path) for path in (out, errors.path) if path.suffix and path.exists()]
+    begun = [path for path in (*out, errors.path) if path.exists()]
     if (done or begun) and not args.resume:
-        what = begun[0] if begun else f"{len(done)} of {len(pictures)} text files"
+        what = str(begun[0]) if begun else f"{len(done)} of {len(images)} text files"
         raise FileExistsError(f"There is {what} already; --resume goes on.")
     captions.mend()
     errors.mend()
-    from tqdm import tqdm
-
-    rest = [picture for picture in pictures if picture not in done]
-    before = len({*pictures} & done - broken)
-    bar = tqdm(total=len(pictures), initial=len(pictures) - len(rest), unit="picture", disable=None)
-    with bar:
-        for picture, line in caption_all(rest, args):
-            if not _keep(picture, line, captions, errors):
-                broken.add(picture)
-            bar.update()
-    failed = broken & {*pictures}
-    written = len(pictures) - before - len(failed)
-    others = {file for file in others if not (captions.holds(file) or errors.holds(file))}
-    print(_summary(written, before, len(failed), others), file=sys.stderr)
+    rest = [image for image in images if image not in done]
+    before = len({*images} & done - broken)
+    count = {"total": len(images), "initial": len(images) - len(rest), "unit": "picture"}
+    for image, answer in tqdm(caption_all(rest, args, options), **count, disable=None):
+        try:
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            captions.write(image, answer["text"].strip())
+        except ValueError as error:
+            errors.write(image, one_line(error))
+            broken.add(image)
+    failed = len(broken & {*images})
+    counts = {"written": len(images) - before - failed, "done before": before, "failed": failed}
+    ours = [
+        file for file in others if any(is_same_file(file, path) for path in (*out, errors.path))
+    ]
+    ours += [] if out else [file for file in others if file.suffix == ".txt"]
+    print(_summary(counts, others.difference(ours)), file=sys.stderr)
     if failed:
         raise ValueError(
-            f"{len(failed)} of {len(pictures)} pictures have no caption; {errors.path} says why."
+            f"{failed} of {len(images)} pictures have no caption; {errors.path} says why."
         )
 
 
-def _keep(picture: str, line: dict[str, Any], captions: Captions, errors: Lines) -> bool:
-    """Keeps the caption of a picture or its error; returns whether it has a caption."""
-    try:
-        if "error" in line:
-            raise NotWrittenError(line["error"])
-        captions.write(picture, line["text"].strip())
-    except NotWrittenError as error:
-        errors.write(picture, one_line(error))
-        return False
-    return True
+def caption_all(
+    images: Sequence[str], args: argparse.Namespace, options: Options
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each picture in order, with its caption as ``text`` or its ``error``."""
+    if not images:
+        return
+    say_if_embedded(args)
+    generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
+
+    def read(image: str) -> dict[str, Any]:
+        return {"prompt": args.prompt, "images": [image]}
+
+    answers = answer_prompts(images, read, generator, options, system=args.system)
+    yield from zip(images, in_order(answers), strict=True)
 
 
-def _summary(written: int, before: int, failed: int, others: Iterable[Path]) -> str:
+def _summary(counts: Mapping[str, int], skipped: Iterable[Path]) -> str:
     """What has become of everything that was found."""
-    kinds = Counter(map(_kind, others))
-    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    counts = {"written": written, "done before": before, "failed": failed}
+    kinds = Counter(map(_kind, skipped))
     parts = [f"{count} {what}" for what, count in counts.items() if count or what == "written"]
-    return ", ".join([*parts, f"{kinds.total()} skipped" + (f" ({skipped})" if skipped else "")])
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return ", ".join([*parts, f"{kinds.total()} skipped" + (f" ({listed})" if listed else "")])
 
 
 def _kind(file: Path) -> str:
@@ -291,25 +258,6 @@ def _kind(file: Path) -> str:
     if not file.exists():
         return "broken link"
     return "closed folder" if file.is_dir() else file.suffix.lower() or "without ending"
-
-
-def caption_all(
-    pictures: Sequence[str], args: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each picture in order, with its caption as ``text`` or its ``error``."""
-    if not pictures:
-        return
-    say_if_embedded(args)
-    model, processor = load_model(args)
-    generator = BatchGenerator(model, processor, batch_size=args.batch_size)
-    options = Options(max_tokens=args.max_tokens)
-
-    def ask(picture: str) -> dict[str, Any]:
-        return {"prompt": args.prompt, "images": [picture]}
-
-    answers = answer_prompts(pictures, ask, generator, processor, options, system=args.system)
-    for answer in in_order(answers):
-        yield pictures[answer["index"]], answer
 
 
 if __name__ == "__main__":

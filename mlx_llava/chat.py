@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = [Picture.read(image) for image in args.image]
     say_if_embedded(args)
     model, processor = load_model(args)
-    session = Session(model, processor, system=args.system, **answer_options(args))
+    session = Session(model, processor, system=args.system, **vars(answer_options(args)))
     run(Chat(session, pictures))
 
 

@@ -11,15 +11,21 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_llava.analysis.scores import SCORERS
-from mlx_llava.arguments import add_model_arguments, command, load_model
+from mlx_llava.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    answer_options,
+    command,
+    load_model,
+)
 from mlx_llava.checkpoint.hub import EMBEDDED
 from mlx_llava.files import check_not_read, is_file
-from mlx_llava.generation.batch import BatchGenerator
+from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
@@ -43,11 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--answers", type=Path, required=True, metavar="FILE", help="the answer file")
     add("--score", choices=SCORERS, help="score the answers when all are there")
     add("--annotations", type=Path, metavar="PATH", help="the benchmark's own labels")
-    add("--batch-size", type=int, default=8, help="questions at once (default: %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (default: 8)")
     add("--num-chunks", type=int, default=1, help="parts of the questions (default: 1)")
     add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
-    add("--max-tokens", "-m", type=int, default=128, help="of an answer (default: %(default)s)")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
+    add_answer_arguments(parser, max_tokens=128)
     return parser
 
 
@@ -57,13 +63,9 @@ def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
     ScienceQA's file, a list of ``id``, ``conversations`` and perhaps ``image``, is read as the
     original's model_vqa_science.py does.
 
-    Args:
-        path (Path): The file.
-        suffix (str): What to end every text with.
-
     Returns:
-        list of dict: As in the file, with the ``prompt`` that answer files repeat, and the
-        ``place`` in the file.
+        list of dict: As in the file, but for the `suffix` of each text, with the ``prompt`` that
+        answer files repeat, and the ``place`` in the file.
 
     Raises:
         ValueError: It is neither, or it is empty.
@@ -82,14 +84,13 @@ def _read_question(record: Any, place: str, suffix: str) -> dict[str, Any]:
         turns = field(record, "conversations", list, place)
         question_id = field(record, "id", (str, int), place)
         text = field(turns[0] if turns else {}, "value", str, f"{place}, first turn")
-        text = text.replace(IMAGE_TOKEN, "").strip()
-        mark = f"{IMAGE_TOKEN}\n" if image else ""
+        text = text.replace(IMAGE_TOKEN, "").strip() + suffix
+        prompt = f"{IMAGE_TOKEN}\n{text}" if image else text
     else:
         question_id = field(record, "question_id", (str, int), place)
-        text, mark = field(record, "text", str, place), ""
-    text += suffix
-    own = {"question_id": question_id, "text": text, "prompt": mark + text, "image": image}
-    return {**record, **own, "place": place}
+        prompt = text = field(record, "text", str, place) + suffix
+    found = {"question_id": question_id, "text": text, "prompt": prompt, "image": image}
+    return {**record, **found, "place": place}
 
 
 def choose_chunk(items: Sequence[Any], num_chunks: int, index: int) -> Sequence[Any]:
@@ -109,53 +110,17 @@ def identity(record: dict[str, Any]) -> tuple[Any, str]:
     return record["question_id"], record["prompt"]
 
 
-def answer_all(
-    questions: Sequence[dict[str, Any]], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Answers questions in order; yields lines of an answer file, or the ``error`` of one."""
-    model, processor = load_model(args)
-    name = Path(args.model or EMBEDDED).name
-    generator = BatchGenerator(model, processor, batch_size=args.batch_size)
-
-    def ask(question: dict[str, Any]) -> dict[str, Any]:
-        image = question["image"]
-        return {
-            "prompt": [{"role": "user", "content": question["text"]}],
-            "images": [args.image_folder / image] if image else None,
-        }
-
-    options = Options(max_tokens=args.max_tokens)
-    for answer in in_order(answer_prompts(questions, ask, generator, processor, options)):
-        question = questions[answer["index"]]
-        if "error" in answer:
-            yield {"error": f"{question['place']}: {answer['error']}"}
-            continue
-        yield {
-            "question_id": question["question_id"],
-            "prompt": question["prompt"],
-            "text": answer["text"].strip(),
-            "answer_id": uuid.uuid4().hex,
-            "model_id": name,
-            "metadata": {},
-        }
-
-
-def _answer_file(path: Path) -> JsonLines:
-    return JsonLines(path, '{"question_id": ')
-
-
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The answers that are there; a last line that was cut off is none.
+def read_answers(file: JsonLines) -> dict[tuple[Any, str], str]:
+    """The answers that are there, by `identity`; a last line that was cut off is none.
 
     Raises:
         ValueError: A line is no answer.
     """
-    answers = []
-    for place, answer in _answer_file(path).read():
+    answers = {}
+    for place, answer in file.read():
         field(answer, "question_id", (str, int), place)
-        for key in ("prompt", "text"):
-            field(answer, key, str, place)
-        answers.append(answer)
+        field(answer, "prompt", str, place)
+        answers[identity(answer)] = field(answer, "text", str, place)
     return answers
 
 
@@ -170,24 +135,40 @@ def _check_images(questions: Sequence[dict[str, Any]], folder: Path) -> None:
         )
 
 
-def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Adds the answers of some questions to the answer file, as they are made.
+def answer_all(
+    questions: Sequence[dict[str, Any]],
+    file: JsonLines,
+    args: argparse.Namespace,
+    options: Options,
+) -> None:
+    """Adds the answers of some questions to the answer file in order, as they are made.
 
     Raises:
         ValueError: Some have none, for reasons that were said; all others are written.
     """
     from tqdm import tqdm
 
-    file = _answer_file(args.answers)
-    file.mend()
+    def read(question: dict[str, Any]) -> dict[str, Any]:
+        image = question["image"]
+        return {
+            "prompt": [{"role": "user", "content": question["text"]}],
+            "images": [args.image_folder / image] if image else None,
+        }
+
+    generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
+    model_id = Path(args.model or EMBEDDED).name
+    answers = in_order(answer_prompts(questions, read, generator, options))
+    shown = tqdm(answers, total=len(questions), desc="answering", disable=None)
     failed = 0
-    new = answer_all(questions, args)
-    for answer in tqdm(new, total=len(questions), desc="answering", disable=None):
+    file.mend()
+    for question, answer in zip(questions, shown, strict=True):
         if "error" in answer:
-            tqdm.write(answer["error"], sys.stderr)
+            tqdm.write(f"{question['place']}: {answer['error']}", sys.stderr)
             failed += 1
-        else:
-            file.add(answer)
+            continue
+        record = {key: question[key] for key in ("question_id", "prompt")}
+        record |= {"text": answer["text"].strip(), "answer_id": uuid.uuid4().hex}
+        file.add({**record, "model_id": model_id, "metadata": {}})
     if failed:
         raise ValueError(
             f"{failed} of {len(questions)} questions have no answer, for the reasons above; "
@@ -195,32 +176,41 @@ def _write_answers(questions: Sequence[dict[str, Any]], args: argparse.Namespace
         )
 
 
+def score(
+    questions: Sequence[dict[str, Any]], answers: Mapping[Any, str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of a benchmark.
+
+    Raises:
+        ValueError: Some questions have no answer.
+    """
+    missing = {identity(question) for question in questions} - answers.keys()
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(questions)} questions have no answer in {args.answers}; "
+            "answer all chunks into it, or concatenate their files, before --score."
+        )
+    answered = [{**question, "text": answers[identity(question)]} for question in questions]
+    return {"questions": len(questions), **SCORERS[args.score](answered, args.annotations)}
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
+    options = answer_options(args)
     check_not_read(args.answers, [args.questions, args.annotations])
+    suffix = f"\n{SINGLE_PREDICTION}" if args.single_pred_prompt else ""
     questions = read_questions(args.questions, suffix)
     chunk = choose_chunk(questions, args.num_chunks, args.chunk_idx)
-    answered = {identity(answer) for answer in read_answers(args.answers)}
-    open_questions = [question for question in chunk if identity(question) not in answered]
-    if open_questions:
-        _check_images(open_questions, args.image_folder)
-        _write_answers(open_questions, args)
+    file = JsonLines(args.answers, '{"question_id": ')
+    answers = read_answers(file)
+    rest = [question for question in chunk if identity(question) not in answers]
+    if rest:
+        _check_images(rest, args.image_folder)
+        answer_all(rest, file, args, options)
     if args.score:
-        texts = {identity(answer): answer["text"] for answer in read_answers(args.answers)}
-        missing = {identity(question) for question in questions} - texts.keys()
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(questions)} questions have no answer in {args.answers}; "
-                "answer all chunks into it, or concatenate their files, before --score."
-            )
-        answers = [{**question, "text": texts[identity(question)]} for question in questions]
-        figures = SCORERS[args.score](answers, args.annotations)
-        print(json.dumps({"questions": len(questions), **figures}, indent=2))
+        print(json.dumps(score(questions, read_answers(file), args), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Ask about a picture: `generate_step` (ids) -> `stream_generate` (text) -> `generate`.
-
-L tokens of the prompt, D decoder width, V vocabulary.
+"""Ask about pictures: one prompt, or a file of them.
 
     python -m mlx_llava.generate --model llava-hf/llava-1.5-7b-hf --image photo.jpg \\
         --prompt "What is in this picture?"
@@ -90,51 +88,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _from_stdin(args: argparse.Namespace) -> tuple[str, list[Any]]:
-    """The prompt and the images, with ``-`` replaced by what stdin holds."""
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that would not be read."""
+    single = ("image", "json", "show_prompt", "prompt_cache_file", "max_kv_size")
+    given = [f"--{name.replace('_', '-')}" for name in single if getattr(args, name)]
+    if args.prompts_file and given:
+        raise ValueError(f"--prompts-file does not go with {', '.join(given)}.")
+    if args.prompt is not None and args.batch_size is not None:
+        raise ValueError("--batch-size is for --prompts-file.")
+    if args.prompt_cache_file and args.max_kv_size:
+        raise ValueError("--prompt-cache-file does not go with --max-kv-size.")
     if [args.prompt, *args.image].count("-") > 1:
         raise ValueError("Only one of --prompt and --image can be read from stdin.")
-    prompt = args.prompt
-    if prompt == "-":
-        prompt = decode(sys.stdin.buffer.read(), STDIN).strip()
-    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
-    return prompt, images
-
-
-def _report(last: GenerationResponse, load_seconds: float, images: int) -> str:
-    """The lines of timings for people."""
-    lines = []
-    if images:
-        lines.append(f"images: {images}, {last.image_tokens} tokens")
-    lines.append(
-        f"load {load_seconds:.2f} s | preprocess {last.preprocess_seconds:.2f} s | "
-        f"encode {last.encode_seconds:.2f} s"
-    )
-    lines.append(
-        f"prefill {last.prompt_tokens} tokens, {last.prefill_seconds:.2f} s, "
-        f"{last.prompt_tps:.1f} tokens/s | decode {last.generation_tokens} tokens, "
-        f"{last.decode_seconds:.2f} s, {last.generation_tps:.1f} tokens/s"
-    )
-    lines.append(f"peak memory {last.peak_memory:.2f} GB")
-    return "\n".join(lines)
-
-
-def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load_seconds: float) -> str:
-    """The object that ``--json`` prints."""
-    figures = last.figures()
-    figures["timings"] = {"load": load_seconds, **figures["timings"]}
-    answer = {"text": last.answer, "prompt": prompt, "tokens": tokens, **figures}
-    return json.dumps(answer, ensure_ascii=False)
 
 
 def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("raw", "system", "image_position")}
 
 
-def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -> None:
+def _answer_file(
+    args: argparse.Namespace, options: Options, model: Llava, processor: Processor
+) -> None:
     """Prints a line for each prompt of a file."""
-    options = Options(**answer_options(args))
-    options.sampler()
     failed = total = 0
     is_stdin = args.prompts_file == "-"
     name = STDIN if is_stdin else args.prompts_file
@@ -142,10 +117,7 @@ def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -
         size = BATCH_SIZE if args.batch_size is None else args.batch_size
         generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
         lines, read = numbered_lines(file, name), partial(read_line, name)
-        answers = answer_prompts(
-            lines, read, generator, processor, options, **_prompt_options(args)
-        )
-        for answer in answers:
+        for answer in answer_prompts(lines, read, generator, options, **_prompt_options(args)):
             total, failed = total + 1, failed + ("error" in answer)
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     if failed:
@@ -153,10 +125,11 @@ def _answer_file(args: argparse.Namespace, model: Llava, processor: Processor) -
 
 
 def _answer(
-    args: argparse.Namespace, model: Llava, processor: Processor, load_seconds: float
+    args: argparse.Namespace, options: Options, model: Llava, processor: Processor, load: float
 ) -> None:
-    """Prints the answer to the one prompt."""
-    prompt, images = _from_stdin(args)
+    """Prints the answer to the one prompt; loading took `load` seconds."""
+    prompt = args.prompt if args.prompt != "-" else decode(sys.stdin.buffer.read(), STDIN).strip()
+    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     inputs = processor(prompt, images, **_prompt_options(args))
     if args.show_prompt:
         print(*inputs.prompts, sep="\n", file=sys.stderr)
@@ -173,34 +146,38 @@ def _answer(
         kv_bits=args.kv_bits,
         max_kv_size=args.max_kv_size,
         prompt_cache=cache,
-        **answer_options(args),
+        **vars(options),
     ):
         tokens.append(part.token)
         if not args.json:
             print(part.text, end="", flush=True)
-    print(_as_json(prompt, tokens, part, load_seconds) if args.json else "")
+    print(_as_json(prompt, tokens, part, load) if args.json else "")
     if cache is not None:
         cache.save(path)
     if not args.quiet:
-        print(_report(part, load_seconds, len(images)), file=sys.stderr)
+        print(_report(part, load, len(images)), file=sys.stderr)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that would not be read."""
-    single = {
-        "--image": args.image,
-        "--json": args.json,
-        "--show-prompt": args.show_prompt,
-        "--prompt-cache-file": args.prompt_cache_file,
-        "--max-kv-size": args.max_kv_size,
-    }
-    given = [name for name, value in single.items() if value]
-    if args.prompts_file and given:
-        raise ValueError(f"--prompts-file does not go with {', '.join(given)}.")
-    if args.prompt is not None and args.batch_size is not None:
-        raise ValueError("--batch-size is for --prompts-file.")
-    if args.prompt_cache_file and args.max_kv_size:
-        raise ValueError("--prompt-cache-file does not go with --max-kv-size.")
+def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load: float) -> str:
+    """The object that ``--json`` prints."""
+    figures = last.figures()
+    figures["timings"] = {"load": load, **figures["timings"]}
+    answer = {"text": last.answer, "prompt": prompt, "tokens": tokens, **figures}
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _report(last: GenerationResponse, load: float, images: int) -> str:
+    """The lines of timings for people."""
+    lines = [f"images: {images}, {last.image_tokens} tokens"] if images else []
+    lines += [
+        f"load {load:.2f} s | preprocess {last.preprocess_seconds:.2f} s | "
+        f"encode {last.encode_seconds:.2f} s",
+        f"prefill {last.prompt_tokens} tokens, {last.prefill_seconds:.2f} s, "
+        f"{last.prompt_tps:.1f} tokens/s | decode {last.generation_tokens} tokens, "
+        f"{last.decode_seconds:.2f} s, {last.generation_tps:.1f} tokens/s",
+        f"peak memory {last.peak_memory:.2f} GB",
+    ]
+    return "\n".join(lines)
 
 
 @command
@@ -208,21 +185,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     _check(args)
+    options = answer_options(args)
     if args.quiet:
         logging.getLogger("mlx_llava").setLevel(logging.ERROR)
     else:
         say_if_embedded(args)
     started = time.perf_counter()
-    model, processor = load_model(
-        args,
-        vision_dtype=args.vision_dtype,
-        projector_dtype=args.projector_dtype,
-        vision_device=args.vision_device,
-    )
+    model, processor = load_model(args)
     if args.prompts_file is None:
-        _answer(args, model, processor, time.perf_counter() - started)
+        _answer(args, options, model, processor, time.perf_counter() - started)
     else:
-        _answer_file(args, model, processor)
+        _answer_file(args, options, model, processor)
 
 
 if __name__ == "__main__":

@@ -138,8 +138,7 @@ class Settings:
         root = None if args.image_root is None else expand_home(args.image_root)
         if root is not None and not root.is_dir():
             raise ValueError(f"--image-root is {root}, which is no folder.")
-        defaults = Options(**answer_options(args))
-        defaults.sampler()
+        defaults = answer_options(args)
         limits = Limits(
             body_bytes=args.max_body * MEGA,
             images=args.max_images,

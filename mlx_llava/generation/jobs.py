@@ -118,7 +118,6 @@ def answer_prompts(
     prompts: Iterable[T],
     read: Callable[[T], Mapping[str, Any]],
     generator: BatchGenerator,
-    processor: Processor,
     defaults: Options,
     **prompt_options: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -129,7 +128,6 @@ def answer_prompts(
         read (callable): One of them -> ``prompt``, and perhaps ``images`` (a list), ``id``, and
             fields of `Options` for it alone.
         generator (BatchGenerator): Answers them.
-        processor (Processor): Prepares them.
         defaults (Options): For what one does not say.
         **prompt_options: ``raw``, ``system``, ``image_position`` of `Processor`.
 
@@ -144,7 +142,8 @@ def answer_prompts(
         data = read(prompt)
         records[index] |= {"id": data["id"]} if "id" in data else {}
         options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
-        return processor(data["prompt"], data.get("images"), **prompt_options), options
+        inputs = generator.processor(data["prompt"], data.get("images"), **prompt_options)
+        return inputs, options
 
     requests = (partial(prepare, *numbered) for numbered in enumerate(prompts))
     for index, outcome in _answer_each(generator, requests):

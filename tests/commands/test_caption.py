@@ -288,8 +288,12 @@ def test_what_somebody_else_wrote_is_not_gone_on_with(name, content, drawings, c
         (["in/a.png", "--out", "captions.json"], "must end in .jsonl or .csv, or be txt"),
         (["in", "--out", "txt"], "1 text files would be shared by pictures"),
         (["in/a.png", "--batch-size", "0"], "The batch size is 0"),
+        (["in/a.png", "--temp", "-1", "--model", "never read"], "temp is -1.0"),
         (["in/a.png", "--out", "other.csv"], "holds rows that this command did not write"),
-        (["in/a.png", "--out", "theirs.csv"], "There is theirs.csv already; --resume goes on"),
+        (
+            ["in/a.png", "--out", "theirs.csv"],
+            "theirs.csv holds rows that this command did not write",
+        ),
         (["in/a.png", "--out", "other.jsonl"], "lines that this command did not write"),
     ],
 )

@@ -90,6 +90,14 @@ def test_what_is_answered_is_not_asked_again(folder, capsys):
     assert len(answers(folder)) == 4
 
 
+def test_options_of_answers_are_those_of_generate(folder, capsys):
+    stop = expected()[0][2:5]
+    assert run(folder, "--stop", stop) == 0
+    assert answers(folder)[0]["text"] == expected()[0].partition(stop)[0].strip()
+    assert run(folder, "--top-p", "2", "--model", "never read") == 2
+    assert "top_p is 2.0" in capsys.readouterr().err
+
+
 def test_what_is_read_is_not_written(folder, capsys):
     before = (folder / "q.jsonl").read_bytes()
     (folder / "link.jsonl").symlink_to("q.jsonl")
