@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import mlx.core as mx
 import pytest
 
+from mlx_llava.model import linux_cpu
 from tests.sites import internet, tls  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +21,7 @@ GOLDENS = ROOT / "tests" / "goldens"
 PICTURE = GOLDENS / "picture.png"
 #: `load` where a test is about the numbers of a checkpoint, not about those of the device.
 load_as_stored = partial(load, as_stored=True)
+MACHINES = ("mac", "linux")
 SHARED = Path(os.environ.get("MLX_LLAVA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -68,11 +72,28 @@ def loaded_next():
     return load(GOLDENS / "llava_next")
 
 
-@pytest.fixture(params=[True, False], ids=["ahead", "in step"])
-def queueing(request, monkeypatch):
-    """As on a GPU, and as on a CPU."""
-    for module in ("generation.steps", "generation.batch"):
-        monkeypatch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: request.param)
+@contextmanager
+def as_on(machine: str) -> Iterator[None]:
+    """Computes as another machine does, also what is loaded already.
+
+    Args:
+        machine (str): ``mac``, where every operation is MLX's own and steps are queued ahead, or
+            ``linux``, where NumPy does what it can: here even what is small.
+    """
+    is_mac = machine == "mac"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linux_cpu, "NUMPY", linux_cpu.NUMPY and not is_mac)
+        patch.setattr(linux_cpu, "SMALLEST", 0)
+        for module in ("generation.steps", "generation.batch"):
+            patch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: is_mac)
+        yield
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request) -> Iterator[str]:
+    """As on a Mac, and as on Linux's CPU."""
+    with as_on(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["loaded", "loaded_next"])

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import linux_cpu
+from tests.conftest import as_on
 
 FUSED = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
 #: What Metal does without a kernel. A reshaping copies where an array is not in order; what
@@ -29,12 +29,11 @@ VIEWS = {
 
 @contextmanager
 def on_metal(*models: nn.Module) -> Iterator[None]:
-    """Makes every operation MLX's own, and the fused ones of some models one node.
+    """Computes as on a Mac, and makes the fused operations of some models one node.
 
     Numbers are wrong meanwhile; shapes and dtypes are right.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linux_cpu, "NUMPY", False)
+    with as_on("mac"), pytest.MonkeyPatch.context() as patch:
         nodes = {getattr(mx.fast, name): _one_node(getattr(mx.fast, name)) for name in FUSED}
         for name, node in zip(FUSED, nodes.values(), strict=True):
             patch.setattr(mx.fast, name, node)

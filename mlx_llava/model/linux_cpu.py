@@ -37,6 +37,7 @@ BLOCK = 1 << 18
 EXP = 32
 #: Up to so many rows, products of a matrix and a vector are faster than one of matrices.
 FEW = 4
+#: Whether this file does anything. Read at every call: False makes all operations MLX's own.
 NUMPY = sys.platform == "linux" and os.environ.get("MLX_LLAVA_BLAS") != "off"
 
 

@@ -55,6 +55,7 @@ def read_csv(path: Path) -> list[tuple[str, ...]]:
         return [tuple(row) for row in csv.reader(file)]
 
 
+@pytest.mark.usefixtures("machine")
 def test_lines(drawings, expected, tmp_path, capsys):
     out = tmp_path / "new" / "captions.jsonl"
     assert main([str(drawings), "--recursive", "--out", str(out)]) == 2

@@ -23,7 +23,7 @@ from tests.conftest import GOLDENS, PICTURE
 MODEL = str(GOLDENS / "llava")
 
 
-pytestmark = pytest.mark.usefixtures("queueing")
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 def picture(seed: int, size=(40, 30)) -> Image.Image:

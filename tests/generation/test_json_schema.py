@@ -130,7 +130,7 @@ def test_bytes_of_ids_are_those_of_the_text(tiny, llama, text):
     assert llama.bytes_of(10**6) == b""
 
 
-@pytest.mark.usefixtures("queueing")
+@pytest.mark.usefixtures("machine")
 def test_what_the_model_would_have_said_is_left_alone(tiny):
     """A schema that allows the answer gives that answer, in quotes."""
     shapes = Image.open(embedded_model() / "examples" / "shapes.png")
@@ -140,7 +140,7 @@ def test_what_the_model_would_have_said_is_left_alone(tiny):
     assert json.loads(generate(*tiny, question, shapes, json_schema=schema)) == said == "red"
 
 
-@pytest.mark.usefixtures("queueing")
+@pytest.mark.usefixtures("machine")
 def test_rows_of_a_batch_follow_their_own(tiny):
     schemas = [SCHEMA, {"const": 7}, None, ANY_OBJECT]
     prompts = ["Describe the picture.", "How many?", "What colour is it?", "Describe it."]
@@ -155,7 +155,7 @@ def test_rows_of_a_batch_follow_their_own(tiny):
     assert answers[1] == "7"
 
 
-@pytest.mark.usefixtures("queueing")
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_row_that_fails_leaves_the_others_alone(tiny, monkeypatch, is_removed):
     model, processor = tiny

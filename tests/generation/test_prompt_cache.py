@@ -20,7 +20,7 @@ from tests.generation.test_batch import picture
 
 MODEL = str(GOLDENS / "llava")
 
-pytestmark = pytest.mark.usefixtures("queueing")
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def embeddings(model, processor) -> mx.array:
     return model.embed(**processor(QUESTION, PICTURE))
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("step", [1, 2, 7, 39, 40, 41, 1000])
 def test_chunked_prefill_is_one_pass(both, step):
     model, processor = both
@@ -43,6 +44,7 @@ def test_chunked_prefill_is_one_pass(both, step):
     assert cache[0].offset == x.shape[1]
 
 
+@pytest.mark.usefixtures("machine")
 def test_cached_decoding_is_decoding_without_a_cache(both):
     model, processor = both
     x = embeddings(model, processor)
@@ -54,6 +56,7 @@ def test_cached_decoding_is_decoding_without_a_cache(both):
         assert int(mx.argmax(logits)) == token
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_cache_continues_a_conversation(loaded):
     model, processor = loaded
     x = embeddings(model, processor)
@@ -138,6 +141,7 @@ def test_responses_tell_what_happened(loaded):
     assert text == processor.tokenizer.decode([part.token for part in parts])
 
 
+@pytest.mark.usefixtures("machine")
 def test_images_may_be_given_in_every_way(loaded):
     model, processor = loaded
     picture = Image.open(PICTURE).convert("RGB")
@@ -199,6 +203,7 @@ def test_numbers_that_no_sampler_takes_are_refused(loaded, option, message):
         generate(*loaded, QUESTION, **{"temp": 1.0, "seed": 2**64 - 1, **option}, max_tokens=1)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_the_narrowest_sampling_is_greedy(loaded, options):
     model, processor = loaded
@@ -375,6 +380,7 @@ def in_thread(function, *args, **kwargs):
         return pool.submit(run).result()
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_model_works_in_any_thread(golden):
     """As web frameworks use it, which answer in other threads than the one that loaded it."""
     model, processor = in_thread(load, golden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from PIL import Image
 
 from mlx_llava import load
@@ -13,6 +14,7 @@ from tests.conftest import GOLDENS, PICTURE
 TOLERANCE = 3e-5
 
 
+@pytest.mark.usefixtures("machine")
 def test_golden_numbers_are_reproduced(golden):
     expected, metadata = mx.load(str(golden.with_suffix(".safetensors")), return_metadata=True)
     model, processor = load(golden)
@@ -41,6 +43,7 @@ def test_features_of_a_picture_do_not_depend_on_its_neighbours(loaded_next):
         assert mx.abs(own - feature).max() < 1e-5
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_row_of_a_batch_is_the_row_alone(loaded):
     model, processor = loaded
     image = Image.open(PICTURE)

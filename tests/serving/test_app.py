@@ -446,7 +446,8 @@ class TestConversation:
 
 
 class TestManyAtOnce:
-    def test_every_answer_is_that_of_its_single_run(self, served, tiny):
+    @pytest.mark.usefixtures("machine")
+    def test_every_answer_is_that_of_its_single_run(self, tiny):
         questions = [
             (colour, question, seed)
             for seed, colour in enumerate(("red", "green", "blue", "yellow"))
@@ -456,12 +457,12 @@ class TestManyAtOnce:
         def run(item):
             colour, question, seed = item
             options = {"temperature": 0.7, "seed": seed} if seed % 2 else {}
-            with served.client() as client:
+            with fresh.client() as client:
                 picture = Image.new("RGB", (60, 60), colour)
                 reply = ask(client, picture, question, max_tokens=30, **options)
                 return reply.choices[0].message.content
 
-        with ThreadPoolExecutor(12) as pool:
+        with serving() as fresh, ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(run, questions))
         for (colour, question, seed), answer in zip(questions, answers, strict=True):
             options = {"temp": 0.7, "seed": seed} if seed % 2 else {}
