@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,37 +36,45 @@ LARGEST_SQUARE = 1 << 24
 Box: TypeAlias = tuple[float, float, float, float]
 
 
-def shortest_edge_size(size: Size, side: int) -> Size:
+class View(NamedTuple):
+    """A way to resize an image, and the squares of it that become tiles.
+
+    Attributes:
+        frame: the image's size with what is padded around it before it is resized.
+        size: what the frame is resized to.
+        corners: where squares begin in that, (top, left); what lies beyond it is black.
+    """
+
+    frame: Size
+    size: Size
+    corners: Sequence[tuple[int, int]]
+
+
+def _shortest_edge(size: Size, side: int) -> Size:
     """The size with a shorter edge of `side`; the longer one is truncated, not rounded."""
     longer = int(side * max(size) / min(size))
     return (longer, side) if size[1] <= size[0] else (side, longer)
 
 
-def center_corner(size: Size, window: Size) -> tuple[int, int]:
+def _center(size: Size, window: Size) -> tuple[int, int]:
     """Where a window in the middle begins, (top, left)."""
     # Floor division as in transformers.image_transforms.center_crop, also where negative.
     return (size[0] - window[0]) // 2, (size[1] - window[1]) // 2
 
 
-def center_crop(image: Image.Image, side: int) -> Image.Image:
-    """Cuts a square out of the middle; what lies outside the picture is black."""
-    top, left = center_corner((image.height, image.width), (side, side))
-    return image.crop((left, top, left + side, top + side))
-
-
-def resize_square(
+def _resize_square(
     image: Image.Image, size: Size, background: tuple[int, ...], resample: Image.Resampling
 ) -> Image.Image:
-    """Centres the picture on a square of its longer side (LLaVA's expand2square), and resizes it.
+    """Centres the image on a square of its longer side (LLaVA's expand2square), and resizes it.
 
-    The square of a panorama is far larger than the picture and is never made: Pillow resizes
+    The square of a panorama is far larger than the image and is never made: Pillow resizes
     each row by itself, to 8 bits, and then the columns, so that strips give the same bits. (Where
     `size` is no square, it may take columns first, and some bits differ by one.)
     """
     height, width = size
     side = max(image.size)
     check_pixels((width, side), MAX_PIXELS, "The padded image")
-    top, left = center_corner((side, side), (image.height, image.width))
+    top, left = _center((side, side), (image.height, image.width))
     if side * side <= LARGEST_SQUARE:
         square = Image.new("RGB", (side, side), background)
         square.paste(image, (left, top))
@@ -80,27 +89,13 @@ def resize_square(
     return narrow.resize((width, height), resample)
 
 
-def fitted_size(size: Size, canvas: Size) -> Size:
+def _fitted(size: Size, canvas: Size) -> Size:
     """The largest size of the same proportions that fits a canvas."""
     (height, width), (rows, columns) = size, canvas
     by_width, by_height = columns / width, rows / height
     if by_width < by_height:
         return min(math.ceil(height * by_width), rows), columns
     return rows, min(math.ceil(width * by_height), columns)
-
-
-def anyres_canvas(image: Image.Image, canvas: Size, resample: Image.Resampling) -> Image.Image:
-    """Fits the picture into (height, width) and centres it on black."""
-    height, width = fitted_size((image.height, image.width), canvas)
-    black = Image.new("RGB", canvas[::-1])
-    top, left = center_corner(canvas, (height, width))
-    black.paste(image.resize((width, height), resample), (left, top))
-    return black
-
-
-def tile_corners(canvas: Size, side: int) -> list[tuple[int, int]]:
-    """Where the square tiles of a canvas begin, (top, left), row by row."""
-    return [(top, left) for top in range(0, canvas[0], side) for left in range(0, canvas[1], side)]
 
 
 def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
@@ -112,12 +107,6 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
     if set(size) == {"height", "width"}:
         return size["height"], size["width"]
     raise ValueError(f"The image processor's {key}={size!r} is not supported.")
-
-
-def _shown(size: Size, resized: Size, corner: tuple[int, int], side: int) -> Box:
-    """What a square of a resized picture, its (top, left) given, shows of the picture."""
-    (top, left), (down, across) = corner, (size[0] / resized[0], size[1] / resized[1])
-    return left * across, top * down, (left + side) * across, (top + side) * down
 
 
 @dataclass(frozen=True)
@@ -143,12 +132,7 @@ class ImageProcessor:
     def from_config(
         cls, data: Mapping[str, Any] | None, config: LlavaConfig, mode: str | None = None
     ) -> ImageProcessor:
-        """Reads the content of preprocessor_config.json; None takes CLIP's own values.
-
-        Args:
-            data (dict, optional): The processor's settings.
-            config (LlavaConfig): The model that will read the pixels.
-            mode (str, optional): Overrides how pictures are cut.
+        """Reads preprocessor_config.json, whose defaults are CLIP's; `mode` overrides its way.
 
         Raises:
             ValueError: A setting is not supported or does not fit the model.
@@ -198,8 +182,7 @@ class ImageProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         """The preprocessor_config.json that says the same."""
-        side = self.config.vision_config.image_size
-        size = self.size
+        side, size = self.config.vision_config.image_size, self.size
         names = {"crop": "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
         data: dict[str, Any] = {
             "image_processor_type": f"{names[self.mode]}ImageProcessor",
@@ -223,47 +206,48 @@ class ImageProcessor:
         return self.normalize(np.stack([np.asarray(tile) for tile in tiles]))
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
-        """One S x S tile, or for anyres the squashed whole picture and then its tiles."""
-        side = self.config.vision_config.image_size
-        if self.mode == "anyres":
-            canvas = canvas_size((image.height, image.width), self.config)
-            whole = anyres_canvas(image, canvas, self.resample)
-            boxes = [(x, y, x + side, y + side) for y, x in tile_corners(canvas, side)]
-            return [image.resize((side, side), self.resample), *map(whole.crop, boxes)]
-        if self.mode == "pad":
-            size = self._resized_size((max(image.size),) * 2)
-            # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
-            background = tuple(int(mean * 255) for mean in self.mean)
-            resized = resize_square(image, size, background, self.resample)
-        else:
-            height, width = self._resized_size((image.height, image.width))
-            check_pixels((width, height), MAX_PIXELS, "The resized image")
-            resized = image.resize((width, height), self.resample)
-        return [center_crop(resized, side)]
-
-    def _resized_size(self, size: Size) -> Size:
-        return shortest_edge_size(size, self.size) if isinstance(self.size, int) else self.size
+        """One S x S tile, or for anyres the squashed whole image and then its tiles."""
+        side, tiles = self.config.vision_config.image_size, []
+        for view in self._views((image.height, image.width)):
+            resized = self._resize(image, view.size)
+            tiles += [resized.crop((x, y, x + side, y + side)) for y, x in view.corners]
+        return tiles
 
     def tile_boxes(self, size: Size) -> list[Box]:
-        """Which part of a picture of (height, width) each of its `tiles` shows.
+        """Which part of an image of (height, width) each of its `tiles` shows.
 
         Returns:
-            list[Box]: In the picture's own pixels; what lies beyond its edges is padding.
+            In the image's own pixels; what lies beyond its edges is padding.
         """
+        side, boxes = self.config.vision_config.image_size, list[Box]()
+        for frame, resized, corners in self._views(size):
+            above, beside = _center(frame, size)
+            down, across = frame[0] / resized[0], frame[1] / resized[1]
+            for y, x in corners:
+                left, top = x * across - beside, y * down - above
+                boxes.append((left, top, left + side * across, top + side * down))
+        return boxes
+
+    def _views(self, size: Size) -> list[View]:
         side = self.config.vision_config.image_size
-        height, width = size
         if self.mode == "anyres":
-            canvas = canvas_size(size, self.config)
-            fitted = fitted_size(size, canvas)
-            above, beside = center_corner(canvas, fitted)
-            corners = [(y - above, x - beside) for y, x in tile_corners(canvas, side)]
-            return [(0, 0, width, height), *(_shown(size, fitted, c, side) for c in corners)]
-        framed = (max(size),) * 2 if self.mode == "pad" else size
-        above, beside = center_corner(framed, size)
-        resized = self._resized_size(framed)
-        corner = center_corner(resized, (side, side))
-        left, top, right, bottom = _shown(framed, resized, corner, side)
-        return [(left - beside, top - above, right - beside, bottom - above)]
+            rows, columns = canvas = canvas_size(size, self.config)
+            fitted = _fitted(size, canvas)
+            above, beside = _center(canvas, fitted)
+            grid = product(range(0, rows, side), range(0, columns, side))
+            corners = [(y - above, x - beside) for y, x in grid]
+            return [View(size, (side, side), [(0, 0)]), View(size, fitted, corners)]
+        frame = (max(size),) * 2 if self.mode == "pad" else size
+        resized = _shortest_edge(frame, self.size) if isinstance(self.size, int) else self.size
+        return [View(frame, resized, [_center(resized, (side, side))])]
+
+    def _resize(self, image: Image.Image, size: Size) -> Image.Image:
+        if self.mode == "pad":
+            # int() as in LLaVA's mm_utils.py: (122, 116, 104) for CLIP's mean, not rounded.
+            background = tuple(int(mean * 255) for mean in self.mean)
+            return _resize_square(image, size, background, self.resample)
+        check_pixels(size[::-1], MAX_PIXELS, "The resized image")
+        return image.resize(size[::-1], self.resample)
 
     def normalize(self, pixels: npt.NDArray[np.uint8]) -> Pixels:
         """Maps uint8 (..., 3) to normalised float32, through a table of the 256 levels.
