@@ -51,12 +51,12 @@ from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import MANIFEST, new_folder
-from mlx_llava.inputs.byte_bpe import GPT_2
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.tokenizer import BYTES_OF
 from mlx_llava.inputs.tokenizer import Tokenizer as LlavaTokenizer
+from mlx_llava.inputs.vocabulary import GPT_2
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.recipe import make_schedule, unfreeze_tower

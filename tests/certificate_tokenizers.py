@@ -16,7 +16,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from mlx_llava.checkpoint.verify import QUESTION
-from mlx_llava.inputs.sentencepiece import UNUSED, USER_DEFINED
+from mlx_llava.inputs.vocabulary import UNUSED, USER_DEFINED
 from tests import layouts, tiny
 from tests.conftest import SHARED
 from tests.inputs.test_chat_template import RENDERED

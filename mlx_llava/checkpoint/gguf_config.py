@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_llava.checkpoint.contents import preprocessing
-from mlx_llava.inputs.byte_bpe import begins_with_bos, spec_from_byte_bpe
-from mlx_llava.inputs.sentencepiece import NORMAL, Piece, spec_from_pieces
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
+from mlx_llava.inputs.vocabulary import (
+    NORMAL,
+    Piece,
+    begins_with_bos,
+    spec_from_byte_bpe,
+    spec_from_pieces,
+)
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

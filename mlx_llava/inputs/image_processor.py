@@ -266,8 +266,12 @@ class ImageProcessor:
         levels = (pixels * std + mean) / self.rescale_factor
         return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
+    def num_tiles(self, size: Size) -> int:
+        """How many `tiles` an image of (height, width) has."""
+        return sum(len(view.corners) for view in self._views(size))
+
     def num_tokens(self, size: Size) -> int:
-        """How many positions a picture of (height, width) takes in the prompt."""
+        """How many positions an image of (height, width) takes in the prompt."""
         if self.mode == "anyres":
             return num_tokens(size, self.config)
         # LLaVA 1.6 ends a lone tile with a newline.

@@ -1,4 +1,4 @@
-"""Prompt and pictures -> what the model reads.
+"""Prompt and images -> what the model reads.
 
 B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N tiles.
 """
@@ -23,13 +23,10 @@ from mlx_llava.inputs.messages import Conversation, Message, read_messages
 from mlx_llava.inputs.template_choice import choose_template
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
-from mlx_llava.model.anyres import Size, num_tiles
+from mlx_llava.model.anyres import Size
 from mlx_llava.model.config import LlavaConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
-
-#: Any id will do where the attention mask is 0; 0 is in every vocabulary.
-_PADDING_ID = 0
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,14 @@ class Inputs:
 
     Attributes:
         input_ids: int32 (B, L), one placeholder id for each image feature.
-        pixel_values: float32 (N, S, S, 3), all tiles of all pictures in reading order.
-        image_sizes: the (height, width) of each picture, where the model cuts into tiles.
+        pixel_values: float32 (N, S, S, 3), all tiles of all images in reading order.
+        image_sizes: the (height, width) of each image, where the model cuts into tiles.
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
-        prompts: the texts as the model reads them, each picture as ``<image x COUNT>``.
-        image_tokens: how many placeholders each picture takes.
-        image_tiles: how many of the tiles are each picture's.
+        prompts: the texts as the model reads them, each image as ``<image x COUNT>``.
+        image_tokens: how many placeholders each image takes.
+        image_tiles: how many of the tiles are each image's.
         seconds: how long all of this took to prepare.
-        image_processor: what cut the pictures.
+        image_processor: what cut the images.
     """
 
     input_ids: Ids
@@ -68,7 +65,7 @@ class Inputs:
         return getattr(self, key)
 
     def tiles(self) -> list[Image.Image]:
-        """The tiles as pictures: all that the model sees of what was given."""
+        """The tiles as images: all that the model sees of what was given."""
         if self.pixel_values is None:
             return []
         pixels = self.image_processor.denormalize(self.pixel_values)
@@ -76,19 +73,12 @@ class Inputs:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the tiles, the prompts, the shapes."""
-        shapes = {
-            key: "x".join(map(str, self[key].shape))
-            for key in ("input_ids", "pixel_values", "attention_mask")
-            if self[key] is not None
-        }
-        tiles = (
-            {"image_tokens": ", ".join(map(str, self.image_tokens))} if self.image_tokens else {}
-        )
-        return (
-            display.pictures(self.tiles())
-            + display.texts(self.prompts)
-            + display.table({**shapes, **tiles})
-        )
+        arrays = {key: self[key] for key in ("input_ids", "pixel_values", "attention_mask")}
+        rows = {k: "x".join(map(str, a.shape)) for k, a in arrays.items() if a is not None}
+        if self.image_tokens:
+            rows["image_tokens"] = ", ".join(map(str, self.image_tokens))
+        shown = display.pictures(self.tiles()), display.texts(self.prompts), display.table(rows)
+        return "".join(shown)
 
 
 class Processor:
@@ -106,26 +96,25 @@ class Processor:
         tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         template: ChatTemplate | None = None,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Iterable[int] = (),
     ) -> None:
         """Puts the parts together.
 
         Args:
-            config (LlavaConfig): The model's config.
-            tokenizer (Tokenizer): Its tokenizer.
-            image_processor (ImageProcessor): Its way with pictures.
-            template (ChatTemplate, optional): Default: `choose_template`.
-            eos_ids (sequence of int): Ends of answer beyond config's and tokenizer's.
+            config: The model's config.
+            tokenizer: Its tokenizer.
+            image_processor: What cuts its images.
+            template: Default: `choose_template`.
+            eos_ids: Ends of answer beyond config's, tokenizer's and template's.
         """
         self.config = config
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.template = template or choose_template(config, tokenizer)
         self.context_length = config.text_config.context_length
-        special = tokenizer.special_tokens
-        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        ends = [special[stop] for stop in self.template.stops if stop in special]
-        self.eos_ids = frozenset((*eos_ids, *config.eos_token_id, *own, *ends))
+        ends = {tokenizer.special_tokens.get(stop) for stop in self.template.stops}
+        ends |= {*eos_ids, *config.eos_token_id, tokenizer.eos_id}
+        self.eos_ids = frozenset(end for end in ends if end is not None)
 
     def with_template(self, name: str) -> Processor:
         """The same with a built-in template.
@@ -133,10 +122,8 @@ class Processor:
         Raises:
             ValueError: There is none of that name.
         """
-        template = get_template(name)
-        return Processor(
-            self.config, self.tokenizer, self.image_processor, template, [*self.eos_ids]
-        )
+        parts = (self.config, self.tokenizer, self.image_processor)
+        return Processor(*parts, get_template(name), self.eos_ids)
 
     def __call__(
         self,
@@ -150,18 +137,16 @@ class Processor:
         """Prepares one prompt, or a batch of them.
 
         Args:
-            prompt (str, list of dict, or a list of these): A question, a conversation in
-                OpenAI's shape, or a list of prompts for a batch.
-            images (image or list of images, optional): Pictures as `load_image` takes them.
-                For a batch, one list (or None) for each prompt.
-            raw (bool): The prompt is the whole text already, with its ``<image>`` marks and
-                special tokens; no template is applied.
-            system (str, optional): Replaces the template's system text.
-            image_position (str): ``start`` or ``end``: where pictures without a mark go in
-                their turn.
+            prompt: A question, a conversation in OpenAI's shape, or a list of prompts for a batch.
+            images: Images as `load_image` takes them. For a batch, one list (or None) for each
+                prompt.
+            raw: The prompt is the whole text already, with its ``<image>`` marks and special
+                tokens; no template is applied.
+            system: Replaces the template's system text.
+            image_position: ``start`` or ``end``: where images without a mark go in their turn.
 
         Returns:
-            Inputs: For ``model(**inputs)`` or ``model.embed(**inputs)``.
+            For ``model(**inputs)`` or ``model.embed(**inputs)``.
 
         Raises:
             ValueError: Marks and images do not match, or an image cannot be read.
@@ -170,28 +155,45 @@ class Processor:
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
         started = time.perf_counter()
         texts: list[str] = []
-        pictures: list[Any] = []
-        for conversation, given in _rows(prompt, images):
-            text, own = self._render(conversation, given, raw, system, image_position)
+        sources: list[Any] = []
+        for conversation, beside in _rows(prompt, images):
+            text, own = self._render(conversation, beside, raw, system, image_position)
             texts.append(text)
-            pictures += own
-        return self._inputs(texts, [load_image(picture) for picture in pictures], started)
+            sources += own
+        loaded = [load_image(source) for source in sources]
+        sizes = tuple((image.height, image.width) for image in loaded)
+        counts = tuple(map(self.image_processor.num_tokens, sizes))
+        ids, mask = self._ids(texts, counts)
+        is_anyres = self.image_processor.mode == "anyres"
+        folded = iter(counts)
+        return Inputs(
+            input_ids=ids,
+            pixel_values=self.image_processor(loaded) if loaded else None,
+            image_sizes=sizes if loaded and is_anyres else None,
+            attention_mask=None if mask.all() else mask,
+            prompts=tuple(self._fold(text, folded) for text in texts),
+            image_tokens=counts,
+            image_tiles=tuple(map(self.image_processor.num_tiles, sizes)),
+            seconds=time.perf_counter() - started,
+            image_processor=self.image_processor,
+        )
 
     def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
-        """How many tokens a prompt takes; its pictures are read, but not made pixels."""
-        text, pictures = self._render(conversation, as_list(images), False, None, "start")
-        sizes = _sizes(map(load_image, pictures))
-        (row,) = self._token_rows([text], map(self.image_processor.num_tokens, sizes))
-        return len(row)
+        """How many tokens a prompt takes; its images are read, but not made pixels."""
+        text, sources = self._render(conversation, as_list(images))
+        sizes = ((image.height, image.width) for image in map(load_image, sources))
+        ids, _ = self._ids([text], map(self.image_processor.num_tokens, sizes))
+        return ids.shape[1]
 
     def _render(
         self,
         conversation: Conversation,
         images: list[Any],
-        raw: bool,
-        system: str | None,
-        image_position: str,
+        raw: bool = False,
+        system: str | None = None,
+        image_position: str = "start",
     ) -> tuple[str, list[Any]]:
+        """The prompt's text, and what its marks stand for."""
         if raw:
             if not isinstance(conversation, str):
                 raise ValueError("A raw prompt must be a text.")
@@ -221,8 +223,8 @@ class Processor:
         tokenised, as it is not when that text is the prompt.
 
         Args:
-            segments (list of Segment): What the template wrote.
-            image_tokens (list of int): How many placeholders each picture takes.
+            segments: What the template wrote.
+            image_tokens: How many placeholders each image takes.
 
         Returns:
             The ids, and which of them belong to an answer.
@@ -237,45 +239,29 @@ class Processor:
             same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             learned = learned[:same] + [segment.answer] * (len(longer) - same)
             ids = longer
-        places = self._expand(ids, iter(image_tokens))
-        return [ids[i] for i in places], [learned[i] for i in places]
+        order = self._expand(ids, iter(image_tokens))
+        return [ids[i] for i in order], [learned[i] for i in order]
 
-    def _inputs(self, texts: list[str], images: list[Image.Image], started: float) -> Inputs:
-        sizes = _sizes(images)
-        counts = tuple(map(self.image_processor.num_tokens, sizes))
-        rows, folded = self._token_rows(texts, counts), iter(counts)
-        ids = np.full((len(rows), max(map(len, rows))), _PADDING_ID, np.int32)
+    def _ids(self, texts: Sequence[str], counts: Iterable[int]) -> tuple[Ids, Ids]:
+        """The ids of prompts, padded on the left, and the mask of what is no padding."""
+        remaining = iter(counts)
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        rows = [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+        ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
             start = ids.shape[1] - len(row)
             ids[i, start:], mask[i, start:] = row, 1
-        is_anyres = self.image_processor.mode == "anyres"
-        tiles = tuple(1 + num_tiles(size, self.config) if is_anyres else 1 for size in sizes)
-        return Inputs(
-            input_ids=ids,
-            pixel_values=self.image_processor(images) if images else None,
-            image_sizes=sizes if images and is_anyres else None,
-            attention_mask=None if mask.all() else mask,
-            prompts=tuple(self._fold(text, folded) for text in texts),
-            image_tokens=counts,
-            image_tiles=tiles,
-            seconds=time.perf_counter() - started,
-            image_processor=self.image_processor,
-        )
-
-    def _token_rows(self, texts: Sequence[str], counts: Iterable[int]) -> list[list[int]]:
-        remaining = iter(counts)
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        return [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+        return ids, mask
 
     def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
-        """The index of each token, a picture's as often as the picture has features."""
+        """The index of each token, an image's as often as the image has features."""
         image = self.config.image_token_index
         times = (next(counts) if token == image else 1 for token in ids)
         return [i for i, n in enumerate(times) for _ in range(n)]
 
     def _fold(self, text: str, counts: Iterator[int]) -> str:
-        """A prompt as the model reads it, each picture's placeholders folded with their count."""
+        """A prompt as people read it, each image's placeholders as their count."""
         ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
         bos = "".join(token for token, i in special.items() if i in ids)
         first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
@@ -284,7 +270,7 @@ class Processor:
 
 
 def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
-    """Each prompt with its own pictures: one, or the rows of a batch."""
+    """Each prompt with its own images: one, or the rows of a batch."""
     if isinstance(prompt, str) or all(
         isinstance(message, (Mapping, Message)) for message in prompt
     ):
@@ -295,12 +281,8 @@ def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
     return [(row, as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
 
 
-def _sizes(images: Iterable[Image.Image]) -> tuple[Size, ...]:
-    return tuple((image.height, image.width) for image in images)
-
-
 def as_list(images: Any) -> list[Any]:
-    """One picture, several or none, as a list."""
+    """One image, several or none, as a list."""
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mlx_llava.inputs.sentencepiece import spec_from_sentencepiece
+from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
 from mlx_llava.json_files import read_json, read_text
 
 IMAGE_TOKEN = "<image>"
@@ -52,27 +52,19 @@ class Tokenizer:
         image_token_id: int,
         chat_template: str | None = None,
     ) -> None:
-        """Builds a tokenizer.
-
-        Args:
-            spec (dict): The content of tokenizer.json.
-            config (dict): The content of tokenizer_config.json.
-            image_token_id (int): The placeholder's id according to the model.
-            chat_template (str, optional): The checkpoint's Jinja template.
+        """Builds a tokenizer of a tokenizer.json and a tokenizer_config.json.
 
         Raises:
             ValueError: Tokenizer and model disagree on the id of ``<image>``.
         """
         special = {IMAGE_TOKEN, *_named_special(config)}
-        tokens = [
-            {**token, "special": token["special"] or token["content"] in special}
-            for token in _added_tokens(spec, config)
-        ]
+        tokens = _added_tokens(spec, config)
+        for token in tokens:
+            token["special"] = token["special"] or token["content"] in special
         self.spec = {**spec, "added_tokens": tokens}
-        self.config = dict(config)
-        self.chat_template = chat_template
-        added = [token for token in tokens if token["special"]]
+        self.config, self.chat_template = dict(config), chat_template
         self._added = {token["content"] for token in tokens}
+        added = [token for token in tokens if token["special"]]
         self.special_tokens = {token["content"].strip(): int(token["id"]) for token in added}
         found = self.special_tokens.setdefault(IMAGE_TOKEN, image_token_id)
         if found != image_token_id:
@@ -95,11 +87,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Reads tokenizer.json or tokenizer.model and the files beside it.
 
-        Args:
-            folder (Path): Where they are.
-            image_token_id (int): The placeholder's id according to the model.
-            prefer_sentencepiece (bool): Reads tokenizer.model where there are both, as the
-                original LLaVA does (``use_fast=False``).
+        Where there are both, the original LLaVA reads tokenizer.model (``use_fast=False``).
 
         Raises:
             FileNotFoundError: The folder has neither.
@@ -129,19 +117,14 @@ class Tokenizer:
 
     def _read_bos(self) -> list[int]:
         """The begin of text: as tokenizer_config.json says, else as tokenizer.json does it."""
-        bos_id, wanted = self._id_of("bos_token"), self.config.get("add_bos_token")
-        if wanted is None:
+        bos_id, is_added = self._id_of("bos_token"), self.config.get("add_bos_token")
+        if is_added is None:
             begin = self._backend.encode("").ids[:1]
             return begin if bos_id in (None, *begin) else []
-        return [bos_id] if wanted and bos_id is not None else []
+        return [bos_id] if is_added and bos_id is not None else []
 
     def protect(self, text: str, keep: Iterable[str] = ()) -> str:
-        """Marks text so that no special token in it has an effect.
-
-        Args:
-            text (str): A user's text.
-            keep (iterable of str): Special tokens that keep their effect.
-        """
+        """Marks a user's text so that no special token in it has an effect, but those to `keep`."""
         kept = set(keep)
         text = text.replace(_MARK, "")
 
@@ -183,8 +166,7 @@ class Tokenizer:
             if match:
                 ids.append(self.special_tokens[match.group().strip()])
                 position = match.end()
-        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
-        return ids if has_bos else self.bos_ids + ids
+        return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     @cached_property
     def longest_piece(self) -> int:
@@ -213,8 +195,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
 
 def find_image_token(folder: Path) -> int | None:
@@ -272,11 +253,10 @@ def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
     """
     patterns = {IMAGE_TOKEN: re.escape(IMAGE_TOKEN)}
     for token in added:
-        left = r"\s*" if token.get("lstrip") else ""
-        right = r"\s*" if token.get("rstrip") else ""
+        left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
         patterns[token["content"]] = left + re.escape(token["content"]) + right
     longest_first = sorted(patterns, key=len, reverse=True)
-    return re.compile(f"(?<!{_MARK})(?:{'|'.join(patterns[text] for text in longest_first)})")
+    return re.compile(f"(?<!{_MARK})(?:{'|'.join(map(patterns.__getitem__, longest_first))})")
 
 
 def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,12 +273,11 @@ def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template, from the places where transformers has put it over the years."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
+    if (jinja := folder / "chat_template.jinja").exists():
         return read_text(jinja)
-    files = ("chat_template.json", "processor_config.json")
+    files = (read_json(folder / name) for name in ("chat_template.json", "processor_config.json"))
     template = next(
-        (found for name in files if (found := read_json(folder / name).get("chat_template"))),
+        (found for file in files if (found := file.get("chat_template"))),
         config.get("chat_template"),
     )
     if isinstance(template, list):

@@ -15,8 +15,7 @@ from mlx_llava import convert
 from mlx_llava.checkpoint import gguf as reader
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS
 from mlx_llava.checkpoint.gptq import Repacked
-from mlx_llava.inputs.byte_bpe import spec_from_byte_bpe
-from mlx_llava.inputs.sentencepiece import CONTROL, NORMAL, USER_DEFINED, Piece
+from mlx_llava.inputs.vocabulary import CONTROL, NORMAL, USER_DEFINED, Piece, spec_from_byte_bpe
 from mlx_llava.model.llama import rope_frequencies
 from tests.conftest import load_as_stored as load
 

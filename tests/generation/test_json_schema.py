@@ -20,8 +20,8 @@ from mlx_llava.generate import main
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.json_schema import ANY_OBJECT, JsonConstraint, read_schema
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.sentencepiece import spec_from_sentencepiece
 from mlx_llava.inputs.tokenizer import Tokenizer
+from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
 
 SCHEMA = {
     "type": "object",

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_llava.generation.detokenizer import StopMatcher, StreamingDecoder
-from mlx_llava.inputs.byte_bpe import spec_from_byte_bpe
-from mlx_llava.inputs.sentencepiece import (
+from mlx_llava.inputs.tokenizer import Tokenizer
+from mlx_llava.inputs.vocabulary import (
     CONTROL,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
     Piece,
+    spec_from_byte_bpe,
     spec_from_pieces,
     spec_from_sentencepiece,
 )
-from mlx_llava.inputs.tokenizer import Tokenizer
 from tests.conftest import GOLDENS, SHARED
 
 IMAGE = 32000
