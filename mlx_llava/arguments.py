@@ -60,6 +60,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help=f"{_MODEL.metadata['help']} (default: embedded)")
     add("--adapter-path", metavar="DIR", help="what was trained of the model, here or with PEFT")
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how to load a model, wherever it is named."""
+    add = parser.add_argument
     add("--template", help="a built-in template instead of the checkpoint's own")
     add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
     add("--dtype", choices=DTYPES, help="of all weights (default: what the device is fast at)")

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,30 +18,27 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_llava.arguments import (
+    add_loading_arguments,
     add_options,
-    add_source_arguments,
     command,
     given_options,
-    source_options,
+    load_model,
 )
 from mlx_llava.checkpoint.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
-from mlx_llava.checkpoint.load import load
-from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
-from mlx_llava.inputs.image_processor import MODES
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
-from mlx_llava.model.llava import Llava
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
 from mlx_llava.tuner.samples import LeftOut, Skipped, read_samples, summary
 from mlx_llava.tuner.trainer import Report, Trainer
 
-#: What every report of training says; those of validation are short.
+#: How a report's line begins, and what every one of training says; those of validation are short.
+_BEGINNING = '{"step": '
 _REPORTED = {"step", "loss", "gradient_norm", "tokens"}
 
 
@@ -64,14 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
         default = getattr(Adapter, name)
         add(f"--lora-{name}", type=type(default), default=default, help="(default: %(default)s)")
     add("--lora-targets", nargs="+", default=TARGETS, metavar="LAYER", help="(default: all)")
-    add("--dtype", choices=DTYPES, help="to compute in (default: bfloat16, float32 on a CPU)")
-    add("--template", help="a built-in template instead of the checkpoint's own")
-    add("--image-mode", choices=MODES, help="how pictures are cut (default: the checkpoint's)")
-    add_source_arguments(parser)
+    add_loading_arguments(parser)
     return parser
 
 
-def write_result(
+def _write_result(
     target: Path,
     trainer: Trainer,
     processor: Processor,
@@ -86,17 +80,13 @@ def write_result(
         save_adapter(beside, adapter, dict(tree_flatten(trainer.trained)))
 
 
-def _report_file(path: Path) -> JsonLines:
-    return JsonLines(path, '{"step": ')
-
-
 def read_reports(path: Path) -> list[Report]:
     """What a run has reported; a last line that a kill has cut is left out.
 
     Raises:
         ValueError: The file holds something else.
     """
-    records = _report_file(path).read()
+    records = JsonLines(path, _BEGINNING).read()
     for place, record in records:
         is_dict = isinstance(record, dict)
         if not is_dict or ({*record} != {"step", "valid_loss"} and not {*record} >= _REPORTED):
@@ -115,7 +105,7 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:
             beside.write_text("".join(json.dumps(r) + "\n" for r in self.reports), "utf-8")
-        self.file = _report_file(path)
+        self.file = JsonLines(path, _BEGINNING)
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None)
 
     def __call__(self, report: Report) -> None:
@@ -147,13 +137,13 @@ class Progress:
                 plot_losses(self.reports).savefig(beside, format="png", dpi=120)
 
 
-def _say(path: str, what: str, counts: Counter[str]) -> None:
-    if counts:
-        print(f"{path}: {what}: {summary(counts)}", file=sys.stderr)
-
-
-def _say_left_out(path: str, reasons: Counter[str]) -> None:
-    _say(path, f"{reasons.total()} samples were left out, see skipped.jsonl", reasons)
+def _say(path: str, left_out: Counter[str], unread: Mapping[str, int]) -> None:
+    """Says on stderr what is not learned of a file."""
+    left = f"{left_out.total()} samples were left out, see skipped.jsonl"
+    keys = "keys that are not read, with the number of samples"
+    for what, counts in ((left, left_out), (keys, unread)):
+        if counts:
+            print(f"{path}: {what}: {summary(counts)}", file=sys.stderr)
 
 
 def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | None]) -> None:
@@ -186,19 +176,8 @@ def _read_data(
             data[name] = Examples(reading.samples, processor, args.max_length)
             left_out += reading.left_out
             if speaks:
-                _say_left_out(path, Counter(left.error.reason for left in reading.left_out))
-                _say(path, "keys that are not read, with the number of samples", reading.unread)
+                _say(path, reading.problems, reading.unread)
     return data, left_out
-
-
-def _load(args: argparse.Namespace) -> tuple[Llava, Processor]:
-    return load(
-        args.model,
-        dtype=args.dtype or fast_dtype(),
-        image_mode=args.image_mode,
-        template=args.template or ("plain" if args.stage == "projector" else None),
-        **source_options(args),
-    )
 
 
 @command
@@ -213,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]
     if is_main:
         _check_folder(folder / kind, kind, args.resume, keep)
-    model, processor = _load(args)
+    template = args.template or ("plain" if args.stage == "projector" else None)
+    model, processor = load_model(args, dtype=args.dtype or fast_dtype(), template=template)
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     adapter = Adapter(args.model or EMBEDDED, options.stage, *lora)
     mx.random.seed(options.seed)
@@ -236,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         progress.close()
     for name, examples in data.items():
-        _say_left_out(getattr(args, name), examples.problems)
-    write_result(folder / kind, trainer, processor, adapter, keep)
+        _say(getattr(args, name), examples.problems, {})
+    _write_result(folder / kind, trainer, processor, adapter, keep)
     print(folder / kind)
 
 

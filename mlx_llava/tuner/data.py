@@ -75,9 +75,6 @@ class Examples:
         """How many samples were left out for each reason."""
         return Counter(left_out.error.reason for left_out in self.left_out.values())
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image]]:
         """The ids, the labels and the pictures of a sample.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.adapter import Adapter, add_lora
 from mlx_llava.model.llava import Llava
-from mlx_llava.signatures import documented, option
+from mlx_llava.signatures import check_bounds, documented, option
 from mlx_llava.tuner.data import IGNORED, Batch
 
 Schedule = Callable[[mx.array], mx.array]
@@ -39,11 +39,13 @@ class TrainingOptions:
         {"choices": STAGES, "required": True, "help": "the projector, all, or LoRA layers"},
     )
     steps: int | None = option(
-        None, int, "how often weights change (default: epochs over the data)"
+        None, int, "how often weights change (default: epochs over the data)", ge=1
     )
-    epochs: int = option(1, int, "how often everything is seen")
-    batch_size: int = option(16, int, "rows of a step, of all processes together")
-    accumulation: int = option(1, int, "in how many parts a process computes its rows of a step")
+    epochs: int = option(1, int, "how often everything is seen", ge=1)
+    batch_size: int = option(16, int, "rows of a step, of all processes together", ge=1)
+    accumulation: int = option(
+        1, int, "in how many parts a process computes its rows of a step", ge=1
+    )
     learning_rate: float | None = option(
         None, float, "the highest (default: 1e-3, 2e-5 or 2e-4 by stage)"
     )
@@ -59,24 +61,18 @@ class TrainingOptions:
     weight_decay: float = option(0.0, float, "of matrices, not of biases and norms")
     max_grad_norm: float = option(1.0, float, "gradients are scaled down to it")
     gradient_checkpointing: bool = option(False, bool, "less memory for more time")
-    max_length: int = option(2048, int, "the longest row in tokens")
-    report_every: int = option(10, int, "steps from report to report")
-    validate_every: int = option(200, int, "steps from validation to validation")
-    save_every: int = option(200, int, "steps from checkpoint to checkpoint")
-    seed: int = option(0, int, "the same gives the same run")
+    max_length: int = option(2048, int, "the longest row in tokens", ge=1)
+    report_every: int = option(10, int, "steps from report to report", ge=1)
+    validate_every: int = option(200, int, "steps from validation to validation", ge=1)
+    save_every: int = option(200, int, "steps from checkpoint to checkpoint", ge=1)
+    seed: int = option(0, int, "the same gives the same run", ge=0, le=2**32 - 1)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"There is no stage {self.stage!r}; known: {', '.join(STAGES)}.")
-        counts = [one.name for one in fields(self) if one.metadata["kind"] is int]
-        for name in counts:
-            value = getattr(self, name)
-            if name != "seed" and value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_bounds(self)
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1).")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must lie in 0..2^32 - 1.")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -92,12 +88,7 @@ class TrainingOptions:
 
 
 def prepare(model: Llava, options: TrainingOptions, adapter: Adapter) -> None:
-    """Freezes what a stage leaves alone, and adds LoRA layers where it has them.
-
-    Args:
-        model (Llava): Is changed.
-        options (TrainingOptions): The stage.
-        adapter (Adapter): The LoRA layers' settings.
+    """Freezes what a stage leaves alone, and adds the adapter's LoRA layers in the stage ``lora``.
 
     Raises:
         ValueError: What the stage trains is quantised.

@@ -80,22 +80,22 @@ class Skipped:
             ValueError: It holds something else.
         """
         self._file = JsonLines(path, '{"file": ', errors="replace")
-        records = self._file.read()
-        self._listed = {_identity(record, field(record, "file", str, p)) for p, record in records}
+        self._listed = {_identity(place, record) for place, record in self._file.read()}
         self._file.mend()
 
     def __call__(self, left_out: LeftOut) -> None:
         """Lists a sample."""
         place = left_out.place
         record = {"file": place.file, place.unit: place.number, "why": str(left_out.error)}
-        identity = _identity(record, place.file)
+        identity = _identity(place, record)
         if identity in self._listed:
             return
         self._listed.add(identity)
         self._file.add(record)
 
 
-def _identity(record: Mapping[str, Any], file: str) -> str:
+def _identity(place: Place, record: Any) -> str:
+    file = field(record, "file", str, place)
     return f"{file}, {record.get('line')}, {record.get('index')}"
 
 
@@ -111,6 +111,11 @@ class Reading(NamedTuple):
     samples: list[Sample]
     left_out: list[LeftOut]
     unread: Counter[str]
+
+    @property
+    def problems(self) -> Counter[str]:
+        """How many samples are left out for each reason."""
+        return Counter(left_out.error.reason for left_out in self.left_out)
 
 
 def read_samples(
@@ -134,14 +139,15 @@ def read_samples(
     reading = Reading([], [], Counter())
     for place, entry in read_records(Path(path)):
         try:
-            sample = _read_sample(entry, Path(image_folder), protect)
+            messages, images = _read_sample(entry, Path(image_folder))
         except UnusableError as error:
             reading.left_out.append(LeftOut(place, error))
-        else:
-            reading.samples.append(replace(sample, place=place))
-            reading.unread.update(set(_unread(entry)))
+            continue
+        messages = [replace(message, text=protect(message.text)) for message in messages]
+        reading.samples.append(Sample(tuple(messages), tuple(images), place))
+        reading.unread.update(set(_unread(entry)))
     if not reading.samples:
-        reasons = summary(Counter(left.error.reason for left in reading.left_out))
+        reasons = summary(reading.problems)
         first = "; first, {}: {}".format(*reading.left_out[0]) if reading.left_out else ""
         raise ValueError(
             f"{path} has no sample that can be used: {reasons or 'it is empty'}{first}."
@@ -149,20 +155,20 @@ def read_samples(
     return reading
 
 
-def summary(counts: Counter[str]) -> str:
+def summary(counts: Mapping[str, int]) -> str:
     """Counts in words."""
     return ", ".join(f"{what} ({count})" for what, count in counts.items())
 
 
-def _read_sample(entry: Any, image_folder: Path, protect: Callable[[str], str]) -> Sample:
+def _read_sample(entry: Any, image_folder: Path) -> tuple[list[Message], list[Path]]:
     if not isinstance(entry, Mapping):
         raise UnusableError("not an object")
     _refuse_unsupported(entry)
-    turns = [_read_turn(turn, protect) for turn in entry[_turns_key(entry)]]
-    system = _system(entry, turns, protect)
-    turns = turns[1:] if turns and turns[0][0].role == "system" else turns
+    turns = [_read_turn(turn) for turn in entry[_turns_key(entry)]]
+    told = [turns.pop(0)[0].text] if turns and turns[0][0].role == "system" else []
+    system = _system([*(entry[key] for key in _SYSTEM_KEYS if entry.get(key)), *told])
     while turns and turns[0][0].role == "assistant":
-        turns = turns[1:]
+        del turns[0]
     messages = [message for message, _ in turns]
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -171,12 +177,22 @@ def _read_sample(entry: Any, image_folder: Path, protect: Callable[[str], str]) 
     names = _image_names(entry)
     if names and not marks:
         messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
-    images = tuple(_find(name, image_folder) for name in _named(marks, names))
-    return Sample((*system, *messages), images)
+    return [*system, *messages], [_find(name, image_folder) for name in _named(marks, names)]
+
+
+def _system(texts: Sequence[Any]) -> list[Message]:
+    """The system turn, if there is text for one."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise UnusableError("the system text is no text", short(text))
+    found = {text for text in texts if text.strip()}
+    if len(found) > 1:
+        raise UnusableError("more than one system text")
+    return [Message("system", text) for text in found]
 
 
 def _named(marks: Sequence[str | None], names: Sequence[str]) -> Sequence[str]:
-    """The names of a sample's pictures: those in its turns, and for the others those beside it."""
+    """The names of a sample's images: those in its turns, and for the others those beside it."""
     inside = [name for name in marks if name is not None]
     if len(inside) == len(marks) and names in ([], inside):
         return inside
@@ -208,8 +224,8 @@ def _turns_key(entry: Mapping[str, Any]) -> str:
     raise UnusableError("no list of conversations or messages", ", ".join(entry))
 
 
-def _read_turn(turn: Any, protect: Callable[[str], str]) -> tuple[Message, list[str | None]]:
-    """A turn, and for each of its pictures the file, or None for the next beside the turns."""
+def _read_turn(turn: Any) -> tuple[Message, list[str | None]]:
+    """A turn, and for each of its images the file, or None for the next beside the turns."""
     if not isinstance(turn, Mapping):
         raise UnusableError("a turn is not an object")
     _refuse_unsupported(turn)
@@ -221,11 +237,11 @@ def _read_turn(turn: Any, protect: Callable[[str], str]) -> tuple[Message, list[
     if role != "user":
         if images:
             raise UnusableError("a picture in a turn that is not the user's")
-        return Message(role, protect(text)), []
+        return Message(role, text), []
     if IMAGE_TOKEN in text:
         images += [None] * text.count(IMAGE_TOKEN)
         text = text.replace(IMAGE_TOKEN, "").strip()
-    return Message(role, protect(text), images=len(images)), images
+    return Message(role, text, images=len(images)), images
 
 
 def _key(turn: Mapping[str, Any], *names: str) -> str:
@@ -262,26 +278,6 @@ def _part_image(part: Mapping[str, Any]) -> str | None:
     return source
 
 
-def _system(
-    entry: Mapping[str, Any],
-    turns: Sequence[tuple[Message, Any]],
-    protect: Callable[[str], str],
-) -> list[Message]:
-    """The system turn, if there is text for one."""
-    texts = [protect(_text(entry[key])) for key in _SYSTEM_KEYS if entry.get(key)]
-    texts += [message.text for message, _ in turns[:1] if message.role == "system"]
-    found = {text for text in texts if text.strip()}
-    if len(found) > 1:
-        raise UnusableError("more than one system text")
-    return [Message("system", text) for text in found]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise UnusableError("the system text is no text", short(value))
-    return value
-
-
 def _image_names(entry: Mapping[str, Any]) -> list[str]:
     """The files that a sample names beside its turns."""
     given = [entry[key] for key in ("image", "images") if entry.get(key)]
@@ -297,15 +293,12 @@ def _image_names(entry: Mapping[str, Any]) -> list[str]:
 def _unread(entry: Mapping[str, Any]) -> Iterator[str]:
     """The keys that hold text or files and are not read."""
     turns = _turns_key(entry)
-    yield from _telling(entry, {*_READ, turns})
+    yield from _filled(entry, {*_READ, turns})
     for turn in entry[turns]:
         read = {_key(turn, "from", "role"), _key(turn, "value", "content")}
-        yield from (f"{turns}.{key}" for key in _telling(turn, read))
+        yield from (f"{turns}.{key}" for key in _filled(turn, read))
 
 
-def _telling(data: Mapping[str, Any], read: set[str]) -> list[str]:
-    return [
-        key
-        for key, value in data.items()
-        if key not in read and isinstance(value, (str, list, dict)) and value
-    ]
+def _filled(data: Mapping[str, Any], read: set[str]) -> list[str]:
+    kinds = (str, list, dict)
+    return [k for k, value in data.items() if k not in read and value and isinstance(value, kinds)]

@@ -58,7 +58,7 @@ class Trainer:
             model (Llava): Its trainable parameters are trained; see `recipe.prepare`.
             train (Examples): What to learn.
             valid (Examples, optional): What to measure.
-            options (TrainingOptions): How.
+            options (TrainingOptions): How to train.
             folder (Path): Checkpoints are written below it.
         """
         set_blas_threads(os.cpu_count() or 1)
@@ -84,9 +84,14 @@ class Trainer:
         self._update = compiled(self._apply_gradients)
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and reports."""
-        return self.group.rank() == 0
+    def _state(self) -> Tree:
+        """All arrays that a run goes on from."""
+        return {
+            "trained": self.trained,
+            "optimizer": self.optimizer_state,
+            "loss": self.loss,
+            "count": self.count,
+        }
 
     def _order(self, epoch: int) -> list[list[int]]:
         return order(self.train.samples, self.options.batch_size, self.options.seed + epoch)
@@ -115,9 +120,8 @@ class Trainer:
     def _compute_gradients(
         self, trained: Tree, **arrays: Any
     ) -> tuple[tuple[mx.array, mx.array], Tree]:
-        results: tuple[tuple[mx.array, mx.array], Tree]
-        results = mx.value_and_grad(self._compute_loss)(trained, **arrays)
-        return results
+        gradients: Any = mx.value_and_grad(self._compute_loss)
+        return gradients(trained, **arrays)
 
     def _apply_gradients(
         self, trained: Tree, state: Tree, gradients: Tree, count: mx.array
@@ -130,10 +134,7 @@ class Trainer:
         return _ordered(trained), self.optimizer.state, norm
 
     def run(self, report: Callable[[Report], None]) -> None:
-        """Trains until the last step, from wherever the run stands.
-
-        Args:
-            report (callable): Is told what was measured.
+        """Trains until the last step, from wherever the run stands; `report` gets what is measured.
 
         Raises:
             ValueError: There is nothing to learn in the samples.
@@ -158,7 +159,7 @@ class Trainer:
             norm = self._learn(parts)
             self.step += 1
             parts = next(batches)  # while the device computes
-            mx.eval(self.trained, self.optimizer_state, self.loss, self.count, norm)
+            mx.eval(self._state, norm)
             if self._is_due(self.options.report_every):
                 measured = self._measured(norm, time.perf_counter() - started)
                 if not self.tokens:
@@ -192,7 +193,7 @@ class Trainer:
             self.trained, self.optimizer_state, gradients, count
         )
         self.loss, self.count = self.loss + loss, self.count + count
-        mx.async_eval(self.trained, self.optimizer_state, self.loss, self.count, norm)
+        mx.async_eval(self._state, norm)
         return norm
 
     def _seed(self) -> None:
@@ -233,43 +234,28 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         self.model.language_model.eval()
+        loss, count = mx.array(0.0), mx.array(0)
         try:
-            loss, count = self._total_loss(self.valid)
+            for indices in order(self.valid.samples, self.options.batch_size, 0):
+                for part in self._parts(self.valid, indices):
+                    part_loss, part_count = self._loss(self.trained, **vars(part))
+                    loss, count = loss + part_loss, count + part_count
+                    mx.eval(loss, count)
         finally:
             self._give_back()
             self.model.train(was_training)
         loss, count, _ = self._sum(loss, count, {})
         return float(loss) / max(int(count), 1)
 
-    def _total_loss(self, examples: Examples) -> tuple[mx.array, mx.array]:
-        """The sums over this process's tokens, and how many they are."""
-        loss, count = mx.array(0.0), mx.array(0)
-        for indices in order(examples.samples, self.options.batch_size, 0):
-            for part in self._parts(examples, indices):
-                part_loss, part_count = self._loss(self.trained, **vars(part))
-                loss, count = loss + part_loss, count + part_count
-                mx.eval(loss, count)
-        return loss, count
-
     def save(self) -> None:
         """Writes a checkpoint, which appears complete or not at all; keeps the last two."""
-        if not self.is_main:
+        if self.group.rank() > 0:
             return
+        state = {"step": self.step, "tokens": self.tokens, "options": self._identity()}
         name = f"step-{self.step:07d}"
         with new_folder(self.folder / "checkpoints" / name, "checkpoint", force=True) as beside:
-            arrays = tree_flatten(
-                {
-                    "trained": self.trained,
-                    "optimizer": self.optimizer_state,
-                    "loss": self.loss,
-                    "count": self.count,
-                }
-            )
-            write_arrays(beside / "state.safetensors", dict(arrays))
-            write_json(
-                beside / "state.json",
-                {"step": self.step, "tokens": self.tokens, "options": self._identity()},
-            )
+            write_arrays(beside / "state.safetensors", dict(tree_flatten(self._state)))
+            write_json(beside / "state.json", state)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             with suppress(FileExistsError):  # somebody keeps notes in it
                 remove_folder(old, "checkpoint")
@@ -281,15 +267,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
-        never = ("report_every", "validate_every", "save_every", "gradient_checkpointing")
-        options = {key: value for key, value in asdict(self.options).items() if key not in never}
+        free = ("report_every", "validate_every", "save_every", "gradient_checkpointing")
+        options = {key: value for key, value in asdict(self.options).items() if key not in free}
         parameters = sum(array.size for array in dict(tree_flatten(self.trained)).values())
-        return {
-            **options,
-            "steps": self.steps,
-            "samples": len(self.train),
-            "parameters": parameters,
-        }
+        samples = len(self.train.samples)
+        return {**options, "steps": self.steps, "samples": samples, "parameters": parameters}
 
     def resume(self) -> None:
         """Goes on from the last checkpoint of this run's folder, if there is one.
@@ -297,10 +279,10 @@ class Trainer:
         Raises:
             ValueError: It is broken, or belongs to a run with other options or data.
         """
-        checkpoints = self.checkpoints()
-        if not checkpoints:
+        if not (checkpoints := self.checkpoints()):
             return
-        path = checkpoints[-1] / "state.json"
+        last = checkpoints[-1]
+        path = last / "state.json"
         state = read_json(path)
         options = field(state, "options", dict, path)
         step, tokens = (field(state, key, int, path) for key in ("step", "tokens"))
@@ -311,13 +293,13 @@ class Trainer:
         ]
         if differences:
             raise ValueError(
-                f"{checkpoints[-1]} belongs to another run: {'; '.join(differences)}. "
+                f"{last} belongs to another run: {'; '.join(differences)}. "
                 "Give the same options, or another --output."
             )
         try:
-            tensors = cast("Tree", mx.load(str(checkpoints[-1] / "state.safetensors")))
+            tensors = cast("Tree", mx.load(str(last / "state.safetensors")))
         except RuntimeError as error:
-            raise ValueError(f"{checkpoints[-1]} is broken; remove it: {error}") from error
+            raise ValueError(f"{last} is broken; remove it: {error}") from error
         arrays: Tree = tree_unflatten(list(tensors.items()))
         self.trained, self.optimizer_state = _ordered(arrays["trained"]), arrays["optimizer"]
         self.loss, self.count = arrays["loss"], arrays["count"]

@@ -599,6 +599,7 @@ def test_checkpoints_with_notes_and_copies_of_them_stay(folder):
         (["--lora-rank", "0"], "rank is 0; it must be at least 1"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--warmup-ratio", "2"], "warmup_ratio is 2.0; it must be in"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--data", "gone.json"], "gone.json"),
     ],
 )
