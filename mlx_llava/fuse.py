@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_llava.arguments import add_source_arguments, command, source_options
-from mlx_llava.checkpoint.adapter import load_adapter, merge_adapter
 from mlx_llava.checkpoint.hub import Source
-from mlx_llava.checkpoint.load import load
+from mlx_llava.checkpoint.load import make_processor
+from mlx_llava.checkpoint.lora import read_adapter
 from mlx_llava.checkpoint.open import open_checkpoint
-from mlx_llava.checkpoint.save import save
-from mlx_llava.folders import check_target
+from mlx_llava.checkpoint.quantize import make_plan
+from mlx_llava.checkpoint.save import write_model
+from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
-from mlx_llava.model.quantized import is_quantized, layer_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,38 +43,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def requantize(model: nn.Module, paths: Sequence[str], quantization: Mapping[str, Any]) -> None:
-    """Quantises layers as they were."""
-    nn.quantize(
-        model,
-        class_predicate=lambda path, _: path in paths and layer_settings(quantization, path),
-    )
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
+    target = Path(args.output)
     keep = [args.adapter_path, args.base, args.vision_tower, args.mmproj]
-    if args.force:
-        with sensible_values(args.model or "the embedded model"):
-            source = Source(args.model, **source_options(args))
-            keep += open_checkpoint(source).contents.read_from
-    check_target(Path(args.output), "model", args.force, keep)
-    model, processor = load(args.model, as_stored=True, **source_options(args))
-    changed = load_adapter(model, args.adapter_path)
-    changed += merge_adapter(model)
-    if args.requantize and not changed:
-        raise ValueError("--requantize: the adapter changed no quantised layer.")
-    if args.requantize:
-        requantize(model, changed, model.config.quantization or {})
-        print(f"{len(changed)} layers were rounded to their bits again", file=sys.stderr)
-    elif changed:
-        print(f"{len(changed)} quantised layers became plain", file=sys.stderr)
-    if not any(is_quantized(module) for module in model.modules()):
-        model.config = replace(model.config, quantization=None)
-    mx.eval(model.parameters())
-    save(model, processor, args.output, force=args.force, keep=keep)
+    check_target(target, "model", args.force, keep)
+    with sensible_values(args.model or "the embedded model"):
+        checkpoint = open_checkpoint(Source(args.model, **source_options(args)))
+        keep += checkpoint.contents.read_from
+        check_target(target, "model", args.force, keep)
+        changed = checkpoint.contents.merge(read_adapter(Path(args.adapter_path)))
+        if args.requantize and not changed:
+            raise ValueError("--requantize: the adapter changed no quantised layer.")
+        plan = make_plan(checkpoint, again=changed if args.requantize else ())
+        processor = make_processor(checkpoint)
+    for warning in checkpoint.contents.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if changed:
+        fate = "were rounded to their bits again" if args.requantize else "became plain"
+        print(f"{len(changed)} quantised layers {fate}", file=sys.stderr)
+    with new_folder(target, "model", args.force, keep) as beside:
+        write_model(beside, plan.outputs, plan.config, processor)
     print(args.output)
 
 

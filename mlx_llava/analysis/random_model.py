@@ -15,11 +15,10 @@ from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.checkpoint.load import load
-from mlx_llava.checkpoint.names import to_torch_layout
 from mlx_llava.checkpoint.precision import read_dtype
-from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.checkpoint.save import write_settings
-from mlx_llava.checkpoint.tensors import LazyTensor, output
+from mlx_llava.checkpoint.safetensors import output
+from mlx_llava.checkpoint.save import write_model
+from mlx_llava.checkpoint.tensors import LazyTensor, to_torch_layout
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.config import LlavaConfig
@@ -130,8 +129,7 @@ def write_random_model(shape: str, folder: Path, dtype: str, bits: int | None = 
     layout = to_torch_layout(tensors) if bits is None else tensors
     outputs = [output(name, tensor) for name, tensor in layout.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, outputs, is_mlx=bits is not None)
-    write_settings(folder, config, processor)
+    write_model(folder, outputs, config, processor)
 
 
 def _check_bits(bits: int) -> dict[str, Any]:

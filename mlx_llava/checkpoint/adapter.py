@@ -7,7 +7,6 @@ decoder's blocks and trains the projector beside it (scripts/v1_5/finetune_lora.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from mlx_llava.checkpoint.lora import LowRank, add_low_rank
-from mlx_llava.checkpoint.parts import read_adapter
+from mlx_llava.checkpoint.lora import CONFIG, MLX_WEIGHTS, Lora, LowRank
 from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.json_files import write_json
 from mlx_llava.model.llava import Llava
-from mlx_llava.model.quantized import is_quantized, plain_weight, with_weight
-
-WEIGHTS = "adapters.safetensors"
+from mlx_llava.model.quantized import plain_weight
 
 _BLOCKS = "language_model.model.layers."
 #: The linear layers of a decoder block.
@@ -94,103 +90,36 @@ def add_lora(model: Llava, adapter: Adapter) -> None:
 
 def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, mx.array]) -> None:
     """Writes adapters.safetensors and adapter_config.json to a folder that is there."""
-    write_arrays(folder / WEIGHTS, weights)
-    write_json(folder / "adapter_config.json", adapter.to_dict())
+    write_arrays(folder / MLX_WEIGHTS, weights)
+    write_json(folder / CONFIG, adapter.to_dict())
 
 
-def load_adapter(model: Llava, folder: str | Path) -> list[str]:
-    """Puts a trained adapter on a model.
+def low_rank_layers(lora: Lora) -> dict[str, LowRank]:
+    """What of an adapter can stay beside the linear layers of the decoder's blocks.
 
-    LoRA stays beside the linear layers of the decoder's blocks. What else it changes (DoRA's
-    layers, embeddings, the tower) becomes new weights, plain ones in the place of quantised ones.
+    What else it changes (DoRA's layers, embeddings, the tower) has to become new weights.
+    """
+    return {
+        name: change
+        for name, change in lora.changes.items()
+        if change.magnitude is None and name.startswith(_BLOCKS)
+    }
 
-    Args:
-        model (Llava): The model that it was trained on; is changed.
-        folder (str or Path): What `mlx_llava.train`, PEFT, mlx-lm or mlx-vlm wrote.
 
-    Returns:
-        list of str: The quantised layers that became plain.
+def put_beside(model: Llava, changes: Mapping[str, LowRank]) -> None:
+    """Puts trained LoRA layers around linear layers.
 
     Raises:
-        FileNotFoundError: There is no adapter in the folder.
-        ValueError: It was trained on a model of another shape, or it is of another kind.
+        ValueError: There is no such layer, or it has another shape.
     """
-    lora = read_adapter(Path(folder))
-    for warning in lora.warnings:
-        warnings.warn(warning, stacklevel=2)
-    lora.check_tied(model.config.tie_word_embeddings)
-    quantized = _quantized(model)
-    _set_weights(model, {name: tensor.read() for name, tensor in lora.trained.items()}, folder)
-    modules = dict(model.named_modules())
-    merged, beside = {}, {}
-    for name, change in lora.changes.items():
-        path = name.removesuffix(".weight")
-        layer = modules.get(path, nn.Module())
-        weights = [plain_weight(layer)] if "weight" in layer else []
-        lora.check_place(name, weights[0].shape if weights else None)
-        if change.magnitude is None and path.startswith(_BLOCKS):
-            beside[path] = _lora_layer(layer, change)
-        else:
-            weights += [part.read() for part in change.parts()]
-            merged[name] = add_low_rank(weights, change.scale)
-    _set_weights(model, merged, folder)
-    model.update_modules(tree_unflatten(list(beside.items())))
+    from mlx_lm.tuner.lora import LoRALinear
+
+    modules, adapted = dict(model.named_modules()), {}
+    for name, change in changes.items():
+        layer = modules.get(path := name.removesuffix(".weight"), nn.Module())
+        change.check_shape(name, plain_weight(layer).shape if "weight" in layer else None)
+        down, up = change.down.read(), change.up.read()
+        adapted[path] = LoRALinear.from_base(layer, r=len(down), scale=change.scale)
+        adapted[path].lora_a, adapted[path].lora_b = down.T, up.T
+    model.update_modules(tree_unflatten(list(adapted.items())))
     model.eval()
-    return sorted(quantized - _quantized(model) - {f"{path}.linear" for path in beside})
-
-
-def _quantized(model: nn.Module) -> set[str]:
-    return {path for path, layer in model.named_modules() if is_quantized(layer)}
-
-
-def _lora_layer(layer: nn.Module, change: LowRank) -> nn.Module:
-    from mlx_lm.tuner.lora import LoRALinear
-
-    adapted = LoRALinear.from_base(layer, r=change.rank, scale=change.scale)
-    adapted.lora_a, adapted.lora_b = change.down.read().T, change.up.read().T
-    return adapted
-
-
-def _set_weights(model: Llava, weights: Mapping[str, mx.array], folder: str | Path) -> None:
-    """Puts weights into a model, plain ones in the place of quantised ones.
-
-    Raises:
-        ValueError: The model has no such weight, or one of another shape.
-    """
-    modules, expected = dict(model.named_modules()), dict(tree_flatten(model.parameters()))
-    wrong, plain = [], {}
-    for name, weight in weights.items():
-        path, _, leaf = name.rpartition(".")
-        layer = modules.get(path)
-        stored = expected.get(name)
-        if layer is not None and is_quantized(layer) and leaf == "weight":
-            plain[path] = with_weight(layer, weight)
-            stored = plain_weight(layer)
-        if stored is None or weight.shape != stored.shape:
-            wrong.append(f"{name} {weight.shape}")
-    if wrong:
-        raise ValueError(
-            f"{folder} was trained on a model of another shape: {len(wrong)} of {len(weights)} "
-            f"tensors do not fit, the first is {wrong[0]}."
-        )
-    model.update_modules(tree_unflatten(list(plain.items())))
-    model.load_weights(list(weights.items()), strict=False)
-
-
-def merge_adapter(model: Llava) -> list[str]:
-    """Adds LoRA layers to the weights that they are on, and takes them away.
-
-    Quantised weights become plain ones, since a sum has no codes.
-
-    Returns:
-        list of str: The layers that were quantised.
-    """
-    from mlx_lm.tuner.lora import LoRALinear
-
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear)]
-    merged = []
-    for path, layer in layers:
-        parts = [plain_weight(layer.linear), layer.lora_b.T, layer.lora_a.T]
-        merged.append((path, with_weight(layer.linear, add_low_rank(parts, layer.scale))))
-    model.update_modules(tree_unflatten(merged))
-    return [path for path, layer in layers if isinstance(layer.linear, nn.QuantizedLinear)]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.checkpoint.lora import Lora, merge_lora
+from mlx_llava.checkpoint.tensors import EMBEDDINGS, LM_HEAD, LazyTensor
 from mlx_llava.inputs.tokenizer import Tokenizer
-from mlx_llava.json_files import read_json
-from mlx_llava.model.config import read_ends
-
-EMBEDDINGS = "language_model.model.embed_tokens."
-LM_HEAD = "language_model.lm_head."
 
 
 @dataclass
@@ -28,7 +24,7 @@ class Contents:
         tensors: by canonical name.
         tokenizer: makes its tokenizer, once the placeholder's id is known.
         image_processor: its preprocessor_config.json, if it has one.
-        eos_ids: ends of answer from generation_config.json.
+        eos_ids: what generation_config.json says of the ends of an answer.
         names: all names that it is known by, where they choose its template; else None.
         has_placeholder: the vocabulary has a row for the placeholder, or can have none.
         dropped: tensors that were left out: source -> reason.
@@ -41,7 +37,7 @@ class Contents:
     tensors: dict[str, LazyTensor]
     tokenizer: Callable[[int], Tokenizer]
     image_processor: dict[str, Any] | None
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: object
     names: str | None = None
     has_placeholder: bool = True
     dropped: dict[str, str] = field(default_factory=dict)
@@ -71,11 +67,31 @@ class Contents:
             self.dropped[source] = "is the embedding (tie_word_embeddings)"
         self.settings |= {key: tied, "text_config": {**text, key: tied}}
 
+    def merge(self, lora: Lora, beside: Container[str] = ()) -> list[str]:
+        """Adds an adapter to the weights; gives the quantised layers that became plain.
 
-def ends_of(folder: Path) -> tuple[int, ...]:
-    """The ends of an answer that generation_config.json names."""
-    name = "generation_config.json"
-    return read_ends(read_json(folder / name).get("eos_token_id"), name)
+        Args:
+            lora (Lora): The adapter.
+            beside (set of str): See `merge_lora`.
+        """
+        lora.check_tied(self.settings.get("tie_word_embeddings", False))
+        quantization = self.settings.get("quantization") or self.settings.get("quantization_config")
+        before, self.tensors = self.tensors, merge_lora(self.tensors, lora, quantization, beside)
+        gone = before.keys() - self.tensors.keys()
+        plain = sorted(name.removesuffix(".scales") for name in gone if name.endswith(".scales"))
+        wrong = [
+            f"{name} {tensor.shape}"
+            for name, tensor in lora.trained.items()
+            if name.removesuffix(".weight") not in plain
+            and (name not in before or before[name].shape != tensor.shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"The adapter was trained on a model of another shape: {len(wrong)} of "
+                f"{len(lora.trained)} tensors do not fit, the first is {wrong[0]}."
+            )
+        self.warnings += lora.warnings
+        return plain
 
 
 def preprocessing(mode: str, side: int) -> dict[str, Any]:

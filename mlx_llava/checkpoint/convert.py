@@ -11,8 +11,7 @@ from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import make_processor
 from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.quantize import Plan, Quantization, make_plan
-from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.checkpoint.save import write_settings
+from mlx_llava.checkpoint.save import write_model
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.quantized import layer_settings
@@ -72,10 +71,9 @@ def convert(
         progress(done, plan.nbytes)
 
     with new_folder(target, "model", force, keep) as beside:
-        write_weights(beside, plan.outputs, is_mlx=plan.is_mlx, progress=advance)
         card = _model_card(str(path_or_repo), plan)
         (beside / "README.md").write_text(card, encoding="utf-8")
-        write_settings(beside, plan.config, processor)
+        write_model(beside, plan.outputs, plan.config, processor, advance)
     return plan
 
 

@@ -28,9 +28,15 @@ from mlx_llava.checkpoint.gguf_config import (
     read_tokenizer,
     value,
 )
-from mlx_llava.checkpoint.gptq import Repacked, mlx_quantization
-from mlx_llava.checkpoint.names import canonical_tensors
-from mlx_llava.checkpoint.tensors import FILE_DTYPES, LazyTensor, map_values, to_mlx
+from mlx_llava.checkpoint.tensors import (
+    FILE_DTYPES,
+    TOWER,
+    Canonical,
+    LazyTensor,
+    canonical_tensors,
+    map_values,
+    to_mlx,
+)
 from mlx_llava.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,16 +52,15 @@ _TEXT_NAMES: tuple[tuple[str, str], ...] = (
     (r"^blk\.(\d+)\.attn_([qkv])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
     (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"language_model.model.layers.\1.mlp.\2_proj."),
 )
-_TOWER = "vision_tower.vision_model."
 _VISION_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^v\.class_embd$", _TOWER + "embeddings.class_embedding"),
-    (r"^v\.patch_embd\.", _TOWER + "embeddings.patch_embedding."),
-    (r"^v\.position_embd\.", _TOWER + "embeddings.position_embedding."),
-    (r"^v\.pre_ln\.", _TOWER + "pre_layrnorm."),
-    (r"^v\.post_ln\.", _TOWER + "post_layernorm."),
-    (r"^v\.blk\.(\d+)\.ln([12])\.", _TOWER + r"encoder.layers.\1.layer_norm\2."),
-    (r"^v\.blk\.(\d+)\.attn_out\.", _TOWER + r"encoder.layers.\1.self_attn.out_proj."),
-    (r"^v\.blk\.(\d+)\.attn_([qkv])\.", _TOWER + r"encoder.layers.\1.self_attn.\2_proj."),
+    (r"^v\.class_embd$", TOWER + "embeddings.class_embedding"),
+    (r"^v\.patch_embd\.", TOWER + "embeddings.patch_embedding."),
+    (r"^v\.position_embd\.", TOWER + "embeddings.position_embedding."),
+    (r"^v\.pre_ln\.", TOWER + "pre_layrnorm."),
+    (r"^v\.post_ln\.", TOWER + "post_layernorm."),
+    (r"^v\.blk\.(\d+)\.ln([12])\.", TOWER + r"encoder.layers.\1.layer_norm\2."),
+    (r"^v\.blk\.(\d+)\.attn_out\.", TOWER + r"encoder.layers.\1.self_attn.out_proj."),
+    (r"^v\.blk\.(\d+)\.attn_([qkv])\.", TOWER + r"encoder.layers.\1.self_attn.\2_proj."),
     (r"^mm\.(weight|bias)$", r"multi_modal_projector.linear_1.\1"),
     (r"^mm\.0\.", "multi_modal_projector.linear_1."),
     (r"^mm\.2\.", "multi_modal_projector.linear_2."),
@@ -79,7 +84,7 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
         mmproj (Path, optional): The second one, if it is known.
     """
     kinds: dict[bool, list[Path]] = {False: [], True: []}
-    for path in gguf_files(folder):
+    for path in visible_files(folder, "*.gguf"):
         if architecture := _architecture(path):
             kinds[architecture == "clip"].append(path)
     towers = kinds[True] if mmproj is None else [mmproj]
@@ -94,11 +99,6 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
             several = f"{len(found)} {what} GGUFs, {names}"
             raise ValueError(f"{folder} holds {several}; name one: {option}")
     return kinds[False][0], towers[0]
-
-
-def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder."""
-    return visible_files(folder, "*.gguf")
 
 
 def _architecture(path: Path) -> str | None:
@@ -153,8 +153,8 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
     tensors = canonical_tensors(found.tensors, is_mlx=False).tensors
     if not any(name.endswith("post_layernorm.weight") for name in tensors):
         tensors |= _identity_norm(tensors)
-    if found.settings:
-        settings["quantization"] = mlx_quantization(found.settings)
+    if found.layers:
+        settings["quantization"] = found.quantization()
     has_row = settings["image_token_index"] != settings["text_config"]["vocab_size"]
     return Contents(
         layout="GGUF pair",
@@ -164,15 +164,15 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
         image_processor=read_image_processor(vision, settings),
         eos_ids=read_ends(text),
         names=None if template else f"{path.name} {settings['_name_or_path']}",
-        has_placeholder=has_row or bool(found.settings),
+        has_placeholder=has_row or bool(found.layers),
         dropped=found.dropped,
         warnings=check_tokenizer(text),
         read_from=[mmproj],
     )
 
 
-def _read_decoder(path: Path, text: GGUFReader) -> Repacked:
-    result = Repacked()
+def _read_decoder(path: Path, text: GGUFReader) -> Canonical:
+    result = Canonical()
     heads = number(text, "llama.attention.head_count")
     kv_heads = number(text, "llama.attention.head_count_kv", heads)
     for tensor in text.tensors:
@@ -185,10 +185,10 @@ def _read_decoder(path: Path, text: GGUFReader) -> Repacked:
 
 def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tower's last norm, which LLaVA never applies and GGUF files leave out."""
-    like = tensors[f"{_TOWER}pre_layrnorm.weight"]
+    like = tensors[f"{TOWER}pre_layrnorm.weight"]
     return {
-        f"{_TOWER}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
-        f"{_TOWER}post_layernorm.bias": like.then(lambda w: w * 0),
+        f"{TOWER}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
+        f"{TOWER}post_layernorm.bias": like.then(lambda w: w * 0),
     }
 
 
@@ -203,7 +203,7 @@ def _vision_name(tensor: ReaderTensor, width: int) -> str | None:
         return _rename(tensor.name, _VISION_NAMES)
     shape = [int(n) for n in tensor.shape]  # GGUF's order: inputs first
     layer = "fc2" if shape[-1] == width and (len(shape) == 1 or shape[0] != width) else "fc1"
-    return f"{_TOWER}encoder.layers.{match[1]}.mlp.{layer}.{match[2]}"
+    return f"{TOWER}encoder.layers.{match[1]}.mlp.{layer}.{match[2]}"
 
 
 def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
@@ -215,7 +215,7 @@ def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
 
 
 def _add(
-    result: Repacked,
+    result: Canonical,
     path: Path,
     tensor: ReaderTensor,
     name: str | None,
@@ -243,7 +243,7 @@ def _add(
         result.tensors[name] = _plain(source, tensor, shape, data)
         return
     path_of = name.removesuffix(".weight")
-    result.settings[path_of] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
+    result.layers[path_of] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
     codes, groups = shape[1] * blocks.bits // 32, shape[1] // GROUP_SIZE
     for part, columns, dtype, read in (
         ("weight", codes, mx.uint32, lambda: blocks.read_codes(data())),

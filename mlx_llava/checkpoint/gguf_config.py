@@ -205,10 +205,10 @@ def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
     return spec, config
 
 
-def read_ends(text: GGUFReader) -> tuple[int, ...]:
+def read_ends(text: GGUFReader) -> list[int]:
     """Ends of a turn and of a message, beside the end of text."""
     ends = (value(text, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
-    return tuple(end for end in ends if end is not None)
+    return [end for end in ends if end is not None]
 
 
 def check_tokenizer(text: GGUFReader) -> list[str]:

@@ -7,9 +7,8 @@ formats: GPTQ-for-LLaMa quant.py, AutoAWQ packing_utils.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.checkpoint.names import canonical_name
-from mlx_llava.checkpoint.tensors import LazyTensor, from_array
+from mlx_llava.checkpoint.tensors import Canonical, LazyTensor, from_array
 from mlx_llava.json_files import read_json
 
 #: AutoAWQ's order of the eight 4-bit columns in a word, undone.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-_PART = re.compile(rf"^(.*)\.({'|'.join(_PARTS)})$")
 #: MLX's group sizes for affine quantisation, the largest first.
 _GROUP_SIZES = (128, 64, 32)
 
 
-@dataclass
-class Repacked:
-    """A checkpoint with MLX's tensors in place of another's.
-
-    Attributes:
-        tensors: by key, as found but for the quantised layers.
-        settings: bits and group_size of each quantised layer, by key without its last part.
-        dropped: what was left out: source -> reason.
-    """
-
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-
-
-def repack_folder(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Repacked:
+def repack_folder(path: Path, data: dict[str, Any], found: Canonical) -> None:
     """MLX's layout for the layers of GPTQ and AWQ, if there are any.
 
     Other libraries' codes are refused; where a config speaks of some and all weights are plain,
@@ -53,25 +35,24 @@ def repack_folder(path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTe
     Args:
         path (Path): The folder.
         data (dict): Its config.json, which loses its ``quantization_config``.
-        tensors (dict): Its tensors, by key.
+        found (Canonical): Its tensors; is changed.
     """
-    if any(key.endswith(".qweight") for key in tensors):
+    if any(name.endswith(".qweight") for name in found.tensors):
         beside = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
-        return repack(tensors, data.pop("quantization_config", None) or beside)
+        repack(found, data.pop("quantization_config", None) or beside)
+        return
     settings = data.get("quantization_config")
     if isinstance(settings, Mapping) and "quant_method" in settings:
-        _refuse_codes(tensors, settings["quant_method"])
+        _refuse_codes(found.tensors, settings["quant_method"])
         del data["quantization_config"]
-    return Repacked(dict(tensors))
 
 
 def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
-    """Raises ValueError where weights are codes of another library."""
-    codes = [key for key in tensors if ".weight_" in key or ".weight." in key]
+    codes = [name for name in tensors if ".weight_" in name or ".weight." in name]
     codes += [
-        key
-        for key, tensor in tensors.items()
-        if key.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating)
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating)
     ]
     if codes:
         raise ValueError(
@@ -80,32 +61,19 @@ def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
         )
 
 
-def repack(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Repacked:
+def repack(found: Canonical, config: Mapping[str, Any]) -> None:
     """Repacks every GPTQ or AWQ layer; what MLX has no layout for becomes plain weights.
 
     Args:
-        tensors (dict): As found, by key.
+        found (Canonical): Is changed.
         config (dict): ``quantization_config`` or the content of quantize_config.json.
     """
-    layers = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
-    result = Repacked()
-    for key, tensor in tensors.items():
-        match = _PART.match(key)
-        if not match or match[1] not in layers:
-            result.tensors[key] = tensor
-    for path in sorted(layers):
-        parts = {part: tensors[f"{path}.{part}"] for part in _PARTS if f"{path}.{part}" in tensors}
-        if missing := {"qweight", "qzeros", "scales"} - set(parts):
+    for path in [n.removesuffix(".qweight") for n in found.tensors if n.endswith(".qweight")]:
+        names = {part: f"{path}.{part}" for part in _PARTS if f"{path}.{part}" in found.tensors}
+        if missing := {"qweight", "qzeros", "scales"} - names.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
-        _repack_layer(path, parts, config, result)
-    return result
-
-
-def mlx_quantization(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """MLX's ``quantization``: the commonest setting, and each layer's own."""
-    layers = {canonical_name(path): {**layer, "mode": "affine"} for path, layer in settings.items()}
-    common = max(layers.values(), key=list(layers.values()).count)
-    return {**common, **{path: layer for path, layer in layers.items() if layer != common}}
+        parts = {part: found.tensors.pop(name) for part, name in names.items()}
+        _repack_layer(path, parts, config, found)
 
 
 @dataclass(frozen=True)
@@ -206,7 +174,7 @@ class _Layer:
 
 
 def _repack_layer(
-    path: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any], result: Repacked
+    path: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any], result: Canonical
 ) -> None:
     layer = _Layer.read(parts, config)
     _add_bias(path, parts.get("bias"), result)
@@ -229,10 +197,10 @@ def _repack_layer(
         result.tensors[f"{path}.input_permutation"] = from_array(parts["g_idx"].source, order)
     elif "g_idx" in parts:
         result.dropped[parts["g_idx"].source] = "inputs are in order"
-    result.settings[path] = {"bits": layer.bits, "group_size": group_size}
+    result.layers[path] = {"bits": layer.bits, "group_size": group_size}
 
 
-def _add_bias(path: str, bias: LazyTensor | None, result: Repacked) -> None:
+def _add_bias(path: str, bias: LazyTensor | None, result: Canonical) -> None:
     """Keeps a bias, unless it is the zero that GPTQ-for-LLaMa always saves."""
     if bias is None:
         return

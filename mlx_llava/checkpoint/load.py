@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_llava.checkpoint.adapter import load_adapter
-from mlx_llava.checkpoint.hub import Source, find_checkpoint
+from mlx_llava.checkpoint.adapter import low_rank_layers, put_beside
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.lora import LowRank, read_adapter
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
-from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.checkpoint.tensors import TOWER, LazyTensor
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import get_template
@@ -30,7 +31,6 @@ from mlx_llava.model.quantized import PermutedQuantizedLinear, layer_settings
 from mlx_llava.signatures import takes
 
 logger = logging.getLogger("mlx_llava")
-_ENCODER = "vision_tower.vision_model.encoder.layers."
 
 
 @takes(Source, "model")
@@ -76,11 +76,16 @@ def load(
     where = Source(path_or_repo, **source)
     with sensible_values(path_or_repo or "the embedded model"):
         checkpoint = open_checkpoint(where)
+        beside: dict[str, LowRank] = {}
+        if adapter_path is not None:
+            lora = read_adapter(where.find(adapter_path))
+            beside = low_rank_layers(lora)
+            checkpoint.contents.merge(lora, beside)
         model, processor = load_opened(checkpoint, image_mode, template)
+    if beside:
+        put_beside(model, beside)
     for warning in checkpoint.contents.warnings:
         warnings.warn(warning, stacklevel=2)
-    if adapter_path is not None:
-        load_adapter(model, find_checkpoint(adapter_path, None, where.offline))
     configure_device()
     if dtype is None and not as_stored:
         suit_device(model)
@@ -97,11 +102,18 @@ def load(
 def load_opened(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> tuple[Llava, Processor]:
-    """The model of a checkpoint, if memory holds it, and its processor."""
+    """The model of a checkpoint, if memory holds it, and its processor.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or of another size than the config says.
+    """
     processor = make_processor(checkpoint, image_mode, template)
-    sizes = [math.prod(t.shape) * t.dtype.size for t in checkpoint.contents.tensors.values()]
-    check_weights(sum(sizes))
-    return make_model(checkpoint), processor
+    tensors = checkpoint.contents.tensors
+    check_weights(sum(math.prod(t.shape) * t.dtype.size for t in tensors.values()))
+    model = empty_model(checkpoint)
+    model.load_weights([(name, tensor.read()) for name, tensor in tensors.items()])
+    model.eval()
+    return model, processor
 
 
 def make_processor(
@@ -114,7 +126,7 @@ def make_processor(
         checkpoint.tokenizer,
         ImageProcessor.from_config(contents.image_processor, config, image_mode),
         template=get_template(template) if template else None,
-        eos_ids=contents.eos_ids,
+        eos_ids=checkpoint.eos_ids,
     )
     if checkpoint.template_doubt and not template:
         logger.warning(
@@ -124,42 +136,29 @@ def make_processor(
     return processor
 
 
-def make_model(checkpoint: Checkpoint) -> Llava:
-    """A model with the weights of a checkpoint; safetensors are read when they are used.
+def empty_model(checkpoint: Checkpoint) -> Llava:
+    """A model that has yet to get a checkpoint's tensors, quantised where their names say so.
 
     Raises:
-        ValueError: A tensor is missing, unknown, or of another size than the config says.
+        ValueError: The tensors are not those of the config.
     """
-    tensors = checkpoint.contents.tensors
-    model = empty_model(checkpoint.config, tensors)
-    check_tensors(model, tensors)
-    model.load_weights([(name, tensor.read()) for name, tensor in tensors.items()])
-    model.eval()
-    return model
-
-
-def empty_model(config: LlavaConfig, names: Iterable[str]) -> Llava:
-    """A model without weights, quantised where the names of its tensors say so.
-
-    Raises:
-        ValueError: The config's depth is not that of the tensors.
-    """
-    names = set(names)
-    _check_depth(config, names)
+    config, tensors = checkpoint.config, checkpoint.contents.tensors
+    _check_depth(config, tensors)
     model = Llava(config)
     if config.quantization is not None:
-        quantize_like(model, names, config.quantization)
+        _quantize_like(model, tensors, config.quantization)
+    _check_tensors(model, tensors)
     return model
 
 
-def _check_depth(config: LlavaConfig, names: set[str]) -> None:
+def _check_depth(config: LlavaConfig, names: Iterable[str]) -> None:
     """Raises ValueError where a file has more or fewer layers than its config says.
 
     Before a model of that many layers is built, which could take forever.
     """
     for part, prefix, expected in (
         ("text_config", "language_model.model.layers.", config.text_config.num_hidden_layers),
-        ("vision_config", _ENCODER, config.vision_config.num_hidden_layers),
+        ("vision_config", f"{TOWER}encoder.layers.", config.vision_config.num_hidden_layers),
     ):
         indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
         if len(indices) != expected:
@@ -169,15 +168,10 @@ def _check_depth(config: LlavaConfig, names: set[str]) -> None:
             )
 
 
-def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]) -> None:
-    """Quantises the layers of a fresh model that are quantised in a file.
+def _quantize_like(model: Llava, names: Container[str], quantization: Mapping[str, Any]) -> None:
+    """Quantises the layers whose tensors have ``scales``; see `quantized.layer_settings`.
 
-    Args:
-        model (Llava): Is changed.
-        names (set of str): Canonical names of tensors; a layer with ``scales`` is quantised,
-            one with ``input_permutation`` too, with its inputs in another order.
-        quantization (dict): ``bits``, ``group_size``, ``mode``, and settings of single layers
-            by path, as mlx-lm and mlx-vlm write them.
+    Those with an ``input_permutation`` have their inputs in another order.
     """
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -191,25 +185,24 @@ def quantize_like(model: Llava, names: set[str], quantization: Mapping[str, Any]
             PermutedQuantizedLinear.adopt(module)
 
 
-def check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:
-    """Raises ValueError unless a checkpoint has exactly the model's tensors."""
+def _check_tensors(model: Llava, found: Mapping[str, LazyTensor]) -> None:
     expected = dict(tree_flatten(model.parameters()))
-    problems = []
-    for problem, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected.keys()),
-    ):
-        if names:
-            problems.append(f"{len(names)} tensors are {problem}: {_some(sorted(names))}")
-    sizes = [
-        f"{name} {found[name].shape} where config.json says {expected[name].shape}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
+    problems = {
+        "are missing": expected.keys() - found.keys(),
+        "are unexpected": found.keys() - expected.keys(),
+        "have another shape": {
+            f"{name} {found[name].shape} where config.json says {array.shape}"
+            for name, array in expected.items()
+            if name in found and found[name].shape != array.shape
+        },
+    }
+    said = [
+        f"{len(names)} tensors {problem}: {_some(sorted(names))}"
+        for problem, names in problems.items()
+        if names
     ]
-    if sizes:
-        problems.append(f"{len(sizes)} tensors have another shape: {_some(sizes)}")
-    if problems:
-        raise ValueError(f"The checkpoint does not fit its config.json. {'; '.join(problems)}.")
+    if said:
+        raise ValueError(f"The checkpoint does not fit its config.json. {'; '.join(said)}.")
 
 
 def _some(items: list[str], limit: int = 4) -> str:

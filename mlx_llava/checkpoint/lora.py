@@ -1,24 +1,75 @@
-"""What a LoRA changes, and the sum of that and the weights of a base.
+"""LoRA folders, stand-alone projectors, and the sum of these and the weights of a base.
 
-LoRA: Hu et al. 2021 (arXiv:2106.09685); DoRA: Liu et al. 2024 (arXiv:2402.09353). A weight is
-(O, I), outputs and inputs, or words and width in an embedding; R is the rank of its change.
+LoRA: Hu et al. 2021 (arXiv:2106.09685); DoRA: Liu et al. 2024 (arXiv:2402.09353). Folders are
+PEFT's (huggingface/peft 0.21, tuners/lora/config.py and layer.py), LLaVA's that have PEFT's in
+them, or MLX's: ours, mlx-lm's (0.32, tuner/utils.py, load_adapters) and mlx-vlm's (0.6,
+trainer/utils.py, apply_lora_layers). Which layers are changed, their tensors tell:
+``target_modules``, ``layers_to_transform`` and the like chose them, once. A weight is (O, I),
+outputs and inputs, or words and width in an embedding; R is the rank of its change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint.plain import plain_layer
-from mlx_llava.checkpoint.tensors import LazyTensor, combine
+from mlx_llava.checkpoint.folder import read_file, visible_files
+from mlx_llava.checkpoint.tensors import (
+    PROJECTOR,
+    LazyTensor,
+    canonical_name,
+    canonical_tensors,
+    combine,
+    plain_layer,
+)
+from mlx_llava.json_files import read_json, sensible_values
 
 CONFIG = "adapter_config.json"
-PROJECTOR = "multi_modal_projector."
+MLX_WEIGHTS = "adapters.safetensors"
+PROJECTOR_FILE = "mm_projector.bin"
+#: What LLaVA's own training saves beside PEFT's file: the projector, and a tuned tower.
+_TRAINED = "non_lora_trainables.bin"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", MLX_WEIGHTS)
 _EMBEDDING = "language_model.model.embed_tokens.weight"
+
+#: A part of PEFT's LoRA layer; the adapter's name ("default") may stand behind it.
+_PEFT_PART = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|A|B|magnitude_vector)"
+    r"(\.(?!bias$|weight$)[^.]+)?(\.weight)?"
+)
+#: A part of MLX's: mlx-lm's names, and A and B as mlx-vlm wrote them until 0.5.
+_MLX_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|A|B|m)")
+_PEFT_PREFIX = "base_model.model."
+#: Wrappers of PEFT's around what is trained in full, or around what LoRA is on.
+_WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
+#: A decoder that PEFT was put on alone.
+_BARE_DECODER = re.compile(r"^(?=layers\.|embed_tokens\.|norm\.)")
+
+#: Settings of PEFT's that change the maths and are not read.
+_REFUSED = (
+    *("alora_invocation_string", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("layer_replication", "lora_bias", "monteclora_config", "target_parameters"),
+    *("trainable_token_indices", "use_bdlora", "use_mora", "use_qalora"),
+)
+#: Ways to begin that leave the base as it is; others (pissa, olora, corda, loftq) change it.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+#: Settings that are read, and those that say nothing about what was learned.
+_READ = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying
+    eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config
+    megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules task_type use_dora use_rslora velora_config
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -37,27 +88,19 @@ class LowRank:
     scale: float
     magnitude: LazyTensor | None = None
 
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.down.shape[0]
-
-    def check(self, name: str, rank: object) -> None:
-        """Raises ValueError unless the parts fit each other and have the rank that was said."""
-        up, down = self.up.shape, self.down.shape
-        if not (len(up) == len(down) == 2 and up[1] == down[0] > 0):
-            raise ValueError(
-                f"The adapter changes {name} by {up} x {down}, which is no product of two "
-                "matrices: a convolution's, or not saved whole."
-            )
-        if rank != self.rank:
-            raise ValueError(
-                f"{CONFIG} gives {name} the rank {rank}, but its matrices have {self.rank}."
-            )
-
     def parts(self) -> list[LazyTensor]:
         """Its tensors, in the order of `add_low_rank`."""
         return [self.up, self.down, *([self.magnitude] if self.magnitude else [])]
+
+    def check_shape(self, name: str, shape: tuple[int, ...] | None) -> None:
+        """Raises ValueError unless it can change a weight of that shape."""
+        if shape is None:
+            raise ValueError(f"The adapter changes {name}, which the base does not have.")
+        if (self.up.shape[0], self.down.shape[1]) != shape:
+            raise ValueError(
+                f"The adapter changes {name} by {self.up.shape} x {self.down.shape}, but the "
+                f"base's is {shape}; it belongs to another base."
+            )
 
 
 @dataclass
@@ -82,17 +125,6 @@ class Lora:
                 "(tie_word_embeddings); merge it with PEFT (merge_and_unload) and load the result."
             )
 
-    def check_place(self, name: str, shape: tuple[int, ...] | None) -> None:
-        """Raises ValueError unless a weight of that shape can be changed as the adapter does."""
-        change = self.changes[name]
-        if shape is None:
-            raise ValueError(f"The adapter changes {name}, which the base does not have.")
-        if (change.up.shape[0], change.down.shape[1]) != shape:
-            raise ValueError(
-                f"The adapter changes {name} by {change.up.shape} x {change.down.shape}, but the "
-                f"base's is {shape}; it belongs to another base."
-            )
-
 
 def add_low_rank(arrays: list[mx.array], scale: float) -> mx.array:
     """A weight and the parts of its change -> their sum, computed in float32."""
@@ -105,7 +137,10 @@ def add_low_rank(arrays: list[mx.array], scale: float) -> mx.array:
 
 
 def merge_lora(
-    base: Mapping[str, LazyTensor], lora: Lora, quantization: Mapping[str, Any] | None = None
+    base: Mapping[str, LazyTensor],
+    lora: Lora,
+    quantization: Mapping[str, Any] | None = None,
+    beside: Container[str] = (),
 ) -> dict[str, LazyTensor]:
     """Adds a LoRA to its base; quantised weights that it changes become plain.
 
@@ -113,6 +148,7 @@ def merge_lora(
         base (dict): Tensors by canonical name.
         lora (Lora): What changes them.
         quantization (dict, optional): MLX's settings of the base's layers.
+        beside (set of str): Weights that are not changed, as LoRA layers will do it.
     """
     result = dict(base)
     if not lora.changes and all(name.startswith(PROJECTOR) for name in lora.trained):
@@ -123,9 +159,181 @@ def merge_lora(
             plain_layer(result, name.removesuffix(".weight"), quantization)
         result[name] = tensor
     for name, change in lora.changes.items():
+        if name in beside:
+            continue
         plain_layer(result, name.removesuffix(".weight"), quantization)
         weight = result.get(name)
-        lora.check_place(name, weight.shape if weight else None)
+        change.check_shape(name, weight.shape if weight else None)
         compute = partial(add_low_rank, scale=change.scale)
         result[name] = combine([result[name], *change.parts()], compute)
     return result
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold an adapter's weights."""
+    return [folder / name for name in _WEIGHTS if (folder / name).exists()]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model, or a file is an adapter's."""
+    if not path.is_dir():
+        return path in adapter_files(path.parent)
+    files, has_config = adapter_files(path), (path / CONFIG).exists()
+    if bool(files) == has_config:
+        return has_config
+    return {*visible_files(path, "*.safetensors", "pytorch_model*.bin")} <= {*files}
+
+
+def read_projector(path: Path) -> Lora:
+    """A stand-alone mm_projector.bin, or the one in a folder; other tensors are left out."""
+    path = path if path.is_file() else path / PROJECTOR_FILE
+    named = {_name_below_peft(key): tensor for key, tensor in read_file(path)[0].items()}
+    found = {name: tensor for name, tensor in named.items() if name.startswith(PROJECTOR)}
+    if not found:
+        raise ValueError(f"{path} holds no projector.")
+    return Lora({}, found)
+
+
+def read_adapter(folder: Path) -> Lora:
+    """Reads a LoRA by its folder or its file of weights; whole tensors replace the base's."""
+    folder = folder.parent if folder.is_file() else folder
+    settings, files = read_json(folder / CONFIG), adapter_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no adapter in it, none of {', '.join(_WEIGHTS)}.")
+    if not settings:
+        raise FileNotFoundError(
+            f"{folder} has {files[0].name}, but no {CONFIG} that says how strong it is; it stands "
+            "beside the weights where they were trained."
+        )
+    with sensible_values(folder):
+        return _read(files[0], settings)
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> Lora:
+    is_mlx = path.name == MLX_WEIGHTS
+    if not is_mlx:
+        _check_peft(settings)
+    beside = path.with_name(_TRAINED)
+    trained = dict(read_file(beside)[0]) if beside.exists() and not is_mlx else {}
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for key, tensor in read_file(path)[0].items():
+        if match := (_MLX_PART if is_mlx else _PEFT_PART).fullmatch(key):
+            parts = modules.setdefault(match["module"].removeprefix(_PEFT_PREFIX), {})
+            part = "m" if match["part"].startswith("m") else match["part"][-1].upper()
+            if other := parts.get(part):
+                raise ValueError(f"{other.source} and {tensor.source} are of two adapters.")
+            parts[part] = tensor
+        elif re.search(r"\.(lora|vera|ia3|hada|lokr|oft|token_adapter)_?", key):
+            raise ValueError(f"{tensor.source} is no part of a LoRA that can be merged.")
+        elif ".original_module." not in key:  # what modules_to_save takes the place of
+            trained[key] = tensor
+    named = {_name_below_peft(_WRAPPERS.sub("", key)): t for key, t in trained.items()}
+    lora = Lora({}, canonical_tensors(named, is_mlx).tensors)
+    if not is_mlx:
+        unknown = [key for key, value in settings.items() if value and key not in _READ]
+        keys = f"{CONFIG} has keys that are not read: {', '.join(unknown)}."
+        lora.warnings += [keys] if unknown else []
+    elif modules:
+        settings, lora.warnings = _mlx_settings(settings)
+    for module, parts in modules.items():
+        name = _name_below_peft(f"{module}.weight")
+        if name in lora.changes:
+            raise ValueError(f"The adapter changes {name} twice, under two names.")
+        lora.changes[name] = _change(name, module, parts, settings, is_mlx)
+    return lora
+
+
+def _name_below_peft(key: str) -> str:
+    """The canonical name of a tensor that PEFT saved below base_model.model."""
+    return canonical_name(
+        _BARE_DECODER.sub("language_model.model.", key.removeprefix(_PEFT_PREFIX))
+    )
+
+
+def _check_peft(settings: Mapping[str, Any]) -> None:
+    kind = str(settings.get("peft_type", "LORA")).rpartition(".")[2]
+    if kind.upper() != "LORA":
+        raise ValueError(f"{CONFIG} says peft_type={kind!r}; mlx_llava reads LORA.")
+    for key in _REFUSED:
+        if settings.get(key):
+            raise ValueError(
+                f"{CONFIG} says {key}={settings[key]!r}, which mlx_llava does not read; merge the "
+                "adapter with PEFT (merge_and_unload) and load the result."
+            )
+    init = settings.get("init_lora_weights")
+    if init not in _INITS:
+        raise ValueError(
+            f"{CONFIG} says init_lora_weights={init!r}, which changes the base; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion, and it is a plain LoRA."
+        )
+
+
+def _mlx_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The rank, under PEFT's name, and the scale, of MLX's settings; and what to say of them."""
+    given = settings.get("lora_parameters") or settings
+    if "rank" not in given or not {"scale", "alpha"} & given.keys():
+        raise ValueError(f"{CONFIG} names no rank and no scale (or alpha) of its LoRA layers.")
+    rank, scale = given["rank"], given.get("scale")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{CONFIG} gives the LoRA layers the rank {rank!r}.")
+    if scale is not None:
+        return {"r": rank, "scale": float(scale)}, []
+    scale = given["alpha"] / rank
+    warning = (
+        f"The adapter's scale is taken as alpha / rank = {scale:.6g}, as mlx-vlm does since 0.4.5; "
+        f'if an older one trained it, write "scale": {given["alpha"]} into {CONFIG}.'
+    )
+    return {"r": rank, "scale": scale}, [warning]
+
+
+def _change(
+    name: str,
+    module: str,
+    parts: Mapping[str, LazyTensor],
+    settings: Mapping[str, Any],
+    is_mlx: bool,
+) -> LowRank:
+    """The change of one module.
+
+    PEFT's layers compute x A.T B.T and its embeddings A.T B.T; MLX's x A B, and A B.
+    """
+    if not {"A", "B"} <= parts.keys():
+        raise ValueError(f"The adapter has only {', '.join(parts)} of the two matrices of {name}.")
+    is_embedding = "embed" in name.split(".")[-2]
+    up, down = (parts["A"], parts["B"]) if is_embedding else (parts["B"], parts["A"])
+    if is_embedding != is_mlx:
+        up, down = up.then(lambda matrix: matrix.T), down.then(lambda matrix: matrix.T)
+    if not (len(up.shape) == len(down.shape) == 2 and up.shape[1] == down.shape[0] > 0):
+        raise ValueError(
+            f"The adapter changes {name} by {up.shape} x {down.shape}, which is no product of two "
+            "matrices: a convolution's, or not saved whole."
+        )
+    rank = _of_module(settings.get("rank_pattern"), module, settings.get("r", 8))
+    if rank != down.shape[0]:
+        raise ValueError(
+            f"{CONFIG} gives {name} the rank {rank}, but its matrices have {down.shape[0]}."
+        )
+    scale = settings["scale"] if is_mlx else _peft_scale(module, rank, settings)
+    magnitude = parts.get("m")
+    if settings.get("use_dora") and magnitude is None:
+        raise ValueError(f"{CONFIG} says use_dora, but {name} has no lora_magnitude_vector.")
+    if magnitude is not None:
+        along = (1, -1) if is_embedding and not is_mlx else (-1, 1)
+        magnitude = magnitude.then(lambda m: m.reshape(along))
+    return LowRank(up, down, scale, magnitude)
+
+
+def _peft_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    alpha = _of_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """A setting of one module: the first pattern that its name ends in (get_pattern_key)."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise ValueError(f"{CONFIG} has the pattern {pattern!r}: {error}.") from error
+    return default

@@ -6,6 +6,7 @@ hands back plain data, of which config and tokenizer are built once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,31 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.checkpoint import gptq, original
-from mlx_llava.checkpoint.contents import EMBEDDINGS, LM_HEAD, Contents, ends_of
-from mlx_llava.checkpoint.folder import Tensors, find_files, read_folder, visible_files
-from mlx_llava.checkpoint.gguf import gguf_files, read_gguf
+from mlx_llava.checkpoint.contents import Contents
+from mlx_llava.checkpoint.folder import find_files, read_folder, visible_files
+from mlx_llava.checkpoint.gguf import read_gguf
 from mlx_llava.checkpoint.hub import Source, find_checkpoint
-from mlx_llava.checkpoint.lora import CONFIG, PROJECTOR, Lora, merge_lora
-from mlx_llava.checkpoint.names import canonical_name, canonical_tensors
-from mlx_llava.checkpoint.parts import PROJECTOR_FILE, is_adapter, read_adapter, read_projector
+from mlx_llava.checkpoint.lora import (
+    CONFIG,
+    PROJECTOR_FILE,
+    Lora,
+    is_adapter,
+    merge_lora,
+    read_adapter,
+    read_projector,
+)
+from mlx_llava.checkpoint.tensors import (
+    EMBEDDINGS,
+    LM_HEAD,
+    PROJECTOR,
+    LazyTensor,
+    canonical_name,
+    canonical_tensors,
+)
 from mlx_llava.inputs.template_choice import guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
-from mlx_llava.model.config import LlavaConfig, unknown_keys
+from mlx_llava.model.config import LlavaConfig, read_ends, unknown_keys
 from mlx_llava.model.config_checks import unknown_warning
 
 
@@ -36,12 +51,14 @@ class Checkpoint:
         contents: what was read, with the tensors that the config asks for.
         config: its config.
         tokenizer: its tokenizer.
+        eos_ids: ends of an answer.
         template_doubt: why another template may be right than the one in its files or by names.
     """
 
     contents: Contents
     config: LlavaConfig
     tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
     template_doubt: str
 
 
@@ -55,10 +72,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     path = find_checkpoint(source.model, source.revision, source.offline)
     contents = _read(path, source)
     contents.read_from.insert(0, path)
-    return _build(contents)
-
-
-def _build(contents: Contents) -> Checkpoint:
+    eos_ids = read_ends(contents.eos_ids, "generation_config.json")
     config, doubt = LlavaConfig.from_dict(contents.settings), ""
     if contents.names is not None:
         guess = guess_template(config, contents.names)
@@ -68,7 +82,7 @@ def _build(contents: Contents) -> Checkpoint:
     tokenizer = contents.tokenizer(config.image_token_index)
     if not config.conv_mode and not tokenizer.chat_template:
         doubt = guess_template(config).doubt
-    return Checkpoint(contents, config, tokenizer, doubt)
+    return Checkpoint(contents, config, tokenizer, eos_ids, doubt)
 
 
 def _add_placeholder(contents: Contents, config: LlavaConfig) -> LlavaConfig:
@@ -92,20 +106,21 @@ def _add_placeholder(contents: Contents, config: LlavaConfig) -> LlavaConfig:
 
 
 def _read(path: Path, source: Source) -> Contents:
-    if path.suffix == ".gguf" or source.mmproj or _is_gguf(path):
+    is_gguf = visible_files(path, "*.gguf") and not visible_files(path, "*.safetensors", "*.bin")
+    if is_gguf or path.suffix == ".gguf" or source.mmproj:
         return read_gguf(path, source.find(source.mmproj) if source.mmproj else None)
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
     data = read_json((path if path.is_dir() else path.parent) / "config.json")
     if path.is_file() or is_adapter(path) or _is_projector(path):
         return _read_part(path, data, source)
-    original.refuse_folder(path, data)
+    is_original = original.recognise(path, data)
     if not data:
         raise FileNotFoundError(f"{path} has no config.json, and no GGUF pair.")
     tensors, is_mlx = read_folder(path)
     if any(key.startswith("transformer.blocks.") for key in tensors):
         raise ValueError(f"{path} is LLaVA on MPT, which is not supported.")
-    if original.is_original(data) or any("mm_projector." in key for key in tensors):
+    if is_original or any("mm_projector." in key for key in tensors):
         return original.read_original(path, data, tensors, source)
     if "llava" not in str(data.get("model_type")):
         is_clip = "clip" in str(data.get("model_type"))
@@ -115,10 +130,6 @@ def _read(path: Path, source: Source) -> Contents:
         if value:
             raise ValueError(f"{path} is whole; the {option} {value} has no place in it.")
     return _read_hf(path, data, tensors, is_mlx)
-
-
-def _is_gguf(path: Path) -> bool:
-    return bool(gguf_files(path)) and not visible_files(path, "*.safetensors", "*.bin")
 
 
 def _is_projector(path: Path) -> bool:
@@ -131,24 +142,26 @@ def _is_projector(path: Path) -> bool:
     return False
 
 
-def _read_hf(path: Path, data: dict[str, Any], tensors: Tensors, is_mlx: bool) -> Contents:
-    packed = gptq.repack_folder(path, data, tensors)
-    found = canonical_tensors(packed.tensors, is_mlx)
+def _read_hf(
+    path: Path, data: dict[str, Any], tensors: Mapping[str, LazyTensor], is_mlx: bool
+) -> Contents:
+    found = canonical_tensors(tensors, is_mlx)
+    gptq.repack_folder(path, data, found)
     warnings = unknown_warning(unknown_keys(data))
     for key in ("quantization", "quantization_config"):
         if isinstance(layers := data.get(key), dict):
             data[key] = {canonical_name(name): value for name, value in layers.items()}
-    if packed.settings:
-        data["quantization"] = gptq.mlx_quantization(packed.settings)
+    if found.layers:
+        data["quantization"] = found.quantization()
     nested = read_json(path / "processor_config.json").get("image_processor")
     contents = Contents(
-        layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if packed.settings else ""),
+        layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if found.layers else ""),
         settings=data,
         tensors=found.tensors,
         tokenizer=partial(Tokenizer.from_folder, path),
         image_processor=read_json(path / "preprocessor_config.json") or nested,
-        eos_ids=ends_of(path),
-        dropped=packed.dropped | found.dropped,
+        eos_ids=read_json(path / "generation_config.json").get("eos_token_id"),
+        dropped=found.dropped,
         warnings=warnings,
     )
     contents.tie_head()
@@ -170,31 +183,19 @@ def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
     if original.is_original({**base_data, **data}):
         contents = _read_on_original(path, {**base_data, **data}, part, folder, source)
     elif "llava" in str(base_data.get("model_type")):
-        contents = _read_on_hf(path, part, folder, source)
+        contents = _read(folder, replace(source, base=None))
+        if plain := contents.merge(part):
+            contents.warnings.append(
+                f"{len(plain)} quantised layers became plain; --model {folder} --adapter-path "
+                f"{path} leaves them as they are."
+            )
     else:
         raise ValueError(
             f"{path} needs a base that is a LLaVA, or a config.json with LLaVA's mm_ keys; "
             f"{folder} has model_type={base_data.get('model_type')!r}."
         )
     contents.layout = f"{kind} on {folder.name}"
-    contents.warnings += part.warnings
     contents.read_from.insert(0, folder)
-    return contents
-
-
-def _read_on_hf(path: Path, part: Lora, folder: Path, source: Source) -> Contents:
-    contents = _read(folder, replace(source, base=None))
-    settings = contents.settings
-    part.check_tied(settings.get("tie_word_embeddings", False))
-    quantization = settings.get("quantization") or settings.get("quantization_config")
-    merged = merge_lora(contents.tensors, part, quantization)
-    plain = sum(name.endswith(".scales") for name in contents.tensors.keys() - merged.keys())
-    if plain:
-        contents.warnings.append(
-            f"{plain} quantised layers became plain; --model {folder} --adapter-path {path} "
-            "leaves them as they are."
-        )
-    contents.tensors = merged
     return contents
 
 
@@ -203,9 +204,10 @@ def _read_on_original(
 ) -> Contents:
     """A part on a LLaMA or an original LLaVA, whose vocabulary it was trained with."""
     base = canonical_tensors(*read_folder(folder)).tensors
-    has_projector = any(name.startswith(PROJECTOR) for name in base)
     merged = merge_lora(base, part)
     contents = original.read_original(path, data, merged, source, tokenizer_folder=folder)
+    contents.warnings += part.warnings
+    has_projector = any(name.startswith(PROJECTOR) for name in base)
     if data.get("tune_mm_mlp_adapter") and has_projector and not part.changes:
         contents.warnings.append(
             "This projector is from stage 1 (pretraining), but the base is a tuned LLaVA with "

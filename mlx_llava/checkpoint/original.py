@@ -14,21 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_llava.checkpoint import gptq
-from mlx_llava.checkpoint.contents import EMBEDDINGS, Contents, ends_of, preprocessing
-from mlx_llava.checkpoint.folder import Tensors, read_folder
+from mlx_llava.checkpoint.contents import Contents, preprocessing
+from mlx_llava.checkpoint.folder import read_folder
 from mlx_llava.checkpoint.hub import Source, checkpoint_name
-from mlx_llava.checkpoint.names import PATCH_EMBEDDING, canonical_tensors
-from mlx_llava.checkpoint.parts import apply_delta, delta_warning
-from mlx_llava.checkpoint.tensors import LazyTensor
+from mlx_llava.checkpoint.tensors import (
+    EMBEDDINGS,
+    LM_HEAD,
+    PATCH_EMBEDDING,
+    PROJECTOR,
+    TOWER,
+    LazyTensor,
+    canonical_tensors,
+    combine,
+)
 from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 from mlx_llava.model.config_checks import refuse_value, unknown_warning
-
-TOWER = "vision_tower."
-_PATCHES = "vision_tower.vision_model.embeddings."
 
 #: Keys of LLaVA that are read here.
 _READ = frozenset(
@@ -81,7 +87,7 @@ def is_original(data: Mapping[str, Any]) -> bool:
 def read_original(
     path: Path,
     data: dict[str, Any],
-    tensors: Tensors,
+    tensors: Mapping[str, LazyTensor],
     source: Source,
     tokenizer_folder: Path | None = None,
 ) -> Contents:
@@ -94,28 +100,32 @@ def read_original(
         source (Source): Where other parts are.
         tokenizer_folder (Path, optional): The base that a part was put on.
     """
-    packed = gptq.repack_folder(path, data, tensors)
-    found = canonical_tensors(packed.tensors, is_mlx=False)
-    layout = "original LLaVA" + (", GPTQ or AWQ" if packed.settings else "")
+    found = canonical_tensors(tensors, is_mlx=False)
+    gptq.repack_folder(path, data, found)
+    layout = "original LLaVA" + (", GPTQ or AWQ" if found.layers else "")
     weights, read_from = found.tensors, []
     if source.base and tokenizer_folder is None:
         read_from.append(source.find(source.base))
         base = canonical_tensors(*read_folder(read_from[0])).tensors
-        weights = apply_delta(base, weights)
+        weights = _apply_delta(base, weights)
         layout += ", delta applied"
     vision, warnings, folder = _add_tower(weights, data, source)
     read_from += [folder] if folder else []
     rows = weights[EMBEDDINGS + "weight"].shape[0]
     settings = translate(data, vision, rows)
     warnings += unknown_warning(unknown_keys(settings))
-    warnings += [] if source.base else delta_warning(checkpoint_name(path))
+    if not source.base and re.search(r"\bdelta\b", checkpoint_name(path).lower()):
+        warnings.append(
+            f"{checkpoint_name(path)} is called a delta, the difference to a LLaMA. If it is one, "
+            "it answers noise without that LLaMA: --base."
+        )
     side = vision.get("image_size") or VisionConfig.image_size
     vocabulary = tokenizer_folder or path
     placeholder = find_image_token(vocabulary)
     if placeholder is not None:
         settings["image_token_index"] = placeholder
-    if packed.settings:
-        settings["quantization"] = gptq.mlx_quantization(packed.settings)
+    if found.layers:
+        settings["quantization"] = found.quantization()
     if settings["model_type"] != "llava_next" or settings["mm_patch_merge_type"] != "spatial_unpad":
         weights.pop("image_newline", None)
     contents = Contents(
@@ -124,15 +134,51 @@ def read_original(
         tensors=weights,
         tokenizer=partial(Tokenizer.from_folder, vocabulary, prefer_sentencepiece=True),
         image_processor=preprocessing(_MODES[data.get("image_aspect_ratio")], side),
-        eos_ids=ends_of(path),
+        eos_ids=read_json(path / "generation_config.json").get("eos_token_id"),
         names=" ".join([*map(checkpoint_name, (path, vocabulary)), str(data.get("_name_or_path"))]),
-        has_placeholder=bool(packed.settings) or (placeholder is not None and placeholder < rows),
-        dropped=packed.dropped | found.dropped,
+        has_placeholder=bool(found.layers) or (placeholder is not None and placeholder < rows),
+        dropped=found.dropped,
         warnings=warnings,
         read_from=read_from,
     )
     contents.tie_head()
     return contents
+
+
+def _apply_delta(
+    base: Mapping[str, LazyTensor], delta: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """LLaVA v0 and v1 were published as the difference to LLaMA-1 (apply_delta.py).
+
+    The sum is taken in the delta's own float16, as the original does. Rows that the delta adds
+    to the vocabulary are final, and so is the projector.
+    """
+    result = {}
+    for name, tensor in delta.items():
+        old = base.get(name)
+        if old is None and name.startswith(PROJECTOR):
+            result[name] = tensor
+        elif old is None:
+            raise ValueError(f"The base has no {name}; a delta needs the LLaMA it came from.")
+        elif old.shape == tensor.shape or (
+            name in (f"{EMBEDDINGS}weight", f"{LM_HEAD}weight")
+            and all(a <= b for a, b in zip(old.shape, tensor.shape, strict=True))
+        ):
+            result[name] = combine([tensor, old], _add)
+        else:
+            raise ValueError(
+                f"{name} is {tensor.shape} in the delta but {old.shape} in the base; a delta "
+                "needs the original LLaMA that it came from."
+            )
+    return result
+
+
+def _add(arrays: list[mx.array]) -> mx.array:
+    """A delta and what of it a base covers."""
+    delta, base = arrays[0], arrays[1].astype(arrays[0].dtype)
+    if base.shape == delta.shape:
+        return delta + base
+    return delta.at[tuple(slice(n) for n in base.shape)].add(base)
 
 
 def _add_tower(
@@ -214,12 +260,15 @@ def _kind(data: Mapping[str, Any]) -> str:
     return f"{data.get('model_type')} {data.get('architectures')}"
 
 
-def refuse_folder(folder: Path, data: Mapping[str, Any]) -> None:
-    """Raises ValueError for another LLaVA's folder, before weights are read or fetched.
+def recognise(folder: Path, data: Mapping[str, Any]) -> bool:
+    """Whether a folder is an original LLaVA's, before weights are read or fetched.
 
     Args:
         folder (Path): The folder.
         data (dict): Its config.json; xtuner's is the decoder's, or missing.
+
+    Raises:
+        ValueError: It is another LLaVA's, which is not supported.
     """
     is_llava = "llava" in str(data.get("model_type"))
     if (folder / "projector" / "config.json").exists() and not is_llava:
@@ -227,8 +276,10 @@ def refuse_folder(folder: Path, data: Mapping[str, Any]) -> None:
             f"{folder} is in xtuner's own layout; take the repository with -hf or -transformers "
             "behind its name, or convert it with xtuner's convert_xtuner_weights_to_hf.py."
         )
-    if is_original(data):
+    found = is_original(data)
+    if found:
         refuse_others(data)
+    return found
 
 
 def refuse_others(data: Mapping[str, Any]) -> None:
@@ -303,14 +354,14 @@ def tower_inside(
 
 def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
-    width = tensors[_PATCHES + "class_embedding"].shape[0]
+    width = tensors[TOWER + "embeddings.class_embedding"].shape[0]
     patch = tensors[PATCH_EMBEDDING].shape[1]
-    positions = tensors[_PATCHES + "position_embedding.weight"].shape[0]
+    positions = tensors[TOWER + "embeddings.position_embedding.weight"].shape[0]
     layers = {name.split(".")[4] for name in tensors if ".encoder.layers." in name}
     return {
         "model_type": "clip_vision_model",
         "hidden_size": width,
-        "intermediate_size": tensors[f"{TOWER}vision_model.encoder.layers.0.mlp.fc1.bias"].shape[0],
+        "intermediate_size": tensors[f"{TOWER}encoder.layers.0.mlp.fc1.bias"].shape[0],
         "num_hidden_layers": len(layers),
         "num_attention_heads": width // 64,  # every OpenAI CLIP has heads of 64
         "patch_size": patch,

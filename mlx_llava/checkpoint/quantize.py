@@ -10,14 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.checkpoint.contents import Contents
-from mlx_llava.checkpoint.load import check_tensors, empty_model
-from mlx_llava.checkpoint.names import to_torch_layout
+from mlx_llava.checkpoint.load import empty_model
 from mlx_llava.checkpoint.open import Checkpoint
-from mlx_llava.checkpoint.plain import plain_tensors
 from mlx_llava.checkpoint.precision import read_dtype
-from mlx_llava.checkpoint.tensors import LazyTensor, Output, output
+from mlx_llava.checkpoint.safetensors import Output, output
+from mlx_llava.checkpoint.tensors import LazyTensor, plain_layer, to_torch_layout
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.quantized import layer_settings
 
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
@@ -62,13 +62,11 @@ class Plan:
         contents: what is read.
         config: as it will be written.
         outputs: what is computed and written, in order.
-        is_mlx: the result is in MLX's layout; else transformers reads it too.
     """
 
     contents: Contents
     config: LlavaConfig
     outputs: list[Output]
-    is_mlx: bool
 
     @property
     def nbytes(self) -> int:
@@ -93,36 +91,44 @@ def make_plan(
     quantization: Quantization | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
+    again: Sequence[str] = (),
 ) -> Plan:
     """Decides what to write, without reading a weight.
+
+    Args:
+        checkpoint (Checkpoint): What to convert.
+        quantization (Quantization, optional): Quantises what is plain.
+        dtype (str, optional): See `convert`.
+        dequantize (bool): See `convert`.
+        again (list of str): Plain layers to quantise as the config says of them.
 
     Raises:
         ValueError: The checkpoint does not fit its config, or the settings make no sense.
     """
-    tensors, config = checkpoint.contents.tensors, checkpoint.config
-    check_tensors(empty_model(config, tensors), tensors)
+    model, config, tensors = empty_model(checkpoint), checkpoint.config, checkpoint.contents.tensors
     if dequantize and config.quantization is not None:
-        tensors = plain_tensors(tensors, config.quantization)
+        tensors = dict(tensors)
+        for path in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+            plain_layer(tensors, path, config.quantization)
         config = replace(config, quantization=None)
+        model = Llava(config)
     if dtype is not None:
         target = read_dtype(dtype)
         tensors = {name: _cast(tensor, target) for name, tensor in tensors.items()}
-    layers: dict[str, dict[str, Any]] = {}
+    layers = {path: layer_settings(config.quantization or {}, path) for path in again}
     if quantization is not None:
-        layers = _layers_to_quantize(empty_model(config, tensors), quantization)
+        layers = _layers_to_quantize(model, quantization)
         config = replace(config, quantization=_written(config.quantization, quantization, layers))
-    is_mlx = config.quantization is not None
-    if not is_mlx:
+    if not layers and not any(name.endswith(".scales") for name in tensors):
+        config = replace(config, quantization=None)
+    if config.quantization is None:
         tensors = to_torch_layout(tensors)
     outputs = []
     for name, tensor in tensors.items():
-        path = name.removesuffix(".weight")
-        outputs.append(
-            _quantized(path, tensor, layers[path])
-            if name.endswith(".weight") and path in layers
-            else output(name, tensor)
-        )
-    return Plan(checkpoint.contents, config, outputs, is_mlx)
+        path, _, leaf = name.rpartition(".")
+        settings = layers.get(path) if leaf == "weight" else None
+        outputs.append(_quantized(path, tensor, settings) if settings else output(name, tensor))
+    return Plan(checkpoint.contents, config, outputs)
 
 
 def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:

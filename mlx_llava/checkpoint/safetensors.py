@@ -8,12 +8,13 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint.tensors import FILE_DTYPES, ITEM_SIZES, LazyTensor, Output
+from mlx_llava.checkpoint.tensors import FILE_DTYPES, ITEM_SIZES, LazyTensor
 from mlx_llava.json_files import decode, parse, write_json
 
 if TYPE_CHECKING:
@@ -86,6 +87,31 @@ def write_arrays(
         mx.save_safetensors(str(path), dict(arrays), metadata)
     except RuntimeError as error:
         raise OSError(f"{path} cannot be written; is the disk full? {error}") from error
+
+
+@dataclass(frozen=True)
+class Output:
+    """Tensors to be written that are computed together, as a quantised layer's three are.
+
+    Attributes:
+        tensors: name, shape and dtype of each.
+        compute: makes them, in the same order.
+        source: where they come from, for people.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
+    compute: Callable[[], Sequence[mx.array]]
+    source: str
+
+    @property
+    def nbytes(self) -> int:
+        """Their size in bytes."""
+        return sum(math.prod(shape) * dtype.size for _, shape, dtype in self.tensors)
+
+
+def output(name: str, tensor: LazyTensor) -> Output:
+    """One tensor to be written as it is."""
+    return Output(((name, tensor.shape, tensor.dtype),), lambda: [tensor.read()], tensor.source)
 
 
 def write_weights(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from mlx_llava.checkpoint.names import to_torch_layout
-from mlx_llava.checkpoint.safetensors import write_weights
-from mlx_llava.checkpoint.tensors import from_array, output
+from mlx_llava.checkpoint.safetensors import Output, output, write_weights
+from mlx_llava.checkpoint.tensors import from_array, to_torch_layout
 from mlx_llava.folders import new_folder
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import write_json
@@ -41,16 +40,30 @@ def save(
     """
     arrays = dict(tree_flatten(model.parameters()))
     tensors = {name: from_array("the model", array) for name, array in arrays.items()}
+    if model.config.quantization is None:
+        tensors = to_torch_layout(tensors)
+    outputs = [output(name, tensor) for name, tensor in tensors.items()]
     with new_folder(Path(folder), "model", force, keep) as beside:
-        is_mlx = model.config.quantization is not None
-        layout = tensors if is_mlx else to_torch_layout(tensors)
-        outputs = [output(name, tensor) for name, tensor in layout.items()]
-        write_weights(beside, outputs, is_mlx=is_mlx)
-        write_settings(beside, model.config, processor)
+        write_model(beside, outputs, model.config, processor)
 
 
-def write_settings(folder: Path, config: LlavaConfig, processor: Processor) -> None:
-    """Writes everything but the weights; config.json last, without which nothing is loaded."""
+def write_model(
+    folder: Path,
+    outputs: Sequence[Output],
+    config: LlavaConfig,
+    processor: Processor,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Fills a model's folder: config.json last, without which nothing is loaded.
+
+    Args:
+        folder (Path): Is there.
+        outputs (list of Output): Weights, in PyTorch's layout unless the config has them quantised.
+        config (LlavaConfig): What config.json will say.
+        processor (Processor): What all other files will say.
+        progress (callable): See `write_weights`.
+    """
+    write_weights(folder, outputs, is_mlx=config.quantization is not None, progress=progress)
     tokenizer = processor.tokenizer
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
     write_json(folder / "tokenizer.json", tokenizer.spec)

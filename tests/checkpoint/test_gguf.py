@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_llava import convert
 from mlx_llava.checkpoint import gguf as reader
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS
-from mlx_llava.checkpoint.gptq import Repacked
+from mlx_llava.checkpoint.tensors import Canonical
 from mlx_llava.inputs.vocabulary import CONTROL, NORMAL, USER_DEFINED, Piece, spec_from_byte_bpe
 from mlx_llava.model.llama import rope_frequencies
 from tests.conftest import load_as_stored as load
@@ -88,12 +88,12 @@ def tensor_of(folder: Path, kind: str, data: np.ndarray):
     writer.write_tensors_to_file()
     writer.close()
     (tensor,) = reader.open_reader(folder / "x.gguf", "llama").tensors
-    model = Repacked()
+    model = Canonical()
     reader._add(model, folder / "x.gguf", tensor, "language_model.lm_head.weight", None)
     for lazy in model.tensors.values():
         array = lazy.read()
         assert (array.shape, array.dtype) == (lazy.shape, lazy.dtype)
-    return {name.rpartition(".")[2]: t.read() for name, t in model.tensors.items()}, model.settings
+    return {name.rpartition(".")[2]: t.read() for name, t in model.tensors.items()}, model.layers
 
 
 def random_blocks(kind: str, rows: int, columns: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint import gptq
-from mlx_llava.checkpoint.tensors import from_array
+from mlx_llava.checkpoint.tensors import Canonical, from_array
 from tests.conftest import GOLDENS
 from tests.conftest import load_as_stored as load
 
@@ -72,9 +72,10 @@ def quantised_layer(out, inputs, bits, group_size, kind="gptq", scale_dtype=np.f
     return tensors, weights.T
 
 
-def repacked(tensors: dict, config: dict | None = None) -> tuple[dict, gptq.Repacked]:
+def repacked(tensors: dict, config: dict | None = None) -> tuple[dict, Canonical]:
     lazy = {f"x.{k}": from_array(f"f:x.{k}", mx.array(v)) for k, v in tensors.items()}
-    result = gptq.repack(lazy, config or {})
+    result = Canonical(lazy)
+    gptq.repack(result, config or {})
     arrays = {}
     for key, tensor in result.tensors.items():
         array = tensor.read()
@@ -100,7 +101,7 @@ def test_gptq_means_the_same_weights(bits, kind, group_size):
     tensors, weights = quantised_layer(64, 256, bits, group_size, kind)
     config = {"checkpoint_format": "gptq_v2"} if kind == "v2" else {}
     arrays, result = repacked(tensors, config)
-    settings = result.settings["x"]
+    settings = result.layers["x"]
     assert settings == {"bits": bits, "group_size": min(group_size, 128)}
     assert ("input_permutation" in arrays) == (kind == "act-order" and group_size < 256)
     error = np.abs(dequantised(arrays, settings) - weights).max()
@@ -111,7 +112,7 @@ def test_gptq_with_float16_scales_stays_float16():
     tensors, weights = quantised_layer(64, 128, 4, 64, scale_dtype=np.float16)
     arrays, result = repacked(tensors)
     assert arrays["scales"].dtype == arrays["biases"].dtype == mx.float16
-    error = np.abs(dequantised(arrays, result.settings["x"]) - weights).max()
+    error = np.abs(dequantised(arrays, result.layers["x"]) - weights).max()
     assert error < 2e-3 * np.abs(weights).max()
 
 
@@ -127,7 +128,7 @@ def test_one_group_for_a_whole_column_is_divided():
     tensors, weights = quantised_layer(32, 256, 4, 256)
     arrays, result = repacked(tensors)
     assert arrays["scales"].shape == (32, 2)
-    assert np.abs(dequantised(arrays, result.settings["x"]) - weights).max() < 1e-6
+    assert np.abs(dequantised(arrays, result.layers["x"]) - weights).max() < 1e-6
 
 
 @pytest.mark.parametrize(("inputs", "group_size"), [(64, 16), (48, 48), (96, 64)])
@@ -135,7 +136,7 @@ def test_groups_that_mlx_has_not_become_plain_weights(inputs, group_size):
     tensors, weights = quantised_layer(32, inputs, 4, group_size)
     arrays, result = repacked(tensors, {"group_size": group_size})
     assert set(arrays) == {"weight"}
-    assert not result.settings
+    assert not result.layers
     assert np.abs(np.array(arrays["weight"]) - weights).max() < 1e-6
 
 
@@ -151,7 +152,7 @@ def test_biases_of_zero_are_left_out_and_others_kept():
 def test_awq_means_the_same_weights(group_size):
     tensors, weights = quantised_layer(64, 256, 4, group_size, "awq")
     arrays, result = repacked(tensors, {"version": "GEMM"})
-    error = np.abs(dequantised(arrays, result.settings["x"]) - weights).max()
+    error = np.abs(dequantised(arrays, result.layers["x"]) - weights).max()
     assert error < 1e-6
     with pytest.raises(ValueError, match="gemv"):
         repacked(tensors, {"version": "gemv"})
@@ -169,7 +170,7 @@ def test_scattered_groups_of_unequal_size_become_plain_weights():
     tensors["g_idx"][:] = 0
     arrays, result = repacked(tensors)
     assert set(arrays) == {"weight"}
-    assert not result.settings
+    assert not result.layers
 
 
 def quantised_model(kind: str, bits: int, original: bool):

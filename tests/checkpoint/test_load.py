@@ -16,10 +16,9 @@ from PIL import Image
 
 from mlx_llava.checkpoint import folder as folder_of_weights
 from mlx_llava.checkpoint import safetensors as files
-from mlx_llava.checkpoint.names import canonical_name, canonical_tensors
-from mlx_llava.checkpoint.parts import is_adapter
+from mlx_llava.checkpoint.lora import is_adapter
 from mlx_llava.checkpoint.save import save
-from mlx_llava.checkpoint.tensors import from_array
+from mlx_llava.checkpoint.tensors import canonical_name, canonical_tensors, from_array
 from tests.conftest import GOLDENS, PICTURE
 from tests.conftest import load_as_stored as load
 
