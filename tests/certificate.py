@@ -26,7 +26,7 @@ from mlx_llava.checkpoint.verify import QUESTION, example_image, verify
 from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.processor import Inputs, Processor
-from mlx_llava.inputs.template_choice import Guess, guess_template
+from mlx_llava.inputs.templates import Guess, guess_template
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 from tests import layouts, tiny

@@ -36,7 +36,7 @@ from mlx_llava.checkpoint.tensors import (
     canonical_name,
     canonical_tensors,
 )
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.templates import guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import LlavaConfig, read_ends, unknown_keys

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_llava.inputs.messages import Message, check_turns
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 _QUESTION, _ANSWER = "Six times seven?", "Forty-two"
 #: What looks like an end mark, as text.
 _TEXT_MARK = r"(?:<[^\s<>]+>|\[[^\s\[\]]+\]|#{2,})"
-_PICTURE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
+_IMAGE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of a conversation's text.
 
     Attributes:
-        text: the text.
         answer: the assistant wrote it, its end mark included: training learns it.
     """
 
@@ -59,7 +57,7 @@ class ChatTemplate:
         Args:
             messages: An optional system turn, then user and assistant in turn. After a last
                 turn of the user's, the text ends where the answer begins.
-            image_position: Where unmarked pictures go in their turn, ``start`` or ``end``.
+            image_position: Where unmarked images go in their turn, ``start`` or ``end``.
 
         Raises:
             ValueError: The turns have another order, or the template cannot write them.
@@ -78,15 +76,10 @@ class ChatTemplate:
 
 
 def place_images(message: Message, joint: str, position: str) -> str:
-    """The text of a turn with its unmarked pictures at the start or at the end."""
+    """The text of a turn with its unmarked images at the start or at the end."""
     if position == "end":
         return message.text + (joint + IMAGE_TOKEN) * message.images
     return (IMAGE_TOKEN + joint) * message.images + message.text
-
-
-def wrap_images(text: str) -> str:
-    """Puts LLaVA v0's ``<im_start>`` and ``<im_end>`` around every picture."""
-    return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
 
 
 @dataclass(frozen=True)
@@ -164,33 +157,26 @@ class JinjaTemplate(ChatTemplate):
                 )
             segments.append(Segment(prompt[len(written) :].removeprefix(lent)))
             answer, mark, after = self._answer(whole[len(prompt) :], message.text.strip())
-            lent = "" if mark else self._end
+            lent = "" if mark else next(iter(self.stops), self.eos)
             segments += [Segment(answer + (mark or lent), answer=True), Segment(after)]
             written = whole
         return tuple(segments)
-
-    @property
-    def _end(self) -> str:
-        """The end mark of an answer behind which the template writes none."""
-        return self.stops[0] if self.stops else self.eos
 
     def _answer(self, written: str, text: str) -> tuple[str, str, str]:
         """An answer, its end mark if the template writes one, and what stands after that."""
         end = written.rindex(text) + len(text)
         after = written[end:]
-        places = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
-        mark = after[: min(places)] if places else after.rstrip()
+        ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
+        mark = after[: min(ends)] if ends else after.rstrip()
         return written[:end], mark, after[len(mark) :]
 
     def find_ends(self, special_tokens: Collection[str]) -> tuple[str, ...]:
         """The mark that the template writes after an answer: it ends one, whatever eos is.
 
-        Args:
-            special_tokens (collection of str): The tokenizer's; a mark that is none of them looks
-                like one, as ``</s>``, ``[EOS]`` and ``###`` do.
+        One that is no special token looks like one, as ``</s>``, ``[EOS]`` and ``###`` do.
         """
         turns = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
-        tokens = sorted(map(re.escape, {*special_tokens} - _PICTURE_TOKENS), key=len, reverse=True)
+        tokens = sorted(map(re.escape, {*special_tokens} - _IMAGE_TOKENS), key=len, reverse=True)
         mark = re.compile(rf"\s*({'|'.join([*tokens, _TEXT_MARK])})")
         try:
             _, _, after = self._write(turns, "start").rpartition(_ANSWER)
@@ -210,16 +196,8 @@ class JinjaTemplate(ChatTemplate):
         self, messages: Sequence[Message], image_position: str, prompting: bool = False
     ) -> str:
         """The template's own text, up to where an answer begins if `prompting`."""
-        import jinja2
-
-        try:
-            text = self._template.render(
-                messages=[self._as_dict(message, image_position) for message in messages],
-                add_generation_prompt=prompting,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError, OverflowError) as error:
-            raise ValueError(f"The checkpoint's chat template fails: {error}") from error
+        turns = [self._as_dict(message, image_position) for message in messages]
+        text = self._render(turns, prompting)
         for message in messages:
             if message.text.strip() not in text:
                 raise ValueError(
@@ -228,25 +206,27 @@ class JinjaTemplate(ChatTemplate):
                 )
         return text
 
-    @property
-    def _variables(self) -> dict[str, str | None]:
-        """What transformers gives a template beside the turns."""
+    def _render(self, turns: Sequence[Mapping[str, Any]], prompting: bool = False) -> str:
+        """As transformers does it."""
+        import jinja2
+
         tokens = {**self.tokens, "bos_token": self.bos, "eos_token": self.eos}
-        return {"tools": None, "documents": None, **tokens}
+        variables = {"tools": None, "documents": None, "add_generation_prompt": prompting}
+        try:
+            return self._template.render(messages=turns, **variables, **tokens)
+        except (jinja2.TemplateError, TypeError, OverflowError) as error:
+            raise ValueError(f"The checkpoint's chat template fails: {error}") from error
 
     @cached_property
     def _reads_parts(self) -> bool:
         """Whether a turn is read in parts; in templates of text, tools may have a type."""
-        import jinja2
-
         if not re.search(r"""['"]type['"]|\.type\b""", self.source):
             return False
         parts = [{"type": "text", "text": _QUESTION}]
         for content in (parts, _QUESTION):
-            turn = {"role": "user", "content": content}
             try:
-                text = self._template.render(messages=[turn], **self._variables)
-            except (jinja2.TemplateError, TypeError, OverflowError):
+                text = self._render([{"role": "user", "content": content}])
+            except ValueError:
                 continue
             if _QUESTION in text and str(parts) not in text:
                 return content is parts

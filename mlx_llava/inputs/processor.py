@@ -16,13 +16,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.chat_template import ChatTemplate, Segment, wrap_images
+from mlx_llava.inputs.chat_template import ChatTemplate, Segment
 from mlx_llava.inputs.image import ImageSource, load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.messages import Conversation, Message, read_messages
-from mlx_llava.inputs.template_choice import choose_template
-from mlx_llava.inputs.templates import get_template
-from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from mlx_llava.inputs.templates import choose_template, get_template
+from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, Tokenizer
 from mlx_llava.model.anyres import Size
 from mlx_llava.model.config import LlavaConfig
 
@@ -212,7 +211,10 @@ class Processor:
         return text, images
 
     def _wrapped(self, text: str) -> str:
-        return wrap_images(text) if self.config.mm_use_im_start_end else text
+        """With LLaVA v0's marks around every image."""
+        if not self.config.mm_use_im_start_end:
+            return text
+        return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
 
     def learnable(
         self, segments: Sequence[Segment], image_tokens: Sequence[int]

@@ -1,13 +1,21 @@
-"""The original LLaVA's conversation templates by name (LLaVA and LLaVA-NeXT, conversation.py)."""
+"""LLaVA's templates by name (LLaVA and LLaVA-NeXT, conversation.py), and which one to take."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from mlx_llava.inputs.chat_template import ChatTemplate, Segment, place_images
+from mlx_llava.inputs.chat_template import ChatTemplate, JinjaTemplate, Segment, place_images
 from mlx_llava.inputs.messages import Message, check_turns
-from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer, token_text
+from mlx_llava.model.config import LlavaConfig
+
+_LLAMA_3_WORDS = 128256
+_YI_WORDS = range(64000, 64065)  # with a placeholder, up to a multiple of 64
+_V0_WORDS = 32004  # 13b-delta-v0 and 7b-delta-v0 have a [PAD] beside the three image tokens
+_VICUNA_WIDTHS = (4096, 5120)
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,9 @@ class Template(ChatTemplate):
         answer: a past answer, around ``{text}``.
         between: what stands between an answer and the next question.
         stops: texts that end an answer.
-        image_joint: what stands between a picture and the text.
+        image_joint: what stands between an image and the text.
         examples: turns that precede the conversation.
-        image_turn: pictures get a turn of their own, acknowledged with "Received."
+        image_turn: images get a turn of their own, acknowledged with "Received."
     """
 
     name: str
@@ -50,28 +58,24 @@ class Template(ChatTemplate):
         system = self.system
         if messages[0].role == "system":
             system, messages = messages[0].text, messages[1:]
-        segments = [
-            Segment(self.header.replace("{system}", system) if system else self.bare_header)
-        ]
+        header = self.header.replace("{system}", system) if system else self.bare_header
+        segments = [Segment(header)]
         turns = [*self.examples, *self._images_first(messages)]
         inserted = len(turns) - len(messages)
+        mark = next(stop for stop in self.stops if stop in self.answer)
+        answer, after = self.answer.rsplit(mark, 1)
         for i, message in enumerate(turns):
             if message.role == "assistant":
-                segments += self._answer(message.text, learned=i >= inserted)
+                said = answer.replace("{text}", message.text)
+                segments += [Segment(said + mark, i >= inserted), Segment(after)]
                 continue
             said = place_images(message, self.image_joint, image_position)
             between = self.between if i else ""
             segments.append(Segment(between + self.user.replace("{text}", said) + self.assistant))
         return tuple(segments)
 
-    def _answer(self, text: str, learned: bool) -> list[Segment]:
-        """An answer up to its end mark, and what the template puts after that."""
-        mark = next(stop for stop in self.stops if stop in self.answer)
-        written, after = self.answer.rsplit(mark, 1)
-        return [Segment(written.replace("{text}", text) + mark, learned), Segment(after)]
-
     def _images_first(self, messages: Sequence[Message]) -> list[Message]:
-        """Moves the first turn's pictures to a turn of their own (mmtag templates)."""
+        """Moves the first turn's images to a turn of their own (mmtag templates)."""
         first, *rest = messages
         count = first.images + first.text.count(IMAGE_TOKEN)
         if not self.image_turn or not count:
@@ -213,10 +217,14 @@ _ALL: tuple[Template, ...] = (
         image_joint="",
     ),
 )
-_NAMED = {template.name: template for template in _ALL}
-_ALIASES = {"v1": "vicuna_v1", "v0": "vicuna_v0", "mistral_direct": "chatml_direct"}
+_SHORT = {"vicuna_v1": "v1", "vicuna_v0": "v0", "chatml_direct": "mistral_direct"}
 #: Every built-in template by name, LLaVA's short names included.
-TEMPLATES: Mapping[str, Template] = _NAMED | {a: _NAMED[name] for a, name in _ALIASES.items()}
+TEMPLATES: Mapping[str, Template] = {
+    name: template
+    for template in _ALL
+    for name in (template.name, _SHORT.get(template.name))
+    if name
+}
 
 
 def get_template(name: str) -> Template:
@@ -228,3 +236,53 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"There is no template {name!r}; known: {', '.join(sorted(TEMPLATES))}.")
     return TEMPLATES[name]
+
+
+class Guess(NamedTuple):
+    """The name of a built-in template, and why another may be right; "" where none can."""
+
+    name: str
+    doubt: str = ""
+
+
+def guess_template(config: LlavaConfig, name: str = "") -> Guess:
+    """The template that a checkpoint was trained with, where none of its files says so.
+
+    The original guesses from the folder's name alone (LLaVA, cli.py, lines 34 to 45), which a copy
+    or the hub's cache loses. Here the numbers of the published checkpoints count too.
+
+    Args:
+        config: Its vocabulary without rows that were added for the placeholder.
+        name: All names that the checkpoint and its base are known by.
+    """
+    text, name = config.text_config, name.lower()
+    is_linear = config.mm_projector_type == "linear"
+    has_mistral_sizes = (text.kv_heads, text.intermediate_size) == (8, 14336)
+    if re.search(r"llama[-_]?2(?!\d)", name):
+        return Guess("llava_llama_2")
+    if config.mm_use_im_start_end:
+        return Guess("llava_v0" if text.vocab_size == _V0_WORDS else "llava_v1")
+    if text.vocab_size >= _LLAMA_3_WORDS:
+        return Guess("llava_llama_3")
+    if text.hidden_size == 7168 or text.vocab_size in _YI_WORDS:
+        return Guess("chatml_direct")
+    if text.model_type == "mistral" or has_mistral_sizes:
+        if text.rope_theta == 1e6 or re.search("mistral.*instruct", name):
+            return Guess("mistral_instruct")
+        return Guess("vicuna_v1", "BakLLaVA's, on Mistral v0.1; its Instruct has mistral_instruct")
+    if is_linear and text.max_position_embeddings >= 4096:
+        return Guess("llava_llama_2", "LLaMA 2 with one linear layer; a Vicuna has vicuna_v1")
+    if text.hidden_size in _VICUNA_WIDTHS and text.rope_theta == 1e4:
+        return Guess("vicuna_v1")
+    return Guess("vicuna_v1", "no published LLaVA has this shape")
+
+
+def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The checkpoint's own template, or the one that its shape points to."""
+    if config.conv_mode or not tokenizer.chat_template:
+        return get_template(config.conv_mode or guess_template(config).name)
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    tokens = {key: text for key, value in named.items() if (text := token_text(value))}
+    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
+    return replace(template, stops=template.find_ends(tokenizer.special_tokens))

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_llava import LlavaConfig, generate
 from mlx_llava.checkpoint.original import translate
-from mlx_llava.inputs.template_choice import guess_template
+from mlx_llava.inputs.templates import guess_template
 from tests.conftest import load_as_stored as load
 from tests.published.original import V15_7B
 

@@ -20,8 +20,7 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.processor import Processor
-from mlx_llava.inputs.template_choice import choose_template, guess_template
-from mlx_llava.inputs.templates import TEMPLATES, get_template
+from mlx_llava.inputs.templates import TEMPLATES, choose_template, get_template, guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import LlavaConfig
