@@ -1,4 +1,4 @@
-"""Fetch a picture from a URL, within bounds of size and time.
+"""Fetch an image from a URL, within bounds of size and time.
 
 `download` does it for a user, from wherever the URL leads; `fetch` for someone else, from public
 addresses only. There a name is looked up once, and the connection goes to the address that was
@@ -71,12 +71,7 @@ def download(url: str) -> bytes:
 
 
 async def fetch(url: str, max_bytes: int, seconds: float) -> bytes:
-    """What a URL of someone else's gives.
-
-    Args:
-        url (str): An http or https URL.
-        max_bytes (int): The most to take.
-        seconds (float): For everything, redirects included.
+    """What a URL of someone else's gives, redirects included.
 
     Raises:
         ValueError: The URL is refused, or cannot be fetched within these bounds.
@@ -167,15 +162,14 @@ def public_address(host: str, port: int) -> str:
 def is_public(address: str) -> bool:
     """Whether an IP address, and the one inside it if it carries one, is globally reachable."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner: ipaddress.IPv4Address | None = None
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
         if ip.teredo:
             inner = ip.teredo[1]
         if any(ip in network for network in _CARRIERS):
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    if inner is not None and not is_public(str(inner)):
-        return False
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-        return True
+        if inner is not None and not is_public(str(inner)):
+            return False
+        if ip.ipv4_mapped:
+            return True
     return ip.is_global and not ip.is_multicast

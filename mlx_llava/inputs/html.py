@@ -10,12 +10,12 @@ from PIL import Image
 
 from mlx_llava.inputs.image import data_url, png
 
-#: The longer side of a picture that is shown, in pixels.
+#: The longer side of an image that is shown, in pixels.
 SIDE = 192
 
 
 def pictures(images: Sequence[Image.Image]) -> str:
-    """Pictures in a row, made small enough for it."""
+    """Images in a row, made small enough for it."""
     shown = []
     for image in images:
         small = image.copy()

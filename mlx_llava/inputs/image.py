@@ -1,4 +1,4 @@
-"""Pictures: whatever a user has -> an RGB image of 8 bits."""
+"""Whatever a user has -> an RGB image of 8 bits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _BEGINNINGS = {
     "HEIC": rb"\0\0..ftyp(....)*?(hei[cxms]|hev[cx]|mif1)",
 }
 FORMATS = tuple(_BEGINNINGS)
-#: What is often found in the place of a picture.
+#: What is often found instead of an image.
 _OTHERS = {
     rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
     rb"\s*<(.*<)?svg\b": "SVG (save it as PNG first)",
@@ -71,7 +71,7 @@ _TURNS = {
 def load_image(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
-    """Reads one picture as RGB.
+    """Reads one image as RGB.
 
     EXIF orientation is applied to everything that is a file; a ready PIL image or array is
     taken as it stands. Transparency is composited on white, greys of more than 8 bits are
@@ -79,15 +79,15 @@ def load_image(
     frame is used. A ready RGB image is returned as it is.
 
     Args:
-        source (str, Path, bytes, file, PIL.Image.Image or numpy.ndarray): A path, an http(s)
-            or data: URL, the bytes of a file, an open binary file, a PIL image, or an array
-            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or floats in 0..1.
-        max_pixels (int): The largest width x height; checked before anything is decoded.
-        formats (sequence of str): What a file may be, by Pillow's names.
+        source: A path, an http(s) or data: URL, the bytes of a file, an open binary file, a PIL
+            image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool,
+            or floats in 0..1.
+        max_pixels: The largest width x height; checked before anything is decoded.
+        formats: What a file may be, by Pillow's names.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
-        ValueError: It is no picture, it is broken, it is too large, or would take long to decode.
+        ValueError: It is no image, it is broken, it is too large, or would take long to decode.
     """
     if isinstance(source, np.ndarray):
         source = from_array(source)
@@ -96,10 +96,10 @@ def load_image(
         is_plain = type(source) is Image.Image and "transparency" not in source.info
         if is_plain and source.mode == "RGB":
             return source
-        with _said("The image"):
+        with _naming("The image"):
             return to_rgb(source)
     image, file, name = _open(source, max_pixels, formats)
-    with _said(name):
+    with _naming(name):
         image.load()
         held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
         image = to_rgb(image, file.levels, name)
@@ -109,15 +109,12 @@ def load_image(
 def image_size(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> tuple[int, int]:
-    """The (width, height) of a picture in a file, as it says; nothing is decoded.
-
-    Arguments and errors are those of `load_image`.
-    """
+    """The (width, height) that a file says; nothing is decoded. See `load_image`."""
     return _open(source, max_pixels, formats)[0].size
 
 
 def _open(source: Any, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, Essence, str]:
-    """A picture that is not decoded yet, what is known of its file, and its name in errors."""
+    """An image that is not decoded yet, what is known of its file, and its name in errors."""
     content, name = _read(source)
     format = _format(content, name, formats)
     try:
@@ -125,20 +122,20 @@ def _open(source: Any, max_pixels: int, formats: Sequence[str]) -> tuple[Image.I
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
     decoder = _decoder(format, name)
-    with _said(name):
+    with _naming(name):
         image = decoder(io.BytesIO(file.content), "")
     check_pixels(image.size, max_pixels, name)
     return image, file, name
 
 
 @contextmanager
-def _said(name: str) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     """Decoders raise anything on a broken file."""
     try:
         yield
     except Exception as error:
-        is_told = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
-        why = str(error) if is_told else f"{type(error).__name__} {error}"
+        is_clear = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
+        why = str(error) if is_clear else f"{type(error).__name__} {error}"
         raise ValueError(f"{name} is a broken image: {' '.join(why.split())}") from error
 
 
@@ -148,7 +145,7 @@ def _bytes(image: Image.Image, key: str) -> bytes:
 
 
 def from_clipboard() -> Image.Image:
-    """The picture that was copied, or the first of the copied files.
+    """The image that was copied, or the first of the copied files.
 
     Raises:
         ValueError: There is none, or this system has no clipboard that Pillow can read.
@@ -157,11 +154,10 @@ def from_clipboard() -> Image.Image:
         found = ImageGrab.grabclipboard()
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"The clipboard cannot be read: {error}") from error
-    if isinstance(found, list) and found:
-        return load_image(found[0])
-    if not isinstance(found, Image.Image):
+    first = found[0] if isinstance(found, list) and found else found
+    if not isinstance(first, (str, Image.Image)):
         raise ValueError("There is no picture in the clipboard.")
-    return load_image(found)
+    return load_image(first)
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
@@ -219,15 +215,15 @@ def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
     for format in formats:
         if re.match(_BEGINNINGS[format], content[:64], re.DOTALL):
             return format
-    what = f"not an image ({', '.join(formats)})"
+    what = f"not an image ({', '.join(formats)})" if content else "empty, not an image"
     for beginning, other in _OTHERS.items():
         if re.match(beginning, content[:1000], re.DOTALL | re.IGNORECASE):
             what = other
-    raise ValueError(f"{name} is {what if content else 'empty, not an image'}.")
+    raise ValueError(f"{name} is {what}.")
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
+    """An image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

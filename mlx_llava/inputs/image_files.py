@@ -1,7 +1,7 @@
-"""What a decoder gets to see of an image file: the picture, and no more than it does quickly.
+"""What a decoder gets to see of an image file: the image, and no more than it does quickly.
 
-Metadata is not handed on: of a few bytes of it, decoders make gigabytes, or stumble. What turns a
-picture is read here. Nothing is decoded, and no file takes longer than a walk over its parts.
+Metadata is not handed on: of a few bytes of it, decoders make gigabytes, or stumble. What turns an
+image is read here. Nothing is decoded, and no file takes longer than a walk over its parts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from mlx_llava.inputs.rgb import UNKNOWN, Levels
 from mlx_llava.inputs.tiff import ORIENTATION, read_directory
@@ -49,8 +50,7 @@ _TILE_WIDTH, _TILE_LENGTH, _TIFF_XMP = 322, 323, 700
 _LOWEST, _HIGHEST = (280, 340), (281, 341)
 
 
-@dataclass(frozen=True)
-class Essence:
+class Essence(NamedTuple):
     """What is needed of a file.
 
     Attributes:
@@ -71,13 +71,12 @@ def essence(content: bytes, format: str, max_pixels: int) -> Essence:
         ValueError: Decoding it could take long; the message wants its name before it.
     """
     readers = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "AVIF": _avif}
-    if format == "TIFF":
-        return _tiff(content, max_pixels)
-    return readers[format](content) if format in readers else Essence(content)
+    readers["TIFF"] = partial(_tiff, max_pixels=max_pixels)
+    return readers.get(format, Essence)(content)
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """How a picture was held, 1..8: by EXIF, or else by XMP; 1 where neither makes sense."""
+    """How a camera was held, 1..8: by EXIF, or else by XMP; 1 where neither makes sense."""
     start = _EXIFS.match(exif)
     try:
         directory = read_directory(exif[start.end() :] if start else exif)
@@ -91,7 +90,7 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def _jpeg(content: bytes) -> Essence:
-    """Without what is no picture; ITU-T T.81, annex B."""
+    """Without what is no image; ITU-T T.81, annex B."""
     kept, exif, xmp, scans = [content[:2]], b"", b"", 0
     for marker, start, body, end in _segments(content):
         if marker == _START_OF_SCAN:
@@ -151,12 +150,9 @@ def _png(content: bytes) -> Essence:
 
 
 def _png_text(kind: bytes, body: bytes) -> bytes:
-    is_packed = kind == b"zTXt"
+    is_packed, body = kind == b"zTXt", body[kind == b"zTXt" :]
     if kind == b"iTXt":
-        is_packed = body.startswith(b"\1")
-        body = body[2:].split(b"\0", 2)[-1]
-    elif is_packed:
-        body = body[1:]
+        is_packed, body = body.startswith(b"\1"), body[2:].split(b"\0", 2)[-1]
     if not is_packed:
         return body[:MAX_TEXT]
     try:
@@ -198,7 +194,7 @@ def _avif(content: bytes) -> Essence:
 
 
 def _tiff(content: bytes, max_pixels: int) -> Essence:
-    """Its first picture without what else is said of it; TIFF 6.0, section 8."""
+    """Its first image without what else is said of it; TIFF 6.0, section 8."""
     directory = read_directory(content)
     if directory is None:
         return Essence(content, orientation=1)
@@ -210,13 +206,10 @@ def _tiff(content: bytes, max_pixels: int) -> Essence:
     is_raw = number(_COMPRESSION) in (None, 1)
     if is_raw and bits > 8 and number(_PLANES) == 2 and (number(_SAMPLES) or 1) > 1:
         raise ValueError(f"has colours of {bits:.0f} bits in planes of their own; interleave them")
-    whites = [white for tag in _HIGHEST if (white := number(tag)) is not None]
-    blacks = [black for tag in _LOWEST if (black := number(tag)) is not None]
-    levels = Levels(
-        black=blacks[0] if blacks else None,
-        white=whites[0] if whites else 4095 if bits == 12 else None,
-        is_inverted=number(_PHOTOMETRIC) == 0,
-        bits=int(bits),
+    black, white = (
+        next((found for tag in tags if (found := number(tag)) is not None), default)
+        for tags, default in ((_LOWEST, None), (_HIGHEST, 4095 if bits == 12 else None))
     )
-    held = orientation(content, directory.content(_TIFF_XMP))
+    levels = Levels(black, white, is_inverted=number(_PHOTOMETRIC) == 0, bits=int(bits))
+    held = orientation(content, directory.value(_TIFF_XMP)[1])
     return Essence(directory.only(_TAGS_KEPT), held, levels)

@@ -1,9 +1,10 @@
-"""The pictures of folders and patterns, each once, whatever links lead to them."""
+"""The images of folders and patterns, each once, whatever links lead to them."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -18,20 +19,19 @@ from mlx_llava.inputs.image import FORMATS
 def find_images(
     places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
 ) -> list[str]:
-    """The pictures of folders and patterns, those of a place in order of their names.
+    """The images of folders, files and patterns as ``photos/**/*.jpg``, of each by their names.
 
-    Links are followed, and a picture that several lead to is found once, by its own name if that
-    is in the place.
+    Links are followed, and an image that several lead to is found once, by its own name if that
+    is among them.
 
     Args:
-        places (list of str): Folders, files, and patterns as ``photos/*.jpg``, in which ``**``
-            stands for any folders.
-        recursive (bool): Looks into the folders of folders.
-        skipped (set of Path, optional): Takes the files that are no pictures by their names, links
-            that lead nowhere, and folders that cannot be read.
+        places: Folders, files and patterns.
+        recursive: Looks into the folders of folders.
+        skipped: Takes the files that are no images by their names, links that lead nowhere, and
+            folders that cannot be read.
 
     Raises:
-        ValueError: A place has no picture, or is a folder that cannot be read.
+        ValueError: A place has no image, or is a folder that cannot be read.
     """
     found: dict[Path, str] = {}
     skipped = set() if skipped is None else skipped
@@ -70,14 +70,12 @@ def _links_to(folder: Path) -> tuple[int, Path]:
 
 
 def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
+    start, parts = Path(path.anchor), path.parts[bool(path.anchor) :]
     if path.is_dir():
-        matching = _match(path, ["**", "*"] if recursive else ["*"], skipped)
-    else:
-        start = Path(path.anchor)
-        matching = _match(start, path.parts[1:] if path.anchor else path.parts, skipped)
-    for file in matching:
+        start, parts = path, ("**", "*") if recursive else ("*",)
+    for file in _match(start, parts, skipped):
         mode = _mode(file)
-        if has_image_name(file) and stat.S_ISREG(mode):
+        if _has_image_name(file) and stat.S_ISREG(mode):
             yield file
         elif not stat.S_ISDIR(mode):
             skipped.add(file)
@@ -99,17 +97,17 @@ def _match(folder: Path, parts: Sequence[str], skipped: set[Path]) -> Iterator[P
 def _folders(folder: Path, skipped: set[Path]) -> Iterator[Path]:
     """A folder and all below it, each once, those behind links last."""
     seen: set[tuple[int, int]] = set()
-    own, linked = [folder], list[Path]()
-    while own or linked:
-        here = own.pop() if own else linked.pop(0)
-        found = here.stat()
-        if (found.st_dev, found.st_ino) in seen:
+    waiting = deque([folder])
+    while waiting:
+        here = waiting.popleft()
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
             continue
-        seen.add((found.st_dev, found.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         yield here
-        below = [path for path in _entries(here, "*", skipped) if stat.S_ISDIR(_mode(path))]
-        own += [path for path in below if not path.is_symlink()]
-        linked += [path for path in below if path.is_symlink()]
+        for path in _entries(here, "*", skipped):
+            if stat.S_ISDIR(_mode(path)):
+                (waiting.append if path.is_symlink() else waiting.appendleft)(path)
 
 
 def _entries(folder: Path, pattern: str, skipped: set[Path]) -> list[Path]:
@@ -135,11 +133,11 @@ def _mode(path: Path) -> int:
 
 @cache
 def image_endings() -> set[str]:
-    """What the names of pictures end in."""
-    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    return known | {".heic", ".heif"}
+    """What the names of images end in."""
+    endings = Image.registered_extensions()
+    return {ending for ending in endings if endings[ending] in FORMATS} | {".heic", ".heif"}
 
 
-def has_image_name(file: Path) -> bool:
-    """Whether a file's name is that of a picture; macOS writes ``._`` files beside real ones."""
+def _has_image_name(file: Path) -> bool:
+    """macOS writes ``._`` files beside real ones."""
     return file.suffix.lower() in image_endings() and not file.name.startswith(".")

@@ -1,4 +1,4 @@
-"""Which pictures a typed line names: as terminals paste and quote paths, and within a sentence."""
+"""Which images a typed line names: as terminals paste and quote paths, and within a sentence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from mlx_llava.files import is_file
@@ -20,23 +20,14 @@ from mlx_llava.inputs.image_paths import image_endings
 MAX_LENGTH = 32768
 #: The longest name that is looked for, and how many quotation marks it may hold.
 _LONGEST, _MARKS = 1024, 8
-_QUOTES = {
-    "'": "'",
-    '"': '"',
-    "`": "`",
-    "\u2018": "\u2019",
-    "\u201c": "\u201d",
-    "\u00ab": "\u00bb",
-    "\u201e": "\u201c",
-}
+_QUOTES = dict(zip("'\"`\u2018\u201c\u00ab\u201e", "'\"`\u2019\u201d\u00bb\u201c", strict=True))
 _BEFORE = " \t([{<,;:=" + "".join(_QUOTES)
 _AFTER = "?!.,;:)]}>" + "".join(_QUOTES.values())
 _URLS = ("http://", "https://", "data:")
 _MISSING = re.compile(r"(?:^|\s)((?:file://|~|\.{0,2}/)\S*)")
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """A file that a line names from `start` to `end`."""
 
     start: int
@@ -45,15 +36,12 @@ class Mention:
 
 
 def split_line(line: str) -> tuple[list[str], str]:
-    """The pictures that a line names, and the question without them.
+    """The images that a line names, each once, and the question without them, which may be "".
 
     A path before or after the question is left out of it; one within a sentence becomes "this
     picture", or "picture 1" and so on where there are several.
-
-    Returns:
-        tuple: The paths in order, each once, and the question, "" where there is none.
     """
-    found = list(_mentions(line, _is_picture))
+    found = list(_mentions(line, _is_image))
     paths = list(dict.fromkeys(mention.path for mention in found))
     if not found:
         return [], line.strip()
@@ -107,23 +95,16 @@ def image_names(arguments: str) -> list[str]:
 
 
 def missing_paths(line: str) -> list[str]:
-    """What looks like the path of a picture and is no file, so that it stays text."""
+    """What looks like the path of an image and is no file, so that it stays text."""
     words = [word.rstrip(_AFTER) for word in _MISSING.findall(line)]
     return [word for word in words if Path(word).suffix.lower() in image_endings()]
 
 
 def _other_names(text: str) -> Iterator[str]:
     """Words that are names by themselves, and what is between them as one name."""
-    words: list[str] = []
-    for word in [*text.split(), ""]:
-        if word and word != "clipboard" and not word.startswith(_URLS):
-            words.append(word)
-            continue
-        if words:
-            yield _to_path(" ".join(words).strip("'\","))
-        words = []
-        if word:
-            yield word
+    for alone, group in groupby(text.split(), lambda w: w == "clipboard" or w.startswith(_URLS)):
+        words = list(group)
+        yield from words if alone else [_to_path(" ".join(words).strip("'\","))]
 
 
 def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
@@ -137,16 +118,15 @@ def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
         found = None
         if _may_begin(line, start):
             near = [end for end in reversed(ends) if start < end <= start + _LONGEST]
-            names = _names_at(line, start, near)
-            known = ((_to_path(name), end) for name, end in names)
-            found = next(((path, end) for path, end in known if accepts(path)), None)
+            names = (Mention(start, end, _to_path(n)) for n, end in _names_at(line, start, near))
+            found = next((mention for mention in names if accepts(mention.path)), None)
         if found:
-            yield Mention(start, found[1], found[0])
-        start = found[1] if found else start + 1
+            yield found
+        start = found.end if found else start + 1
 
 
 def _may_begin(line: str, start: int) -> bool:
-    """Whether a path may begin at a place, which is not after a space that is part of one."""
+    """Whether a path may begin here, which is not after a space that is part of one."""
     if not start:
         return not line[0].isspace()
     is_escaped = line[start - 2 : start - 1] == "\\"
@@ -155,7 +135,7 @@ def _may_begin(line: str, start: int) -> bool:
 
 
 def _names_at(line: str, start: int, ends: list[int]) -> Iterator[tuple[str, int]]:
-    """What may be the name of a file at a place, and where it ends, the likeliest first."""
+    """What may be the name of a file here, and where it ends, the likeliest first."""
     closing = _QUOTES.get(line[start])
     if closing:
         for match in islice(re.finditer(re.escape(closing), line[start + 1 :]), _MARKS):
@@ -170,7 +150,7 @@ def _names_at(line: str, start: int, ends: list[int]) -> Iterator[tuple[str, int
 
 
 def _shell_word(line: str, start: int) -> tuple[str, int]:
-    """The word at a place, with quotes and backslashes taken away, and where it ends."""
+    """The word here, with quotes and backslashes taken away, and where it ends."""
     rest = io.StringIO(line[start : start + _LONGEST])
     words = shlex.shlex(rest, posix=True)
     words.whitespace_split, words.commenters, words.whitespace = True, "", " \t"
@@ -198,13 +178,13 @@ def _is_path(path: str) -> bool:
     return ("/" in path or "." in path) and _is_file(path)
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     return Path(path).suffix.lower() in image_endings() and _is_file(path)
 
 
-def _is_mark(letter: str, known: str) -> bool:
+def _is_mark(letter: str, marks: str) -> bool:
     """Whether a letter is one of some marks, or punctuation beyond ASCII: full-width and such."""
-    return letter in known or (ord(letter) > 127 and unicodedata.category(letter)[0] == "P")
+    return letter in marks or (ord(letter) > 127 and unicodedata.category(letter)[0] == "P")
 
 
 def _has_words(text: str) -> bool:

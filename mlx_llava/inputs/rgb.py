@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +14,12 @@ _HIGHEST = (255, 1023, 4095, 16383, 65535)
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
-@dataclass(frozen=True)
-class Levels:
-    """What a file says of the values of its pixels.
-
-    Attributes:
-        black: the lowest, if it says so.
-        white: the highest.
-        is_inverted: whether low values are light.
-        bits: of each value.
-    """
+class Levels(NamedTuple):
+    """What a file says of the values of its pixels."""
 
     black: float | None = None
     white: float | None = None
-    is_inverted: bool = False
+    is_inverted: bool = False  # low values are light
     bits: int = 8
 
 
@@ -41,18 +32,13 @@ def to_rgb(image: Image.Image, levels: Levels = UNKNOWN, name: str = "The image"
     The exception are greys of more than 8 bits, which Pillow would clip at 255. Where nothing
     says otherwise, modes ``I;16`` and ``I`` are taken as 16 bits, and ``F`` as 0..1; values
     beyond are stretched, from 0 to the highest. What had to be guessed is said in a warning.
-
-    Args:
-        image (PIL.Image.Image): Of any mode.
-        levels (Levels): What its file says of its values.
-        name (str): To name it with in a warning.
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         grey = to_8_bits(values, *_range(values, levels, name))
         image = Image.fromarray(255 - grey if levels.is_inverted else grey)
-    elif levels.bits > 8:
-        _warn_of_darkness(image.convert("RGB"), name)
+    elif levels.bits > 8 and (highest := np.asarray(image.convert("RGB")).max(initial=0)) < 16:
+        _warn_of_darkness(highest, f"{name} has colours up to {highest} of 255")  # the upper 8 bits
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -77,23 +63,15 @@ def _range(values: npt.NDArray[Any], levels: Levels, name: str) -> tuple[float, 
         found = f"{lowest:g}..{highest:g}, which its file does not say"
         warnings.warn(f"{name} has values of {found}; that is shown as black..white.", stacklevel=3)
         return lowest, highest
-    if not is_float and 0 < highest < 4096:
-        _say_dark(name, f"values up to {highest:.0f} of 65535")
+    if not is_float and highest < 4096:
+        _warn_of_darkness(highest, f"{name} has values up to {highest:.0f} of 65535")
     return 0, nominal
 
 
-def _warn_of_darkness(image: Image.Image, name: str) -> None:
-    """Of colours in 16 bits, Pillow keeps the upper 8."""
-    highest = int(np.asarray(image).max(initial=0))
-    if 0 < highest < 16:
-        _say_dark(name, f"colours up to {highest} of 255")
-
-
-def _say_dark(name: str, found: str) -> None:
-    warnings.warn(
-        f"{name} has {found}, and is shown so dark; if 12 bits are its white, scale it to 16.",
-        stacklevel=4,
-    )
+def _warn_of_darkness(highest: float, found: str) -> None:
+    if highest:
+        advice = "is shown so dark; if 12 bits are its white, scale it to 16."
+        warnings.warn(f"{found}, and {advice}", stacklevel=4)
 
 
 def from_array(array: npt.NDArray[Any]) -> Image.Image:

@@ -19,27 +19,16 @@ _MOST_TAGS = 4096
 
 @dataclass(frozen=True)
 class Directory:
-    """Some tags of a file.
-
-    Attributes:
-        data: the file.
-        order: of its bytes, as `struct` writes it.
-        is_big: whether it is a BigTIFF.
-        records: each tag's record: tag, type, count, and the value or where it is.
-    """
+    """Some tags of a file: the record of each is tag, type, count, and the value or its offset."""
 
     data: bytes
-    order: str
+    order: str  # of its bytes, as `struct` writes it
     is_big: bool
     records: dict[int, bytes]
 
-    def content(self, tag: int) -> bytes:
-        """The bytes of a tag's values; none where there is no such tag."""
-        return self._value(tag)[1]
-
     def number(self, tag: int) -> float | None:
         """The first value of a tag as a number, or None where there is no finite one."""
-        kind, value = self._value(tag)
+        kind, value = self.value(tag)
         if kind == _TEXT:
             text = value.partition(b"\0")[0].strip()
             return int(text) if re.fullmatch(rb"\d{1,9}", text) else None
@@ -51,7 +40,8 @@ class Directory:
             return None
         return float(first / divisor[0]) if divisor else float(first)
 
-    def _value(self, tag: int) -> tuple[int, bytes]:
+    def value(self, tag: int) -> tuple[int, bytes]:
+        """The type of a tag's values and their bytes; none where there is no such tag."""
         if tag not in self.records:
             return 0, b""
         layout = "HHQ8s" if self.is_big else "HHL4s"
@@ -67,18 +57,11 @@ class Directory:
         """The file with a first directory of these tags alone, and none after it."""
         kept = [record for tag, record in sorted(self.records.items()) if tag in tags]
         count, offset, at = ("Q", "Q", 8) if self.is_big else ("H", "L", 4)
-        start = len(self.data) + len(self.data) % 2
-        return b"".join(
-            (
-                self.data[:at],
-                struct.pack(self.order + offset, start),
-                memoryview(self.data)[at + struct.calcsize(f"={offset}") :],
-                bytes(len(self.data) % 2),
-                struct.pack(self.order + count, len(kept)),
-                *kept,
-                bytes(struct.calcsize(f"={offset}")),
-            )
-        )
+        size, odd = struct.calcsize(f"={offset}"), len(self.data) % 2
+        start = struct.pack(self.order + offset, len(self.data) + odd)
+        directory = struct.pack(self.order + count, len(kept)) + b"".join(kept) + bytes(size)
+        rest = memoryview(self.data)[at + size :]
+        return b"".join((self.data[:at], start, rest, bytes(odd), directory))
 
 
 def read_directory(data: bytes) -> Directory | None:
