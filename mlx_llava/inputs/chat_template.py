@@ -44,27 +44,24 @@ class ChatTemplate:
     Attributes:
         name: what the template is called.
         stops: texts that end an answer.
+        image_joint: what stands between an image and the text of its turn.
     """
 
     name: str
     stops: tuple[str, ...]
+    image_joint: str
 
-    def segments(
-        self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Segment, ...]:
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation's text, cut where the assistant begins and ends.
 
-        Args:
-            messages: An optional system turn, then user and assistant in turn. After a last
-                turn of the user's, the text ends where the answer begins.
-            image_position: Where unmarked images go in their turn, ``start`` or ``end``.
+        After a last turn of the user's, it ends where the answer begins.
 
         Raises:
-            ValueError: The turns have another order, or the template cannot write them.
+            ValueError: The turns do not alternate, or the template cannot write them.
         """
         raise NotImplementedError
 
-    def render(self, messages: Sequence[Message], image_position: str = "start") -> str:
+    def render(self, messages: Sequence[Message]) -> str:
         """The prompt: the text of `segments`, ending where the assistant's answer begins.
 
         Raises:
@@ -72,14 +69,16 @@ class ChatTemplate:
         """
         if messages and messages[-1].role == "assistant":
             raise ValueError("A prompt must be user, assistant, ..., user; the last is assistant.")
-        return "".join(segment.text for segment in self.segments(messages, image_position))
+        return "".join(segment.text for segment in self.segments(messages))
 
+    def images_first(self, message: Message) -> str:
+        """The text of a turn with its unmarked images before it."""
+        return (IMAGE_TOKEN + self.image_joint) * message.images + message.text
 
-def place_images(message: Message, joint: str, position: str) -> str:
-    """The text of a turn with its unmarked images at the start or at the end."""
-    if position == "end":
-        return message.text + (joint + IMAGE_TOKEN) * message.images
-    return (IMAGE_TOKEN + joint) * message.images + message.text
+    def images_last(self, message: Message) -> Message:
+        """A turn with marks for its unmarked images after its text."""
+        marks = (self.image_joint + IMAGE_TOKEN) * message.images
+        return Message(message.role, message.text + marks)
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ class JinjaTemplate(ChatTemplate):
     name: str = "the checkpoint's own"
     stops: tuple[str, ...] = ()
     tokens: Mapping[str, str] = field(default_factory=dict)
+    image_joint: str = "\n"
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -128,9 +128,7 @@ class JinjaTemplate(ChatTemplate):
         except jinja2.TemplateError as error:
             raise ValueError(f"The checkpoint's chat template is broken: {error}") from error
 
-    def segments(
-        self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Segment, ...]:
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """Writes the conversation; see `ChatTemplate`.
 
         In a conversation that ends with an answer, to be learned, what the template adds to a
@@ -142,33 +140,31 @@ class JinjaTemplate(ChatTemplate):
         """
         check_turns(messages)
         if messages[-1].role == "user":
-            return (Segment(self._write(messages, image_position, prompting=True)),)
+            return [Segment(self._write(messages, prompting=True))]
         segments: list[Segment] = []
         written = lent = ""
         for i, message in enumerate(messages, 1):
             if message.role != "assistant":
                 continue
-            prompt = self._write(messages[: i - 1], image_position, prompting=True)
-            whole = self._write(messages[:i], image_position)
+            prompt, whole = (
+                self._write(messages[: i - 1], prompting=True),
+                self._write(messages[:i]),
+            )
             if not (prompt.startswith(written) and whole.startswith(prompt)):
                 raise ValueError(
                     "The checkpoint's chat template rewrites earlier turns, so its answers "
                     "cannot be told from the rest; choose another with --template."
                 )
             segments.append(Segment(prompt[len(written) :].removeprefix(lent)))
-            answer, mark, after = self._answer(whole[len(prompt) :], message.text.strip())
+            text, written = message.text.strip(), whole
+            end = whole.rindex(text, len(prompt)) + len(text)
+            answer, after = whole[len(prompt) : end], whole[end:]
+            ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
+            mark = after[: min(ends)] if ends else after.rstrip()
             lent = "" if mark else next(iter(self.stops), self.eos)
-            segments += [Segment(answer + (mark or lent), answer=True), Segment(after)]
-            written = whole
-        return tuple(segments)
-
-    def _answer(self, written: str, text: str) -> tuple[str, str, str]:
-        """An answer, its end mark if the template writes one, and what stands after that."""
-        end = written.rindex(text) + len(text)
-        after = written[end:]
-        ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
-        mark = after[: min(ends)] if ends else after.rstrip()
-        return written[:end], mark, after[len(mark) :]
+            segments.append(Segment(answer + (mark or lent), answer=True))
+            segments.append(Segment(after[len(mark) :]))
+        return segments
 
     def find_ends(self, special_tokens: Collection[str]) -> tuple[str, ...]:
         """The mark that the template writes after an answer: it ends one, whatever eos is.
@@ -179,11 +175,11 @@ class JinjaTemplate(ChatTemplate):
         tokens = sorted(map(re.escape, {*special_tokens} - _IMAGE_TOKENS), key=len, reverse=True)
         mark = re.compile(rf"\s*({'|'.join([*tokens, _TEXT_MARK])})")
         try:
-            _, _, after = self._write(turns, "start").rpartition(_ANSWER)
+            _, _, after = self._write(turns).rpartition(_ANSWER)
             if match := mark.match(after):
                 return (match[1],)
             # Some templates write it only where a question follows; what begins that is no mark.
-            text = self._write([*turns, turns[0]], "start")
+            text = self._write([*turns, turns[0]])
         except ValueError:  # it wants other turns than these
             return ()
         before, _, rest = text.partition(_QUESTION)
@@ -192,12 +188,9 @@ class JinjaTemplate(ChatTemplate):
         match = mark.match(between[:opening])
         return (match[1],) if match else ()
 
-    def _write(
-        self, messages: Sequence[Message], image_position: str, prompting: bool = False
-    ) -> str:
+    def _write(self, messages: Sequence[Message], prompting: bool = False) -> str:
         """The template's own text, up to where an answer begins if `prompting`."""
-        turns = [self._as_dict(message, image_position) for message in messages]
-        text = self._render(turns, prompting)
+        text = self._render([*map(self._as_dict, messages)], prompting)
         for message in messages:
             if message.text.strip() not in text:
                 raise ValueError(
@@ -232,10 +225,8 @@ class JinjaTemplate(ChatTemplate):
                 return content is parts
         return True
 
-    def _as_dict(self, message: Message, image_position: str) -> dict[str, Any]:
+    def _as_dict(self, message: Message) -> dict[str, Any]:
         if not self._reads_parts:
-            return {"role": message.role, "content": place_images(message, "\n", image_position)}
-        if image_position == "end":
-            message = Message(message.role, place_images(message, "\n", image_position))
+            return {"role": message.role, "content": self.images_first(message)}
         images = [{"type": "image"}] * message.images
         return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}

@@ -97,18 +97,11 @@ class Processor:
         template: ChatTemplate | None = None,
         eos_ids: Iterable[int] = (),
     ) -> None:
-        """Puts the parts together.
+        """Puts the parts together; `choose_template` has the default.
 
-        Args:
-            config: The model's config.
-            tokenizer: Its tokenizer.
-            image_processor: What cuts its images.
-            template: Default: `choose_template`.
-            eos_ids: Ends of answer beyond config's, tokenizer's and template's.
+        Answers end with `eos_ids` and with those of config, tokenizer and template.
         """
-        self.config = config
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
         self.template = template or choose_template(config, tokenizer)
         self.context_length = config.text_config.context_length
         ends = {tokenizer.special_tokens.get(stop) for stop in self.template.stops}
@@ -163,12 +156,12 @@ class Processor:
         sizes = tuple((image.height, image.width) for image in loaded)
         counts = tuple(map(self.image_processor.num_tokens, sizes))
         ids, mask = self._ids(texts, counts)
-        is_anyres = self.image_processor.mode == "anyres"
+        is_cut = self.image_processor.mode == "anyres"
         folded = iter(counts)
         return Inputs(
             input_ids=ids,
             pixel_values=self.image_processor(loaded) if loaded else None,
-            image_sizes=sizes if loaded and is_anyres else None,
+            image_sizes=sizes if loaded and is_cut else None,
             attention_mask=None if mask.all() else mask,
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
@@ -202,7 +195,9 @@ class Processor:
             if system is not None:
                 messages = [message for message in messages if message.role != "system"]
                 messages.insert(0, Message("system", self.tokenizer.protect(system)))
-            text = self._wrapped(self.template.render(messages, image_position))
+            if image_position == "end":
+                messages = [*map(self.template.images_last, messages)]
+            text = self._wrapped(self.template.render(messages))
         marks = text.count(IMAGE_TOKEN)
         if marks != len(images):
             raise ValueError(
@@ -273,9 +268,7 @@ class Processor:
 
 def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
     """Each prompt with its own images: one, or the rows of a batch."""
-    if isinstance(prompt, str) or all(
-        isinstance(message, (Mapping, Message)) for message in prompt
-    ):
+    if isinstance(prompt, str) or all(isinstance(turn, (Mapping, Message)) for turn in prompt):
         return [(prompt, as_list(images))]
     per_row = [None] * len(prompt) if images is None else as_list(images)
     if len(per_row) != len(prompt):

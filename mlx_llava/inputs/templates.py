@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mlx_llava.inputs.chat_template import ChatTemplate, JinjaTemplate, Segment, place_images
+from mlx_llava.inputs.chat_template import ChatTemplate, JinjaTemplate, Segment
 from mlx_llava.inputs.messages import Message, check_turns
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, Tokenizer, token_text
 from mlx_llava.model.config import LlavaConfig
@@ -50,9 +50,7 @@ class Template(ChatTemplate):
     examples: tuple[Message, ...] = ()
     image_turn: bool = False
 
-    def segments(
-        self, messages: Sequence[Message], image_position: str = "start"
-    ) -> tuple[Segment, ...]:
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """Writes the conversation; see `ChatTemplate`."""
         check_turns(messages)
         system = self.system
@@ -69,10 +67,10 @@ class Template(ChatTemplate):
                 said = answer.replace("{text}", message.text)
                 segments += [Segment(said + mark, i >= inserted), Segment(after)]
                 continue
-            said = place_images(message, self.image_joint, image_position)
+            said = self.images_first(message)
             between = self.between if i else ""
             segments.append(Segment(between + self.user.replace("{text}", said) + self.assistant))
-        return tuple(segments)
+        return segments
 
     def _images_first(self, messages: Sequence[Message]) -> list[Message]:
         """Moves the first turn's images to a turn of their own (mmtag templates)."""

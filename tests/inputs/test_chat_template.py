@@ -107,10 +107,11 @@ def test_the_system_text_can_be_replaced_or_left_out():
 
 
 def test_pictures_go_first_or_last():
-    message = [Message("user", "Q", images=2)]
+    message = Message("user", "Q", images=2)
     vicuna = replace(get_template("vicuna_v1"), system="")
-    assert vicuna.render(message) == "USER: <image>\n<image>\nQ ASSISTANT:"
-    assert vicuna.render(message, "end") == "USER: Q\n<image>\n<image> ASSISTANT:"
+    assert vicuna.render([message]) == "USER: <image>\n<image>\nQ ASSISTANT:"
+    last = vicuna.images_last(message)
+    assert vicuna.render([last]) == "USER: Q\n<image>\n<image> ASSISTANT:"
     assert get_template("plain").render([Message("user", "", images=1)]) == "<image>"
 
 
