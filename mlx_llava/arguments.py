@@ -18,11 +18,10 @@ from typing import Any, TypeAlias
 
 import mlx_llava
 from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
-from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import one_line
-from mlx_llava.generation.json_schema import read_schema
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
-from mlx_llava.inputs.image_processor import MODES
+from mlx_llava.model.anyres import MODES
+from mlx_llava.model.device import DTYPES
 
 Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 
@@ -108,6 +107,8 @@ def answer_options(args: argparse.Namespace) -> Options:
     """
     given = given_options(args, fields(Options))
     if args.json_schema is not None:
+        from mlx_llava.generation.json_schema import read_schema
+
         given["json_schema"] = read_schema(args.json_schema)
     return Options(**given)
 

@@ -20,10 +20,9 @@ from mlx_llava.analysis.measure import Alone, Figures, draw_pictures, lines, tel
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
 from mlx_llava.arguments import command
 from mlx_llava.checkpoint.hub import find_checkpoint
-from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.files import check_output, own_file
 from mlx_llava.json_files import write_json
-from mlx_llava.model.device import fast_dtype
+from mlx_llava.model.device import DTYPES, fast_dtype
 
 #: What its files say of themselves, so that only they are written over.
 COMMAND = "mlx_llava.benchmark"

@@ -23,9 +23,9 @@ from mlx_llava.arguments import (
     say_if_embedded,
 )
 from mlx_llava.files import is_same_file, one_line, read_bytes, whole_file
-from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.image_paths import find_images
 from mlx_llava.json_files import JsonLines
 
@@ -177,9 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{BESIDE} for a text file beside each picture",
     )
     add("--resume", action="store_true", help="go on where an earlier run has ended")
-    add(
-        "--batch-size", type=int, default=BATCH_SIZE, help="pictures at once (default: %(default)s)"
-    )
+    add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
     add_answer_arguments(parser, max_tokens=128)
     add_model_arguments(parser)
     return parser

@@ -16,11 +16,11 @@ from mlx_llava.checkpoint.convert import DEFAULT_PATH, convert
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.open import open_checkpoint
-from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.checkpoint.quantize import MODES, RECIPES, Quantization, make_plan
 from mlx_llava.checkpoint.verify import compare, verify
 from mlx_llava.folders import MANIFEST
 from mlx_llava.json_files import sensible_values
+from mlx_llava.model.device import DTYPES
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,9 +25,9 @@ from mlx_llava.arguments import (
 )
 from mlx_llava.checkpoint.hub import EMBEDDED
 from mlx_llava.files import check_not_read, is_file
-from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
+from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import JsonLines, field, read_records
 
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--answers", type=Path, required=True, metavar="FILE", help="the answer file")
     add("--score", choices=SCORERS, help="score the answers when all are there")
     add("--annotations", type=Path, metavar="PATH", help="the benchmark's own labels")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (default: 8)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
     add("--num-chunks", type=int, default=1, help="parts of the questions (default: 1)")
     add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import mlx_llava
 from mlx_llava.arguments import (
     add_answer_arguments,
     add_model_arguments,
@@ -25,17 +26,12 @@ from mlx_llava.arguments import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.checkpoint.precision import DTYPES
-from mlx_llava.generation.batch import BATCH_SIZE, BatchGenerator
-from mlx_llava.generation.jobs import answer_prompts, read_line
-from mlx_llava.generation.prompt_cache import PromptCache
-from mlx_llava.generation.response import GenerationResponse
-from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.stream import stream_generate
-from mlx_llava.inputs.processor import Processor
+from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.json_files import decode, numbered_lines
-from mlx_llava.model.cache import make_cache
-from mlx_llava.model.llava import Llava
+from mlx_llava.model.device import DTYPES
+
+if TYPE_CHECKING:  # what --help does not wait for
+    from mlx_llava import GenerationResponse, Llava, Processor
 
 STDIN = "standard input"
 
@@ -110,6 +106,9 @@ def _answer_file(
     args: argparse.Namespace, options: Options, model: Llava, processor: Processor
 ) -> None:
     """Prints a line for each prompt of a file."""
+    from mlx_llava.generation.batch import BatchGenerator
+    from mlx_llava.generation.jobs import answer_prompts, read_line
+
     failed = total = 0
     is_stdin = args.prompts_file == "-"
     name = STDIN if is_stdin else args.prompts_file
@@ -128,6 +127,9 @@ def _answer(
     args: argparse.Namespace, options: Options, model: Llava, processor: Processor, load: float
 ) -> None:
     """Prints the answer to the one prompt; loading took `load` seconds."""
+    from mlx_llava.generation.prompt_cache import PromptCache
+    from mlx_llava.model.cache import make_cache
+
     prompt = args.prompt if args.prompt != "-" else decode(sys.stdin.buffer.read(), STDIN).strip()
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     inputs = processor(prompt, images, **_prompt_options(args))
@@ -139,7 +141,7 @@ def _answer(
         if Path(path).exists():
             cache.load(path, make_cache(model.config.text_config, 0, args.kv_bits))
     tokens = []
-    for part in stream_generate(
+    for part in mlx_llava.stream_generate(
         model,
         processor,
         inputs,

@@ -26,8 +26,7 @@ from mlx_llava.arguments import (
 )
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.files import expand_home
-from mlx_llava.generation.batch import BATCH_SIZE
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.json_files import read_text
 from mlx_llava.serving.pictures import Limits, Sources
 

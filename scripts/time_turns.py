@@ -22,8 +22,8 @@ import numpy as np
 import openai
 from PIL import Image
 
-from mlx_llava.checkpoint.precision import DTYPES
 from mlx_llava.inputs.image import data_url, png
+from mlx_llava.model.device import DTYPES
 
 from served import served  # isort: skip
 

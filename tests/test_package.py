@@ -120,7 +120,8 @@ def test_everything_public_is_documented():
     "code",
     [
         "import mlx_llava",
-        "from mlx_llava.generate import main; main(['--help'])",
+        "from mlx_llava.generate import main\n    try: main(['--help'])\n"
+        "    finally: assert not {'numpy', 'PIL', 'tokenizers'} & {*sys.modules}",
         "from mlx_llava.generate import main; "
         "main(['--model', 'tests/goldens/llava', '--image', 'tests/goldens/picture.png', "
         "'--prompt', 'hi', '-m', '3'])",

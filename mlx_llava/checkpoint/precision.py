@@ -9,11 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_llava.model.device import available_memory, on_cpu
+from mlx_llava.model.device import DTYPES, available_memory, on_cpu
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import dequantize, is_quantized
 
-DTYPES = ("float32", "float16", "bfloat16")
 logger = logging.getLogger("mlx_llava")
 
 

@@ -17,14 +17,12 @@ import mlx.core as mx
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
-from mlx_llava.generation.sampling import Options, greedy
+from mlx_llava.generation.sampling import BATCH_SIZE, Options, greedy
 from mlx_llava.generation.steps import PREFILL_STEP, log_softmax, prefill, queues_ahead
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import Rows, nbytes
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import Llava
-
-BATCH_SIZE = 8
 
 
 class AnswerError(ValueError):

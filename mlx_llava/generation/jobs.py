@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from mlx_llava.files import one_line
-from mlx_llava.generation.batch import BATCH_SIZE, AnswerError, BatchGenerator
+from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import Place, decode, field, parse

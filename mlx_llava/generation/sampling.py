@@ -10,18 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
-from mlx_llava.generation.json_schema import JsonConstraint
-from mlx_llava.inputs.processor import Processor
 from mlx_llava.signatures import check_bounds, documented, option
+
+if TYPE_CHECKING:
+    from mlx_llava.inputs.processor import Processor
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
 LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
 MAX_TOKENS = 512
+#: How many prompts are answered at a time.
+BATCH_SIZE = 8
 #: How many tokens back a repetition counts.
 REPETITION_CONTEXT = 20
 
@@ -185,6 +188,8 @@ class Options:
         """What changes the logits before that, for one answer."""
         processors = make_logits_processors(self.repetition_penalty)
         if self.json_schema is not None:
+            from mlx_llava.generation.json_schema import JsonConstraint
+
             vocab_size = processor.config.text_config.vocab_size
             ends = processor.eos_ids
             processors.append(

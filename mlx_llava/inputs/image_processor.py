@@ -18,12 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs.image import MAX_PIXELS, check_pixels
-from mlx_llava.model.anyres import Size, canvas_size, num_tokens
+from mlx_llava.model.anyres import MODES, Size, canvas_size, num_tokens
 from mlx_llava.model.config import LlavaConfig, read_pinpoints
 
 Pixels: TypeAlias = npt.NDArray[np.float32]
-
-MODES = ("crop", "pad", "anyres")
 
 #: OpenAI CLIP's normalisation (clip.py, _transform), for checkpoints without a processor file.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

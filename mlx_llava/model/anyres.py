@@ -14,6 +14,9 @@ from mlx_llava.model.config import LlavaConfig
 
 Size: TypeAlias = tuple[int, int]
 
+#: How images become tiles: the middle, padded to a square, or several of each.
+MODES = ("crop", "pad", "anyres")
+
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size], convention: str) -> Size:
     """Picks the anyres canvas that keeps most of the image and wastes least (mm_utils.py).

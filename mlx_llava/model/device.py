@@ -7,6 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+#: What weights are computed in.
+DTYPES = ("float32", "float16", "bfloat16")
 _GB = 1e9
 
 
