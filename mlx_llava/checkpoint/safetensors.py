@@ -1,4 +1,8 @@
-"""safetensors files, read lazily by MLX."""
+"""safetensors files: read lazily by MLX, written a tensor at a time.
+
+mx.save_safetensors and the safetensors library hold all that they write: of 2.15 GB of float16
+tensors, made as they are written, the process grows to 2.1 and 2.2 GB with them, to 0.17 GB here.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,21 @@ MAX_SHARD_BYTES = 5 << 30
 _NAMES = {dtype: name for name, (dtype, _) in FILE_DTYPES.items() if name != "F64"}
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """What a file says of its tensors; ValueError unless it is as long as that."""
+def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
+    """The tensors of a safetensors file by name, and whether it is in MLX's own layout."""
+    header, metadata = _read_header(path)
+    read = _reader(path)
+    tensors = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in FILE_DTYPES:
+            raise ValueError(f"{path} holds {key} as {entry['dtype']}, which MLX has no type for.")
+        shape, dtype = tuple(entry["shape"]), FILE_DTYPES[entry["dtype"]][0]
+        tensors[key] = LazyTensor(f"{path.name}:{key}", shape, dtype, functools.partial(read, key))
+    return tensors, metadata.get("format") == "mlx"
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says of its tensors and of itself; ValueError unless it is as long as that."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -36,47 +53,27 @@ def _read_header(path: Path) -> dict[str, Any]:
         ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
         for entry in header.values():
             start, end = entry["data_offsets"]
-            kind, size_said = entry["dtype"], end - start
-            if kind in FILE_DTYPES and size_said != math.prod(entry["shape"]) * ITEM_SIZES[kind]:
+            item = ITEM_SIZES.get(entry["dtype"])
+            if item is not None and end - start != math.prod(entry["shape"]) * item:
                 raise ValueError("a tensor is not as long as its shape")
     except (struct.error, ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors file, or its header is cut off.") from error
     expected = 8 + length + max(ends)
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}.")
-    return {**header, "__metadata__": metadata}
+    return header, metadata
 
 
-def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of a safetensors file by name, and whether it is in MLX's own layout."""
-    header = _read_header(path)
-    metadata = header.pop("__metadata__")
-    reader = _Reader(path)
-    tensors = {}
-    for key, entry in header.items():
-        if entry["dtype"] not in FILE_DTYPES:
-            raise ValueError(f"{path} holds {key} as {entry['dtype']}, which MLX has no type for.")
-        dtype, _ = FILE_DTYPES[entry["dtype"]]
-        read = functools.partial(reader.read, key)
-        tensors[key] = LazyTensor(f"{path.name}:{key}", tuple(entry["shape"]), dtype, read)
-    return tensors, metadata.get("format") == "mlx"
+def _reader(path: Path) -> Callable[[str], mx.array]:
+    """Reads a tensor by its key and keeps none; the first, and one again, take the whole header."""
+    unread: dict[str, mx.array] = {}
 
+    def read(key: str) -> mx.array:
+        if key not in unread:
+            unread.update(cast("dict[str, mx.array]", mx.load(str(path))))
+        return unread.pop(key)
 
-class _Reader:
-    """A file that MLX reads, tensor by tensor, when they are used.
-
-    What is read is handed over: nothing here keeps a tensor in memory that its user lets go.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, mx.array] = {}
-
-    def read(self, key: str) -> mx.array:
-        """One tensor; the first call, and reading one again, look at the whole header."""
-        if key not in self.tensors:
-            self.tensors = cast("dict[str, mx.array]", mx.load(str(self.path)))
-        return self.tensors.pop(key)
+    return read
 
 
 def write_arrays(
@@ -115,11 +112,7 @@ def output(name: str, tensor: LazyTensor) -> Output:
 
 
 def write_weights(
-    folder: Path,
-    outputs: Sequence[Output],
-    *,
-    is_mlx: bool,
-    progress: Callable[[int], object] = lambda _: None,
+    folder: Path, outputs: Sequence[Output], is_mlx: bool, progress: Callable[[int], object]
 ) -> None:
     """Writes tensors one after the other, as one file or as shards with their index.
 
@@ -133,13 +126,13 @@ def write_weights(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    file_of: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard, {"format": "mlx" if is_mlx else "pt"}, progress)
+        file_of |= {key: name for item in shard for key, _, _ in item.tensors}
     if len(shards) > 1:
-        files = zip(names, shards, strict=True)
-        places = {key: name for name, shard in files for o in shard for key, _, _ in o.tensors}
         total = sum(item.nbytes for item in outputs)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
 
 
 def _split(outputs: Sequence[Output]) -> list[list[Output]]:
@@ -163,11 +156,10 @@ def _write_file(
     """One file: its header, which is known beforehand, then each tensor's bytes."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for item in outputs:
-        for name, shape, dtype in item.tensors:
-            start, end = end, end + math.prod(shape) * dtype.size
-            entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            header[name] = entry
+    for name, shape, dtype in (tensor for item in outputs for tensor in item.tensors):
+        start, end = end, end + math.prod(shape) * dtype.size
+        entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # One thread writes while this one, which owns all MLX work, makes the next tensors.
