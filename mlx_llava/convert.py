@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _print_checks(path_or_repo: str | Path, **source: Any) -> None:
-    for finding in verify(path_or_repo, **source):
-        print(f"{finding.name + ':':14}{finding.found}", flush=True)
+    for name, found in verify(path_or_repo, **source):
+        print(f"{name + ':':14}{found}", flush=True)
 
 
 def _upload(folder: Path, repo: str) -> None:

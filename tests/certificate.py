@@ -261,7 +261,7 @@ def certify(row: Published) -> Certificate:
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
         written = WRITERS[row.layout](row, config, reference(config), Path(folder))
-        found = {finding.name: finding.found for finding in verify(written.path, **written.source)}
+        found = dict(verify(written.path, **written.source))
         model, processor = load(written.path, dtype="float32", **written.source)
         check_ids(row, written, processor)
         check_logits(row, written, config, model, processor)

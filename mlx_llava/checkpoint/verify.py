@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from mlx_llava.checkpoint.precision import suit_device
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model import linux_cpu
-from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import configure_device
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
@@ -35,21 +33,8 @@ def example_image() -> Image.Image:
     return Image.linear_gradient("L").resize((300, 200)).convert("RGB")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A check that holds.
-
-    Attributes:
-        name: what was looked at.
-        found: what it is, in words.
-    """
-
-    name: str
-    found: str
-
-
 @takes(Source, "model")
-def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Finding]:
+def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[tuple[str, str]]:
     """Reads a checkpoint as `load` does, and says what it was read as.
 
     Args:
@@ -57,7 +42,7 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
         **source: Fields of `Source`.
 
     Yields:
-        Finding: The checks that hold, one after another: layout, warnings, tensors, dtypes,
+        tuple: A check that holds, and what was found: layout, warnings, tensors, dtypes,
             quantisation, template, ends, pictures, features, prompt, ids and forward pass.
 
     Raises:
@@ -65,8 +50,8 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
     """
     with _check("layout"), sensible_values(path_or_repo or "the embedded model"):
         checkpoint = open_checkpoint(Source(path_or_repo, **source))
-    yield Finding("layout", checkpoint.contents.layout)
-    yield Finding("warnings", " ".join(checkpoint.contents.warnings) or "none")
+    yield "layout", checkpoint.contents.layout
+    yield "warnings", " ".join(checkpoint.contents.warnings) or "none"
     with _check("tensors"):
         empty_model(checkpoint)
     yield from _describe_tensors(checkpoint)
@@ -79,14 +64,15 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[Fi
     yield from _describe_processor(checkpoint, processor)
     with _check("prompt"):
         inputs = processor(QUESTION, example_image())
-    yield Finding("prompt", repr(inputs.prompts[0]))
+    yield "prompt", repr(inputs.prompts[0])
+    ids = inputs.input_ids[0].tolist()
     with _check("ids"):
-        _check_ids(processor, inputs)
-    yield Finding("ids", _folded(inputs, model.config.image_token_index))
+        _check_ids(processor, ids)
+    yield "ids", _folded(ids, model.config.image_token_index)
     with _check("forward pass"):
         logits = _forward(model, inputs)
     extent = f"{float(logits.min()):.4g} to {float(logits.max()):.4g}"
-    yield Finding("forward pass", f"finite, logits of the first word from {extent}")
+    yield "forward pass", f"finite, logits of the first word from {extent}"
 
 
 @contextmanager
@@ -97,58 +83,54 @@ def _check(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _describe_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _describe_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     tensors, dropped = checkpoint.contents.tensors, checkpoint.contents.dropped
     parts = _counted(name.partition(".")[0] for name in tensors)
-    yield Finding("tensors", f"none missing, left over or of another shape: {parts}")
-    yield Finding("dropped", _counted(dropped.values()) or "none")
+    yield "tensors", f"none missing, left over or of another shape: {parts}"
+    yield "dropped", _counted(dropped.values()) or "none"
     dtypes = (str(tensor.dtype) for tensor in tensors.values())
-    yield Finding("dtypes", _counted(dtype.removeprefix("mlx.core.") for dtype in dtypes))
+    yield "dtypes", _counted(dtype.removeprefix("mlx.core.") for dtype in dtypes)
     layers = sum(name.endswith(".scales") for name in tensors)
     settings = layer_settings(checkpoint.config.quantization or {})
     common = ", ".join(f"{key} {value}" for key, value in settings.items())
-    yield Finding("quantisation", f"{layers} layers, {common}" if layers else "none")
+    yield "quantisation", f"{layers} layers, {common}" if layers else "none"
 
 
 def _counted(names: Iterable[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
 
 
-def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterator[Finding]:
+def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterator[tuple[str, str]]:
     config, template, images = processor.config, processor.template, processor.image_processor
     doubt = checkpoint.template_doubt
-    yield Finding("template", template.name + (f"; a guess: {doubt}" if doubt else ""))
+    yield "template", template.name + (f"; a guess: {doubt}" if doubt else "")
     marks = {i: processor.tokenizer.text_of(i) for i in sorted(processor.eos_ids)}
     texts = [f"text {stop!r}" for stop in template.stops if stop not in marks.values()]
-    yield Finding("ends", ", ".join([*(f"{i} {mark}" for i, mark in marks.items()), *texts]))
+    yield "ends", ", ".join([*(f"{i} {mark}" for i, mark in marks.items()), *texts])
     image = example_image()
     size, tokens = f"{image.width} x {image.height}", images.num_tokens(image.size[::-1])
     side = config.vision_config.image_size
-    yield Finding("pictures", f"{images.mode}, tiles of {side}; {size} takes {tokens} tokens")
-    yield Finding("features", _features(config))
-
-
-def _features(config: LlavaConfig) -> str:
-    last = config.vision_config.num_hidden_layers
+    yield "pictures", f"{images.mode}, tiles of {side}; {size} takes {tokens} tokens"
     states = " and ".join(map(str, config.feature_layers))
     dropped = config.vision_feature_select_strategy == "default"
-    return (
-        f"hidden state {states} of 0 to {last} (vision_feature_layer "
-        f"{config.vision_feature_layer}), class token {'dropped' if dropped else 'kept'}"
+    yield (
+        "features",
+        f"hidden state {states} of 0 to {config.vision_config.num_hidden_layers} "
+        f"(vision_feature_layer {config.vision_feature_layer}), class token "
+        f"{'dropped' if dropped else 'kept'}",
     )
 
 
-def _check_ids(processor: Processor, inputs: Inputs) -> None:
-    image, rows = processor.config.image_token_index, processor.config.text_config.vocab_size
-    text = [i for i in inputs.input_ids[0].tolist() if i != image]
+def _check_ids(processor: Processor, ids: list[int]) -> None:
+    rows = processor.config.text_config.vocab_size
+    text = [i for i in ids if i != processor.config.image_token_index]
     if max(text) >= rows:
         raise ValueError(f"the tokenizer gives {max(text)}, but the embedding has {rows} rows.")
     if QUESTION not in (read := processor.tokenizer.decode(text)):
         raise ValueError(f"they say {read!r}, where the question is {QUESTION!r}.")
 
 
-def _folded(inputs: Inputs, image: int) -> str:
-    ids = inputs.input_ids[0].tolist()
+def _folded(ids: list[int], image: int) -> str:
     runs = ((token, len(list(run))) for token, run in groupby(ids))
     shown = (
         f"<{image} x {n}>" if token == image else " ".join([str(token)] * n) for token, n in runs
