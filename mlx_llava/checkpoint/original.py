@@ -109,7 +109,7 @@ def read_original(
         base = canonical_tensors(*read_folder(read_from[0])).tensors
         weights = _apply_delta(base, weights)
         layout += ", delta applied"
-    vision, warnings, folder = _add_tower(weights, data, source)
+    vision, warnings, folder = _read_tower(weights, data, source)
     read_from += [folder] if folder else []
     rows = weights[EMBEDDINGS + "weight"].shape[0]
     settings = translate(data, vision, rows)
@@ -181,7 +181,7 @@ def _add(arrays: list[mx.array]) -> mx.array:
     return delta.at[tuple(slice(n) for n in base.shape)].add(base)
 
 
-def _add_tower(
+def _read_tower(
     weights: dict[str, LazyTensor], data: Mapping[str, Any], source: Source
 ) -> tuple[dict[str, Any], list[str], Path | None]:
     """Adds the tower that is needed: not where one is inside, which may be tuned.
@@ -189,14 +189,32 @@ def _add_tower(
     Returns:
         Its ``vision_config``, warnings, and the folder that was read.
     """
-    inside = {name: t for name, t in weights.items() if name.startswith(TOWER)}
-    if inside:
-        other = source.find(source.vision_tower) if source.vision_tower else None
-        return *tower_inside(inside, data, other), other
+    named = str(data.get("mm_vision_tower"))
+    inside = {name: tensor for name, tensor in weights.items() if name.startswith(TOWER)}
+    if inside and source.vision_tower is None:
+        vision = _tower_of_openai(inside)
+        doubt = (
+            f"The vision tower inside was {named}, but is read as OpenAI's CLIP "
+            f"({vision['num_attention_heads']} heads, quick_gelu); if it is another, give the "
+            "repository that it came from with --vision-tower."
+        )
+        return vision, [doubt] if _OTHER_TOWERS.search(named.lower()) else [], None
     folder = _find_tower(source.vision_tower or data.get("mm_vision_tower"), source)
-    tower, vision = read_tower(folder)
+    settings = read_json(folder / "config.json")
+    if inside:  # a repository of its kind says what its shapes do not
+        vision = _tower_of_openai(inside)
+        told = tower_settings(settings)
+        if told.get("hidden_size", VisionConfig.hidden_size) == vision["hidden_size"]:
+            shapes = {key: value for key, value in vision.items() if key not in _HABITS}
+            vision = {**told, **shapes}
+        unused = f"The checkpoint has a vision tower inside; the weights of {folder} are not used."
+        return vision, [unused], folder
+    found = canonical_tensors(*read_folder(folder)).tensors
+    tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
+    if not tower:
+        raise ValueError(f"{folder} has no CLIP vision tower.")
     weights |= tower
-    return vision, [], folder
+    return tower_settings(settings) if settings else _tower_of_openai(tower), [], folder
 
 
 def _find_tower(where: str | Path | None, source: Source) -> Path:
@@ -210,6 +228,34 @@ def _find_tower(where: str | Path | None, source: Source) -> Path:
         ) from error
 
 
+def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``vision_config`` of a CLIP repository's config.json: of a whole CLIP or of its tower.
+
+    As in CLIPConfig, ``vision_config_dict`` wins.
+    """
+    parts = (data.get("vision_config") or {}, data.get("vision_config_dict") or {})
+    vision = {**parts[0], **parts[1]} or dict(data)
+    if vision.get("model_type") in (None, "", "clip"):
+        vision["model_type"] = "clip_vision_model"
+    return vision
+
+
+def _tower_of_openai(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
+    width = tensors[f"{TOWER}embeddings.class_embedding"].shape[0]
+    patch = tensors[PATCH_EMBEDDING].shape[1]
+    positions = tensors[f"{TOWER}embeddings.position_embedding.weight"].shape[0]
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": tensors[f"{TOWER}encoder.layers.0.mlp.fc1.bias"].shape[0],
+        "num_hidden_layers": len({n.split(".")[4] for n in tensors if ".encoder.layers." in n}),
+        "num_attention_heads": width // 64,  # every OpenAI CLIP has heads of 64
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(positions - 1),
+    }
+
+
 def translate(
     data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
 ) -> dict[str, Any]:
@@ -220,7 +266,7 @@ def translate(
         vision (dict): The tower's ``vision_config``.
         vocabulary (int): How many rows the embedding has, whatever config.json says.
     """
-    refuse_others(data)
+    _refuse_others(data)
     mode = data.get("image_aspect_ratio")
     if mode not in _MODES:
         refuse_value("config.json", "image_aspect_ratio", mode, "'square', 'pad' and 'anyres'")
@@ -231,7 +277,9 @@ def translate(
     if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
         del text["eos_token_id"]  # Lightning's ids are wrong; 1 is <s>
     is_anyres = mode == "anyres"
+    merge = data.get("mm_patch_merge_type") or "flat" if is_anyres else "spatial_unpad"
     selected = data.get("mm_vision_select_feature") or "patch"
+    strategy = {"patch": "default", "cls_patch": "full"}.get(selected, selected)
     return {
         "model_type": "llava_next" if is_anyres else "llava",
         "vision_config": dict(vision),
@@ -243,14 +291,10 @@ def translate(
         "image_token_index": vocabulary,
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
         "vision_feature_layer": data.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}.get(
-            selected, selected
-        ),
+        "vision_feature_select_strategy": strategy,
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
         "mm_projector_type": data.get("mm_projector_type") or "linear",
-        "mm_patch_merge_type": (data.get("mm_patch_merge_type") or "flat")
-        if is_anyres
-        else "spatial_unpad",
+        "mm_patch_merge_type": merge,
         "anyres_convention": "original",
         "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
     }
@@ -261,29 +305,25 @@ def _kind(data: Mapping[str, Any]) -> str:
 
 
 def recognise(folder: Path, data: Mapping[str, Any]) -> bool:
-    """Whether a folder is an original LLaVA's, before weights are read or fetched.
-
-    Args:
-        folder (Path): The folder.
-        data (dict): Its config.json; xtuner's is the decoder's, or missing.
+    """Whether a folder is an original LLaVA's, by its config.json, before weights are fetched.
 
     Raises:
         ValueError: It is another LLaVA's, which is not supported.
     """
+    # xtuner's config.json is the decoder's, or missing.
     is_llava = "llava" in str(data.get("model_type"))
     if (folder / "projector" / "config.json").exists() and not is_llava:
         raise ValueError(
             f"{folder} is in xtuner's own layout; take the repository with -hf or -transformers "
             "behind its name, or convert it with xtuner's convert_xtuner_weights_to_hf.py."
         )
-    found = is_original(data)
-    if found:
-        refuse_others(data)
-    return found
+    if not is_original(data):
+        return False
+    _refuse_others(data)
+    return True
 
 
-def refuse_others(data: Mapping[str, Any]) -> None:
-    """Raises ValueError for a LLaVA that is none of the original's."""
+def _refuse_others(data: Mapping[str, Any]) -> None:
     kind = _kind(data)
     for mark, what in _OTHER_LLAVAS.items():
         if data.get(mark) or mark in kind.lower():
@@ -300,70 +340,3 @@ def unknown_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What neither the original's config.json nor its tower's should say (config.unknown_keys)."""
     unknown = unknown_hf_keys(settings)
     return {key.removeprefix("text_config."): value for key, value in unknown.items()}
-
-
-def read_tower(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """The vision half of a CLIP repository: canonical tensors and ``vision_config``."""
-    found = canonical_tensors(*read_folder(folder)).tensors
-    tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
-    if not tower:
-        raise ValueError(f"{folder} has no CLIP vision tower.")
-    data = read_json(folder / "config.json")
-    return tower, tower_settings(data) if data else tower_config(tower)
-
-
-def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``vision_config`` of a CLIP repository's config.json: of a whole CLIP or of its tower.
-
-    As in CLIPConfig, ``vision_config_dict`` wins.
-    """
-    parts = (data.get("vision_config") or {}, data.get("vision_config_dict") or {})
-    vision = {**parts[0], **parts[1]} or dict(data)
-    if vision.get("model_type") in (None, "", "clip"):
-        vision["model_type"] = "clip_vision_model"
-    return vision
-
-
-def tower_inside(
-    tensors: Mapping[str, LazyTensor], data: Mapping[str, Any], other: Path | None
-) -> tuple[dict[str, Any], list[str]]:
-    """The ``vision_config`` of the tower inside a checkpoint, and warnings.
-
-    Args:
-        tensors (dict): The tower's.
-        data (dict): The original config.json.
-        other (Path, optional): A CLIP repository of the tower's kind: what its weights do not
-            say is read there, and nothing else.
-    """
-    shapes = tower_config(tensors)
-    if other is None:
-        name = str(data.get("mm_vision_tower"))
-        habits = f"as OpenAI's CLIP ({shapes['num_attention_heads']} heads, quick_gelu)"
-        doubt = (
-            f"The vision tower inside was {name}, but is read {habits}; if it is another, give the "
-            "repository that it came from with --vision-tower."
-        )
-        return shapes, [doubt] if _OTHER_TOWERS.search(name.lower()) else []
-    unused = f"The checkpoint has a vision tower inside; the weights of {other} are not used."
-    settings = tower_settings(read_json(other / "config.json"))
-    if settings.get("hidden_size", VisionConfig.hidden_size) == shapes["hidden_size"]:
-        said = {key: value for key, value in shapes.items() if key not in _HABITS}
-        shapes = {**settings, **said}
-    return shapes, [unused]
-
-
-def tower_config(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
-    width = tensors[TOWER + "embeddings.class_embedding"].shape[0]
-    patch = tensors[PATCH_EMBEDDING].shape[1]
-    positions = tensors[TOWER + "embeddings.position_embedding.weight"].shape[0]
-    layers = {name.split(".")[4] for name in tensors if ".encoder.layers." in name}
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": tensors[f"{TOWER}encoder.layers.0.mlp.fc1.bias"].shape[0],
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": width // 64,  # every OpenAI CLIP has heads of 64
-        "patch_size": patch,
-        "image_size": patch * math.isqrt(positions - 1),
-    }
