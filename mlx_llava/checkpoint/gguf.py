@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -20,8 +20,6 @@ from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.folder import check_download, visible_files
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS, GROUP_SIZE, Bytes, dequantize
 from mlx_llava.checkpoint.gguf_config import (
-    check_tokenizer,
-    number,
     read_config,
     read_ends,
     read_image_processor,
@@ -42,32 +40,32 @@ from mlx_llava.inputs.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-_TEXT_NAMES: tuple[tuple[str, str], ...] = (
+Rows: TypeAlias = npt.NDArray[np.int64]
+Read: TypeAlias = Callable[[], mx.array]
+
+_BLOCK, _LAYER = r"language_model.model.layers.\1.", TOWER + r"encoder.layers.\1."
+_NAMES = (
     (r"^token_embd\.", "language_model.model.embed_tokens."),
     (r"^output_norm\.", "language_model.model.norm."),
     (r"^output\.", "language_model.lm_head."),
-    (r"^blk\.(\d+)\.attn_norm\.", r"language_model.model.layers.\1.input_layernorm."),
-    (r"^blk\.(\d+)\.ffn_norm\.", r"language_model.model.layers.\1.post_attention_layernorm."),
-    (r"^blk\.(\d+)\.attn_output\.", r"language_model.model.layers.\1.self_attn.o_proj."),
-    (r"^blk\.(\d+)\.attn_([qkv])\.", r"language_model.model.layers.\1.self_attn.\2_proj."),
-    (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"language_model.model.layers.\1.mlp.\2_proj."),
-)
-_VISION_NAMES: tuple[tuple[str, str], ...] = (
+    (r"^blk\.(\d+)\.attn_norm\.", _BLOCK + "input_layernorm."),
+    (r"^blk\.(\d+)\.ffn_norm\.", _BLOCK + "post_attention_layernorm."),
+    (r"^blk\.(\d+)\.attn_output\.", _BLOCK + "self_attn.o_proj."),
+    (r"^blk\.(\d+)\.attn_([qkv])\.", _BLOCK + r"self_attn.\2_proj."),
+    (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", _BLOCK + r"mlp.\2_proj."),
     (r"^v\.class_embd$", TOWER + "embeddings.class_embedding"),
     (r"^v\.patch_embd\.", TOWER + "embeddings.patch_embedding."),
     (r"^v\.position_embd\.", TOWER + "embeddings.position_embedding."),
     (r"^v\.pre_ln\.", TOWER + "pre_layrnorm."),
     (r"^v\.post_ln\.", TOWER + "post_layernorm."),
-    (r"^v\.blk\.(\d+)\.ln([12])\.", TOWER + r"encoder.layers.\1.layer_norm\2."),
-    (r"^v\.blk\.(\d+)\.attn_out\.", TOWER + r"encoder.layers.\1.self_attn.out_proj."),
-    (r"^v\.blk\.(\d+)\.attn_([qkv])\.", TOWER + r"encoder.layers.\1.self_attn.\2_proj."),
+    (r"^v\.blk\.(\d+)\.ln([12])\.", _LAYER + r"layer_norm\2."),
+    (r"^v\.blk\.(\d+)\.attn_out\.", _LAYER + "self_attn.out_proj."),
+    (r"^v\.blk\.(\d+)\.attn_([qkv])\.", _LAYER + r"self_attn.\2_proj."),
     (r"^mm\.(weight|bias)$", r"multi_modal_projector.linear_1.\1"),
     (r"^mm\.0\.", "multi_modal_projector.linear_1."),
     (r"^mm\.2\.", "multi_modal_projector.linear_2."),
     (r"^(model|v)\.image_newline$", "image_newline"),
 )
-
-
 #: What says nothing about weights of ours: read elsewhere, made anew, or CLIP's other half.
 _DROPPED = (
     (r"^rope_freqs\.weight$", "is in the config"),
@@ -76,20 +74,16 @@ _DROPPED = (
 )
 
 
-def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
-    """The two files of a LLaVA in a folder, told apart by what is in them.
-
-    Args:
-        folder (Path): Where they are.
-        mmproj (Path, optional): The second one, if it is known.
-    """
-    kinds: dict[bool, list[Path]] = {False: [], True: []}
+def _find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
+    """The two files of a LLaVA in a folder, told apart by what is in them."""
+    decoders: list[Path] = []
+    towers: list[Path] = []
     for path in visible_files(folder, "*.gguf"):
         if architecture := _architecture(path):
-            kinds[architecture == "clip"].append(path)
-    towers = kinds[True] if mmproj is None else [mmproj]
+            (towers if architecture == "clip" else decoders).append(path)
+    towers = towers if mmproj is None else [mmproj]
     for found, what, option in (
-        (kinds[False], "language model", "--model FILE"),
+        (decoders, "language model", "--model FILE"),
         (towers, "mmproj", "--mmproj FILE"),
     ):
         if not found:
@@ -98,7 +92,7 @@ def find_pair(folder: Path, mmproj: Path | None) -> tuple[Path, Path]:
             names = ", ".join(path.name for path in found)
             several = f"{len(found)} {what} GGUFs, {names}"
             raise ValueError(f"{folder} holds {several}; name one: {option}")
-    return kinds[False][0], towers[0]
+    return decoders[0], towers[0]
 
 
 def _architecture(path: Path) -> str | None:
@@ -135,7 +129,7 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
 def read_gguf(path: Path, mmproj: Path | None) -> Contents:
     """Reads the two files of a LLaVA, named or in one folder."""
     if path.is_dir():
-        path, mmproj = find_pair(path, mmproj)
+        path, mmproj = _find_pair(path, mmproj)
     if mmproj is None:
         raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
     text, vision = open_reader(path, "llama"), open_reader(mmproj, "clip")
@@ -144,15 +138,20 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
     if projector != "mlp" or any(t.name == "mm.3.weight" for t in vision.tensors):
         raise ValueError(f"{mmproj} has a projector {projector!r}, expected LLaVA's mlp.")
     settings = read_config(text, vision)
-    spec, tokenizer_config = read_tokenizer(text)
+    spec, tokenizer_config, warnings = read_tokenizer(text)
     template = tokenizer_config.get("chat_template")
-    found = _read_decoder(path, text)
+    found = Canonical()
+    for tensor in text.tensors:
+        rows = _row_order(tensor, settings["text_config"])
+        _add(found, path, tensor, _rename(tensor.name), rows)
     for tensor in vision.tensors:
         name = _vision_name(tensor, settings["vision_config"]["hidden_size"])
-        _add(found, mmproj, tensor, name, None, keep_quantised=False)
+        _add(found, mmproj, tensor, name, keep_quantised=False)
     tensors = canonical_tensors(found.tensors, is_mlx=False).tensors
-    if not any(name.endswith("post_layernorm.weight") for name in tensors):
-        tensors |= _identity_norm(tensors)
+    if f"{TOWER}post_layernorm.weight" not in tensors:  # LLaVA never applies it
+        like = tensors[f"{TOWER}pre_layrnorm.weight"]
+        tensors[f"{TOWER}post_layernorm.weight"] = like.then(lambda w: w * 0 + 1)
+        tensors[f"{TOWER}post_layernorm.bias"] = like.then(lambda w: w * 0)
     if found.layers:
         settings["quantization"] = found.quantization()
     has_row = settings["image_token_index"] != settings["text_config"]["vocab_size"]
@@ -166,48 +165,32 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
         names=None if template else f"{path.name} {settings['_name_or_path']}",
         has_placeholder=has_row or bool(found.layers),
         dropped=found.dropped,
-        warnings=check_tokenizer(text),
+        warnings=warnings,
         read_from=[mmproj],
     )
 
 
-def _read_decoder(path: Path, text: GGUFReader) -> Canonical:
-    result = Canonical()
-    heads = number(text, "llama.attention.head_count")
-    kv_heads = number(text, "llama.attention.head_count_kv", heads)
-    for tensor in text.tensors:
-        rows = None
-        if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name):
-            rows = _unpermuted(int(tensor.shape[-1]), heads if match[1] == "q" else kv_heads)
-        _add(result, path, tensor, _rename(tensor.name, _TEXT_NAMES), rows)
-    return result
-
-
-def _identity_norm(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tower's last norm, which LLaVA never applies and GGUF files leave out."""
-    like = tensors[f"{TOWER}pre_layrnorm.weight"]
-    return {
-        f"{TOWER}post_layernorm.weight": like.then(lambda w: w * 0 + 1),
-        f"{TOWER}post_layernorm.bias": like.then(lambda w: w * 0),
-    }
-
-
-def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
-    return next((re.sub(p, r, name) for p, r in table if re.search(p, name)), None)
+def _rename(name: str) -> str | None:
+    return next((re.sub(p, r, name) for p, r in _NAMES if re.search(p, name)), None)
 
 
 def _vision_name(tensor: ReaderTensor, width: int) -> str | None:
     """The canonical name; the two layers of an MLP are told apart by shape, not by name."""
     match = re.fullmatch(r"v\.blk\.(\d+)\.ffn_(?:up|down)\.(weight|bias)", tensor.name)
     if not match:
-        return _rename(tensor.name, _VISION_NAMES)
+        return _rename(tensor.name)
     shape = [int(n) for n in tensor.shape]  # GGUF's order: inputs first
     layer = "fc2" if shape[-1] == width and (len(shape) == 1 or shape[0] != width) else "fc1"
     return f"{TOWER}encoder.layers.{match[1]}.mlp.{layer}.{match[2]}"
 
 
-def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
-    """Which stored row belongs at each place (convert_hf_to_gguf.py, permute, undone)."""
+def _row_order(tensor: ReaderTensor, config: Mapping[str, Any]) -> Rows | None:
+    """Which stored row of Q or K belongs where (convert_hf_to_gguf.py, permute, undone)."""
+    match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name)
+    if not match:
+        return None
+    heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+    rows = int(tensor.shape[-1])
     if rows % (2 * heads):
         raise ValueError(f"Q or K of the GGUF has {rows} rows, which {heads} heads cannot share.")
     order = np.arange(rows).reshape(heads, rows // heads // 2, 2)
@@ -219,7 +202,7 @@ def _add(
     path: Path,
     tensor: ReaderTensor,
     name: str | None,
-    rows: npt.NDArray[np.int64] | None,
+    rows: Rows | None = None,
     keep_quantised: bool = True,
 ) -> None:
     source = f"{path.name}:{tensor.name}"
@@ -230,39 +213,26 @@ def _add(
         result.dropped[source] = reason
         return
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    kind = tensor.tensor_type.name
-    blocks = BLOCKS.get(kind) if keep_quantised and len(shape) == 2 else None
+    kind = tensor.tensor_type
+    module = name.removesuffix(".weight")
 
     def data() -> Bytes:
         """The raw rows; they leave memory with the returned array."""
         raw = map_values(path, int(tensor.data_offset), int(tensor.n_bytes), "U8")
-        raw = raw.reshape(shape[0] if len(shape) > 1 or kind in FILE_DTYPES else 1, -1)
+        raw = raw.reshape(shape[0] if len(shape) > 1 or kind.name in FILE_DTYPES else 1, -1)
         return raw if rows is None else raw[rows]
 
-    if blocks is None:
-        result.tensors[name] = _plain(source, tensor, shape, data)
-        return
-    path_of = name.removesuffix(".weight")
-    result.layers[path_of] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
-    codes, groups = shape[1] * blocks.bits // 32, shape[1] // GROUP_SIZE
-    for part, columns, dtype, read in (
-        ("weight", codes, mx.uint32, lambda: blocks.read_codes(data())),
-        ("scales", groups, blocks.dtype, lambda: blocks.read_affine(data())[0]),
-        ("biases", groups, blocks.dtype, lambda: blocks.read_affine(data())[1]),
-    ):
-        result.tensors[f"{path_of}.{part}"] = LazyTensor(source, (shape[0], columns), dtype, read)
+    def add(name: str, shape: tuple[int, ...], dtype: mx.Dtype, read: Read) -> None:
+        result.tensors[name] = LazyTensor(source, shape, dtype, read)
 
-
-def _plain(
-    source: str, tensor: ReaderTensor, shape: tuple[int, ...], data: Callable[[], Bytes]
-) -> LazyTensor:
-    kind = tensor.tensor_type
-    if kind.name not in FILE_DTYPES:
-        dtype = mx.float16
-        return LazyTensor(
-            source, shape, dtype, lambda: dequantize(data(), kind, dtype).reshape(shape)
-        )
-    dtype, stored = FILE_DTYPES[kind.name]
-    return LazyTensor(
-        source, shape, dtype, lambda: to_mlx(data().view(stored).reshape(shape), kind.name)
-    )
+    if kind.name in FILE_DTYPES:
+        dtype, stored = FILE_DTYPES[kind.name]
+        add(name, shape, dtype, lambda: to_mlx(data().view(stored).reshape(shape), kind.name))
+    elif keep_quantised and len(shape) == 2 and (blocks := BLOCKS.get(kind.name)):
+        result.layers[module] = {"bits": blocks.bits, "group_size": GROUP_SIZE}
+        codes, groups = (shape[0], shape[1] * blocks.bits // 32), (shape[0], shape[1] // GROUP_SIZE)
+        add(f"{module}.weight", codes, mx.uint32, lambda: blocks.read_codes(data()))
+        add(f"{module}.scales", groups, blocks.dtype, lambda: blocks.read_affine(data())[0])
+        add(f"{module}.biases", groups, blocks.dtype, lambda: blocks.read_affine(data())[1])
+    else:
+        add(name, shape, mx.float16, lambda: dequantize(data(), kind, mx.float16).reshape(shape))

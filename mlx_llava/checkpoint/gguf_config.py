@@ -170,8 +170,8 @@ def read_image_processor(vision: GGUFReader, config: Mapping[str, Any]) -> dict[
     }
 
 
-def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json from the metadata."""
+def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """tokenizer.json and tokenizer_config.json from the metadata, and warnings."""
 
     def ggml(key: str, default: Any = None) -> Any:
         return value(text, f"tokenizer.ggml.{key}", default)
@@ -179,8 +179,15 @@ def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
     tokens, kind = ggml("tokens"), ggml("model")
     if not tokens:
         raise ValueError("The GGUF has no vocabulary (tokenizer.ggml.tokens).")
-    # Files of Llama 3 from before the key was invented.
-    pre = ggml("pre", "llama-bpe" if _LLAMA_3_BEGIN in tokens else "default")
+    pre, warnings = ggml("pre"), []
+    if pre is None and _LLAMA_3_BEGIN in tokens:  # from before the key was invented
+        pre = "llama-bpe"
+    elif pre is None and kind == "gpt2":
+        warnings.append(
+            "The GGUF does not say how text is cut into words (tokenizer.ggml.pre); llama.cpp's "
+            "default is used, which may not be what the model has learnt with."
+        )
+    pre = pre or "default"
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # as llama.cpp
     scores = ggml("scores") or [0.0] * len(tokens)
     kinds = ggml("token_type") or [NORMAL] * len(tokens)
@@ -202,21 +209,10 @@ def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
             config[f"{name}_token"] = tokens[i]
     if template := value(text, "tokenizer.chat_template"):
         config["chat_template"] = template
-    return spec, config
+    return spec, config, warnings
 
 
 def read_ends(text: GGUFReader) -> list[int]:
     """Ends of a turn and of a message, beside the end of text."""
     ends = (value(text, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
     return [end for end in ends if end is not None]
-
-
-def check_tokenizer(text: GGUFReader) -> list[str]:
-    """What the user of a vocabulary should know."""
-    keys = [value(text, f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens")]
-    if keys[:2] != ["gpt2", None] or _LLAMA_3_BEGIN in keys[2]:
-        return []
-    return [
-        "The GGUF does not say how text is cut into words (tokenizer.ggml.pre); llama.cpp's "
-        "default is used, which may not be what the model has learnt with."
-    ]

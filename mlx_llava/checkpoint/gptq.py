@@ -27,10 +27,10 @@ _GROUP_SIZES = (128, 64, 32)
 
 
 def repack_folder(path: Path, data: dict[str, Any], found: Canonical) -> None:
-    """MLX's layout for the layers of GPTQ and AWQ, if there are any.
+    """MLX's layout for the layers of GPTQ and AWQ, if there are any; other codes are refused.
 
-    Other libraries' codes are refused; where a config speaks of some and all weights are plain,
-    they were dequantised, or would be quantised by the program that loads them.
+    Where a config speaks of codes and all weights are plain, they were dequantised, or would be
+    quantised by the program that loads them.
 
     Args:
         path (Path): The folder.
@@ -48,11 +48,12 @@ def repack_folder(path: Path, data: dict[str, Any], found: Canonical) -> None:
 
 
 def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
-    codes = [name for name in tensors if ".weight_" in name or ".weight." in name]
-    codes += [
+    codes = [
         name
         for name, tensor in tensors.items()
-        if name.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating)
+        if ".weight_" in name
+        or ".weight." in name
+        or (name.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating))
     ]
     if codes:
         raise ValueError(
@@ -81,18 +82,16 @@ class _Layer:
     """One packed layer.
 
     Attributes:
-        parts: its tensors as found.
+        parts: its tensors as found; scales are (groups, outputs).
         is_awq: packed by AutoAWQ along the outputs, not by GPTQ along the inputs.
         bits: of each code.
-        inputs: how many it has.
-        plus: what is added to a stored zero.
+        plus: what is added to a stored zero: GPTQ stores zero - 1, unless it says gptq_v2.
         group_of: which group each input belongs to.
     """
 
     parts: Mapping[str, LazyTensor]
     is_awq: bool
     bits: int
-    inputs: int
     plus: int
     group_of: npt.NDArray[np.int64]
 
@@ -108,14 +107,8 @@ class _Layer:
         group_of = np.arange(inputs) // (size if size > 0 else -(-inputs // groups))
         if "g_idx" in parts:
             group_of = np.array(parts["g_idx"].read(), dtype=np.int64)
-        # GPTQ stores zero - 1, except in files that say gptq_v2.
         plus = int(not is_awq and config.get("checkpoint_format") != "gptq_v2")
-        return cls(parts, is_awq, bits, inputs, plus, group_of)
-
-    @property
-    def scales(self) -> LazyTensor:
-        """(groups, outputs)."""
-        return self.parts["scales"]
+        return cls(parts, is_awq, bits, plus, group_of)
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
@@ -128,7 +121,7 @@ class _Layer:
     @property
     def group_size(self) -> int | None:
         """MLX's group size for these groups, or for parts of them; None if none fits."""
-        groups = self.scales.shape[0]
+        groups = self.parts["scales"].shape[0]
         counts = np.bincount(self.group_of, minlength=groups)
         if len(counts) > groups or counts.min() != counts.max():
             return None
@@ -136,14 +129,22 @@ class _Layer:
 
     def codes(self) -> npt.NDArray[np.uint8]:
         """(inputs, outputs)."""
-        words = np.array(self.parts["qweight"].read())
-        return _unpack_awq(words) if self.is_awq else _unpack(words, self.bits, axis=0)
+        return self._unpack("qweight", axis=0)
 
     def zeros(self) -> npt.NDArray[np.int64]:
         """(groups, outputs)."""
-        words = np.array(self.parts["qzeros"].read())
-        codes = _unpack_awq(words) if self.is_awq else _unpack(words, self.bits, axis=1)
-        return codes.astype(np.int64) + self.plus
+        return self._unpack("qzeros", axis=1).astype(np.int64) + self.plus
+
+    def _unpack(self, part: str, axis: int) -> npt.NDArray[np.uint8]:
+        """The codes in a stream of bits along an axis, the lowest bit first; AWQ's are shuffled."""
+        words = np.array(self.parts[part].read())
+        rows = np.ascontiguousarray(np.moveaxis(words, -1 if self.is_awq else axis, -1))
+        stream = np.unpackbits(rows.view(np.uint8), axis=-1, bitorder="little")
+        stream = stream.reshape(len(rows), -1, self.bits)
+        codes = np.packbits(stream, axis=-1, bitorder="little")[..., 0]
+        if self.is_awq:
+            return codes.reshape(len(rows), -1, 8)[..., _AWQ_ORDER].reshape(codes.shape)
+        return np.moveaxis(codes, -1, axis)
 
     def packed(self) -> LazyTensor:
         """The codes as MLX lays them out, (outputs, inputs x bits / 32)."""
@@ -151,78 +152,55 @@ class _Layer:
         if self.is_in_order and not self.is_awq:
             # GPTQ's words run along the inputs, as MLX's do: only the matrix is turned.
             return qweight.then(lambda words: mx.contiguous(words.transpose()).view(mx.uint32))
-        shape = (self.scales.shape[1], self.inputs * self.bits // 32)
+        shape = (self.parts["scales"].shape[1], len(self.group_of) * self.bits // 32)
         read = lambda: mx.array(pack(self.codes()[self.order].T, self.bits))  # noqa: E731
         return LazyTensor(qweight.source, shape, mx.uint32, read)
 
     def biases(self) -> mx.array:
         """What MLX adds to scale x code, (outputs, groups)."""
-        scales = self.scales.read()
+        scales = self.parts["scales"].read()
         zeros = mx.array(self.zeros().astype(np.float32))
         return (-scales.astype(mx.float32) * zeros).transpose().astype(scales.dtype)
 
     def plain(self) -> LazyTensor:
         """The weights themselves, (outputs, inputs)."""
+        stored = self.parts["scales"]
 
         def read() -> mx.array:
-            scales = np.array(self.scales.read().astype(mx.float32))
+            scales = np.array(stored.read().astype(mx.float32))
             shifted = self.codes().astype(np.float32) - self.zeros()[self.group_of]
-            return mx.array((scales[self.group_of] * shifted).T).astype(self.scales.dtype)
+            return mx.array((scales[self.group_of] * shifted).T).astype(stored.dtype)
 
-        shape = (self.scales.shape[1], self.inputs)
-        return LazyTensor(self.parts["qweight"].source, shape, self.scales.dtype, read)
+        shape = (stored.shape[1], len(self.group_of))
+        return LazyTensor(self.parts["qweight"].source, shape, stored.dtype, read)
 
 
 def _repack_layer(
     path: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any], result: Canonical
 ) -> None:
     layer = _Layer.read(parts, config)
-    _add_bias(path, parts.get("bias"), result)
-    group_size = layer.group_size
-    if group_size is None:
+    if bias := parts.get("bias"):
+        if mx.any(bias.read() != 0).item():
+            result.tensors[f"{path}.bias"] = bias
+        else:  # GPTQ-for-LLaMa always saves one
+            result.dropped[bias.source] = "is zero"
+    if (group_size := layer.group_size) is None:
         result.tensors[f"{path}.weight"] = layer.plain()
         return
-    repeat = layer.inputs // group_size // layer.scales.shape[0]
-    scales = layer.scales.then(lambda array: mx.repeat(array.transpose(), repeat, axis=1))
-    result.tensors[f"{path}.weight"] = layer.packed()
-    result.tensors[f"{path}.scales"] = scales
-    result.tensors[f"{path}.biases"] = LazyTensor(
-        parts["qzeros"].source,
-        scales.shape,
-        scales.dtype,
-        lambda: mx.repeat(layer.biases(), repeat, axis=1),
-    )
+    repeat = len(layer.group_of) // group_size // parts["scales"].shape[0]
+    scales = parts["scales"].then(lambda array: mx.repeat(array.transpose(), repeat, axis=1))
+    biases = lambda: mx.repeat(layer.biases(), repeat, axis=1)  # noqa: E731
+    result.tensors |= {
+        f"{path}.weight": layer.packed(),
+        f"{path}.scales": scales,
+        f"{path}.biases": LazyTensor(parts["qzeros"].source, scales.shape, scales.dtype, biases),
+    }
     if not layer.is_in_order:
         order = mx.array(layer.order.astype(np.int32))
         result.tensors[f"{path}.input_permutation"] = from_array(parts["g_idx"].source, order)
     elif "g_idx" in parts:
         result.dropped[parts["g_idx"].source] = "inputs are in order"
     result.layers[path] = {"bits": layer.bits, "group_size": group_size}
-
-
-def _add_bias(path: str, bias: LazyTensor | None, result: Canonical) -> None:
-    """Keeps a bias, unless it is the zero that GPTQ-for-LLaMa always saves."""
-    if bias is None:
-        return
-    if mx.any(bias.read() != 0).item():
-        result.tensors[f"{path}.bias"] = bias
-    else:
-        result.dropped[bias.source] = "is zero"
-
-
-def _unpack(words: npt.NDArray[Any], bits: int, axis: int) -> npt.NDArray[np.uint8]:
-    """The codes in a stream of bits along an axis, the lowest bit first."""
-    rows = np.ascontiguousarray(np.moveaxis(words, axis, -1)).view(np.uint8)
-    stream = np.unpackbits(rows, axis=-1, bitorder="little").reshape(rows.shape[0], -1, bits)
-    codes = np.packbits(stream, axis=-1, bitorder="little")[..., 0]
-    return np.moveaxis(codes, -1, axis)
-
-
-def _unpack_awq(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The 4-bit codes of AWQ, packed along the columns, which are shuffled in each word."""
-    codes = _unpack(words, bits=4, axis=1)
-    rows, columns = codes.shape
-    return codes.reshape(rows, columns // 8, 8)[..., _AWQ_ORDER].reshape(rows, columns)
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:

@@ -138,27 +138,26 @@ def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
 
 
 def _layers_to_quantize(model: Llava, quantization: Quantization) -> dict[str, dict[str, Any]]:
-    settings = quantization.settings()
+    settings, recipe = quantization.settings(), quantization.recipe
     choose: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
-    if quantization.recipe is not None:
-        if quantization.recipe not in RECIPES:
-            known = ", ".join(RECIPES)
-            raise ValueError(f"There is no recipe {quantization.recipe!r}; known: {known}.")
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise ValueError(f"There is no recipe {recipe!r}; known: {', '.join(RECIPES)}.")
         from mlx_lm.convert import mixed_quant_predicate_builder
 
-        choose = mixed_quant_predicate_builder(
-            quantization.recipe, model.language_model, settings["group_size"]
-        )
+        group_size = settings["group_size"]
+        choose = mixed_quant_predicate_builder(recipe, model.language_model, group_size)
     layers = {}
     for path, module in model.named_modules():
-        in_language_model = path.startswith("language_model.")
-        if not hasattr(module, "to_quantized") or not (in_language_model or quantization.vision):
+        part, _, inner = path.partition(".")
+        if not hasattr(module, "to_quantized"):
             continue
-        chosen = (
-            choose(path.removeprefix("language_model."), module) if in_language_model else settings
-        )
-        if module.weight.shape[-1] % chosen["group_size"] == 0:
-            layers[path] = chosen
+        if part == "language_model":
+            layers[path] = choose(inner, module)
+        elif quantization.vision:
+            layers[path] = settings
+        if path in layers and module.weight.shape[-1] % layers[path]["group_size"]:
+            del layers[path]
     if not layers:
         raise ValueError(f"No layer can be quantised in groups of {settings['group_size']}.")
     return layers
@@ -180,10 +179,6 @@ def _quantized(path: str, tensor: LazyTensor, settings: Mapping[str, Any]) -> Ou
         return mx.quantize(weight, **settings)
 
     shadow = quantize(mx.zeros(tensor.shape, tensor.dtype))
-    names = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
-    planned = zip(names, shadow, strict=False)
-    return Output(
-        tuple((name, array.shape, array.dtype) for name, array in planned),
-        lambda: quantize(tensor.read()),
-        tensor.source,
-    )
+    parts = zip(("weight", "scales", "biases"), shadow, strict=False)
+    planned = tuple((f"{path}.{part}", array.shape, array.dtype) for part, array in parts)
+    return Output(planned, lambda: quantize(tensor.read()), tensor.source)
