@@ -7,6 +7,7 @@ in any of them shows (with default initialisation, exact and approximate GELU lo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ class Case:
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE with LLaVA's special tokens, trained on a few sentences."""
+    return Tokenizer.from_str(_trained_tokenizer())
+
+
+@cache
+def _trained_tokenizer() -> str:
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,7 +106,7 @@ def tokenizer() -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return backend
+    return backend.to_str()
 
 
 def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Any:
@@ -117,7 +123,14 @@ def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Any:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
     model.generation_config = hf.GenerationConfig(eos_token_id=None, pad_token_id=3)
-    return model.to(dtype)
+    return in_dtype(model, dtype)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A model with its weights in a dtype; not RoPE's frequencies, as `from_pretrained` leaves."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make_processor(case: Case) -> Any:

@@ -13,8 +13,8 @@ tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava.generate import main  # noqa: E402
 from mlx_llava.generation.steps import generate_step  # noqa: E402
+from tests.conftest import MACHINES, as_on, shared_data  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
-from tests.conftest import shared_data  # noqa: E402
 
 TOLERANCE = 3e-5
 
@@ -42,37 +42,49 @@ def test_processor_states_logits_and_tokens(case, tmp_path: Path) -> None:
     assert (ids[mask > 0] == batch["input_ids"].numpy()[mask > 0]).all()
     if inputs.attention_mask is not None:
         assert (np.array(inputs.attention_mask) == mask).all()
+    states = []
     if inputs.pixel_values is not None:
-        check_vision(case, reference, model, inputs, batch)
-    logits = model(**inputs)
-    assert max_error(logits, reference_logits(reference, batch), mask > 0) < TOLERANCE
-    check_greedy(reference, model, processor, prompts[0], pictures[0], case)
+        states = tiny.torch_hidden_states(reference, checked_pixels(case, inputs, batch))
+    logits, tokens = reference_logits(reference, batch), reference_tokens(reference, case)
+    alone = processor(prompts[0], pictures[0], raw=True)
+    for machine in MACHINES:
+        with as_on(machine):
+            check_states(model, inputs, states)
+            assert max_error(model(**inputs), logits, mask > 0) < TOLERANCE
+            embeddings = model.embed(**alone)
+            steps = generate_step(embeddings, model.language_model, max_tokens=32)
+            assert [token for token, _ in steps] == tokens
 
 
-def check_vision(case, reference, model, inputs, batch) -> None:
-    pixels = inputs.pixel_values
+def checked_pixels(case, inputs, batch):
+    """The tiles as transformers takes them, of which ours are no other."""
     theirs = batch["pixel_values"]
     if case.next:  # (images, tiles, 3, H, W), padded with tiles of zeros
         sizes = [tuple(size) for size in batch["image_sizes"].tolist()]
         assert list(inputs.image_sizes) == sizes
         theirs = torch.cat([tiles[tiles.flatten(1).any(1)] for tiles in theirs])
-    assert (np.array(pixels).transpose(0, 3, 1, 2) == theirs.numpy()).all()
+    assert (np.array(inputs.pixel_values).transpose(0, 3, 1, 2) == theirs.numpy()).all()
+    return theirs
+
+
+def check_states(model, inputs, expected: list[np.ndarray]) -> None:
+    if not expected:
+        return
     depth = model.config.vision_config.num_hidden_layers
-    states = model.vision_tower(pixels, num_layers=depth)
-    expected = tiny.torch_hidden_states(reference, theirs)
-    assert len(states) == len(expected)
+    states = model.vision_tower(inputs.pixel_values, num_layers=depth)
     for ours, state in zip(states, expected, strict=True):
         assert max_error(ours, state) < TOLERANCE
 
 
-def check_greedy(reference, model, processor, prompt, pictures, case) -> None:
-    batch = tiny.make_processor(case)(text=prompt, images=pictures or None, return_tensors="pt")
+def reference_tokens(reference, case) -> list[int]:
+    """What transformers says to the first prompt."""
+    prompts, pictures = tiny.rows(case)
+    images = pictures[0] or None
+    batch = tiny.make_processor(case)(text=prompts[0], images=images, return_tensors="pt")
     batch.pop("token_type_ids", None)
     with torch.no_grad():
         theirs = reference.generate(**batch, max_new_tokens=32, do_sample=False)
-    embeddings = model.embed(**processor(prompt, pictures, raw=True))
-    ours = [token for token, _ in generate_step(embeddings, model.language_model, max_tokens=32)]
-    assert ours == theirs[0, batch["input_ids"].shape[1] :].tolist()
+    return theirs[0, batch["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
