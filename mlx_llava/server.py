@@ -12,23 +12,24 @@ import copy
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_llava.arguments import (
     add_answer_arguments,
     add_model_arguments,
+    add_options,
     answer_options,
     command,
+    given_options,
     load_model,
     say_if_embedded,
 )
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.files import expand_home
-from mlx_llava.generation.sampling import BATCH_SIZE, Options
-from mlx_llava.json_files import read_text
-from mlx_llava.serving.pictures import Limits, Sources
+from mlx_llava.generation.sampling import Options
+from mlx_llava.serving.settings import MEGA, Settings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -36,13 +37,12 @@ if TYPE_CHECKING:
     from mlx_llava.serving.engine import Engine
     from mlx_llava.serving.http import HttpServer
 
-HOST, PORT = "127.0.0.1", 8080
 #: So many connections may wait to be taken.
 BACKLOG = 512
-#: What a request may take beyond the arrival of its body and its answers: a slow reader's time.
+#: How long a body may take to arrive.
+BODY_SECONDS = 30.0
+#: What a request may take beyond that and its answers: a slow reader's time.
 GRACE_SECONDS = 60
-MIN_KEY_LENGTH = 16
-MEGA = 1_000_000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,100 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve a LLaVA model: OpenAI's API below /v1, and a page for people at /.",
     )
     add_model_arguments(parser)
-    add = parser.add_argument
-    add("--host", default=HOST, help="where to listen (default: %(default)s, this machine only)")
-    add("--port", type=int, default=PORT, help="(default: %(default)s; 0 takes a free one)")
-    add("--model-id", metavar="NAME", help="what clients call the model (default: its own name)")
-    keys = parser.add_mutually_exclusive_group()
-    keys.add_argument("--api-key", metavar="KEY", help="what clients must send")
-    keys.add_argument("--api-key-file", metavar="FILE", help="a file that holds it")
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name of this machine that clients use; repeatable",
-    )
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="a web page of another server that may ask, as https://example.org; repeatable",
-    )
-    add("--allow-remote-images", action="store_true", help="fetch pictures from public addresses")
-    add("--image-root", metavar="DIR", help="a folder whose pictures may be named in requests")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
-    add("--max-waiting", type=int, default=64, help="answers that wait (default: %(default)s)")
-    add("--max-images", type=int, default=Limits.images, help="of a request (default: %(default)s)")
-    add(
-        "--max-pixels",
-        type=int,
-        default=Limits.pixels // MEGA,
-        help="of a request, in millions (default: %(default)s)",
-    )
-    add(
-        "--max-body",
-        type=int,
-        default=Limits.body_bytes // MEGA,
-        help="of a request, in MB (default: %(default)s)",
-    )
-    add(
-        "--timeout",
-        type=float,
-        default=Limits.seconds,
-        help="seconds for an answer (default: %(default)g)",
-    )
-    add("--prompt-cache", type=int, default=1000, help="earlier prompts, in MB (default: 1000)")
+    add_options(parser, fields(Settings))
     add_answer_arguments(parser)
     return parser
-
-
-def read_api_key(args: argparse.Namespace) -> str | None:
-    """The key that was given.
-
-    Raises:
-        ValueError: It can be guessed, or is nothing that a header can hold.
-    """
-    key: str | None = args.api_key
-    if args.api_key_file is not None:
-        key = read_text(expand_home(args.api_key_file)).strip()
-    if key is not None and (len(key) < MIN_KEY_LENGTH or not (key.isascii() and key.isprintable())):
-        raise ValueError(
-            f"The API key has {len(key)} characters; use at least {MIN_KEY_LENGTH} of ASCII, as "
-            "openssl rand -hex 16 makes them."
-        )
-    return key
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for beside the model, checked before that is loaded."""
-
-    api_key: str | None
-    defaults: Options
-    sources: Sources
-    limits: Limits
-
-    @classmethod
-    def read(cls, args: argparse.Namespace) -> Settings:
-        """Reads the command's arguments.
-
-        Raises:
-            ValueError: They make no sense.
-        """
-        root = None if args.image_root is None else expand_home(args.image_root)
-        if root is not None and not root.is_dir():
-            raise ValueError(f"--image-root is {root}, which is no folder.")
-        defaults = answer_options(args)
-        limits = Limits(
-            body_bytes=args.max_body * MEGA,
-            images=args.max_images,
-            pixels=args.max_pixels * MEGA,
-            seconds=args.timeout,
-        )
-        sources = Sources(remote=args.allow_remote_images, root=root)
-        return cls(read_api_key(args), defaults, sources, limits)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -154,8 +63,6 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: The address is taken, or is none of this machine.
     """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"The port is {port}; it must lie in 0..65535.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -184,27 +91,19 @@ def start_engine(args: argparse.Namespace) -> Engine:
     )
 
 
-def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> ASGIApp:
+def make_app(engine: Engine, name: str, defaults: Options, settings: Settings) -> ASGIApp:
     """The endpoints, and what stands before them."""
     from starlette.middleware.cors import CORSMiddleware
 
     from mlx_llava.serving.app import OPEN_PATHS, Api
-    from mlx_llava.serving.bodies import BodyLimit
-    from mlx_llava.serving.guard import Guard
+    from mlx_llava.serving.guard import BodyLimit, Guard
 
-    limits = settings.limits
-    api = Api(
-        engine,
-        name=args.model_id or model_name(args.model),
-        defaults=settings.defaults,
-        sources=settings.sources,
-        limits=limits,
-    )
-    app: ASGIApp = BodyLimit(api.app(), limits.body_bytes, limits.body_seconds)
-    if args.allow_origin:
+    api = Api(engine, name, defaults, settings)
+    app: ASGIApp = BodyLimit(api.app(), settings.max_body * MEGA, BODY_SECONDS)
+    if settings.allow_origin:
         app = CORSMiddleware(
             app,
-            allow_origins=args.allow_origin,
+            allow_origins=settings.allow_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
@@ -212,19 +111,22 @@ def make_app(args: argparse.Namespace, settings: Settings, engine: Engine) -> AS
         app,
         api_key=settings.api_key,
         open_paths=OPEN_PATHS,
-        hosts=[host.lower() for host in (*args.allow_host, args.host)],
-        origins=args.allow_origin,
-        seconds=limits.body_seconds + limits.seconds + GRACE_SECONDS,
+        hosts=[host.lower() for host in (*settings.allow_host, settings.host)],
+        origins=settings.allow_origin,
+        seconds=BODY_SECONDS + settings.timeout + GRACE_SECONDS,
         count=api.metrics.count_request,
     )
 
 
-def make_server(app: ASGIApp, args: argparse.Namespace, engine: Engine) -> HttpServer:
-    """What speaks HTTP. It finishes running answers before it ends, and logs no bodies."""
+def make_server(app: ASGIApp, seconds: float, engine: Engine) -> HttpServer:
+    """What speaks HTTP; the log, on stderr, has addresses, paths and statuses."""
     import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
 
     from mlx_llava.serving.http import Connection, HttpServer
 
+    log_config = copy.deepcopy(LOGGING_CONFIG)
+    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -232,18 +134,9 @@ def make_server(app: ASGIApp, args: argparse.Namespace, engine: Engine) -> HttpS
         lifespan="off",
         proxy_headers=False,
         server_header=False,
-        log_config=_log_config(),
+        log_config=log_config,
     )
-    return HttpServer(config, args.timeout, engine.stop)
-
-
-def _log_config() -> dict[str, Any]:
-    """Uvicorn's own, but with nothing on stdout; the log has addresses, paths and statuses."""
-    from uvicorn.config import LOGGING_CONFIG
-
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    return config
+    return HttpServer(config, seconds, engine.stop)
 
 
 @command
@@ -254,15 +147,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         import uvicorn  # noqa: F401 - to miss it before a model is loaded
     except ImportError as error:
         raise ValueError("The server needs more: pip install 'mlx_llava[server]'.") from error
-    settings = Settings.read(args)
-    with listen(args.host, args.port) as listening:
+    settings = Settings(**given_options(args, fields(Settings)))
+    defaults = answer_options(args)
+    with listen(settings.host, settings.port) as listening:
         say_if_embedded(args)
         engine = start_engine(args)
-        settings.defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
-        server = make_server(make_app(args, settings, engine), args, engine)
-        if settings.api_key is None and args.host not in (HOST, "localhost", "::1"):
+        defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
+        name = settings.model_id or model_name(args.model)
+        app = make_app(engine, name, defaults, settings)
+        server = make_server(app, settings.timeout, engine)
+        if settings.api_key is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
             print(
-                f"warning: anyone who reaches {args.host} may ask; see --api-key-file",
+                f"warning: anyone who reaches {settings.host} may ask; see --api-key-file",
                 file=sys.stderr,
             )
         address, port = listening.getsockname()[:2]

@@ -23,18 +23,18 @@ _BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
 def option(
     default: Any, kind: type, what: str, flag: Mapping[str, Any] | None = None, **bounds: float
 ) -> Any:
-    """A field: of what kind it is, what it does, and what argparse is told of its flag.
+    """A field: of what kind it is, what it does, and what else argparse is told of its flag.
 
     Its bounds are ``ge``, ``gt`` and ``le``, as pydantic has them.
     """
     if kind is bool:
         usual: dict[str, Any] = {"action": "store_true", "help": what}
     else:
-        given = "" if default is None else " (default: %(default)s)"
+        given = "" if default is None or default == () else " (default: %(default)s)"
         usual = {"type": kind, "default": default, "help": what + given}
     return field(
         default=default,
-        metadata={"kind": kind, "help": what, "flag": flag or usual, "bounds": bounds},
+        metadata={"kind": kind, "help": what, "flag": {**usual, **(flag or {})}, "bounds": bounds},
     )
 
 

@@ -7,15 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import openai
 
 from mlx_llava import server
+from mlx_llava.arguments import answer_options, given_options
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.http import HttpServer
+from mlx_llava.serving.settings import Settings
 
 MODEL = "tiny-llava"
 
@@ -67,13 +69,14 @@ def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Ite
         **limits: Attributes of `BodyLimit` that no argument sets.
     """
     args = server.build_parser().parse_args(["--port", "0", *arguments])
-    settings = server.Settings.read(args)
-    listening = server.listen(args.host, args.port)
+    settings = Settings(**given_options(args, fields(Settings)))
+    defaults = answer_options(args)
+    listening = server.listen(settings.host, settings.port)
     own = engine or server.start_engine(args)
-    app = server.make_app(args, settings, own)
+    app = server.make_app(own, server.model_name(args.model), defaults, settings)
     for name, value in limits.items():
         setattr(app.app, name, value)
-    running = server.make_server(app, args, own)
+    running = server.make_server(app, settings.timeout, own)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

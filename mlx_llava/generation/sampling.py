@@ -152,7 +152,11 @@ class Options:
         None,
         dict,
         "makes the answer JSON of this schema, if it is not cut off",
-        {"metavar": "FILE", "help": "a JSON schema, or its text, that the answer follows"},
+        {
+            "type": str,
+            "metavar": "FILE",
+            "help": "a JSON schema, or its text, that the answer follows",
+        },
     )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""OpenAI's API over an engine, as an ASGI app: read -> check -> pictures -> ask -> reply.
+"""Endpoints over an engine, as an ASGI app: read -> check -> images -> answer -> reply.
 
 A request's way is that of `Api.complete`, and of the methods below it from top to bottom.
 """
@@ -6,7 +6,6 @@ A request's way is that of `Api.complete`, and of the methods below it from top 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any, TypeVar
 import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -27,13 +27,20 @@ from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs
-from mlx_llava.serving.engine import Engine, Piece
-from mlx_llava.serving.errors import ApiError, failure
-from mlx_llava.serving.guard import error_response
+from mlx_llava.serving.engine import Engine
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.images import Images
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.pictures import Limits, Pictures, Sources
-from mlx_llava.serving.requests import AnswerRequest, ChatRequest, CompletionRequest, read_request
-from mlx_llava.serving.responses import ChatReply, CompletionReply, Reply
+from mlx_llava.serving.openai import (
+    AnswerRequest,
+    ChatRequest,
+    CompletionRequest,
+    event,
+    read_request,
+)
+from mlx_llava.serving.replies import Piece, Reply
+from mlx_llava.serving.requests import Request
+from mlx_llava.serving.settings import Settings
 from mlx_llava.serving.workers import Workers, forget
 
 PAGE = Path(__file__).parent / "page"
@@ -53,34 +60,32 @@ class Api:
         engine: answers.
         name: of the model, as clients know it.
         defaults: how to answer where a request does not say.
-        sources: which pictures may be named.
-        limits: what a request may take.
+        settings: what its owner allows.
     """
 
     engine: Engine
     name: str
     defaults: Options
-    sources: Sources
-    limits: Limits
+    settings: Settings
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
-        self._pictures = Pictures(self.sources, self.limits)
-        # Texts wait for no pictures, no schemas and no long bodies.
+        self._images = Images(self.settings)
+        # Texts wait for no images, no schemas and no long bodies.
         self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
 
     def app(self) -> Starlette:
         """The ASGI app; unguarded, see guard.py."""
+        chat = partial(self.complete, kind=ChatRequest)
+        completion = partial(self.complete, kind=CompletionRequest)
+        openai = [
+            Route("/chat/completions", chat, methods=["POST"]),
+            Route("/completions", completion, methods=["POST"]),
+            Route("/models", self.models),
+            Route("/models/{name:path}", self.model),
+        ]
         routes = [
-            Mount(
-                "/v1",
-                routes=[
-                    Route("/chat/completions", self.chat, methods=["POST"]),
-                    Route("/completions", self.completions, methods=["POST"]),
-                    Route("/models", self.models),
-                    Route("/models/{name:path}", self.model),
-                ],
-            ),
+            Mount("/v1", routes=openai),
             Route("/health", self.health),
             Route("/metrics", self.metric),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
@@ -89,29 +94,24 @@ class Api:
             ApiError: _refuse,
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
-            Exception: _unforeseen,
+            # A mistake of ours; the log has it.
+            Exception: lambda *_: ApiError(500, "The server made a mistake.").response(),
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def chat(self, request: Request) -> Response:
-        return await self.complete(request, ChatRequest, ChatReply)
-
-    async def completions(self, request: Request) -> Response:
-        return await self.complete(request, CompletionRequest, CompletionReply)
-
-    async def models(self, _: Request) -> Response:
+    async def models(self, _: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
-    async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
+    async def model(self, asked: HttpRequest) -> Response:
+        self._check_model(asked.path_params["name"])
         return JSONResponse(self._model())
 
-    async def health(self, _: Request) -> Response:
+    async def health(self, _: HttpRequest) -> Response:
         if self.engine.has_ended:
-            raise failure("The model's thread has ended.")
+            raise ApiError(503, "The model's thread has ended.")
         return JSONResponse({"status": "ok"})
 
-    async def metric(self, _: Request) -> Response:
+    async def metric(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _model(self) -> dict[str, Any]:
@@ -119,39 +119,30 @@ class Api:
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
-            raise ApiError(
-                404,
-                f"The model {name!r} does not exist; this server has {self.name!r}.",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"The model {name!r} does not exist; this server has {self.name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def complete(
-        self, http: Request, kind: type[AnswerRequest], reply_to: type[Reply]
-    ) -> Response:
+    async def complete(self, asked: HttpRequest, kind: type[AnswerRequest]) -> Response:
         """Answers a request, whole or as a stream."""
-        request = await self._read(http, kind)
-        self._check(request)
-        reply = reply_to(request)
-        pieces = self._answer(request)
-        if not request.stream:
-            return JSONResponse(await _while_connected(http, _whole(reply, pieces)))
-        first = await _while_connected(http, anext(pieces))
-        return _EventStream(_events(reply, first, pieces), media_type="text/event-stream")
-
-    async def _read(self, http: Request, kind: type[AnswerRequest]) -> AnswerRequest:
-        _check_content_type(http)
-        body = await http.body()
+        _check_content_type(asked)
+        body = await asked.body()
         workers = self._parsing if len(body) > LONG_BODY else self._reading
-        return await workers.run(partial(read_request, body, kind))
+        form, request = await workers.run(partial(_read, body, kind, self.defaults))
+        self._check(request)
+        reply = Reply(self._answer(request), request.n)
+        if not request.stream:
+            return JSONResponse(await _while_connected(asked, form.whole(reply)))
+        events = form.events(reply)
+        first = await _while_connected(asked, anext(events))
+        return _Stream(_after(first, events), media_type="text/event-stream")
 
-    def _check(self, request: AnswerRequest) -> None:
+    def _check(self, request: Request) -> None:
         """Refuses what this server has not, and what cannot fit, before anything is made of it."""
         self._check_model(request.model)
         if request.answers > self.engine.capacity:
             message = f"{request.answers} answers were asked for, of {self.engine.capacity}."
             raise ApiError(400, message, param="n")
-        images, limit = len(request.pictures()), self.limits.images
+        images, limit = len(request.images), self.settings.max_images
         if images > limit:
             message = f"There are {images} pictures; the limit is {limit}."
             raise ApiError(400, message, param="messages", code="too_many_images")
@@ -162,16 +153,17 @@ class Api:
                 f"{processor.context_length} tokens can hold."
             )
 
-    async def _answer(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
+    async def _answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers to a request, as they are made."""
+        seconds = self.settings.timeout
         try:
             with self.engine.place(request.answers):
-                deadline = anyio.current_time() + self.limits.seconds
-                with anyio.fail_after(self.limits.seconds):
+                deadline = anyio.current_time() + seconds
+                with anyio.fail_after(seconds):
                     prompts = await self._prepare(request)
-                answer = self.engine.answer(prompts, request.requested_logprobs, deadline)
-                async with aclosing(answer) as pieces:
-                    async for piece in pieces:
+                answers = self.engine.answer(prompts, request.top_logprobs, deadline)
+                async with aclosing(answers):
+                    async for piece in answers:
                         if piece.finish_reason:
                             self.metrics.count_answer(piece.figures)
                         yield piece
@@ -180,47 +172,39 @@ class Api:
         except ValueError as error:
             raise ApiError(400, one_line(error)) from error
         except TimeoutError as error:
-            message = f"The answer took more than {self.limits.seconds:g} s."
-            raise failure(message, code="timeout") from error
+            message = f"The answer took more than {seconds:g} s."
+            raise ApiError(503, message, code="timeout") from error
 
-    async def _prepare(self, request: AnswerRequest) -> list[tuple[Inputs, Options]]:
+    async def _prepare(self, request: Request) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
-        options = request.options(self.defaults)
-        if options.json_schema is not None:
-            compile = partial(options.logits_processors, self.engine.processor)
+        if request.options.json_schema is not None:
+            compile = partial(request.options.logits_processors, self.engine.processor)
             await self._compiling.run(compile)
-        prepare = partial(request.inputs, self.engine.processor)
-        if urls := request.pictures():
-            prompts = await self._pictures.use(urls, prepare)
-        else:
-            prompts = await self._reading.run(partial(prepare, ()))
-        return [(inputs, seeded) for inputs in prompts for seeded in request.seeded(options)]
+        prepare = partial(request.prepare, self.engine.processor)
+        if request.images:
+            return await self._images.use(request.images, prepare)
+        return await self._reading.run(partial(prepare, ()))
 
 
-async def _whole(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
-    async with aclosing(pieces):
-        return reply.whole([piece async for piece in pieces])
+def _read(
+    body: bytes, kind: type[AnswerRequest], defaults: Options
+) -> tuple[AnswerRequest, Request]:
+    form = read_request(body, kind)
+    return form, form.request(defaults)
 
 
-async def _events(
-    reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]
-) -> AsyncGenerator[str, None]:
-    async with aclosing(pieces):
+async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream that has begun, and in which an error is one event more."""
+    async with aclosing(events):
+        yield first
         try:
-            piece: Piece | None = first
-            while piece is not None:
-                for chunk in reply.chunks(piece):
-                    yield _event(chunk)
-                piece = await anext(pieces, None)
+            async for following in events:
+                yield following
         except ApiError as error:
-            yield _event(error.body())
-            return
-    for chunk in reply.last_chunks():
-        yield _event(chunk)
-    yield "data: [DONE]\n\n"
+            yield event(error.body())
 
 
-class _EventStream(StreamingResponse):
+class _Stream(StreamingResponse):
     """A stream whose source is closed at once where the client goes."""
 
     async def stream_response(self, send: Send) -> None:
@@ -228,51 +212,42 @@ class _EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
-
-
-def _check_content_type(request: Request) -> None:
+def _check_content_type(asked: HttpRequest) -> None:
     """Refuses what a web page could send without being allowed to."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = asked.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "The Content-Type must be application/json.")
 
 
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+async def _while_connected(asked: HttpRequest, work: Awaitable[T]) -> T:
     """Does some work, unless the client goes before it is done."""
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+    async def leave() -> None:
+        while (await asked.receive())["type"] != "http.disconnect":
             pass
+        working.cancel()
 
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await working
+    except asyncio.CancelledError:
+        if leaving.done():
+            raise ClientDisconnect from None
+        raise
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    if tasks[0].cancelled():
-        raise ClientDisconnect
-    return tasks[0].result()
+        leaving.cancel()
 
 
-async def _refuse(_: Request, error: ApiError) -> Response:
+async def _refuse(_: HttpRequest, error: ApiError) -> Response:
     forget(error)  # here, where whatever has not ended still runs
-    return error_response(error)
+    return error.response()
 
 
 def _context_error(message: str) -> ApiError:
     return ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
-def _http_error(request: Request, error: HTTPException) -> Response:
-    message = f"Invalid URL ({request.method} {request.url.path})"
+def _http_error(asked: HttpRequest, error: HTTPException) -> Response:
+    message = f"Invalid URL ({asked.method} {asked.url.path})"
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
-    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
-
-
-def _unforeseen(_: Request, __: Exception) -> Response:
-    """A mistake of ours; the log has it."""
-    return error_response(ApiError(500, "The server made a mistake.", kind="server_error"))
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()

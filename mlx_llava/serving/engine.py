@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import mlx.core as mx
@@ -26,7 +26,8 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
-from mlx_llava.serving.errors import busy, failure
+from mlx_llava.serving.errors import ApiError, busy
+from mlx_llava.serving.replies import Piece, Token
 
 logger = logging.getLogger(__name__)
 
@@ -34,65 +35,27 @@ logger = logging.getLogger(__name__)
 CLEAR_EVERY = 256
 ENDING = "The server is ending."
 
-
-@dataclass(frozen=True)
-class Token:
-    """A token and its log-probability; one of an answer, with the likeliest in its place."""
-
-    text: str
-    content: bytes
-    logprob: float
-    top: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What came of one step of one answer.
-
-    Attributes:
-        index: which of the answers.
-        text: what became readable.
-        tokens: the tokens of that text, where they were asked for.
-        finish_reason: in the last piece.
-        figures: of the whole answer, in the last piece; see `GenerationResponse.figures`.
-    """
-
-    index: int
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: str | None
-    figures: dict[str, Any]
-
-    def then(self, piece: Piece) -> Piece:
-        """This and the next piece of the answer in one."""
-        text, tokens = self.text + piece.text, self.tokens + piece.tokens
-        return replace(piece, text=text, tokens=tokens)
+Send: TypeAlias = Callable[[Piece | Exception], None]
 
 
 @dataclass
 class _Answer:
-    """One answer on its way, as the model's thread sees it."""
-
-    job: _Job
-    index: int
-    ids: list[int] = field(default_factory=list)
-    pending: list[Token] = field(default_factory=list)
-
-
-@dataclass
-class _Job:
-    """The answers of one request.
+    """One answer on its way, as the model's thread sees it.
 
     Attributes:
-        prompts: what to answer, and how.
-        top_logprobs: how many likeliest tokens to tell, or None for no tokens at all.
-        send: takes pieces, or the error that ends all, in the asker's thread.
+        send: takes its pieces, or the error that ends all answers to the request, in the asker's
+            thread; one for each request.
+        index: which of these.
+        top_logprobs: how many likeliest tokens to report, or None for no tokens at all.
+        ids: its tokens so far.
+        pending: those whose text is not out.
     """
 
-    prompts: Sequence[tuple[Inputs, Options]]
+    send: Send
+    index: int
     top_logprobs: int | None
-    send: Callable[[Piece | Exception], None]
-    uids: set[int] = field(default_factory=set)
+    ids: list[int] = field(default_factory=list)
+    pending: list[Token] = field(default_factory=list)
 
 
 class Engine:
@@ -193,10 +156,9 @@ class Engine:
             with suppress(RuntimeError):  # the asker's loop is gone, and the asker with it
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = _Job(prompts, top_logprobs, send)
-        self._inbox.put(lambda: self._begin(job))
-        if self.has_ended:  # perhaps before it saw the job
-            raise failure(ENDING)
+        self._inbox.put(lambda: self._begin(prompts, top_logprobs, send))
+        if self.has_ended:  # perhaps before it saw them
+            raise ApiError(503, ENDING)
         remaining = len(prompts)
         try:
             while remaining:
@@ -208,7 +170,7 @@ class Engine:
                 yield piece
         finally:
             if remaining:
-                self._inbox.put(lambda: self._cancel(job))
+                self._inbox.put(lambda: self._cancel(send))
 
     def _run(self, load: Callable[[], tuple[Llava, Processor]], ready: Future[Processor]) -> None:
         try:
@@ -250,41 +212,40 @@ class Engine:
         cache = PromptCache(model, self._prompt_cache_bytes)
         return BatchGenerator(model, processor, batch_size=self.batch_size, prompt_cache=cache)
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(
+        self, prompts: Sequence[tuple[Inputs, Options]], top_logprobs: int | None, send: Send
+    ) -> None:
         if self.has_ended:
-            self._fail(job, failure(ENDING))
+            send(ApiError(503, ENDING))
             return
         try:
-            for index, (inputs, options) in enumerate(job.prompts):
+            for index, (inputs, options) in enumerate(prompts):
                 uid = self._generator.insert(inputs, options)
-                job.uids.add(uid)
-                self._answers[uid] = _Answer(job, index)
+                self._answers[uid] = _Answer(send, index, top_logprobs)
         except ValueError as error:
-            self._fail(job, error)
+            self._fail(send, error)
         except Exception as error:
             logger.exception("A prompt could not be read.")
-            self._fail(job, failure(f"The prompt could not be read: {error}"))
+            self._fail(send, ApiError(503, f"The prompt could not be read: {error}"))
 
-    def _cancel(self, job: _Job) -> None:
-        for uid in job.uids:
+    def _cancel(self, send: Send) -> None:
+        for uid in [uid for uid, answer in self._answers.items() if answer.send is send]:
             self._generator.remove(uid)
             del self._answers[uid]
-        job.uids.clear()
 
-    def _fail(self, job: _Job, error: Exception) -> None:
-        self._cancel(job)
-        job.send(error)
+    def _fail(self, send: Send, error: Exception) -> None:
+        self._cancel(send)
+        send(error)
 
     def _fail_all(self, why: str) -> None:
-        jobs = {id(answer.job): answer.job for answer in self._answers.values()}
-        for job in jobs.values():
-            self._fail(job, failure(why))
+        for send in {answer.send for answer in self._answers.values()}:
+            self._fail(send, ApiError(503, why))
 
     def _step(self) -> None:
         try:
             responses = self._generator.next()
         except AnswerError as error:
-            self._fail(self._answers[error.uid].job, ValueError(str(error)))
+            self._fail(self._answers[error.uid].send, ValueError(str(error)))
             return
         except Exception as error:
             logger.exception("The model has failed; all answers that ran are lost.")
@@ -293,16 +254,17 @@ class Engine:
             return
         for uid, response in responses:
             answer = self._answers[uid]
-            reason, tokens = response.finish_reason, self._tokens(answer, response)
-            figures = response.figures() if reason else {}
-            answer.job.send(Piece(answer.index, response.text, tokens, reason, figures))
+            tokens, reason = self._tokens(answer, response), response.finish_reason
+            if response.text or reason:
+                start = len(response.answer) - len(response.text)
+                figures = response.figures() if reason else {}
+                answer.send(Piece(answer.index, start, response.text, tokens, reason, figures))
             if reason:
-                answer.job.uids.discard(uid)
                 del self._answers[uid]
 
     def _tokens(self, answer: _Answer, response: GenerationResponse) -> tuple[Token, ...]:
         """The tokens whose text is out; those of a stop text, and the end itself, never are."""
-        top = answer.job.top_logprobs
+        top = answer.top_logprobs
         if top is None:
             return ()
         if response.token not in self.processor.eos_ids:

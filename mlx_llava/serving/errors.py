@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.responses import JSONResponse
+
+CLOSE = {"Connection": "close"}
 RETRY_SECONDS = 1
 
 
 class ApiError(Exception):
-    """What is answered in place of an answer.
-
-    Attributes:
-        status: of HTTP.
-        headers: further ones.
-    """
+    """What is answered in place of an answer; HTTP's status tells whose mistake it is."""
 
     def __init__(
         self,
@@ -23,31 +21,23 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        kind: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
+        self.status, self.headers = status, headers
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if status == 429 else kind
         self._fields = {"message": message, "type": kind, "param": param, "code": code}
 
     def body(self) -> dict[str, Any]:
         """The object that clients read."""
         return {"error": self._fields}
 
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
 
-def busy(message: str) -> ApiError:
+
+def busy(message: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """Asks to come again."""
-    kind, code = "rate_limit_error", "rate_limit_exceeded"
-    headers = {"Retry-After": str(RETRY_SECONDS)}
-    return ApiError(429, message, kind=kind, code=code, headers=headers)
-
-
-def failure(message: str, code: str | None = None) -> ApiError:
-    """Says that the server cannot answer, through no fault of the question."""
-    return ApiError(503, message, kind="server_error", code=code)
-
-
-def unsupported(name: str, neutral: str) -> ApiError:
-    """Refuses what would change the answer and cannot, with what may stand there instead."""
-    message = f"{name} is not supported here; leave it out (or {neutral})."
-    return ApiError(400, message, param=name, code="unsupported_parameter")
+    headers = {"Retry-After": str(RETRY_SECONDS), **(headers or {})}
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)

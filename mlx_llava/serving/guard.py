@@ -1,4 +1,4 @@
-"""Who may ask a server what: checked before anything of a request is read.
+"""What stands before the API: who may ask, how much may be sent, and for how long.
 
 A web page that someone visits can send requests to servers on the visitor's own machine, also
 under a name that it makes point there (DNS rebinding). So names and origins are checked.
@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.errors import CLOSE, ApiError, busy
 
+#: How many bodies of the greatest length may be held at a time, in whatever number of pieces.
+BODIES = 4
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -70,7 +71,7 @@ class Guard:
         try:
             self.check(scope)
         except ApiError as error:
-            await error_response(error)(scope, receive, guarded)
+            await error.response()(scope, receive, guarded)
             return
         # Where time is over, or the server ends, the connection is closed, and the answer cut off.
         with suppress(asyncio.CancelledError), anyio.move_on_after(self.seconds):
@@ -82,9 +83,7 @@ class Guard:
         if "content-length" in headers and "transfer-encoding" in headers:
             # Two readers could see different ends of it (request smuggling, RFC 9112, 6.3).
             raise ApiError(
-                400,
-                "A request has either Content-Length or Transfer-Encoding.",
-                headers={"Connection": "close"},
+                400, "A request has either Content-Length or Transfer-Encoding.", headers=CLOSE
             )
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._knows(hosts[0]):
@@ -130,6 +129,56 @@ class Guard:
             )
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """An error as clients read it."""
-    return JSONResponse(error.body(), error.status, error.headers)
+@dataclass
+class BodyLimit:
+    """Counts the bodies of requests while these are answered.
+
+    Attributes:
+        app: reads them, and raises what `receive` raises.
+        max_bytes: the longest.
+        seconds: how long one may take to arrive.
+    """
+
+    app: ASGIApp
+    max_bytes: int
+    seconds: float
+    _held: int = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+        is_complete = False
+        until = anyio.current_time() + self.seconds
+
+        async def limited() -> Message:
+            nonlocal size, is_complete
+            if is_complete:
+                return await receive()
+            if not size and int(Headers(scope=scope).get("content-length", 0)) > self.max_bytes:
+                raise self._too_large()
+            try:
+                with anyio.fail_after(until - anyio.current_time()):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ApiError(
+                    408,
+                    f"The body took longer than {self.seconds:g} s to arrive.",
+                    code="timeout",
+                    headers=CLOSE,
+                ) from error
+            is_complete = not message.get("more_body", False)
+            length = len(message.get("body", b""))
+            size, self._held = size + length, self._held + length
+            if size > self.max_bytes:
+                raise self._too_large()
+            if self._held > BODIES * self.max_bytes:
+                raise busy("Too much is being sent at once.")
+            return message
+
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self._held -= size
+
+    def _too_large(self) -> ApiError:
+        message = f"The body has more than {self.max_bytes:,} bytes."
+        return ApiError(413, message, code="request_too_large", headers=CLOSE)

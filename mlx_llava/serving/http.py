@@ -8,7 +8,6 @@ longest gives way to a new one.
 from __future__ import annotations
 
 import asyncio
-import json
 import resource
 import socket
 import time
@@ -19,8 +18,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from mlx_llava.serving.errors import ApiError, busy
-from mlx_llava.serving.guard import error_response
+from mlx_llava.serving.errors import CLOSE, ApiError, busy
 
 HEAD_SECONDS = 10.0
 HEAD_BYTES = 65_536
@@ -95,9 +93,8 @@ class Connection(H11Protocol):
         if waiting:
             min(waiting, key=Connection._patience).transport.close()
         else:
-            error = busy(f"There are {CONNECTIONS} connections, and all are being answered.")
-            error.headers["Connection"] = "close"
-            self.app = error_response(error)
+            message = f"There are {CONNECTIONS} connections, and all are being answered."
+            self.app = busy(message, CLOSE).response()
 
     def data_received(self, data: bytes) -> None:
         """Reads; a head that is not whole yet gets no more time."""
@@ -121,14 +118,9 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = json.dumps(ApiError(400, msg).body()).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        response = h11.Response(status_code=400, headers=headers, reason="Bad Request")
-        events = (response, h11.Data(data=body), h11.EndOfMessage())
+        reply = ApiError(400, msg, headers=CLOSE).response()
+        head = h11.Response(status_code=400, headers=reply.raw_headers, reason="Bad Request")
+        events = (head, h11.Data(data=bytes(reply.body)), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 

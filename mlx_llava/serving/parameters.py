@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from mlx_llava.serving.errors import unsupported
+from mlx_llava.serving.errors import ApiError
 
 Neutral: TypeAlias = Mapping[str, tuple[Any, ...]]
 
@@ -81,13 +81,18 @@ def check_parameters(data: Mapping[str, Any]) -> None:
         ApiError: It names the first.
     """
     for name in _said(data, UNSUPPORTED):
-        raise unsupported(name, " or ".join(map(repr, UNSUPPORTED[name])) or "null")
+        raise _unsupported(name, " or ".join(map(repr, UNSUPPORTED[name])) or "null")
     messages = data.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         for name in _said(message if isinstance(message, dict) else {}, _OF_MESSAGES):
-            raise unsupported(f"messages.{index}.{name}", "null")
+            raise _unsupported(f"messages.{index}.{name}", "null")
 
 
 def _said(data: Mapping[str, Any], neutral: Neutral) -> list[str]:
     names = sorted(neutral.keys() & data.keys())
     return [name for name in names if data[name] is not None and data[name] not in neutral[name]]
+
+
+def _unsupported(name: str, neutral: str) -> ApiError:
+    message = f"{name} is not supported here; leave it out (or {neutral})."
+    return ApiError(400, message, param=name, code="unsupported_parameter")

@@ -1,300 +1,162 @@
-"""The requests of OpenAI's clients, checked (platform.openai.com/docs/api-reference).
-
-A parameter is honoured, or refused by its name (parameters.py). Ignored are those that ask
-nothing of the answer.
-"""
+"""What a client wants answered, whatever API it speaks."""
 
 from __future__ import annotations
 
-import reprlib
-import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BeforeValidator,
-    FailFast,
-    Field,
-    ValidationError,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field
+from pydantic_core import from_json
 
-from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Inputs, Processor
-from mlx_llava.serving.bodies import read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.messages import MAX_MESSAGES, ChatMessage, Lenient, conversation
-from mlx_llava.serving.parameters import check_parameters
 
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
-MAX_PROMPTS = 64
-MAX_SCHEMA_LENGTH = 100_000
-DEFAULT_COMPLETION_TOKENS = 16
-#: Options that a request has under their own names, and as they are.
-_OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
-#: Tells what was found, of whatever length, by its beginning and its end.
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 60
+MAX_TEXTS = MAX_BRACKETS = 100_000
+MAX_COMMAS = 250_000  # of which texts have many
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BOUNDS = {option.name: option.metadata["bounds"] for option in fields(Options)}
 
 
-def _unless_limited(tokens: int) -> int:
-    """Takes -1 for no limit but the model's context, as llama.cpp and LM Studio do."""
-    if tokens == -1:
-        return sys.maxsize
-    if tokens < 1:
-        message = "Input should be greater than or equal to 1, or -1 for no limit"
-        raise PydanticCustomError("max_tokens", message)
-    return tokens
+@dataclass(frozen=True)
+class Request:
+    """What is to be answered, and how.
+
+    Attributes:
+        model: the model's name.
+        prompts: conversations, or texts as the model reads them.
+        options: how to answer.
+        images: the URLs of the images of a conversation, in reading order.
+        n: how many answers each prompt gets.
+        top_logprobs: how many of the likeliest tokens are reported at the position of each, or
+            None for no tokens at all.
+        stream: whether the answers are sent as they are made.
+    """
+
+    model: str
+    prompts: Sequence[str | Sequence[Message]]
+    options: Options
+    images: Sequence[str] = ()
+    n: int = 1
+    top_logprobs: int | None = None
+    stream: bool = False
+
+    @property
+    def answers(self) -> int:
+        """How many there are to be."""
+        return self.n * len(self.prompts)
+
+    def longest(self) -> int:
+        """The characters of its longest prompt."""
+        return max(map(_length, self.prompts))
+
+    def seeded(self) -> list[Options]:
+        """The options of each of the `n` answers, which a seed must not make equal."""
+        if self.options.seed is None:
+            return [self.options] * self.n
+        seeds = [as_seed(self.options.seed + i) for i in range(self.n)]
+        return [replace(self.options, seed=seed) for seed in seeds]
+
+    def prepare(self, processor: Processor, images: Sequence[Any]) -> list[tuple[Inputs, Options]]:
+        """The prompts as the model reads them, each as often as it is to be answered.
+
+        Args:
+            processor (Processor): Makes them.
+            images (list): What the URLs of its images stand for.
+        """
+        inputs = [processor(text, images, raw=isinstance(text, str)) for text in self.prompts]
+        return [(one, options) for one in inputs for options in self.seeded()]
 
 
-def _as_seed(number: int) -> int:
+def _length(prompt: str | Sequence[Message]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
+
+
+def as_seed(number: int) -> int:
     """Takes any whole number, where MLX takes those of 64 bits."""
     return number % 2**64
 
 
-def _or_off(count: int) -> int:
-    """Takes -1 for all, as vLLM does."""
-    return max(count, 0)
+def parameter(option: str, **others: Any) -> Any:
+    """A request's field for an option that it need not have, with the option's bounds."""
+    return Field(None, **{**_BOUNDS[option], **others})
 
 
-def _short(schema: Any) -> Any:
-    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
-        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
-    return schema
+def arrange(turns: Iterable[tuple[str, Sequence[str], int]]) -> list[Message]:
+    """Turns in any order -> messages in the order that every template has.
 
+    All system texts become one message at the beginning. Turns of one role that follow each other
+    are joined, and before an assistant's greeting stands a user's turn that says nothing. Images
+    are shown to the model by a user: those of other turns go to the user's turn that follows, or
+    to the last. An answer that has not begun is left out.
 
-MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
-Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
-
-
-class TextFormat(Lenient):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class JsonFormat(Lenient):
-    """Any JSON object, or one of a schema, as llama.cpp's clients ask for it."""
-
-    type: Literal["json_object"]
-    schema_: Schema | None = Field(None, alias="schema")
-
-
-class JsonSchema(Lenient):
-    """A schema; answers always follow it to the letter."""
-
-    schema_: Schema = Field(alias="schema")
-
-
-class SchemaFormat(Lenient):
-    """JSON of a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-AnswerFormat: TypeAlias = Annotated[
-    TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")
-]
-
-
-class StreamOptions(Lenient):
-    """What a stream tells; a whole answer always tells it."""
-
-    include_usage: bool | None = None
-
-
-class AnswerRequest(Lenient):
-    """What both kinds of requests have; `top_k` and what follows are not OpenAI's."""
-
-    model: str
-    max_tokens: MaxTokens | None = None
-    temp: float | None = Field(None, ge=0, le=2, validation_alias="temperature")
-    top_p: float | None = Field(None, ge=0, le=1)
-    n: int = Field(1, ge=1, le=128)
-    stop: list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]] = Field([], max_length=MAX_STOPS)
-    seed: Annotated[int, AfterValidator(_as_seed)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    top_k: Annotated[int, Field(ge=-1), AfterValidator(_or_off)] | None = None
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(
-        None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
-    )
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @property
-    def includes_usage(self) -> bool:
-        return bool(self.stream_options.include_usage)
-
-    @property
-    def requested_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell in place of each, or None for no tokens."""
-        raise NotImplementedError
-
-    @property
-    def answers(self) -> int:
-        """How many answers there are to be."""
-        return self.n
-
-    def longest(self) -> int:
-        """The characters of its longest prompt."""
-        raise NotImplementedError
-
-    def pictures(self) -> list[str]:
-        """The URLs of all pictures in order."""
-        return []
-
-    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
-        """Its prompts as the model reads them, with images for the URLs of its pictures."""
-        raise NotImplementedError
-
-    def options(self, defaults: Options) -> Options:
-        """How to answer, where the server's defaults are for what is not said."""
-        options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
-        if self.top_p == 0:  # the likeliest token alone; for `Options` it would be all tokens
-            options = replace(options, temp=0)
-        return replace(options, stop=(*defaults.stop, *filter(None, self.stop)))
-
-    def seeded(self, options: Options) -> list[Options]:
-        """The options of each of the `n` answers, which a seed must not make equal."""
-        if options.seed is None:
-            return [options] * self.n
-        return [replace(options, seed=_as_seed(options.seed + i)) for i in range(self.n)]
-
-
-class ChatRequest(AnswerRequest):
-    """The body of ``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(
-        min_length=1, max_length=MAX_MESSAGES
-    )
-    max_completion_tokens: MaxTokens | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: AnswerFormat | None = None
-
-    def options(self, defaults: Options) -> Options:
-        """See `AnswerRequest`; of two lengths, the newer parameter's is taken."""
-        options = super().options(defaults)
-        if self.max_completion_tokens is not None:
-            options = replace(options, max_tokens=self.max_completion_tokens)
-        match self.response_format:
-            case SchemaFormat(json_schema=JsonSchema(schema_=schema)):
-                return replace(options, json_schema=schema)
-            case JsonFormat(schema_=schema):
-                return replace(options, json_schema=schema or ANY_OBJECT)
-            case TextFormat():
-                return replace(options, json_schema=None)
-        return options
-
-    @property
-    def requested_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def longest(self) -> int:
-        return sum(map(len, self.texts()))
-
-    def pictures(self) -> list[str]:
-        return [url for message in self.messages for url in message.pictures()]
-
-    def texts(self) -> list[str]:
-        return [text for message in self.messages for text in message.texts()]
-
-    def conversation(self) -> list[Message]:
-        return conversation(self.messages)
-
-    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:
-        return [processor(self.conversation(), images)]
-
-
-class CompletionRequest(AnswerRequest):
-    """The body of ``POST /v1/completions``: text as the model reads it, without pictures."""
-
-    prompt: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
-    logprobs: int | None = Field(None, ge=0, le=5)
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _as_prompts(cls, prompt: Any) -> Any:
-        return [prompt] if isinstance(prompt, str) else prompt
-
-    def options(self, defaults: Options) -> Options:
-        return super().options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS))
-
-    @property
-    def requested_logprobs(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def answers(self) -> int:
-        return self.n * len(self.prompt)
-
-    def longest(self) -> int:
-        return max(map(len, self.prompt))
-
-    def inputs(self, processor: Processor, images: Sequence[Any]) -> list[Inputs]:  # noqa: ARG002
-        return [processor(text, raw=True) for text in self.prompt]
-
-
-AnyRequest = TypeVar("AnyRequest", bound=AnswerRequest)
-
-
-def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """Reads a request.
+    Args:
+        turns (iterable): The role (system, user, assistant), texts and number of images of each.
 
     Raises:
-        ApiError: It is no JSON, lacks something, or asks for what there is not.
+        ApiError: The last turn is not the user's.
     """
-    data = {key: value for key, value in read_json(body).items() if value is not None}
-    check_parameters(data)
-    try:
-        request = kind.model_validate(data)
-    except ValidationError as error:
-        raise _refusal(error) from error
-    if isinstance(request, ChatRequest):
-        _check_chat(request)
-    return request
-
-
-def _refusal(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    param = _path(first["loc"])
-    if first["type"] == "missing":
-        message = f"Missing required parameter: '{param}'."
-        return ApiError(400, message, param=param, code="missing_required_parameter")
-    message = f"{param}: {first['msg']}; found {_BRIEF.repr(first['input'])}"
-    return ApiError(400, message, param=param)
-
-
-def _path(places: tuple[int | str, ...]) -> str:
-    """Where something is, without the kinds of parts and formats that pydantic puts between."""
-    kinds = {"text", "image_url"}
-    return ".".join(
-        str(place)
-        for before, place in zip((None, *places), places, strict=False)
-        if not (before == "response_format" or (isinstance(before, int) and place in kinds))
-    )
-
-
-def _check_chat(request: ChatRequest) -> None:
-    """Refuses what no template writes, and parameters that need another one."""
-    while request.messages and request.messages[-1].is_answer_to_come:
-        request.messages.pop()
-    roles = [turn.role for turn in request.messages if turn.role in ("user", "assistant")]
-    if roles[-1:] != ["user"]:
-        found = roles[-1] if roles else "none"
+    turns = [*turns]
+    while turns and turns[-1][0] == "assistant" and not (any(turns[-1][1]) or turns[-1][2]):
+        turns.pop()
+    speakers = [role for role, _, _ in turns if role != "system"]
+    if speakers[-1:] != ["user"]:
+        found = speakers[-1] if speakers else "none"
         raise ApiError(400, f"The last turn must be the user's; found {found}.", param="messages")
-    if request.top_logprobs and not request.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+    system: list[str] | None = None
+    joined: list[tuple[str, list[str]]] = []
+    shown: list[int] = []
+    waiting = 0
+    for role, texts, images in turns:
+        waiting += images
+        if role == "system":
+            system = [*(system or ()), *texts]
+            continue
+        if not joined or joined[-1][0] != role:
+            joined.append((role, []))
+            shown.append(0)
+        joined[-1][1].extend(texts)
+        if role == "user":
+            shown[-1], waiting = shown[-1] + waiting, 0
+    shown[-1] += waiting
+    messages = [Message(role, "\n".join(t), n) for (role, t), n in zip(joined, shown, strict=True)]
+    if messages[0].role == "assistant":
+        messages.insert(0, Message("user", ""))
+    return messages if system is None else [Message("system", "\n".join(system)), *messages]
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Reads a JSON object, in bounded time and memory.
+
+    Raises:
+        ApiError: It is none, or has too many keys and values.
+    """
+    _check_structure(body)
+    text = body.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        data = from_json(text, allow_inf_nan=False, cache_strings=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    return data
+
+
+def _check_structure(body: bytes) -> None:
+    """Refuses more keys and values than any request needs.
+
+    A parser makes an object of each, and the whole process waits for it; a request has few of
+    them, if long ones. Each text opens with a quote that follows no backslash, each list and
+    object with a bracket, and each value but the first of these follows a comma. Those within
+    texts count as well, but images in base64 have none.
+    """
+    for name, found, most in (
+        ("texts", (body.count(b'"') - body.count(b'\\"')) // 2, MAX_TEXTS),
+        ("commas", body.count(b","), MAX_COMMAS),
+        ("brackets", body.count(b"[") + body.count(b"{"), MAX_BRACKETS),
+    ):
+        if found > most:
+            message = f"The body has {found:,} {name}; the limit is {most:,}."
+            raise ApiError(400, message, code="request_too_complex")

@@ -6,14 +6,15 @@ import asyncio
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def forget(error: BaseException | None) -> None:
-    """Lets go of what the functions that an error came through held, pictures and bodies say.
+    """Lets go of what the functions that an error came through held, images and bodies say.
 
     An error that was handed on is in a circle with them, which Python finds at some later time.
     Functions that run stay as they are; coroutines that wait would end.
@@ -40,26 +41,30 @@ class Workers:
         """
         await self._free.acquire()
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[T] = loop.create_future()
+        outcome: Future[T] = Future()
+        outcome.set_running_or_notify_cancel()  # so that who waits cannot end it
 
-        def tell(report: Callable[[Any], None], outcome: Any) -> None:
-            self._free.release()
-            report(outcome)
-            ended.exception()  # where nobody waits for it, asyncio would log it
-
-        def do(work: Callable[[], T]) -> None:
-            try:
-                outcome: tuple[Callable[[Any], None], Any] = ended.set_result, work()
-            except Exception as error:
-                forget(error)
-                outcome = ended.set_exception, error
-            del work  # the error leads here
+        def give_back(_: Future[T]) -> None:
             with suppress(RuntimeError):  # the loop is gone, and with it all who wait
-                loop.call_soon_threadsafe(tell, *outcome)
+                loop.call_soon_threadsafe(self._free.release)
 
+        outcome.add_done_callback(give_back)
+        thread = threading.Thread(
+            target=_do, args=(work, outcome), name="mlx_llava worker", daemon=True
+        )
         try:
-            threading.Thread(target=do, args=(work,), name="mlx_llava worker", daemon=True).start()
-        except RuntimeError:
-            self._free.release()
-            raise
-        return await asyncio.shield(ended)
+            thread.start()
+        except RuntimeError as error:
+            outcome.set_exception(error)
+        return await asyncio.wrap_future(outcome)
+
+
+def _do(work: Callable[[], T], outcome: Future[T]) -> None:
+    try:
+        result = work()
+    except Exception as error:
+        forget(error)
+        del work  # the error leads here
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(result)

@@ -28,9 +28,10 @@ from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import http as connection
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.images import Images, read_below
+from mlx_llava.serving.openai import ChatRequest, CompletionRequest, read_request
 from mlx_llava.serving.parameters import UNSUPPORTED
-from mlx_llava.serving.pictures import Sources, read_below
-from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
+from mlx_llava.serving.settings import Settings
 from tests.servers import MODEL, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
@@ -133,10 +134,11 @@ class TestRemotePictures:
         assert inside.asked == []
 
     def test_are_fetched_where_allowed(self, internet):
+        allowing = Settings(allow_remote_images=True)
         with Site(reply_with(png(PICTURE))) as site:
             looked_up = internet({"pictures.example": ["93.184.216.34"]}, site.port)
-            url, sources = "http://pictures.example/a.png?b=c", Sources(remote=True)
-            assert anyio.run(sources.fetch, url, 1_000_000, 60) == png(PICTURE)
+            url, images = "http://pictures.example/a.png?b=c", Images(allowing)
+            assert anyio.run(images.fetch, url, 1_000_000, 60) == png(PICTURE)
             assert site.asked == [("pictures.example", "/a.png?b=c")]
             assert looked_up == ["pictures.example"]
 
@@ -273,9 +275,10 @@ class TestLocalFiles:
             for url in urls:
                 if url.isprintable() and "\udcff" not in url:
                     refused(chat(open_one, [named(url)]), 400)
+        images = Images(Settings(image_root=str(root)))
         for url in urls:
             with pytest.raises(ValueError, match=r"image root|image URL|base64"):
-                Sources(root=root).read(url)
+                images.read(url)
 
     def test_a_file_exchanged_for_a_link_while_it_is_opened(self, root, tmp_path, monkeypatch):
         """The last step is not followed either, whatever was there a moment before."""
@@ -679,9 +682,10 @@ def test_any_json_is_read_or_refused(kind, fields):
         del body["prompt"]
     else:
         del body["messages"]
-    with contextlib.suppress(ApiError, ValueError):
-        request = read_request(json.dumps({**body, **fields}).encode(), kind)
-        assert len(request.seeded(request.options(Options()))) == request.n
+    with contextlib.suppress(ApiError):
+        form = read_request(json.dumps({**body, **fields}).encode(), kind)
+        request = form.request(Options())
+        assert len(request.seeded()) == request.n
 
 
 @settings(max_examples=200, deadline=None)

@@ -21,8 +21,8 @@ from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.openai import ChatRequest, CompletionRequest, read_request
 from mlx_llava.serving.parameters import UNSUPPORTED
-from mlx_llava.serving.requests import ChatRequest, CompletionRequest, read_request
 from tests.conftest import ROOT, shared_data
 from tests.servers import MODEL
 
@@ -286,7 +286,7 @@ ORDERS = {
 
 def read(messages, **fields):
     body = {"model": MODEL, "messages": messages, **fields}
-    return read_request(json.dumps(body).encode(), ChatRequest)
+    return read_request(json.dumps(body).encode(), ChatRequest).request(Options())
 
 
 @pytest.mark.parametrize(("messages", "expected"), ORDERS.values(), ids=ORDERS.keys())
@@ -296,16 +296,16 @@ def test_turns(messages, expected):
     for role, parts in expected:
         said = [part["text"] for part in parts if not isinstance(part, int)]
         turns.append(Message(role, "\n".join(said), images=len(parts) - len(said)))
-    assert request.conversation() == turns
+    assert request.prompts == [turns]
     images = [part for _, parts in expected for part in parts if isinstance(part, int)]
-    assert images == [*range(len(request.pictures()))]  # so that they stay in their order
+    assert images == [*range(len(request.images))]  # so that they stay in their order
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_every_template_writes_them(template):
     for messages, _ in ORDERS.values():
         request = read(messages)
-        turns, _ = read_messages(request.conversation(), (), lambda text, **_: text)
+        turns, _ = read_messages(request.prompts[0], (), lambda text, **_: text)
         written = template.render(turns)
         assert all(line in written for turn in turns for line in turn.text.split("\n"))
 
@@ -382,7 +382,7 @@ def test_minus_one_is_no_limit(kind):
     said = {"messages": [turn("user", "a")], "prompt": "a"}
     for name in ("max_tokens", "max_completion_tokens"):
         body = json.dumps({"model": MODEL, **said, name: -1}).encode()
-        options = read_request(body, kind).options(Options(max_tokens=5))
+        options = read_request(body, kind).request(Options(max_tokens=5)).options
         has_it = name in kind.model_fields
         assert (options.max_tokens > 10**9) is has_it
 
@@ -390,7 +390,7 @@ def test_minus_one_is_no_limit(kind):
 def test_seeds_of_any_size_are_seeds_of_mlx():
     for seed, expected in ((-1, 2**64 - 1), (2**64, 0), (2**70 + 3, 3), ("7", 7), (7.0, 7)):
         request = read([turn("user", "a")], seed=seed, n=2)
-        seeds = [options.seed for options in request.seeded(request.options(Options()))]
+        seeds = [options.seed for options in request.seeded()]
         assert seeds == [expected, (expected + 1) % 2**64]
 
 
@@ -404,7 +404,7 @@ def test_a_schema_of_llama_cpps_clients_is_followed(served):
 
 def test_a_body_with_a_byte_order_mark():
     body = json.dumps({"model": MODEL, "messages": [turn("user", "a")]}).encode("utf-8-sig")
-    assert read_request(body, ChatRequest).texts() == ["a"]
+    assert read_request(body, ChatRequest).messages[0].texts() == ["a"]
 
 
 #: What the reports' requests are answered with, where that is not 200.

@@ -14,9 +14,9 @@ import pytest
 
 from mlx_llava.serving import app as api
 from mlx_llava.serving import http as connection
-from mlx_llava.serving.bodies import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.requests import ChatRequest, read_request
+from mlx_llava.serving.openai import ChatRequest, read_request
+from mlx_llava.serving.requests import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
 from tests.servers import MODEL, endless, receive, serving, user, waits_until
 
 

@@ -1,4 +1,4 @@
-"""What a request names as pictures -> pixels, as far as the server's owner allows it."""
+"""What a request names as images -> pixels, as far as the server's owner allows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_llava.inputs.image import decode_data_url, image_size, is_data_url, load_image
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.settings import MEGA, Settings
 from mlx_llava.serving.workers import Workers
 
 #: Of a picture that is elsewhere, or a file.
@@ -37,49 +37,54 @@ _NO_FILE = "There is no such file in the image root."
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a request may take.
+class Images:
+    """Reads the images of requests, so that their pixels never add up.
 
-    Attributes:
-        body_bytes: its length.
-        body_seconds: how long it may take to arrive.
-        images: how many pictures it may have.
-        pixels: of all its pictures together.
-        seconds: how long its answers may take, waiting included.
+    Those of one request are decoded at a time, and beside those of one with small ones. Small
+    images wait for no large ones, and those that are sent for none of elsewhere.
     """
 
-    body_bytes: int = 50_000_000
-    body_seconds: float = 30.0
-    images: int = 16
-    pixels: int = 100_000_000
-    seconds: float = 600.0
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._max_pixels = settings.max_pixels * MEGA
+        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
+        self._holding = asyncio.Semaphore(FETCHES)
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"The limit {name} is {value}; it must be more than 0.")
+    async def use(self, urls: Sequence[str], work: Callable[[list[Any]], T]) -> T:
+        """Does some work with images, in the thread that decodes them.
 
+        Raises:
+            ApiError: An image is not allowed, cannot be read, or they are too large together.
+        """
+        async with self._holding if any(map(is_remote, urls)) else nullcontext():
+            files = await self._fetch_all(urls)
+            pixels = await self._measuring.run(partial(self._pixels, urls, files))
+            workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
+            return await workers.run(partial(self._decode, urls, files, work))
 
-@dataclass(frozen=True)
-class Sources:
-    """Which pictures may be read.
-
-    Attributes:
-        remote: http(s) URLs, as `inputs.fetch` does it.
-        root: the folder whose files may be named, by ``file://`` URLs or paths within it.
-    """
-
-    remote: bool = False
-    root: Path | None = None
+    async def _fetch_all(self, urls: Sequence[str]) -> dict[str, bytes]:
+        """The images that are elsewhere; all of a request together have one deadline."""
+        until = time.monotonic() + REMOTE_SECONDS
+        files: dict[str, bytes] = {}
+        for url in filter(is_remote, urls):
+            left = until - time.monotonic()
+            if left <= 0:
+                message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
+                raise _image_error(message, "invalid_image_url")
+            max_body = self._settings.max_body * MEGA
+            room = min(MAX_BYTES, max_body - sum(map(len, files.values())))
+            if url not in files:
+                with _refusing("invalid_image_url"):
+                    files[url] = await self.fetch(url, room, min(SECONDS, left))
+        return files
 
     async def fetch(self, url: str, max_bytes: int, seconds: float) -> bytes:
-        """The bytes of a picture that is elsewhere; see `inputs.fetch`.
+        """The bytes of an image that is elsewhere; see `inputs.fetch`.
 
         Raises:
             ValueError: That is not allowed, or it cannot be fetched.
         """
-        if not self.remote:
+        if not self._settings.allow_remote_images:
             raise ValueError(
                 "Remote images are not allowed here (--allow-remote-images); send the "
                 "picture as a data: URL."
@@ -89,7 +94,7 @@ class Sources:
         return await fetch(url, max_bytes, seconds)
 
     def read(self, url: str) -> bytes:
-        """The bytes of a picture that is sent, or is here.
+        """The bytes of an image that is sent, or is here.
 
         Raises:
             ValueError: The source is not allowed, or cannot be read.
@@ -100,62 +105,23 @@ class Sources:
             return decode_data_url(url)
         if _scheme(url) not in ("", "file"):
             raise ValueError("An image URL must be a data: or an http(s) URL.")
-        if self.root is None:
+        root = self._settings.root
+        if root is None:
             raise ValueError(
                 "Local files are not allowed here (--image-root); send the picture as a data: URL."
             )
-        return read_below(self.root, _path_in(url, self.root))
-
-
-class Pictures:
-    """Reads the pictures of requests, so that their pixels never add up.
-
-    Those of one request are decoded at a time, and beside those of one with small ones. Small
-    pictures wait for no large ones, and those that are sent for none of elsewhere.
-    """
-
-    def __init__(self, sources: Sources, limits: Limits) -> None:
-        self._sources, self._limits = sources, limits
-        self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
-        self._holding = asyncio.Semaphore(FETCHES)
-
-    async def use(self, urls: Sequence[str], work: Callable[[list[Any]], T]) -> T:
-        """Does some work with pictures, in the thread that decodes them.
-
-        Raises:
-            ApiError: A picture is not allowed, cannot be read, or they are too large together.
-        """
-        async with self._holding if any(map(is_remote, urls)) else nullcontext():
-            files = await self._fetch(urls)
-            pixels = await self._measuring.run(partial(self._pixels, urls, files))
-            workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
-            return await workers.run(partial(self._work, work, urls, files))
-
-    async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes]:
-        """The pictures that are elsewhere; all of a request together have one deadline."""
-        until = time.monotonic() + REMOTE_SECONDS
-        files: dict[str, bytes] = {}
-        for url in filter(is_remote, urls):
-            left = until - time.monotonic()
-            if left <= 0:
-                message = f"The pictures at URLs took longer than {REMOTE_SECONDS:g} s."
-                raise ApiError(400, message, param="messages", code="invalid_image_url")
-            room = min(MAX_BYTES, self._limits.body_bytes - sum(map(len, files.values())))
-            if url not in files:
-                with _refusing("invalid_image_url"):
-                    files[url] = await self._sources.fetch(url, room, min(SECONDS, left))
-        return files
+        return read_below(root, _path_in(url, root))
 
     def _files(self, urls: Sequence[str], files: Mapping[str, bytes]) -> Iterator[bytes]:
-        """The pictures of a request, from what was fetched and what is at hand."""
+        """The images of a request, from what was fetched and what is at hand."""
         for url in urls:
             with _refusing("invalid_image_url"):
-                file = files[url] if url in files else self._sources.read(url)
+                file = files[url] if url in files else self.read(url)
             yield file
 
     def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
-        """How many pixels the pictures of a request have, which may not be too many."""
-        limit, pixels = self._limits.pixels, 0
+        """How many pixels the images of a request have, which may not be too many."""
+        limit, pixels = self._max_pixels, 0
         for count, file in enumerate(self._files(urls, files), 1):
             with _refusing("invalid_image"):
                 width, height = image_size(file, limit, FORMATS)
@@ -165,29 +131,32 @@ class Pictures:
                     f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
                     f"request is {limit:,}."
                 )
-                raise ApiError(400, message, param="messages", code="invalid_image")
+                raise _image_error(message, "invalid_image")
         return pixels
 
-    def _work(
-        self, work: Callable[[list[Any]], T], urls: Sequence[str], files: Mapping[str, bytes]
+    def _decode(
+        self, urls: Sequence[str], files: Mapping[str, bytes], work: Callable[[list[Any]], T]
     ) -> T:
         with _refusing("invalid_image"):
-            limit = self._limits.pixels
-            images = [load_image(file, limit, FORMATS) for file in self._files(urls, files)]
+            contents = self._files(urls, files)
+            images = [load_image(content, self._max_pixels, FORMATS) for content in contents]
         return work(images)
+
+
+def _image_error(message: str, code: str) -> ApiError:
+    return ApiError(400, message, param="messages", code=code)
 
 
 @contextmanager
 def _refusing(code: str) -> Iterator[None]:
-    """Errors of pictures as clients read them."""
     try:
         yield
     except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code=code) from error
+        raise _image_error(str(error), code) from error
 
 
 def is_remote(url: str) -> bool:
-    """Whether someone else has to be asked for a picture."""
+    """Whether someone else has to be asked for an image."""
     return _scheme(url) in ("http", "https")
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image import png
-from mlx_llava.serving import pictures
-from mlx_llava.serving.requests import ChatRequest
+from mlx_llava.serving import images
+from mlx_llava.serving.openai import ChatRequest
+from mlx_llava.serving.requests import Request
 from mlx_llava.serving.workers import Workers
 from tests.inputs.test_image_files import OTHERS, flood, scan_bomb
 from tests.servers import MODEL, serving, user
@@ -44,8 +45,8 @@ class HeldDecoding:
     def __init__(self, monkeypatch):
         self.go_on = threading.Event()
         self.begun = self.running = self.most = self.from_side = 0
-        self._decode, self._lock = pictures.load_image, threading.Lock()
-        monkeypatch.setattr(pictures, "load_image", self)
+        self._decode, self._lock = images.load_image, threading.Lock()
+        monkeypatch.setattr(images, "load_image", self)
 
     def __call__(self, *args):
         image = self._decode(*args)
@@ -127,7 +128,7 @@ def test_a_request_that_fails_holds_nothing(served):
         return [
             o
             for o in gc.get_objects()
-            if issubclass(type(o), ChatRequest)
+            if issubclass(type(o), (ChatRequest, Request))
             or (issubclass(type(o), Image.Image) and o.size == picture.size)
         ]
 
@@ -212,8 +213,8 @@ def test_the_time_of_an_answer_is_counted_from_its_pictures(served, decoding):
 
 def test_sent_pictures_do_not_wait_for_fetched_ones(served, internet, tls, monkeypatch):
     """Hosts that say nothing take all that fetch, and nobody else's time."""
-    monkeypatch.setattr(pictures, "SECONDS", PATIENCE)
-    monkeypatch.setattr(pictures, "REMOTE_SECONDS", PATIENCE)
+    monkeypatch.setattr(images, "SECONDS", PATIENCE)
+    monkeypatch.setattr(images, "REMOTE_SECONDS", PATIENCE)
     speak = threading.Event()
     site = Site(lambda _: speak.wait(PATIENCE), tls)
     remote = serving("--allow-remote-images", engine=served.engine)
@@ -221,17 +222,17 @@ def test_sent_pictures_do_not_wait_for_fetched_ones(served, internet, tls, monke
         internet({"slow.example": ["93.184.216.34"]}, site.port)
         message = named("https://slow.example/a.png")
         asked = [pool.submit(chat, open_one, [message]) for _ in range(12)]
-        wait_until(lambda: len(site.asked) == pictures.FETCHES and open_one.engine.taken == 12)
+        wait_until(lambda: len(site.asked) == images.FETCHES and open_one.engine.taken == 12)
         honest = chat(open_one, [user(PICTURE, "What?")], max_tokens=1)
         assert honest.status_code == 200
         assert not any(reply.done() for reply in asked)
-        assert len(site.asked) == pictures.FETCHES
+        assert len(site.asked) == images.FETCHES
         speak.set()
         assert {reply.result().status_code for reply in asked} == {400}
 
 
 def test_pictures_from_elsewhere_have_one_deadline_together(served, internet, monkeypatch):
-    monkeypatch.setattr(pictures, "REMOTE_SECONDS", 0.5)
+    monkeypatch.setattr(images, "REMOTE_SECONDS", 0.5)
     speak = threading.Event()
     with (
         Site(lambda _: speak.wait(PATIENCE)) as site,

@@ -1,0 +1,429 @@
+"""OpenAI's API: what its clients send -> a `Request`, and a `Reply` -> what they read.
+
+A parameter (platform.openai.com/docs/api-reference) is honoured, or refused by its name
+(parameters.py). Taken is what real clients were seen to send, beside what OpenAI documents:
+fields of their own, plain texts for parts and for images, answers without content.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import fields, replace
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from mlx_llava.generation.json_schema import ANY_OBJECT
+from mlx_llava.generation.sampling import Options
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.parameters import check_parameters
+from mlx_llava.serving.replies import Piece, Reply, Token
+from mlx_llava.serving.requests import Request, arrange, as_seed, parameter, read_json
+
+MAX_MESSAGES = MAX_PARTS = 1000
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_PROMPTS = 64
+MAX_SCHEMA_LENGTH = 100_000
+DEFAULT_COMPLETION_TOKENS = 16
+#: What templates leave out of earlier answers, like the field `reasoning_content`.
+THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
+#: Options that a request has under their own names, and as they are.
+_OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
+#: Tells what was found, of whatever length, by its beginning and its end.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 60
+
+
+def _unless_limited(tokens: int) -> int:
+    """Takes -1 for no limit but the model's context, as llama.cpp and LM Studio do."""
+    if tokens == -1:
+        return sys.maxsize
+    if tokens < 1:
+        message = "Input should be greater than or equal to 1, or -1 for no limit"
+        raise PydanticCustomError("max_tokens", message)
+    return tokens
+
+
+def _or_off(count: int) -> int:
+    """Takes -1 for all, as vLLM does."""
+    return max(count, 0)
+
+
+def _short(schema: Any) -> Any:
+    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
+        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
+    return schema
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
+Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
+
+
+class Lenient(BaseModel):
+    """Anything of a request; fields that it does not know ask nothing of the answer."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Lenient):
+    """Where an image is. Whatever `detail` is asked for, the model sees all that it can."""
+
+    url: str
+
+
+class UrlPart(Lenient):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _as_object(cls, image_url: Any) -> Any:
+        return {"url": image_url} if isinstance(image_url, str) else image_url
+
+
+Part: TypeAlias = Annotated[TextPart | UrlPart, Field(discriminator="type")]
+
+
+class ChatMessage(Lenient):
+    """A message, its content always in parts."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], FailFast()] = Field(max_length=MAX_PARTS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_say_nothing(cls, message: Any) -> Any:
+        """An assistant's content is null where it did something else, or holds thoughts."""
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        content = message.get("content") or []
+        if isinstance(content, list):
+            content = [
+                part
+                for part in content
+                if not (isinstance(part, dict) and part.get("type") in THOUGHTS)
+            ]
+        return {**message, "content": content}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _in_parts(cls, content: Any) -> Any:
+        parts = _as_list(content)
+        if not isinstance(parts, list):
+            return parts
+        return [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+
+    def texts(self) -> list[str]:
+        return [part.text for part in self.content if isinstance(part, TextPart)]
+
+    def images(self) -> list[str]:
+        """The URLs of its images in order."""
+        return [part.image_url.url for part in self.content if isinstance(part, UrlPart)]
+
+
+class TextFormat(Lenient):
+    type: Literal["text"]
+
+
+class JsonFormat(Lenient):
+    """Any JSON object, or one of a schema, as llama.cpp's clients ask for it."""
+
+    type: Literal["json_object"]
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class JsonSchema(Lenient):
+    schema_: Schema = Field(alias="schema")
+
+
+class SchemaFormat(Lenient):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format: TypeAlias = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class StreamOptions(Lenient):
+    include_usage: bool | None = None
+
+
+class AnswerRequest(Lenient):
+    """What both kinds of requests have; `top_k` and what follows are not OpenAI's.
+
+    ``timings`` in what is answered are not OpenAI's either.
+    """
+
+    prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    model: str
+    max_tokens: MaxTokens | None = None
+    temp: float | None = parameter("temp", le=2, validation_alias="temperature")
+    top_p: float | None = parameter("top_p")
+    n: int = Field(1, ge=1, le=128)
+    stop: Annotated[
+        list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]], BeforeValidator(_as_list)
+    ] = Field([], max_length=MAX_STOPS)
+    seed: Annotated[int, AfterValidator(as_seed)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(_or_off)] | None = None
+    min_p: float | None = parameter("min_p")
+    repetition_penalty: float | None = Field(
+        None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
+
+    def request(self, defaults: Options) -> Request:
+        """What is asked, where the server's defaults are for what is not said."""
+        raise NotImplementedError
+
+    async def whole(self, reply: Reply) -> dict[str, Any]:
+        """All answers in one object."""
+        choices = [self.whole_choice(answer) for answer in await reply.whole()]
+        return {**self._head(self.whole_object), "choices": choices, **_figures(reply)}
+
+    async def events(self, reply: Reply) -> AsyncGenerator[str, None]:
+        """The events of a stream."""
+        usage = {"usage": None} if self.stream_options.include_usage else {}
+        head = {**self._head(self.chunk_object), **usage}
+        async with aclosing(reply.pieces) as pieces:
+            async for piece in pieces:
+                for choice in self.choices(piece):
+                    yield event({**head, "choices": [choice]})
+        if usage:
+            yield event({**head, "choices": [], **_figures(reply)})
+        yield "data: [DONE]\n\n"
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a stream tells of a piece."""
+        raise NotImplementedError
+
+    def whole_choice(self, answer: Piece) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _options(self, defaults: Options) -> Options:
+        options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
+        if self.top_p == 0:  # the likeliest token alone; for `Options` it would be all tokens
+            options = replace(options, temp=0)
+        return replace(options, stop=(*defaults.stop, *filter(None, self.stop)))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.prefix + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": None,
+            "object": kind,
+        }
+
+
+class ChatRequest(AnswerRequest):
+    """Of ``POST /v1/chat/completions``."""
+
+    prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: Format | None = None
+
+    def request(self, defaults: Options) -> Request:
+        """Of two lengths, the newer parameter's is taken."""
+        options = self._options(defaults)
+        if self.max_completion_tokens is not None:
+            options = replace(options, max_tokens=self.max_completion_tokens)
+        match self.response_format:
+            case SchemaFormat(json_schema=JsonSchema(schema_=schema)):
+                options = replace(options, json_schema=schema)
+            case JsonFormat(schema_=schema):
+                options = replace(options, json_schema=schema or ANY_OBJECT)
+            case TextFormat():
+                options = replace(options, json_schema=None)
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+        images = [message.images() for message in self.messages]
+        roles = ("system" if m.role == "developer" else m.role for m in self.messages)
+        texts = (message.texts() for message in self.messages)
+        return Request(
+            self.model,
+            [arrange(zip(roles, texts, map(len, images), strict=True))],
+            options,
+            images=[*chain.from_iterable(images)],
+            n=self.n,
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            stream=self.stream,
+        )
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        """An answer's first piece comes after its role."""
+        choice = {
+            "index": piece.index,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+        }
+        if piece.start:
+            return [choice]
+        role = {"role": "assistant", "content": "", "refusal": None}
+        return [{**choice, "delta": role, "logprobs": None, "finish_reason": None}, choice]
+
+    def whole_choice(self, answer: Piece) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {
+            "index": answer.index,
+            "message": {**message, "annotations": []},
+            "logprobs": self._logprobs(answer),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = [
+            {**_logprob(token), "top_logprobs": [*map(_logprob, token.top)]}
+            for token in piece.tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class CompletionRequest(AnswerRequest):
+    """Of ``POST /v1/completions``: text as the model reads it, without images."""
+
+    prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1, max_length=MAX_PROMPTS
+    )
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    def request(self, defaults: Options) -> Request:
+        """What is asked; the length that is not said is OpenAI's."""
+        return Request(
+            self.model,
+            self.prompt,
+            self._options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS)),
+            n=self.n,
+            top_logprobs=self.logprobs,
+            stream=self.stream,
+        )
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self.whole_choice(piece)]
+
+    def whole_choice(self, answer: Piece) -> dict[str, Any]:
+        return {
+            "text": answer.text,
+            "index": answer.index,
+            "logprobs": None if self.logprobs is None else _with_offsets(answer),
+            "finish_reason": answer.finish_reason,
+        }
+
+
+def _with_offsets(piece: Piece) -> dict[str, Any]:
+    """The tokens of a piece and where each begins in the answer."""
+    at, tokens, offsets = piece.start, piece.tokens, []
+    if at == 0 and tokens and tokens[0].text[:1] == " " != piece.text[:1]:
+        at = -1  # tokenizers drop the space that an answer begins with
+    for token in tokens:
+        offsets.append(max(at, 0))
+        at += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{t.text: t.logprob for t in token.top} for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _logprob(token: Token) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": [*token.content]}
+
+
+def _figures(reply: Reply) -> dict[str, Any]:
+    usage = {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.generation_tokens,
+        "total_tokens": reply.prompt_tokens + reply.generation_tokens,
+        "prompt_tokens_details": {"cached_tokens": reply.cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+    }
+    return {"usage": usage, "timings": reply.timings}
+
+
+def event(data: dict[str, Any]) -> str:
+    """One event of a stream."""
+    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+AnyRequest = TypeVar("AnyRequest", bound=AnswerRequest)
+
+
+def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+    """Reads a request.
+
+    Raises:
+        ApiError: It is no JSON, lacks something, or asks for what there is not.
+    """
+    data = {key: value for key, value in read_json(body).items() if value is not None}
+    check_parameters(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    param = _path(first["loc"])
+    if first["type"] == "missing":
+        message = f"Missing required parameter: '{param}'."
+        return ApiError(400, message, param=param, code="missing_required_parameter")
+    message = f"{param}: {first['msg']}; found {_BRIEF.repr(first['input'])}"
+    return ApiError(400, message, param=param)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """Where something is, without the kinds of parts and formats that pydantic puts between."""
+    kinds = {"text", "image_url"}
+    return ".".join(
+        str(step)
+        for before, step in zip((None, *location), location, strict=False)
+        if not (before == "response_format" or (isinstance(before, int) and step in kinds))
+    )

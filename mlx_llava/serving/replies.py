@@ -1,0 +1,87 @@
+"""What comes of a request, whatever API it was made in: pieces of answers, and what they took."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and its log-probability; one of an answer, with the likeliest at its position."""
+
+    text: str
+    content: bytes
+    logprob: float
+    top: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of one step or more of one answer.
+
+    Attributes:
+        index: which of the answers.
+        start: how many characters of the answer come before.
+        text: what became readable.
+        tokens: the tokens of that text, where they were requested.
+        finish_reason: in the last piece.
+        figures: of the whole answer, in the last piece; see `GenerationResponse.figures`.
+    """
+
+    index: int
+    start: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    figures: Mapping[str, Any]
+
+
+class Reply:
+    """The answers to one request.
+
+    Attributes:
+        pieces: of all of them in turn, as they are made.
+        prompt_tokens: of the prompts of those that have ended, and
+        cached_tokens: how many of these were read before.
+        generation_tokens: of the answers that have ended.
+        timings: of the first one.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[Piece, None], n: int) -> None:
+        """Takes the pieces of `n` answers to each prompt."""
+        self.pieces = self._counted(pieces, n)
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
+        self.timings: Mapping[str, float] = {}
+
+    async def whole(self) -> list[Piece]:
+        """All answers, each in one piece."""
+        answers: dict[int, list[Piece]] = {}
+        async with aclosing(self.pieces) as pieces:
+            async for piece in pieces:
+                answers.setdefault(piece.index, []).append(piece)
+        return [_joined(answers[index]) for index in sorted(answers)]
+
+    async def _counted(
+        self, pieces: AsyncGenerator[Piece, None], n: int
+    ) -> AsyncGenerator[Piece, None]:
+        """Counts answers that end; the prompt of each `n` once."""
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if piece.finish_reason:
+                    self.generation_tokens += piece.figures["generation_tokens"]
+                    if piece.index % n == 0:
+                        self.prompt_tokens += piece.figures["prompt_tokens"]
+                        self.cached_tokens += piece.figures["cached_tokens"]
+                    if piece.index == 0:
+                        self.timings = piece.figures["timings"]
+                yield piece
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(chain.from_iterable(piece.tokens for piece in pieces))
+    return replace(pieces[-1], start=0, text=text, tokens=tokens)
