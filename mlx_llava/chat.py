@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from mlx_llava.arguments import (
@@ -22,7 +22,7 @@ from mlx_llava.arguments import (
     say_if_embedded,
 )
 from mlx_llava.files import one_line
-from mlx_llava.generation.session import SHOWN, Picture, Session, Turn
+from mlx_llava.generation.session import SHOWN, Picture, Session
 from mlx_llava.inputs.image import from_clipboard
 from mlx_llava.inputs.mentions import (
     file_name,
@@ -33,6 +33,10 @@ from mlx_llava.inputs.mentions import (
 )
 
 CLIPBOARD = "clipboard"
+COMMANDS = (
+    *("/image", "/images", "/system", "/template", "/regenerate", "/undo", "/save", "/load"),
+    *("/reset", "/help", "/exit", "/quit", "/bye"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,36 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
 class Chat:
     """What can be typed, and what comes of it.
 
-    The docstring of a command is what /help shows: its arguments, a colon, what it does.
+    A command is the method of that name; its docstring is what /help shows: arguments, a colon,
+    what it does.
     """
 
     def __init__(self, session: Session, pictures: Sequence[Picture] = ()) -> None:
         self.session = session
         self.pending = list(pictures)
         self.has_ended = False
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/image": self.image,
-            "/images": self.images,
-            "/system": self.system,
-            "/template": self.template,
-            "/regenerate": self.regenerate,
-            "/undo": self.undo,
-            "/save": self.save,
-            "/load": self.load,
-            "/reset": self.reset,
-            "/help": self.help,
-            **dict.fromkeys(("/exit", "/quit", "/bye"), self.exit),
-        }
 
     def take(self, line: str) -> None:
         """Does what a line says: a command, pictures to show, or a question, perhaps with some."""
         line = _checked(line).strip()
+        line = f"/image {CLIPBOARD}" if line == CLIPBOARD else line
         name = (line.split() or [""])[0]
-        if name in self.commands:
-            self.commands[name](line.removeprefix(name).strip())
-            return
-        if line == CLIPBOARD:
-            self.image(CLIPBOARD)
+        if name in COMMANDS:
+            getattr(self, name[1:])(line.removeprefix(name).strip())
             return
         files = pasted_files(line)
         paths, question = (files, "") if files else split_line(line)
@@ -99,10 +89,8 @@ class Chat:
         dropped = self.session.ask(text, self.pending)
         self.pending = []
         if dropped:
-            pictures = sum(len(turn.pictures) for turn in dropped)
-            note(
-                f"the context is full: dropped the first {len(dropped)} turns, {pictures} pictures"
-            )
+            images = sum(len(turn.pictures) for turn in dropped)
+            note(f"the context is full: dropped the first {len(dropped)} turns, {images} pictures")
         self.answer()
 
     def answer(self) -> None:
@@ -121,11 +109,7 @@ class Chat:
             raise
         print(flush=True)
         if not turn.answer:  # a conversation cannot go on from nothing
-            self._take_back(self.session.undo())
-
-    def _take_back(self, turn: Turn) -> None:
-        self.pending = [*turn.pictures, *self.pending]
-        note(f"taken back: {turn.text}")
+            self.undo()
 
     def show(self, pictures: Sequence[Picture]) -> None:
         """Keeps pictures for the next question."""
@@ -162,42 +146,45 @@ class Chat:
             raise ValueError("Nothing has been asked yet.")
         self.answer()
 
-    def undo(self, _: str) -> None:
+    def undo(self, _: str = "") -> None:
         """: take the last question and its answer back"""
-        self._take_back(self.session.undo())
+        turn = self.session.undo()
+        self.pending = [*turn.pictures, *self.pending]
+        note(f"taken back: {turn.text}")
 
     def save(self, rest: str) -> None:
         """FILE: write the conversation"""
-        self.session.save(_needed(rest, "/save"))
+        self.session.save(_file(rest, "/save"))
 
     def load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved"""
-        self.session.load(_needed(rest, "/load"))
+        self.session.load(_file(rest, "/load"))
         self.pending = []
         for turn in self.session.turns:
-            note(f"> {turn.text}")
-            note(turn.answer)
+            note(f"> {turn.text}\n{turn.answer}")
 
     def reset(self, _: str) -> None:
         """: forget everything that was said and shown"""
         self.session.turns, self.pending = [], []
 
-    def exit(self, _: str) -> None:
-        """: end, as Control-D"""
-        self.has_ended = True
-
     def help(self, _: str) -> None:
         """: this"""
-        for name, run in self.commands.items():
-            arguments, _, job = (run.__doc__ or "").partition(": ")
+        for name in COMMANDS:
+            arguments, _, job = (getattr(self, name[1:]).__doc__ or "").partition(": ")
             note(f"{name + ' ' + arguments:<20} {job}")
         note(f"{'a path':<20} as /image; also dragged into the terminal, or in a question")
         note("Control-C stops an answer, Control-D ends")
 
+    def exit(self, _: str) -> None:
+        """: end, as Control-D"""
+        self.has_ended = True
 
-def _needed(rest: str, name: str) -> str:
+    quit = bye = exit
+
+
+def _file(rest: str, command: str) -> str:
     if not rest:
-        raise ValueError(f"{name} needs a file.")
+        raise ValueError(f"{command} needs a file.")
     return file_name(rest)
 
 
@@ -207,7 +194,6 @@ def note(text: str) -> None:
 
 
 def _checked(line: str) -> str:
-    """A line as it was typed; raises ValueError where it is not text."""
     bad = next((letter for letter in line if "\ud800" <= letter <= "\udfff"), None)
     if bad is not None:
         raise ValueError(f"The line is not UTF-8: byte 0x{ord(bad) & 0xFF:02x}.")

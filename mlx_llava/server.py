@@ -107,15 +107,8 @@ def make_app(engine: Engine, name: str, defaults: Options, settings: Settings) -
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Guard(
-        app,
-        api_key=settings.api_key,
-        open_paths=OPEN_PATHS,
-        hosts=[host.lower() for host in (*settings.allow_host, settings.host)],
-        origins=settings.allow_origin,
-        seconds=BODY_SECONDS + settings.timeout + GRACE_SECONDS,
-        count=api.metrics.count_request,
-    )
+    seconds = BODY_SECONDS + settings.timeout + GRACE_SECONDS
+    return Guard(app, settings, OPEN_PATHS, seconds, api.metrics.count_request)
 
 
 def make_server(app: ASGIApp, seconds: float, engine: Engine) -> HttpServer:

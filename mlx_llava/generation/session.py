@@ -63,32 +63,26 @@ class Session:
     def __init__(
         self, model: Llava, processor: Processor, *, system: str | None = None, **options: Any
     ) -> None:
-        """Begins a conversation.
-
-        Args:
-            model (Llava): The model.
-            processor (Processor): Its processor.
-            system (str, optional): Replaces the template's system text.
-            **options: Of `stream_generate`: ``max_tokens``, ``temp`` and the like.
-        """
+        """Begins a conversation; its options are those of `stream_generate`."""
         self.model, self.processor, self.options = model, processor, options
         self.system = system
         self.shown = SHOWN[0]
         self.turns: list[Turn] = []
         self._cache = PromptCache(model)
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation in OpenAI's shape, up to the question that waits."""
+    def messages(self, turns: Sequence[Turn] | None = None) -> list[dict[str, Any]]:
+        """The conversation, or some turns, in OpenAI's shape, up to the question that waits."""
+        turns = self.turns if turns is None else turns
         messages: list[dict[str, Any]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
-        last = next((turn for turn in reversed(self.turns) if turn.pictures), None)
-        for turn in self.turns:
+        last = next((turn for turn in reversed(turns) if turn.pictures), None)
+        for turn in turns:
             pictures = turn.pictures if self.shown == "all" or turn is last else ()
             content = [{"type": "image", "image": picture.image} for picture in pictures]
             text = {"type": "text", "text": turn.text}
             messages.append({"role": "user", "content": [*content, text]})
-            if turn is not self.turns[-1]:
+            if turn is not turns[-1]:
                 messages.append({"role": "assistant", "content": turn.answer})
         return messages
 
@@ -101,24 +95,17 @@ class Session:
         Raises:
             ValueError: The question does not fit alone; the conversation is as it was.
         """
-        before = list(self.turns)
-        self.turns.append(Turn(text, tuple(pictures)))
-        try:
-            while (length := self.processor.count_tokens(self.messages())) > self._room():
-                if len(self.turns) == 1:
-                    raise ValueError(
-                        f"The question takes {length} tokens; there is room for {self._room()}, "
-                        "three quarters of the model's context."
-                    )
-                self.turns.pop(0)
-        except BaseException:
-            self.turns = before
-            raise
-        return before[: len(before) + 1 - len(self.turns)]
-
-    def _room(self) -> int:
-        """How many tokens a prompt may have, so that there is room for an answer."""
-        return self.processor.context_length * 3 // 4
+        room = self.processor.context_length * 3 // 4  # and the rest is for an answer
+        turns = [*self.turns, Turn(text, tuple(pictures))]
+        for dropped in range(len(turns)):
+            length = self.processor.count_tokens(self.messages(turns[dropped:]))
+            if length <= room:
+                self.turns = turns[dropped:]
+                return turns[:dropped]
+        raise ValueError(
+            f"The question takes {length} tokens; there is room for {room}, three quarters of the "
+            "model's context."
+        )
 
     def answer(self) -> Iterator[GenerationResponse]:
         """Answers the last question; what is said is kept also where it is interrupted."""
@@ -130,11 +117,7 @@ class Session:
             yield part
 
     def undo(self) -> Turn:
-        """Takes the last turn back.
-
-        Raises:
-            ValueError: There is none.
-        """
+        """Takes the last turn back."""
         if not self.turns:
             raise ValueError("Nothing has been said yet.")
         return self.turns.pop()

@@ -29,15 +29,10 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.openai import (
-    AnswerRequest,
-    ChatRequest,
-    CompletionRequest,
-    event,
-    read_request,
-)
+from mlx_llava.serving.openai import AnswerRequest, ChatRequest, CompletionRequest, event
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.settings import Settings
@@ -120,7 +115,7 @@ class Api:
     def _check_model(self, name: str) -> None:
         if name != self.name:
             message = f"The model {name!r} does not exist; this server has {self.name!r}."
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise ApiError(404, message, "model_not_found", param="model")
 
     async def complete(self, asked: HttpRequest, kind: type[AnswerRequest]) -> Response:
         """Answers a request, whole or as a stream."""
@@ -145,7 +140,7 @@ class Api:
         images, limit = len(request.images), self.settings.max_images
         if images > limit:
             message = f"There are {images} pictures; the limit is {limit}."
-            raise ApiError(400, message, param="messages", code="too_many_images")
+            raise ApiError(400, message, "too_many_images", param="messages")
         processor, characters = self.engine.processor, request.longest()
         if characters > processor.context_length * processor.tokenizer.longest_piece:
             raise _context_error(
@@ -173,7 +168,7 @@ class Api:
             raise ApiError(400, one_line(error)) from error
         except TimeoutError as error:
             message = f"The answer took more than {seconds:g} s."
-            raise ApiError(503, message, code="timeout") from error
+            raise ApiError(503, message, "timeout") from error
 
     async def _prepare(self, request: Request) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
@@ -189,7 +184,7 @@ class Api:
 def _read(
     body: bytes, kind: type[AnswerRequest], defaults: Options
 ) -> tuple[AnswerRequest, Request]:
-    form = read_request(body, kind)
+    form = read_form(body, kind)
     return form, form.request(defaults)
 
 
@@ -244,10 +239,10 @@ async def _refuse(_: HttpRequest, error: ApiError) -> Response:
 
 
 def _context_error(message: str) -> ApiError:
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, "context_length_exceeded", param="messages")
 
 
 def _http_error(asked: HttpRequest, error: HTTPException) -> Response:
     message = f"Invalid URL ({asked.method} {asked.url.path})"
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return ApiError(error.status_code, message, code, headers=error.headers).response()

@@ -35,27 +35,19 @@ logger = logging.getLogger(__name__)
 CLEAR_EVERY = 256
 ENDING = "The server is ending."
 
+#: Takes the pieces of a request's answers, or the error that ends all of them, to who asked.
 Send: TypeAlias = Callable[[Piece | Exception], None]
 
 
 @dataclass
 class _Answer:
-    """One answer on its way, as the model's thread sees it.
-
-    Attributes:
-        send: takes its pieces, or the error that ends all answers to the request, in the asker's
-            thread; one for each request.
-        index: which of these.
-        top_logprobs: how many likeliest tokens to report, or None for no tokens at all.
-        ids: its tokens so far.
-        pending: those whose text is not out.
-    """
+    """One answer to a request, each of which has a `send` of its own."""
 
     send: Send
     index: int
     top_logprobs: int | None
     ids: list[int] = field(default_factory=list)
-    pending: list[Token] = field(default_factory=list)
+    pending: list[Token] = field(default_factory=list)  # whose text is not out
 
 
 class Engine:
@@ -77,13 +69,7 @@ class Engine:
         max_waiting: int,
         prompt_cache_bytes: int,
     ) -> None:
-        """Loads a model, and returns when it is ready.
-
-        Raises:
-            ValueError: A number is too small; or what `load` raises.
-        """
-        if max_waiting < 0:
-            raise ValueError(f"There can be {max_waiting} waiting answers; it must be 0 or more.")
+        """Loads a model, and returns when it is ready."""
         self.batch_size = batch_size
         self.capacity = batch_size + max_waiting
         self.taken = 0
@@ -133,16 +119,12 @@ class Engine:
     async def answer(
         self, prompts: Sequence[tuple[Inputs, Options]], top_logprobs: int | None, deadline: float
     ) -> AsyncGenerator[Piece, None]:
-        """Answers; where the asker stops listening, the model stops answering.
+        """Answers prompts, piece by piece; where nobody listens any more, the model stops.
 
         Args:
             prompts (list): What to answer, and how.
-            top_logprobs (int, optional): Tells the tokens of each piece, and so many likeliest
-                ones in place of each.
+            top_logprobs (int, optional): See `Request`.
             deadline (float): Of all of it, by `anyio.current_time`.
-
-        Yields:
-            Piece: Of the answers in turn, until each has its last.
 
         Raises:
             ValueError: A prompt does not fit, or its options make no sense.

@@ -18,15 +18,15 @@ class ApiError(Exception):
         self,
         status: int,
         message: str,
+        code: str | None = None,
         *,
         param: str | None = None,
-        code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if status == 429 else kind
+        usual = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if status == 429 else usual
         self._fields = {"message": message, "type": kind, "param": param, "code": code}
 
     def body(self) -> dict[str, Any]:
@@ -40,4 +40,4 @@ class ApiError(Exception):
 def busy(message: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """Asks to come again."""
     headers = {"Retry-After": str(RETRY_SECONDS), **(headers or {})}
-    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+    return ApiError(429, message, "rate_limit_exceeded", headers=headers)

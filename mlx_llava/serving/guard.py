@@ -21,6 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_llava.serving.errors import CLOSE, ApiError, busy
+from mlx_llava.serving.settings import Settings
 
 #: How many bodies of the greatest length may be held at a time, in whatever number of pieces.
 BODIES = 4
@@ -41,20 +42,15 @@ class Guard:
 
     Attributes:
         app: what is guarded.
-        api_key: what clients must send, or None.
-        open_paths: where they need not.
-        hosts: names under which the server may be addressed, beside addresses and localhost; in
-            lower case.
-        origins: web pages of other servers that may ask.
+        settings: what the server's owner allows.
+        open_paths: where no key is needed.
         seconds: after which a request is cut off, whatever it does.
         count: is told the path and the status of every answer.
     """
 
     app: ASGIApp
-    api_key: str | None
+    settings: Settings
     open_paths: Collection[str]
-    hosts: Collection[str]
-    origins: Collection[str]
     seconds: float
     count: Callable[[str, int], Any]
 
@@ -82,51 +78,41 @@ class Guard:
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
             # Two readers could see different ends of it (request smuggling, RFC 9112, 6.3).
-            raise ApiError(
-                400, "A request has either Content-Length or Transfer-Encoding.", headers=CLOSE
-            )
+            message = "A request has either Content-Length or Transfer-Encoding."
+            raise ApiError(400, message, headers=CLOSE)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._knows(hosts[0]):
-            raise ApiError(
-                403,
-                "This server does not answer to that name; start it with --allow-host NAME.",
-                code="host_not_allowed",
-            )
-        origin = headers.get("origin")
-        if origin not in (None, *self.origins, f"http://{hosts[0]}", f"https://{hosts[0]}"):
-            raise ApiError(
-                403,
-                "Web pages of other servers may not ask here; see --allow-origin.",
-                code="origin_not_allowed",
-            )
+            refusal = "This server does not answer to that name; start it with --allow-host NAME."
+            raise ApiError(403, refusal, "host_not_allowed")
+        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")
+        if headers.get("origin") not in (None, *self.settings.allow_origin, *own):
+            message = "Web pages of other servers may not ask here; see --allow-origin."
+            raise ApiError(403, message, "origin_not_allowed")
         is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key
-        if self.api_key is not None and scope["path"] not in self.open_paths and not is_preflight:
+        if scope["path"] not in self.open_paths and not is_preflight:
             self._check_key(headers.get("authorization", ""))
 
     def _knows(self, host: str) -> bool:
         """Whether a Host header names this server: no one else can choose an address."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name == "localhost" or name in self.hosts:
-            return True
-        try:
+            settings = self.settings
+            if name in ("localhost", *map(str.lower, (settings.host, *settings.allow_host))):
+                return True
             ipaddress.ip_address(name)
         except ValueError:
             return False
         return True
 
     def _check_key(self, authorization: str) -> None:
+        if self.settings.api_key is None:
+            return
         scheme, _, given = authorization.partition(" ")
-        digests = [hashlib.sha256(key.encode()).digest() for key in (given, self.api_key or "")]
+        digests = [hashlib.sha256(key.encode()).digest() for key in (given, self.settings.api_key)]
         if not hmac.compare_digest(*digests) or scheme.lower() != "bearer":
-            raise ApiError(
-                401,
-                "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, "invalid_api_key", headers=headers)
 
 
 @dataclass
@@ -159,12 +145,8 @@ class BodyLimit:
                 with anyio.fail_after(until - anyio.current_time()):
                     message = await receive()
             except TimeoutError as error:
-                raise ApiError(
-                    408,
-                    f"The body took longer than {self.seconds:g} s to arrive.",
-                    code="timeout",
-                    headers=CLOSE,
-                ) from error
+                late = f"The body took longer than {self.seconds:g} s to arrive."
+                raise ApiError(408, late, "timeout", headers=CLOSE) from error
             is_complete = not message.get("more_body", False)
             length = len(message.get("body", b""))
             size, self._held = size + length, self._held + length
@@ -181,4 +163,4 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         message = f"The body has more than {self.max_bytes:,} bytes."
-        return ApiError(413, message, code="request_too_large", headers=CLOSE)
+        return ApiError(413, message, "request_too_large", headers=CLOSE)

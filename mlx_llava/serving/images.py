@@ -144,7 +144,7 @@ class Images:
 
 
 def _image_error(message: str, code: str) -> ApiError:
-    return ApiError(400, message, param="messages", code=code)
+    return ApiError(400, message, code, param="messages")
 
 
 @contextmanager

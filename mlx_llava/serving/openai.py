@@ -8,25 +8,22 @@ fields of their own, plain texts for parts and for images, answers without conte
 from __future__ import annotations
 
 import json
-import reprlib
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -35,9 +32,10 @@ from pydantic_core import PydanticCustomError
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.forms import Form, parameter
 from mlx_llava.serving.parameters import check_parameters
 from mlx_llava.serving.replies import Piece, Reply, Token
-from mlx_llava.serving.requests import Request, arrange, as_seed, parameter, read_json
+from mlx_llava.serving.requests import Request, arrange, as_seed
 
 MAX_MESSAGES = MAX_PARTS = 1000
 MAX_STOPS = 16
@@ -49,9 +47,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
 #: Options that a request has under their own names, and as they are.
 _OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
-#: Tells what was found, of whatever length, by its beginning and its end.
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 60
 
 
 def _unless_limited(tokens: int) -> int:
@@ -64,11 +59,6 @@ def _unless_limited(tokens: int) -> int:
     return tokens
 
 
-def _or_off(count: int) -> int:
-    """Takes -1 for all, as vLLM does."""
-    return max(count, 0)
-
-
 def _short(schema: Any) -> Any:
     if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
         raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
@@ -79,41 +69,34 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_object(image_url: Any) -> Any:
+    return {"url": image_url} if isinstance(image_url, str) else image_url
+
+
 MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
 Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
 
 
-class Lenient(BaseModel):
-    """Anything of a request; fields that it does not know ask nothing of the answer."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-class TextPart(Lenient):
+class _TextPart(Form):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Lenient):
+class _ImageUrl(Form):
     """Where an image is. Whatever `detail` is asked for, the model sees all that it can."""
 
     url: str
 
 
-class UrlPart(Lenient):
+class _UrlPart(Form):
     type: Literal["image_url"]
-    image_url: ImageUrl
-
-    @field_validator("image_url", mode="before")
-    @classmethod
-    def _as_object(cls, image_url: Any) -> Any:
-        return {"url": image_url} if isinstance(image_url, str) else image_url
+    image_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
 
 
-Part: TypeAlias = Annotated[TextPart | UrlPart, Field(discriminator="type")]
+Part: TypeAlias = Annotated[_TextPart | _UrlPart, Field(discriminator="type")]
 
 
-class ChatMessage(Lenient):
+class ChatMessage(Form):
     """A message, its content always in parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -128,9 +111,7 @@ class ChatMessage(Lenient):
         content = message.get("content") or []
         if isinstance(content, list):
             content = [
-                part
-                for part in content
-                if not (isinstance(part, dict) and part.get("type") in THOUGHTS)
+                p for p in content if not (isinstance(p, dict) and p.get("type") in THOUGHTS)
             ]
         return {**message, "content": content}
 
@@ -143,45 +124,44 @@ class ChatMessage(Lenient):
         return [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
 
     def texts(self) -> list[str]:
-        return [part.text for part in self.content if isinstance(part, TextPart)]
+        return [part.text for part in self.content if isinstance(part, _TextPart)]
 
     def images(self) -> list[str]:
         """The URLs of its images in order."""
-        return [part.image_url.url for part in self.content if isinstance(part, UrlPart)]
+        return [part.image_url.url for part in self.content if isinstance(part, _UrlPart)]
 
 
-class TextFormat(Lenient):
+class _TextFormat(Form):
     type: Literal["text"]
 
 
-class JsonFormat(Lenient):
+class _JsonFormat(Form):
     """Any JSON object, or one of a schema, as llama.cpp's clients ask for it."""
 
     type: Literal["json_object"]
     schema_: Schema | None = Field(None, alias="schema")
 
 
-class JsonSchema(Lenient):
+class _JsonSchema(Form):
     schema_: Schema = Field(alias="schema")
 
 
-class SchemaFormat(Lenient):
+class _SchemaFormat(Form):
     type: Literal["json_schema"]
-    json_schema: JsonSchema
+    json_schema: _JsonSchema
 
 
-Format: TypeAlias = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+Format: TypeAlias = Annotated[
+    _TextFormat | _JsonFormat | _SchemaFormat, Field(discriminator="type")
+]
 
 
-class StreamOptions(Lenient):
+class _StreamOptions(Form):
     include_usage: bool | None = None
 
 
-class AnswerRequest(Lenient):
-    """What both kinds of requests have; `top_k` and what follows are not OpenAI's.
-
-    ``timings`` in what is answered are not OpenAI's either.
-    """
+class AnswerRequest(Form):
+    """What both kinds of requests have; `top_k` and what follows are not OpenAI's."""
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -197,16 +177,19 @@ class AnswerRequest(Lenient):
     ] = Field([], max_length=MAX_STOPS)
     seed: Annotated[int, AfterValidator(as_seed)] | None = None
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    top_k: Annotated[int, Field(ge=-1), AfterValidator(_or_off)] | None = None
+    stream_options: _StreamOptions = _StreamOptions()
+    # -1 is for all, as in vLLM
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(partial(max, 0))] | None = None
     min_p: float | None = parameter("min_p")
     repetition_penalty: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
     )
 
-    def request(self, defaults: Options) -> Request:
-        """What is asked, where the server's defaults are for what is not said."""
-        raise NotImplementedError
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: dict[str, Any]) -> dict[str, Any]:
+        check_parameters(data)
+        return data
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """All answers in one object."""
@@ -225,12 +208,17 @@ class AnswerRequest(Lenient):
             yield event({**head, "choices": [], **_figures(reply)})
         yield "data: [DONE]\n\n"
 
-    def choices(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a stream tells of a piece."""
+    def request(self, defaults: Options) -> Request:
+        """What is asked, where the server's defaults are for what is not said."""
         raise NotImplementedError
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
+        """A whole answer."""
         raise NotImplementedError
+
+    def choices(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a stream tells of a piece."""
+        return [self.whole_choice(piece)]
 
     def _options(self, defaults: Options) -> Options:
         options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
@@ -269,11 +257,11 @@ class ChatRequest(AnswerRequest):
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
         match self.response_format:
-            case SchemaFormat(json_schema=JsonSchema(schema_=schema)):
+            case _SchemaFormat(json_schema=_JsonSchema(schema_=schema)):
                 options = replace(options, json_schema=schema)
-            case JsonFormat(schema_=schema):
+            case _JsonFormat(schema_=schema):
                 options = replace(options, json_schema=schema or ANY_OBJECT)
-            case TextFormat():
+            case _TextFormat():
                 options = replace(options, json_schema=None)
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
@@ -292,34 +280,22 @@ class ChatRequest(AnswerRequest):
 
     def choices(self, piece: Piece) -> list[dict[str, Any]]:
         """An answer's first piece comes after its role."""
-        choice = {
-            "index": piece.index,
-            "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-        }
+        choice = self._choice(piece, delta={"content": piece.text} if piece.text else {})
         if piece.start:
             return [choice]
         role = {"role": "assistant", "content": "", "refusal": None}
         return [{**choice, "delta": role, "logprobs": None, "finish_reason": None}, choice]
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {
-            "index": answer.index,
-            "message": {**message, "annotations": []},
-            "logprobs": self._logprobs(answer),
-            "finish_reason": answer.finish_reason,
-        }
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        return self._choice(answer, message={**message, "refusal": None, "annotations": []})
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {**_logprob(token), "top_logprobs": [*map(_logprob, token.top)]}
-            for token in piece.tokens
-        ]
-        return {"content": content, "refusal": None}
+    def _choice(self, piece: Piece, **said: Any) -> dict[str, Any]:
+        tokens = piece.tokens
+        content = [{**_logprob(t), "top_logprobs": [*map(_logprob, t.top)]} for t in tokens]
+        logprobs = {"content": content, "refusal": None} if self.logprobs else None
+        figures = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return {"index": piece.index, **said, **figures}
 
 
 class CompletionRequest(AnswerRequest):
@@ -343,9 +319,6 @@ class CompletionRequest(AnswerRequest):
             top_logprobs=self.logprobs,
             stream=self.stream,
         )
-
-    def choices(self, piece: Piece) -> list[dict[str, Any]]:
-        return [self.whole_choice(piece)]
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
         return {
@@ -377,6 +350,7 @@ def _logprob(token: Token) -> dict[str, Any]:
 
 
 def _figures(reply: Reply) -> dict[str, Any]:
+    """Usage, and ``timings``, which are not OpenAI's."""
     usage = {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.generation_tokens,
@@ -390,40 +364,3 @@ def _figures(reply: Reply) -> dict[str, Any]:
 def event(data: dict[str, Any]) -> str:
     """One event of a stream."""
     return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
-
-
-AnyRequest = TypeVar("AnyRequest", bound=AnswerRequest)
-
-
-def read_request(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """Reads a request.
-
-    Raises:
-        ApiError: It is no JSON, lacks something, or asks for what there is not.
-    """
-    data = {key: value for key, value in read_json(body).items() if value is not None}
-    check_parameters(data)
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise _refusal(error) from error
-
-
-def _refusal(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    param = _path(first["loc"])
-    if first["type"] == "missing":
-        message = f"Missing required parameter: '{param}'."
-        return ApiError(400, message, param=param, code="missing_required_parameter")
-    message = f"{param}: {first['msg']}; found {_BRIEF.repr(first['input'])}"
-    return ApiError(400, message, param=param)
-
-
-def _path(location: Sequence[int | str]) -> str:
-    """Where something is, without the kinds of parts and formats that pydantic puts between."""
-    kinds = {"text", "image_url"}
-    return ".".join(
-        str(step)
-        for before, step in zip((None, *location), location, strict=False)
-        if not (before == "response_format" or (isinstance(before, int) and step in kinds))
-    )

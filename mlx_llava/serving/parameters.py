@@ -95,4 +95,4 @@ def _said(data: Mapping[str, Any], neutral: Neutral) -> list[str]:
 
 def _unsupported(name: str, neutral: str) -> ApiError:
     message = f"{name} is not supported here; leave it out (or {neutral})."
-    return ApiError(400, message, param=name, code="unsupported_parameter")
+    return ApiError(400, message, "unsupported_parameter", param=name)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-from pydantic import Field
-from pydantic_core import from_json
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.serving.errors import ApiError
-
-MAX_TEXTS = MAX_BRACKETS = 100_000
-MAX_COMMAS = 250_000  # of which texts have many
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BOUNDS = {option.name: option.metadata["bounds"] for option in fields(Options)}
 
 
 @dataclass(frozen=True)
@@ -79,11 +71,6 @@ def as_seed(number: int) -> int:
     return number % 2**64
 
 
-def parameter(option: str, **others: Any) -> Any:
-    """A request's field for an option that it need not have, with the option's bounds."""
-    return Field(None, **{**_BOUNDS[option], **others})
-
-
 def arrange(turns: Iterable[tuple[str, Sequence[str], int]]) -> list[Message]:
     """Turns in any order -> messages in the order that every template has.
 
@@ -125,38 +112,3 @@ def arrange(turns: Iterable[tuple[str, Sequence[str], int]]) -> list[Message]:
     if messages[0].role == "assistant":
         messages.insert(0, Message("user", ""))
     return messages if system is None else [Message("system", "\n".join(system)), *messages]
-
-
-def read_json(body: bytes) -> dict[str, Any]:
-    """Reads a JSON object, in bounded time and memory.
-
-    Raises:
-        ApiError: It is none, or has too many keys and values.
-    """
-    _check_structure(body)
-    text = body.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        data = from_json(text, allow_inf_nan=False, cache_strings=False)
-    except ValueError as error:
-        raise ApiError(400, f"The body is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ApiError(400, "The body must be a JSON object.")
-    return data
-
-
-def _check_structure(body: bytes) -> None:
-    """Refuses more keys and values than any request needs.
-
-    A parser makes an object of each, and the whole process waits for it; a request has few of
-    them, if long ones. Each text opens with a quote that follows no backslash, each list and
-    object with a bracket, and each value but the first of these follows a comma. Those within
-    texts count as well, but images in base64 have none.
-    """
-    for name, found, most in (
-        ("texts", (body.count(b'"') - body.count(b'\\"')) // 2, MAX_TEXTS),
-        ("commas", body.count(b","), MAX_COMMAS),
-        ("brackets", body.count(b"[") + body.count(b"{"), MAX_BRACKETS),
-    ):
-        if found > most:
-            message = f"The body has {found:,} {name}; the limit is {most:,}."
-            raise ApiError(400, message, code="request_too_complex")

@@ -28,8 +28,9 @@ from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import http as connection
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.images import Images, read_below
-from mlx_llava.serving.openai import ChatRequest, CompletionRequest, read_request
+from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.settings import Settings
 from tests.servers import MODEL, receive, serving, user
@@ -683,7 +684,7 @@ def test_any_json_is_read_or_refused(kind, fields):
     else:
         del body["messages"]
     with contextlib.suppress(ApiError):
-        form = read_request(json.dumps({**body, **fields}).encode(), kind)
+        form = read_form(json.dumps({**body, **fields}).encode(), kind)
         request = form.request(Options())
         assert len(request.seeded()) == request.n
 
@@ -693,4 +694,4 @@ def test_any_json_is_read_or_refused(kind, fields):
 def test_any_bytes_are_read_or_refused(content, at, cut):
     whole = json.dumps({"model": "x", "messages": [user("Hi")], "seed": 1}).encode()
     with contextlib.suppress(ApiError):
-        read_request(whole[:at] + content + whole[at + cut :], ChatRequest)
+        read_form(whole[:at] + content + whole[at + cut :], ChatRequest)

@@ -21,7 +21,8 @@ from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.openai import ChatRequest, CompletionRequest, read_request
+from mlx_llava.serving.forms import read_form
+from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from tests.conftest import ROOT, shared_data
 from tests.servers import MODEL
@@ -286,7 +287,7 @@ ORDERS = {
 
 def read(messages, **fields):
     body = {"model": MODEL, "messages": messages, **fields}
-    return read_request(json.dumps(body).encode(), ChatRequest).request(Options())
+    return read_form(json.dumps(body).encode(), ChatRequest).request(Options())
 
 
 @pytest.mark.parametrize(("messages", "expected"), ORDERS.values(), ids=ORDERS.keys())
@@ -382,7 +383,7 @@ def test_minus_one_is_no_limit(kind):
     said = {"messages": [turn("user", "a")], "prompt": "a"}
     for name in ("max_tokens", "max_completion_tokens"):
         body = json.dumps({"model": MODEL, **said, name: -1}).encode()
-        options = read_request(body, kind).request(Options(max_tokens=5)).options
+        options = read_form(body, kind).request(Options(max_tokens=5)).options
         has_it = name in kind.model_fields
         assert (options.max_tokens > 10**9) is has_it
 
@@ -404,7 +405,7 @@ def test_a_schema_of_llama_cpps_clients_is_followed(served):
 
 def test_a_body_with_a_byte_order_mark():
     body = json.dumps({"model": MODEL, "messages": [turn("user", "a")]}).encode("utf-8-sig")
-    assert read_request(body, ChatRequest).messages[0].texts() == ["a"]
+    assert read_form(body, ChatRequest).messages[0].texts() == ["a"]
 
 
 #: What the reports' requests are answered with, where that is not 200.

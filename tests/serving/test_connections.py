@@ -15,8 +15,8 @@ import pytest
 from mlx_llava.serving import app as api
 from mlx_llava.serving import http as connection
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.openai import ChatRequest, read_request
-from mlx_llava.serving.requests import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_json
+from mlx_llava.serving.forms import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_form, read_json
+from mlx_llava.serving.openai import ChatRequest
 from tests.servers import MODEL, endless, receive, serving, user, waits_until
 
 
@@ -174,9 +174,9 @@ def hold(monkeypatch, words):
         if words in body:
             held.reached.set()
             assert held.go.wait(60)
-        return read_request(body, kind)
+        return read_form(body, kind)
 
-    monkeypatch.setattr(api, "read_request", reading)
+    monkeypatch.setattr(api, "read_form", reading)
     return held
 
 
@@ -314,7 +314,7 @@ class TestBodies:
         messages = [said, {"role": "user", "content": [picture]}] * 100
         table = {"role": "user", "content": '"1","2",[3]\\\n' * 60_000}
         body = {"model": MODEL, "messages": [*messages, table], "tools": [tool] * 200}
-        assert len(read_request(json.dumps(body).encode(), ChatRequest).messages) == 201
+        assert len(read_form(json.dumps(body).encode(), ChatRequest).messages) == 201
 
     def test_limits_are_far_above_the_longest_conversation(self):
         messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * 1000
