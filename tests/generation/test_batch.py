@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_llava.model.batch_cache import make_batch_cache
 from PIL import Image
 
 from mlx_llava import batch_generate, generate, stream_generate
@@ -16,7 +17,6 @@ from mlx_llava.generate import main
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.sampling import Options
-from mlx_llava.model.batch_cache import make_batch_cache
 from mlx_llava.model.cache import fork
 from mlx_llava.model.llama import LanguageModel
 from tests.conftest import GOLDENS, PICTURE
