@@ -1,17 +1,23 @@
-"""Is this machine set up well? ``python -m mlx_llava doctor``: device, speed, memory, advice."""
+"""Is this machine set up well, and how fast should a model be on it, and on a Mac?
+
+python -m mlx_llava doctor
+python -m mlx_llava doctor --model mlx-community/llava-1.5-7b-4bit
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_llava.analysis.machine import advice, describe, matmul_rate, read_rate
-from mlx_llava.arguments import command
+from mlx_llava.analysis.predict import predict
+from mlx_llava.arguments import add_source_arguments, command, source_options
+from mlx_llava.checkpoint.hub import Source
 from mlx_llava.model.device import on_cpu
 
 
@@ -30,20 +36,17 @@ def examine() -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="mlx_llava.doctor", description="Show what MLX runs on here, and how fast it is."
+        prog="mlx_llava.doctor",
+        description="Show what MLX runs on here and how fast it is, and what to expect of a model.",
     )
+    parser.add_argument("--model", help="calculate how fast this one should be, here and on Macs")
+    add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    args = build_parser().parse_args(argv)
-    found = examine()
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What `examine` found, for people."""
     for name, value in found.items():
         if name != "advice":
             shown = (
@@ -51,8 +54,42 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if isinstance(value, dict)
                 else value
             )
-            print(f"{name.replace('_', ' '):<20} {shown}")
-    print(*(found["advice"] or ["All is well."]), sep="\n")
+            yield f"{name.replace('_', ' '):<20} {shown}"
+    yield from found["advice"] or ["All is well."]
+
+
+def expected_lines(expected: Mapping[str, Any]) -> Iterator[str]:
+    """What `predict` calculated, for people."""
+    yield ""
+    yield (
+        f"{expected['model']}, one picture, {expected['prompt_tokens']} tokens of prompt: "
+        "calculated from shapes and rates, not measured"
+    )
+    yield (
+        f"{expected['encode_tflop']:.2f} TFLOP to encode, {expected['prefill_tflop']:.2f} to read "
+        f"the prompt; {expected['weights_gb']:.2f} GB of weights, {expected['token_gb']:.2f} GB "
+        "read for a token"
+    )
+    yield "          first token   tokens/s"
+    for name, speed in {"here": expected["here"], **expected["macs"]}.items():
+        if "refused" in speed:
+            yield f"{name:<10}{speed['refused']}"
+        else:
+            yield f"{name:<10}{speed['first_token']:9.2f} s {speed['tokens_per_second']:10.1f}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    args = build_parser().parse_args(argv)
+    expected = predict(Source(args.model, **source_options(args))) if args.model else None
+    found = examine()
+    if args.json:
+        print(json.dumps({**found, "expected": expected} if expected else found, indent=2))
+        return
+    print(*lines(found), sep="\n")
+    if expected:
+        print(*expected_lines(expected), sep="\n")
 
 
 if __name__ == "__main__":

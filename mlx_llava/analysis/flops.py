@@ -5,11 +5,17 @@ What a matmul of (m, k) by (k, n) does is counted as 2 m k n; norms, gates and s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mlx.utils import tree_flatten
 
 from mlx_llava.generation.memory import kv_bytes
+from mlx_llava.inputs.processor import Inputs
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
+
+#: What a layer launches on a GPU.
+KERNELS_OF_CLIP, KERNELS_OF_LLAMA = 12, 17
 
 
 def encode_flops(config: LlavaConfig, tiles: int) -> float:
@@ -45,3 +51,34 @@ def decode_bytes(model: Llava, positions: int) -> float:
         weights = {k: w for k, w in weights.items() if "embed_tokens" not in k}
     kv = kv_bytes(config, positions, language_model.dtype.size)
     return float(sum(weight.nbytes for weight in weights.values()) + kv)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one prompt takes.
+
+    Attributes:
+        encode: operations of the vision tower and the projector.
+        prefill: operations of the decoder.
+        token: bytes that a token of the answer reads.
+        encode_kernels: kernels of the vision tower.
+        decoder_kernels: kernels of one pass through the decoder.
+    """
+
+    encode: float
+    prefill: float
+    token: float
+    encode_kernels: int
+    decoder_kernels: int
+
+
+def work_of(model: Llava, inputs: Inputs, max_tokens: int) -> Work:
+    """What a prompt takes, and a token in the middle of its answer."""
+    config, length = model.config, inputs.input_ids.shape[1]
+    return Work(
+        encode_flops(config, sum(inputs.image_tiles)),
+        prefill_flops(config, length),
+        decode_bytes(model, length + max_tokens // 2),
+        KERNELS_OF_CLIP * max(config.feature_layers),
+        KERNELS_OF_LLAMA * config.text_config.num_hidden_layers,
+    )

@@ -9,18 +9,29 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map_with_path
 
+from mlx_llava.analysis.random_model import random_array
+from mlx_llava.checkpoint.precision import arrays_of
+from mlx_llava.model import linux_cpu
 from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import available_memory, on_cpu, total_memory
 from mlx_llava.model.linux_cpu import NUMPY, matmul
+from mlx_llava.model.quantized import float_dtype, is_quantized, plain_weight
 
 _GB = 1e9
+#: More bytes than any cache holds.
+_BEYOND_CACHES = 300_000_000
+#: So many weights hide that a layer has to be launched.
+_LEAST = 1 << 22
 
 
 def _median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
@@ -51,6 +62,49 @@ def read_rate(size: int = 400_000_000) -> float:
     with ThreadPoolExecutor(len(parts)) as pool:
         seconds = _median_seconds(lambda: list(pool.map(lambda x: np.dot(x, x), parts)), 9)
     return size / seconds / _GB
+
+
+def layer_rate(layer: nn.Module, rows: int) -> float:
+    """Operations a second with so many rows, or with as many as take two seconds."""
+    twin = _with_random_weights(layer)
+    rows = max(1, min(rows, int(2 / _seconds([twin], 1))))
+    return 2 * rows * plain_weight(twin).size / _seconds([twin], rows)
+
+
+def layer_read_rate(layer: nn.Module) -> float:
+    """Bytes a second with one row, of layers that follow each other as in a model."""
+    twins = [_with_random_weights(layer)]
+    size = sum(array.nbytes for array in arrays_of(twins[0]))
+    if _seconds(twins, 1) < 0.1:  # else no cache matters
+        twins += [_with_random_weights(layer) for _ in range(_BEYOND_CACHES // size)]
+    return len(twins) * size / _seconds(twins, 1)
+
+
+def _with_random_weights(layer: nn.Module) -> nn.Module:
+    """A linear layer like another, as `load` would give it, and no smaller than `_LEAST`."""
+    outputs, inputs = plain_weight(layer).shape  # which computes nothing
+    twin: nn.Module = nn.Linear(inputs, max(outputs, _LEAST // inputs), bias="bias" in layer)
+    bits = layer.bits if is_quantized(layer) else None
+    if bits is not None:
+        twin = twin.to_quantized(layer.group_size, bits, layer.mode)
+    draw = partial(random_array, 0, dtype=float_dtype(layer, mx.float32), bits=bits)
+    twin.update(tree_map_with_path(draw, twin.parameters()))
+    linux_cpu.adopt(twin)
+    mx.eval(twin.parameters())
+    return twin
+
+
+def _seconds(layers: list[nn.Module], rows: int) -> float:
+    """The least time that some layers take one after the other."""
+    x = mx.random.normal((1, rows, plain_weight(layers[0]).shape[1]))
+    x = x.astype(float_dtype(layers[0], mx.float32))
+    mx.eval(x)
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < 1:
+        started = time.perf_counter()
+        mx.eval([layer(x) for layer in layers])
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_llava.analysis.flops import decode_bytes, encode_flops, prefill_flops
+from mlx_llava.analysis.flops import work_of
 from mlx_llava.analysis.machine import matmul_rate, read_rate
+from mlx_llava.analysis.predict import expect_here
 from mlx_llava.checkpoint.load import load
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache
@@ -146,13 +147,14 @@ class Alone:
         found: Figures = {"images": images, "prompt_tokens": length}
         found |= {name: spread(seconds) for name, seconds in zip(PARTS, times, strict=True)}
         found["first"] = spread([sum(run[:3]) for run in runs[1:]])
-        positions = length + self.max_tokens // 2
+        work = work_of(self.model, inputs, self.max_tokens)
         least = {
-            "encode": encode_flops(self.model.config, sum(inputs.image_tiles)) / self.flops,
-            "prefill": prefill_flops(self.model.config, length) / self.flops,
-            "token": decode_bytes(self.model, positions) / self.bytes,
+            "encode": work.encode / self.flops,
+            "prefill": work.prefill / self.flops,
+            "token": work.token / self.bytes,
         }
         found["of_the_machine"] = {k: s / found[k]["median"] for k, s in least.items()}
+        found["expected"] = expect_here(self.model, inputs, self.max_tokens)
         return found
 
     def context(self, length: int) -> Figures:
@@ -286,6 +288,13 @@ def lines(alone: Figures) -> list[str]:
             f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
             f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
         )
+    found += [
+        f"expected with {row['images']}: first token in {row['expected']['first_token']:.3f} s, "
+        f"{row['expected']['first_token'] / row['first']['median']:.2f}x of the measured, "
+        f"{1 / row['expected']['tokens_per_second']:.4f} s per token, "
+        f"{1 / row['expected']['tokens_per_second'] / row['token']['median']:.2f}x"
+        for row in alone["single"]
+    ]
     found += [
         f"text of {row['prompt_tokens']} tokens: prefill {row['prefill']['median']:.3f} s, "
         f"{row['token']['median']:.4f} s per token"

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,8 +27,10 @@ from mlx_llava.model.llava import Llava
 #: The bits that MLX's codes can have, and how many of these share a scale.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP = 64
-#: Of each dtype, an unsigned kind as wide, and the bits behind a number's point.
-_FLOATS: dict[mx.Dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
+Unsigned: TypeAlias = "type[np.unsignedinteger[Any]]"
+_UNSIGNED: dict[mx.Dtype, Unsigned] = {mx.uint8: np.uint8, mx.uint32: np.uint32}
+#: Of each dtype, an unsigned one as wide, and the bits behind a number's point.
+_FLOATS: dict[mx.Dtype, tuple[Unsigned, int]] = {
     mx.float32: (np.uint32, 23),
     mx.float16: (np.uint16, 10),
     mx.bfloat16: (np.uint16, 7),
@@ -122,7 +124,7 @@ def write_random_model(shape: str, folder: Path, dtype: str, bits: int | None = 
             "a generator",
             array.shape,
             array.dtype if array.dtype == mx.uint32 else read_dtype(dtype),
-            partial(_random, seed, name, array, read_dtype(dtype), bits),
+            partial(random_array, seed, name, array, read_dtype(dtype), bits),
         )
         for seed, (name, array) in enumerate(weights.items())
     }
@@ -142,21 +144,30 @@ def _has_whole_groups(_: str, layer: nn.Module) -> bool:
     return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % GROUP == 0
 
 
-def _random(seed: int, name: str, array: mx.array, dtype: mx.Dtype, bits: int | None) -> mx.array:
-    """Numbers that keep activations at the size that training gives them.
+def random_array(
+    seed: int, name: str, array: mx.array, dtype: mx.Dtype, bits: int | None
+) -> mx.array:
+    """Numbers for a parameter that keep activations at the size that training gives them.
 
-    Codes and numbers come straight from the generator, in the bits that they are written in.
+    Codes and numbers come straight from the generator, in the bits that they are stored in.
+
+    Args:
+        seed (int): The same one gives the same numbers.
+        name (str): The parameter's, as ``q_proj.scales``.
+        array (mx.array): As the layer has it; only what is small is computed.
+        dtype (mx.Dtype): Of what is no code.
+        bits (int, optional): Of each code.
     """
     generator = np.random.default_rng(seed)
-    if array.dtype == mx.uint32:
-        return _random_bits(generator, array.shape, np.uint32)
+    if array.dtype in _UNSIGNED:
+        return _random_bits(generator, array.shape, _UNSIGNED[array.dtype])
     if array.ndim == 1:
         return array.astype(dtype)
-    *path, part = name.split(".")
+    *_, part = name.split(".")
     fan_in = array[0].size * (GROUP if part in ("scales", "biases") else 1)
-    if "embed" in path[-1] and path[-1] != "patch_embedding":
+    if "embed" in name and "patch" not in name:
         fan_in = 1
-    if part == "weight":
+    if part not in ("scales", "biases"):
         return _uniform(generator, array.shape, dtype, 0, math.sqrt(12 / fan_in))
     # Of codes from 0 to n - 1, times a scale, the variance is scale^2 (n^2 - 1) / 12.
     largest = 2 ** (bits or 0) - 1
@@ -180,7 +191,7 @@ def _uniform(
 
 
 def _random_bits(
-    generator: np.random.Generator, shape: tuple[int, ...], unsigned: type[np.unsignedinteger[Any]]
+    generator: np.random.Generator, shape: tuple[int, ...], unsigned: Unsigned
 ) -> mx.array:
     largest = np.iinfo(unsigned).max
     return mx.array(generator.integers(0, largest, shape, unsigned, endpoint=True))
