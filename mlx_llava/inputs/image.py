@@ -224,9 +224,8 @@ def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
 
 def png(image: Image.Image) -> bytes:
     """An image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    image.save(file := io.BytesIO(), format="PNG")
+    return file.getvalue()
 
 
 def data_url(content: bytes) -> str:

@@ -236,14 +236,14 @@ class Processor:
             same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             learned = learned[:same] + [segment.answer] * (len(longer) - same)
             ids = longer
-        order = self._expand(ids, iter(image_tokens))
-        return [ids[i] for i in order], [learned[i] for i in order]
+        repeats = self._repeats(ids, iter(image_tokens))
+        return np.repeat(ids, repeats).tolist(), np.repeat(learned, repeats).tolist()
 
     def _ids(self, texts: Sequence[str], counts: Iterable[int]) -> tuple[Ids, Ids]:
         """The ids of prompts, padded on the left, and the mask of what is no padding."""
         remaining = iter(counts)
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        rows = [[ids[i] for i in self._expand(ids, remaining)] for ids in encoded]
+        encoded = map(self.tokenizer.encode, texts)
+        rows = [np.repeat(ids, self._repeats(ids, remaining)) for ids in encoded]
         ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -251,11 +251,9 @@ class Processor:
             ids[i, start:], mask[i, start:] = row, 1
         return ids, mask
 
-    def _expand(self, ids: list[int], counts: Iterator[int]) -> list[int]:
-        """The index of each token, an image's as often as the image has features."""
-        image = self.config.image_token_index
-        times = (next(counts) if token == image else 1 for token in ids)
-        return [i for i, n in enumerate(times) for _ in range(n)]
+    def _repeats(self, ids: list[int], counts: Iterator[int]) -> list[int]:
+        """How often each token stands in the prompt: an image's once for each feature."""
+        return [next(counts) if i == self.config.image_token_index else 1 for i in ids]
 
     def _fold(self, text: str, counts: Iterator[int]) -> str:
         """A prompt as people read it, each image's placeholders as their count."""
