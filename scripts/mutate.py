@@ -122,7 +122,7 @@ MUTATIONS = (
     ("loss not shifted", "tuner/recipe", "labels = batch.labels[:, 1:]", "labels = batch.labels[:, :-1]"),
     ("padding learned", "tuner/data", "length, IGNORED)", "length, 0)"),
     ("questions learned", "tuner/data", "i if is_answer else IGNORED", "i"),
-    ("end of answer not learned", "inputs/templates", "+ mark, learned), Segment(after)]", ", learned), Segment(mark + after)]"),
+    ("end of answer not learned", "inputs/templates", "said + mark, i >= inserted), Segment(after)]", "said, i >= inserted), Segment(mark + after)]"),
     ("no end where the template has none", "inputs/chat_template", "answer + (mark or lent)", "answer + mark"),
     ("end mark of an own template unknown", "inputs/templates", "stops=template.find_ends(tokenizer.special_tokens)", "stops=()"),
     ("what begins a turn ends answers", "inputs/chat_template", "mark.match(between[:opening])", "mark.match(between)"),

@@ -37,7 +37,7 @@ _CHUNKS_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _EXIF_ITEM = re.compile(rb"(infe.{8}(?:..)?)Exif", re.DOTALL)
 _BLOCK = re.compile(rb"[!,;]")
 _GRAPHIC_CONTROL = b"!\xf9"
-# Size, compression and places of the pixels, and what they mean; the old and the new JPEG; LERC.
+# Size, compression and offsets of the pixels, and what they mean; the old and the new JPEG; LERC.
 _TAGS_KEPT = frozenset(
     {
         *(*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320),
@@ -194,7 +194,7 @@ def _avif(content: bytes) -> Essence:
 
 
 def _tiff(content: bytes, max_pixels: int) -> Essence:
-    """Its first image without what else is said of it; TIFF 6.0, section 8."""
+    """Its first image and nothing else; TIFF 6.0, section 8."""
     directory = read_directory(content)
     if directory is None:
         return Essence(content, orientation=1)

@@ -109,13 +109,13 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Pictures -> tiles of normalised pixels, the way one checkpoint wants them.
+    """Images -> tiles of normalised pixels, as one checkpoint reads them.
 
     Attributes:
         config: the model that reads the pixels; its vision tower sets the side S of a tile.
         mode: ``crop`` (shortest edge, centre crop), ``pad`` (LLaVA 1.5's square on the mean
-            colour) or ``anyres`` (LLaVA 1.6's base picture and tiles).
-        size: what pictures are resized to: the shorter edge, or (height, width).
+            colour) or ``anyres`` (LLaVA 1.6's base image and tiles).
+        size: what images are resized to: the shorter edge, or (height, width).
     """
 
     config: LlavaConfig
@@ -199,7 +199,7 @@ class ImageProcessor:
         return data
 
     def __call__(self, images: Sequence[Image.Image]) -> Pixels:
-        """Cuts RGB pictures and normalises them: the tiles of all in order, (N, S, S, 3)."""
+        """Cuts RGB images and normalises them: the tiles of all in order, (N, S, S, 3)."""
         tiles = [tile for image in images for tile in self.tiles(image)]
         return self.normalize(np.stack([np.asarray(tile) for tile in tiles]))
 

@@ -8,7 +8,8 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterator
-from itertools import groupby, islice, pairwise
+from contextlib import suppress
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -63,22 +64,15 @@ def split_line(line: str) -> tuple[list[str], str]:
 
 def pasted_files(line: str) -> list[str]:
     """The files that a line consists of; [] if there is anything else in it."""
-    whole = _to_path(line.strip())
-    if _is_path(whole):
-        return [whole]
-    found = list(_mentions(line, _is_path))
-    rest = "".join(line[a.end : b.start] for a, b in pairwise(found))
-    is_whole = found and not (line[: found[0].start] + rest + line[found[-1].end :]).strip()
-    return [mention.path for mention in found] if is_whole else []
+    names = image_names(line)
+    return names if all(map(_is_path, names)) else []
 
 
 def file_name(argument: str) -> str:
     """The one file that an argument names, quoted as in a shell or not at all."""
-    try:
-        words = shlex.split(argument)
-    except ValueError:  # a quote stays open
-        words = []
-    return _to_path(words[0] if len(words) == 1 else argument)
+    with suppress(ValueError):  # several words, or a quote that stays open
+        (argument,) = shlex.split(argument)
+    return _to_path(argument)
 
 
 def image_names(arguments: str) -> list[str]:

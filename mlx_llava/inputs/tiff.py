@@ -68,7 +68,7 @@ def read_directory(data: bytes) -> Directory | None:
     """The first directory of a file, or None where there is none.
 
     Raises:
-        ValueError: It has more tags than any picture.
+        ValueError: It has more tags than any image.
     """
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 16:

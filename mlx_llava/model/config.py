@@ -219,11 +219,11 @@ class LlavaConfig:
         """The hidden states that are read, counted from the embedding = 0."""
         layers = self.vision_feature_layer
         states = self.vision_config.num_hidden_layers + 1
-        wanted = (layers,) if isinstance(layers, int) else layers
-        if not wanted or any(layer not in range(-states, states) for layer in wanted):
+        chosen = (layers,) if isinstance(layers, int) else layers
+        if not chosen or any(layer not in range(-states, states) for layer in chosen):
             expected = f"indices from {-states} to {states - 1}"
             _TOP.refuse("vision_feature_layer", layers, expected)
-        return tuple(layer % states for layer in wanted)
+        return tuple(layer % states for layer in chosen)
 
     @property
     def projector_layers(self) -> int:
