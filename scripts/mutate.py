@@ -83,6 +83,8 @@ MUTATIONS = (
     ("rope theta 1e4", "model/rope_config", '{"rope_theta": float(theta), "rope_scaling": None}', '{"rope_theta": 1e4, "rope_scaling": None}'),
     ("context of llama3 inside its scaling alone", "model/rope_config", "data.get(key) or rope.get(key) or context", "rope.get(key) or context"),
     ("keys that change the maths read past", "model/config_checks", "and not _is_one_of(value, NEUTRAL", "and not (value, NEUTRAL"),
+    ("sizes of zero", "model/config_checks", "and value <= 0 and value is not False", "and False"),
+    ("texts taken for numbers", "model/config_checks", "if kind in _KINDS and not isinstance(value, _KINDS[kind]):", "if False:"),
     ("true taken for 1", "model/config_checks", " and (value is True) == (other is True)", ""),
     ("unknown keys not named", "model/config_checks", "    if not unknown:\n", "    if True:\n"),
     ("null ends hide the text model's", "model/config", "        if ends is None:\n            ends = (data", "        if False:\n            ends = (data"),
