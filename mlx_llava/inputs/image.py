@@ -57,6 +57,7 @@ _OTHERS = {
 }
 #: What a shell makes for ``<(command)``.
 _OPEN_FILES = (Path("/dev/fd"), Path("/proc/self/fd"))
+#: By EXIF's number of an orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

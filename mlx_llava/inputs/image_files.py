@@ -51,16 +51,10 @@ _LOWEST, _HIGHEST = (280, 340), (281, 341)
 
 
 class Essence(NamedTuple):
-    """What is needed of a file.
+    """What is needed of a file."""
 
-    Attributes:
-        content: the file, to decode.
-        orientation: as in EXIF, 1..8, or None where only the decoder knows.
-        levels: what its values mean.
-    """
-
-    content: bytes
-    orientation: int | None = None
+    content: bytes  # to decode
+    orientation: int | None = None  # as in EXIF, 1..8, or None where only the decoder knows
     levels: Levels = UNKNOWN
 
 

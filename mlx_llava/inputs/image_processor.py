@@ -35,17 +35,11 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 
 class View(NamedTuple):
-    """A way to resize an image, and the squares of it that become tiles.
+    """A way to resize an image, and the squares of it that become tiles."""
 
-    Attributes:
-        frame: the image's size with what is padded around it before it is resized.
-        size: what the frame is resized to.
-        corners: where squares begin in that, (top, left); what lies beyond it is black.
-    """
-
-    frame: Size
-    size: Size
-    corners: Sequence[tuple[int, int]]
+    frame: Size  # the image's, with what is padded around it before it is resized
+    size: Size  # what the frame is resized to
+    corners: Sequence[tuple[int, int]]  # of squares in that, (top, left); beyond it all is black
 
 
 def _shortest_edge(size: Size, side: int) -> Size:

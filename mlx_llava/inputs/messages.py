@@ -15,17 +15,11 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """A checked message, as templates write it.
+    """A checked message, as templates write it."""
 
-    Attributes:
-        role: ``system``, ``user`` or ``assistant``.
-        text: what was said; for a template, ``<image>`` in it marks the position of an image.
-        images: how many of its images have no mark and go to the default position.
-    """
-
-    role: str
-    text: str
-    images: int = 0
+    role: str  # one of ROLES
+    text: str  # for a template, <image> in it marks the position of an image
+    images: int = 0  # how many have no mark, and go to the default position
 
 
 Conversation: TypeAlias = "str | Sequence[Mapping[str, Any] | Message]"
@@ -38,8 +32,7 @@ def check_turns(messages: Sequence[Message]) -> None:
         if role not in ROLES:
             raise ValueError(f"There is no role {role!r}; known: {', '.join(ROLES)}.")
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = [ROLES[1 + i % 2] for i in range(len(turns))]
-    if turns != expected or not turns:
+    if {*turns[::2]} != {"user"} or not {*turns[1::2]} <= {"assistant"}:
         raise ValueError(
             "A conversation must be user, assistant, user, ... after an optional system turn; "
             f"found {', '.join(roles) or 'nothing'}."

@@ -20,35 +20,20 @@ _VICUNA_WIDTHS = (4096, 5120)
 
 @dataclass(frozen=True)
 class Template(ChatTemplate):
-    """A built-in template, as the segments that it puts around what is said.
-
-    Attributes:
-        name: the name in LLaVA's conversation.py.
-        system: the system text unless the user gives one.
-        header: what opens the prompt, around ``{system}``.
-        bare_header: what opens it when the system text is empty.
-        user: a question, around ``{text}``.
-        assistant: what announces an answer.
-        answer: a past answer, around ``{text}``.
-        between: what stands between an answer and the next question.
-        stops: texts that end an answer.
-        image_joint: what stands between an image and the text.
-        examples: turns that precede the conversation.
-        image_turn: images get a turn of their own, acknowledged with "Received."
-    """
+    """A built-in template, as the segments that it puts around what is said."""
 
     name: str
-    system: str
-    header: str
-    user: str
-    assistant: str
-    answer: str
+    system: str  # unless the user gives one
+    header: str  # opens the prompt, around {system}
+    user: str  # a question, around {text}
+    assistant: str  # announces an answer
+    answer: str  # a past one, around {text}
     stops: tuple[str, ...]
-    bare_header: str = ""
-    between: str = ""
+    bare_header: str = ""  # opens the prompt when the system text is empty
+    between: str = ""  # an answer and the next question
     image_joint: str = "\n"
-    examples: tuple[Message, ...] = ()
-    image_turn: bool = False
+    examples: tuple[Message, ...] = ()  # turns that precede the conversation
+    image_turn: bool = False  # images get a turn of their own, acknowledged with "Received."
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """Writes the conversation; see `ChatTemplate`."""

@@ -157,15 +157,12 @@ class Tokenizer:
             half = error.object[error.start]
             raise ValueError(f"The text holds {half!a}, which is half of a character.") from error
         ids: list[int] = []
-        position = 0
-        for match in [*self._special.finditer(text), None]:
-            piece = text[position : match.start() if match else len(text)]
-            backend = self._backend if position == 0 else self._inner_backend
-            if piece:
+        for i, piece in enumerate(self._special.split(text)):
+            if i % 2:
+                ids.append(self.special_tokens[piece.strip()])
+            elif piece:
+                backend = self._inner_backend if i else self._backend
                 ids += backend.encode(self.unprotect(piece), add_special_tokens=False).ids
-            if match:
-                ids.append(self.special_tokens[match.group().strip()])
-                position = match.end()
         return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     @cached_property
@@ -247,7 +244,7 @@ def _backend(spec: Mapping[str, Any]) -> Backend:
 
 
 def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
-    """Matches every special token, the longest first, with the spaces that it swallows.
+    """Finds every special token, the longest first, with the spaces that it swallows.
 
     One of a single character cannot be broken up; after a mark it is not matched.
     """
@@ -256,7 +253,7 @@ def _special_pattern(added: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
         patterns[token["content"]] = left + re.escape(token["content"]) + right
     longest_first = sorted(patterns, key=len, reverse=True)
-    return re.compile(f"(?<!{_MARK})(?:{'|'.join(map(patterns.__getitem__, longest_first))})")
+    return re.compile(f"(?<!{_MARK})({'|'.join(map(patterns.__getitem__, longest_first))})")
 
 
 def _without_first_prefix(spec: Mapping[str, Any]) -> dict[str, Any]:
