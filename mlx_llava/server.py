@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with listen(settings.host, settings.port) as listening:
         say_if_embedded(args)
         engine = start_engine(args)
-        defaults.logits_processors(engine.processor)  # refuses a wrong --json-schema
+        defaults.constraint(engine.processor)  # refuses a wrong --json-schema
         name = settings.model_id or model_name(args.model)
         app = make_app(engine, name, defaults, settings)
         server = make_server(app, settings.timeout, engine)

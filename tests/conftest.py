@@ -77,8 +77,9 @@ def as_on(machine: str) -> Iterator[None]:
     """Computes as another machine does, also what is loaded already.
 
     Args:
-        machine (str): ``mac``, where every operation is MLX's own and steps are queued ahead, or
-            ``linux``, where NumPy does what it can: here even what is small.
+        machine (str): ``mac``, where every operation is MLX's own, steps are queued ahead and
+            rows share an array, or ``linux``, where NumPy does what it can: here even what is
+            small.
     """
     is_mac = machine == "mac"
     with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +87,7 @@ def as_on(machine: str) -> Iterator[None]:
         patch.setattr(linux_cpu, "SMALLEST", 0)
         for module in ("generation.steps", "generation.batch"):
             patch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: is_mac)
+        patch.setattr("mlx_llava.model.batch_cache.on_cpu", lambda: not is_mac)
         yield
 
 

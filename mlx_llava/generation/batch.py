@@ -1,26 +1,27 @@
 """Many prompts at once, each with its own pictures: continuous batching.
 
-The rows that run share every matmul; each attends to keys and values of its own length, so that
-nothing is padded, and a row's answer is the one it would have alone. A row leaves when its answer
-ends, and a waiting one takes its place. B rows, V vocabulary.
+The rows that run share every matmul; each attends to keys and values of its own length, and its
+answer is the one it would have alone. A row leaves when its answer ends, and a waiting one takes
+its place. V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, islice
-from typing import cast
 
 import mlx.core as mx
 
+from mlx_llava.generation.memory import kv_bytes
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import BATCH_SIZE, Options, greedy
-from mlx_llava.generation.steps import PREFILL_STEP, log_softmax, prefill, queues_ahead
+from mlx_llava.generation.steps import PREFILL_STEP, begin, log_softmax, queues_ahead
 from mlx_llava.inputs.processor import Inputs, Processor
-from mlx_llava.model.cache import Rows, nbytes
+from mlx_llava.model.batch_cache import make_batch_cache
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import Llava
 
@@ -78,6 +79,7 @@ class BatchGenerator:
         self._reuse = prompt_cache or PromptCache(model)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
+        self._cache = make_batch_cache(kv_bits)  # has them under the same numbers
         self._failed: deque[AnswerError] = deque()
         self._next_uid = 0
 
@@ -117,87 +119,127 @@ class BatchGenerator:
     def remove(self, uid: int) -> None:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
         self._waiting = deque(row for row in self._waiting if row.uid != uid)
-        self._rows = [row for row in self._rows if row.uid != uid]
+        for row in [row for row in self._rows if row.uid == uid]:
+            self._leave(row)
         self._failed = deque(error for error in self._failed if error.uid != uid)
 
     def next(self) -> list[tuple[int, GenerationResponse]]:
-        """The next token of every row that runs, after which waiting prompts take free places.
+        """What comes of one step of the rows that run; then waiting prompts take free places.
 
         Raises:
             AnswerError: One row has failed and is gone. The others lost nothing: call it again.
         """
         if self._failed:
             raise self._failed.popleft()
-        running = list(self._rows)
-        ready = [(row.token, row.logprobs) for row in running]
-        ahead = queues_ahead()
+        # Where all rows are constrained, what they force is read together with what they chose.
+        ahead = queues_ahead() and any(
+            row.choose.constraint is None and len(row.tokens) + 1 < row.max_tokens
+            for row in self._rows
+        )
+        ready = [(row, row.choice) for row in self._rows if row.choice is not None]
         if ahead:
-            self._queue([row for row in running if len(row.tokens) + 1 < row.max_tokens])
+            self._step()
         responses = [
-            (row.uid, row.respond(cast("int", token.item()), logprobs[0]))
-            for row, (token, logprobs) in zip(running, ready, strict=True)
+            response
+            for row, choice in ready
+            for response in self._attempt(row, partial(row.read, choice, was_fed=ahead))
         ]
-        ended = {uid for uid, response in responses if response.finish_reason}
-        for row in running:
-            if row.uid in ended and self._keeps_prompts:
-                row.store(self._reuse)
-        self._rows = [row for row in self._rows if row.uid not in ended]
-        self._failed = deque(error for error in self._failed if error.uid not in ended)
         if not ahead:
-            self._queue(self._rows)
-        self._admit()
-        return responses
+            self._step()
+        self._take()
+        return responses + self._admit()
 
-    def _admit(self) -> None:
+    def _attempt(
+        self, row: Row, go_on: Callable[[], Sequence[GenerationResponse]]
+    ) -> list[tuple[int, GenerationResponse]]:
+        """Goes on with a row, which leaves where it ends or fails."""
+        try:
+            responses = go_on()
+        except ValueError as error:
+            self._failed.append(AnswerError(row.uid, str(error)))
+            self._leave(row)
+            return []
+        if responses and responses[-1].finish_reason:
+            self._leave(row, keep=self._keeps_prompts)
+        return [(row.uid, response) for response in responses]
+
+    def _leave(self, row: Row, keep: bool = False) -> None:
+        if row not in self._rows:
+            return
+        number = self._rows.index(row)
+        if keep:
+            row.cache = self._cache.extract(number)
+            row.store(self._reuse)
+        self._cache.leave(number)
+        self._rows[number] = self._rows[-1]
+        self._rows.pop()
+
+    def _step(self) -> None:
+        """Lets the model read what rows have for it; on a GPU, this is queued."""
+        if not self._rows:
+            return
+        counts = [row.feed.size for row in self._rows]
+        ids = mx.concatenate([row.feed for row in self._rows])[:, None]
+        logits = self.model.language_model(ids, cache=self._cache.step(counts))[:, -1]
+        for row, end in zip(self._rows, accumulate(counts), strict=True):
+            row.logits = logits[end - 1 : end]
+        if not all(row.choose.is_plain for row in self._rows):
+            self._take()
+            return
+        logprobs = log_softmax(logits)
+        tokens = greedy(logprobs)
+        for i, row in enumerate(self._rows):
+            row.feed, row.logits = tokens[i : i + 1], None
+            row.choice = row.feed, logprobs[i : i + 1]
+        mx.async_eval([row.choice for row in self._rows])
+
+    def _take(self) -> None:
+        """Chooses tokens from the logits that there are."""
+        for row in list(self._rows):
+            self._attempt(row, row.take)
+        mx.async_eval([row.choice for row in self._rows if row.choice is not None])
+
+    def _admit(self) -> list[tuple[int, GenerationResponse]]:
         """Reads as many waiting prompts as there is room for, their pictures together."""
         admitted = [self._waiting.popleft() for _ in range(self._room())]
         if not admitted:
-            return
-        for row, embeddings in embedded(admitted, self._reuse):
-            logits = prefill(embeddings, self.model.language_model, row.cache, self.prefill_step)
-            self._rows += self._choose([(row, logits)])
+            return []
+        responses = [
+            response
+            for row, embeddings in embedded(admitted, self._reuse)
+            for response in self._attempt(row, partial(self._begin, row, embeddings))
+        ]
+        self._take()
+        return responses
+
+    def _begin(self, row: Row, embeddings: mx.array) -> list[GenerationResponse]:
+        forced, row.logits = begin(
+            *(embeddings, self.model.language_model, row.cache, row.choose),
+            max_tokens=row.max_tokens,
+            prefill_step=self.prefill_step,
+        )
+        self._cache.join(row.cache)
+        self._rows.append(row)
+        row.cache = []
+        if forced:
+            mx.eval(row.logits)
+        return row.say(forced)
 
     def _room(self) -> int:
         """How many waiting prompts have a place, and memory beside what the rows will need."""
-        places = self.batch_size - len(self._rows)
-        if not self._waiting or not places:
-            return 0
-        promised = (max(0, row.kv_bytes - nbytes(row.cache)) for row in self._rows)
-        free = available_memory() - sum(promised)
-        needed = accumulate(row.kv_bytes for row in islice(self._waiting, places))
+        running = [row.length for row in self._rows]
+        waiting = [row.length for row in islice(self._waiting, self.batch_size - len(running))]
+        free = available_memory() + self._cache.nbytes
+        fitting = sum(
+            self._bytes([*running, *waiting[:n]]) <= free for n in range(1, len(waiting) + 1)
+        )
         # One prompt alone was found to fit when it came.
-        return max(sum(total <= free for total in needed), 0 if self._rows else 1)
+        return max(fitting, 0 if running else min(1, len(waiting)))
 
-    def _queue(self, rows: list[Row]) -> None:
-        """Computes, or on a GPU queues, the next token of some rows."""
-        if not rows:
-            return
-        ids = mx.concatenate([row.token for row in rows])[:, None]
-        cache = [Rows(layers) for layers in zip(*(row.cache for row in rows), strict=True)]
-        logits = self.model.language_model(ids, cache=cache)[:, -1]
-        if all(row.choose.is_plain for row in rows):
-            logprobs = log_softmax(logits)
-            tokens = greedy(logprobs)
-            for i, row in enumerate(rows):
-                row.token, row.logprobs = tokens[i : i + 1], logprobs[i : i + 1]
-            mx.async_eval([(row.token, row.logprobs) for row in rows])
-            return
-        chosen = self._choose([(row, logits[i : i + 1]) for i, row in enumerate(rows)])
-        failed = {row.uid for row in rows} - {row.uid for row in chosen}
-        self._rows = [row for row in self._rows if row.uid not in failed]
-
-    def _choose(self, rows: Sequence[tuple[Row, mx.array]]) -> list[Row]:
-        """Takes the next token of rows from their logits (1, V); returns those that can go on."""
-        chosen = []
-        for row, logits in rows:
-            try:
-                row.take(logits)
-            except ValueError as error:
-                self._failed.append(AnswerError(row.uid, str(error)))
-            else:
-                chosen.append(row)
-        mx.async_eval([(row.token, row.logprobs) for row in chosen])
-        return chosen
+    def _bytes(self, lengths: Sequence[int]) -> int:
+        """The keys and values of rows that have become so long."""
+        positions, dtype = self._cache.positions(lengths), self.model.language_model.dtype
+        return kv_bytes(self.model.config, positions, dtype.size, self.kv_bits)
 
 
 def run(generator: BatchGenerator) -> Iterator[tuple[int, GenerationResponse]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -39,8 +39,12 @@ def read_schema(text: str) -> dict[str, Any]:
 class JsonConstraint:
     """Makes impossible, at every step, what no text of a schema could go on with.
 
-    A logits processor for one answer. What can follow is computed by llguidance
-    (github.com/guidance-ai/llguidance); it is applied without kernels, on any device.
+    What can follow is computed by llguidance (github.com/guidance-ai/llguidance); it is applied
+    without kernels, on any device. Where only one text can, its tokens are those into which the
+    tokenizer cuts it.
+
+    Attributes:
+        vocab_size: V.
     """
 
     def __init__(
@@ -63,17 +67,32 @@ class JsonConstraint:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The JSON schema cannot be used: {error}") from error
         self._matcher = _compiled(text, tokenizer, frozenset(eos_ids), vocab_size).deep_copy()
-        self._begun = False
+        self._eos_ids, self.vocab_size = tuple(eos_ids), vocab_size
 
-    def __call__(self, seen: mx.array, logits: mx.array) -> mx.array:
-        """Takes logits (1, V) after all ids so far; the first call is that of the prompt.
+    def follow(self, token: int) -> None:
+        """Takes the next token of the answer, which is no end."""
+        self._matcher.consume_token(token)
+
+    def forced(self, limit: int) -> list[int]:
+        """The next tokens, at most `limit`, where there is no choice; they are followed.
 
         Raises:
             ValueError: The schema turns out to be too complex.
         """
-        if self._begun:
-            self._matcher.consume_token(cast("int", seen[-1].item()))
-        self._begun = True
+        tokens: list[int] = self._matcher.compute_ff_tokens()[:limit]
+        _check(self._matcher)
+        for token in tokens:
+            self.follow(token)
+        if len(tokens) < limit and len(self._eos_ids) == 1 and self._matcher.is_stopped():
+            tokens.extend(self._eos_ids)
+        return tokens
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Leaves of logits (1, V) after the tokens so far those that can follow.
+
+        Raises:
+            ValueError: The schema turns out to be too complex.
+        """
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         _check(self._matcher)
         allowed = np.unpackbits(mask, bitorder="little")[: logits.shape[-1]].astype(np.bool_)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import mlx.core as mx
 
 from mlx_llava.generation.detokenizer import Answer
-from mlx_llava.generation.memory import check_request, kv_bytes
+from mlx_llava.generation.memory import check_request
 from mlx_llava.generation.prompt_cache import Prompt, PromptCache
 from mlx_llava.generation.response import GenerationResponse
-from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.steps import PREFILL_STEP, Chooser
+from mlx_llava.generation.sampling import Options, make_logits_processors
+from mlx_llava.generation.steps import PREFILL_STEP, Choice, Chooser
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import make_cache
 from mlx_llava.model.llava import Llava
@@ -26,16 +27,18 @@ class Row:
         prompt: its content, and
         cached: how many of its first positions were read before.
         max_tokens: the longest answer.
-        kv_bytes: what keys and values of prompt and answer can take.
+        length: how many positions prompt and answer can take.
         choose: takes its tokens from logits.
         tokens: its answer so far.
-        token: the one that comes next, (1,), with
-        logprobs: the log-probabilities that it was chosen from, (1, V).
+        logits: those that the next token is to be chosen from, (1, V).
+        choice: the next token, if it was chosen and not read.
+        feed: what the model reads next, (n,).
     """
 
     prompt: Prompt
-    token: mx.array
-    logprobs: mx.array
+    logits: mx.array | None = None
+    choice: Choice | None = None
+    feed: mx.array
 
     def __init__(
         self,
@@ -66,10 +69,11 @@ class Row:
         )
         ids = inputs.input_ids[0]
         text_ids = mx.array(ids[ids != model.config.image_token_index])
-        self.choose = Chooser(options.sampler(), options.logits_processors(processor), text_ids)
+        penalties = make_logits_processors(options.repetition_penalty)
+        constraint = options.constraint(processor)
+        self.choose = Chooser(options.sampler(), penalties, text_ids, constraint)
         self.cache = make_cache(model.config.text_config, len(ids), kv_bits, max_kv_size)
-        dtype, positions = model.language_model.dtype, len(ids) + self.max_tokens
-        self.kv_bytes = kv_bytes(model.config, positions, dtype.size, kv_bits)
+        self.length = len(ids) + self.max_tokens
         self.cached = 0
         stops = [*processor.template.stops, *options.stop]
         self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens)
@@ -84,9 +88,40 @@ class Row:
         """Begins to measure: the prompt is embedded, and is read next."""
         self._encode_seconds, self._started = encode_seconds, time.perf_counter()
 
-    def take(self, logits: mx.array) -> None:
-        """Takes the next token from logits (1, V)."""
-        self.token, self.logprobs = self.choose(logits)
+    def take(self) -> tuple[()]:
+        """Chooses the next token where there are logits, unless a constraint awaits the last."""
+        if self.logits is not None and (self.choice is None or self.choose.constraint is None):
+            self.choice, self.logits = self.choose(self.logits), None
+            self.feed = self.choice[0]
+        return ()
+
+    def read(self, choice: Choice, was_fed: bool) -> list[GenerationResponse]:
+        """Reads a token that was chosen, and says it and what follows for certain.
+
+        Args:
+            choice (tuple): The token, and what it was chosen from.
+            was_fed (bool): Logits after it are there, or another token that was chosen from them.
+        """
+        token = cast("int", choice[0].item())
+        responses = self.say([(token, choice[1][0])])
+        if responses[-1].finish_reason:
+            return responses
+        forced = self.choose.follow(token, self.max_tokens - len(self.tokens))
+        unread = [*([] if was_fed else [token]), *(one for one, _ in forced)]
+        if unread:
+            self.feed, self.logits = mx.array(unread, mx.uint32), None
+        if self.choice is choice or unread:
+            self.choice = None
+        return responses + self.say(forced)
+
+    def say(self, tokens: Sequence[tuple[int, mx.array]]) -> list[GenerationResponse]:
+        """What there is to say of tokens, up to one that ends the answer."""
+        responses: list[GenerationResponse] = []
+        for token, logprobs in tokens:
+            responses.append(self.respond(token, logprobs))
+            if responses[-1].finish_reason:
+                break
+        return responses
 
     def respond(self, token: int, logprobs: mx.array) -> GenerationResponse:
         """What there is to say of the next token, with log-probabilities (V,)."""

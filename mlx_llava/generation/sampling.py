@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_llava.signatures import check_bounds, documented, option
 
 if TYPE_CHECKING:
+    from mlx_llava.generation.json_schema import JsonConstraint
     from mlx_llava.inputs.processor import Processor
 
 Sampler: TypeAlias = Callable[[mx.array], mx.array]
@@ -188,15 +189,11 @@ class Options:
         """What chooses the next token."""
         return make_sampler(self.temp, self.top_p, self.min_p, self.top_k, self.seed)
 
-    def logits_processors(self, processor: Processor) -> list[LogitsProcessor]:
-        """What changes the logits before that, for one answer."""
-        processors = make_logits_processors(self.repetition_penalty)
-        if self.json_schema is not None:
-            from mlx_llava.generation.json_schema import JsonConstraint
+    def constraint(self, processor: Processor) -> JsonConstraint | None:
+        """What one answer has to follow; compiled for the first time, that can take a second."""
+        if self.json_schema is None:
+            return None
+        from mlx_llava.generation.json_schema import JsonConstraint
 
-            vocab_size = processor.config.text_config.vocab_size
-            ends = processor.eos_ids
-            processors.append(
-                JsonConstraint(self.json_schema, processor.tokenizer, ends, vocab_size)
-            )
-        return processors
+        vocab_size = processor.config.text_config.vocab_size
+        return JsonConstraint(self.json_schema, processor.tokenizer, processor.eos_ids, vocab_size)

@@ -6,16 +6,20 @@ L tokens of the prompt, D decoder width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 
+from mlx_llava.generation.json_schema import JsonConstraint
 from mlx_llava.generation.sampling import MAX_TOKENS, LogitsProcessor, Sampler, greedy
-from mlx_llava.model.cache import Cache
+from mlx_llava.model.cache import Cache, room
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.llama import LanguageModel
 
 PREFILL_STEP = 2048
+
+#: An id (1,), and the log-probabilities (1, V) that it was chosen from.
+Choice: TypeAlias = "tuple[mx.array, mx.array]"
 
 
 def prefill(
@@ -52,55 +56,127 @@ def log_softmax(logits: mx.array) -> mx.array:
 
 
 class Chooser:
-    """Takes the tokens of one answer from logits.
+    """Takes the tokens of one answer from logits, or from a schema that leaves no choice.
 
     Attributes:
+        constraint: what the answer has to follow, if anything.
         is_plain: whether the likeliest token is taken as it is.
     """
 
     def __init__(
-        self, sampler: Sampler, processors: Sequence[LogitsProcessor], prompt_ids: mx.array
+        self,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+        prompt_ids: mx.array,
+        constraint: JsonConstraint | None = None,
     ) -> None:
-        self.is_plain = sampler is greedy and not processors
+        self.constraint = constraint
+        self.is_plain = sampler is greedy and not processors and constraint is None
         self._sampler, self._processors, self._seen = sampler, processors, prompt_ids
 
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from."""
+    def __call__(self, logits: mx.array) -> Choice:
+        """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from.
+
+        What a constraint allows is found while the logits are computed.
+        """
         logits = logits.astype(mx.float32)
         for process in self._processors:
             logits = process(self._seen, logits)
+        if self.constraint is not None:
+            mx.async_eval(logits)
+            logits = self.constraint(logits)
         logprobs = log_softmax(logits)
         token = self._sampler(logprobs)
-        if self._processors:
-            self._seen = mx.concatenate([self._seen, token])
+        self._remember(token)
         return token, logprobs
 
+    def follow(self, token: int | None, limit: int) -> list[tuple[int, mx.array]]:
+        """The tokens, at most `limit`, that have to follow one that was read, or the prompt.
 
-def decode(
-    logits: mx.array,
+        Returns:
+            list of tuple: Their ids and log-probabilities (V,): nothing else was possible. The
+            model is not asked for them; to it, they are as if it had said them.
+        """
+        if self.constraint is None:
+            return []
+        if token is not None:
+            self.constraint.follow(token)
+        forced = []
+        for one in self.constraint.forced(max(0, limit)):
+            is_it = mx.arange(self.constraint.vocab_size) == one
+            logprobs = mx.where(is_it, 0.0, -mx.inf)
+            if self._sampler is not greedy:
+                self._sampler(logprobs[None])  # a draw of one, so that later draws stay the same
+            self._remember(mx.array([one], mx.uint32))
+            forced.append((one, logprobs))
+        return forced
+
+    def _remember(self, token: mx.array) -> None:
+        if self._processors:
+            self._seen = mx.concatenate([self._seen, token])
+
+
+def begin(
+    embeddings: mx.array,
     language_model: LanguageModel,
     cache: Cache,
     choose: Chooser,
     *,
     max_tokens: int,
+    prefill_step: int,
+) -> tuple[list[tuple[int, mx.array]], mx.array]:
+    """Reads a prompt, and with it the first tokens of the answer where they are forced.
+
+    Returns:
+        tuple: These tokens as `Chooser.follow` gives them, and the logits (1, V) after them.
+    """
+    forced = choose.follow(None, min(max_tokens, room(cache) - embeddings.shape[1]))
+    if forced:
+        ids = mx.array([[token for token, _ in forced]])
+        embeddings = mx.concatenate([embeddings, language_model.embed(ids)], axis=1)
+    return forced, prefill(embeddings, language_model, cache, prefill_step)
+
+
+def decode(
+    embeddings: mx.array,
+    language_model: LanguageModel,
+    cache: Cache,
+    choose: Chooser,
+    *,
+    max_tokens: int,
+    prefill_step: int = PREFILL_STEP,
 ) -> Generator[tuple[int, mx.array], None, None]:
-    """Goes on from the logits (1, V) after a prompt; yields as `generate_step`."""
+    """Continues a prompt (1, L, D); yields as `generate_step`."""
 
-    def take(logits: mx.array) -> tuple[mx.array, mx.array]:
-        token, logprobs = choose(logits)
-        mx.async_eval(token, logprobs)
-        return token, logprobs
+    def take(logits: mx.array) -> Choice:
+        choice = choose(logits)
+        mx.async_eval(choice)
+        return choice
 
-    def following(token: mx.array) -> tuple[mx.array, mx.array]:
-        return take(language_model(token[:, None], cache=cache)[:, -1])
+    def following(ids: mx.array) -> Choice:
+        return take(language_model(ids, cache=cache)[:, -1])
 
-    ahead = queues_ahead()
-    token, logprobs = take(logits)
-    for _ in range(max_tokens - 1):
-        queued = following(token) if ahead else None
-        yield cast("int", token.item()), logprobs[0]
-        token, logprobs = queued or following(token)
-    yield cast("int", token.item()), logprobs[0]
+    forced, logits = begin(
+        *(embeddings, language_model, cache, choose),
+        max_tokens=max_tokens,
+        prefill_step=prefill_step,
+    )
+    # A constraint may force tokens to be read with the next one, which is therefore awaited.
+    ahead = queues_ahead() and choose.constraint is None
+    choice, remaining = take(logits), max_tokens - len(forced)
+    if forced:
+        mx.eval(choice)
+    yield from forced
+    while remaining:
+        queued = following(choice[0][:, None]) if ahead and remaining > 1 else None
+        token = cast("int", choice[0].item())
+        yield token, choice[1][0]
+        forced = choose.follow(token, min(remaining, room(cache)) - 1)
+        remaining -= 1 + len(forced)
+        yield from forced
+        if remaining:
+            ids = [token, *(one for one, _ in forced)]
+            choice = queued or following(mx.array([ids]))
 
 
 def generate_step(
@@ -132,5 +208,8 @@ def generate_step(
     cache = language_model.make_cache() if cache is None else cache
     seen = mx.zeros((0,), mx.int32) if prompt_ids is None else prompt_ids
     choose = Chooser(sampler or greedy, logits_processors, seen)
-    logits = prefill(embeddings, language_model, cache, prefill_step)
-    yield from decode(logits, language_model, cache, choose, max_tokens=max_tokens)
+    yield from decode(
+        *(embeddings, language_model, cache, choose),
+        max_tokens=max_tokens,
+        prefill_step=prefill_step,
+    )

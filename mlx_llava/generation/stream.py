@@ -9,7 +9,7 @@ from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.steps import PREFILL_STEP, decode, prefill
+from mlx_llava.generation.steps import PREFILL_STEP, decode
 from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
@@ -63,9 +63,10 @@ def stream_generate(
     )
     ((_, embeddings),) = embedded([row], prompt_cache or PromptCache(model, max_feature_bytes=0))
     try:
-        logits = prefill(embeddings, model.language_model, row.cache, prefill_step)
         steps = decode(
-            logits, model.language_model, row.cache, row.choose, max_tokens=row.max_tokens
+            *(embeddings, model.language_model, row.cache, row.choose),
+            max_tokens=row.max_tokens,
+            prefill_step=prefill_step,
         )
         for token, logprobs in steps:
             response = row.respond(token, logprobs)

@@ -6,15 +6,18 @@ H heads, L new positions, T = stored + new positions, D head width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_llava.model.config import TextConfig
 from mlx_llava.model.layers import Mask
+
+if TYPE_CHECKING:
+    from mlx_llava.model.batch_cache import BatchLayer
 
 Attention: TypeAlias = Callable[..., mx.array]
 
@@ -136,44 +139,15 @@ class RollingKVCache(KVCache):
         return self.offset <= self.max_size
 
 
-@dataclass
-class Rows:
-    """One layer's caches of rows that are decoded together, each of its own length."""
-
-    caches: Sequence[LayerCache]
-
-    @property
-    def offset(self) -> list[int]:
-        """How many positions each row has stored."""
-        return [cache.offset for cache in self.caches]
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        attention: Attention,
-        scale: float,
-        mask: Mask | Sequence[Mask],
-    ) -> mx.array:
-        """`attend`, each row with its own cache and mask."""
-        new = [mx.split(array, len(self.caches)) for array in (queries, keys, values)]
-        rows = zip(self.caches, *new, mask, strict=True)  # type: ignore[arg-type]
-        return mx.concatenate(
-            [attend(*row, attention=attention, scale=scale, mask=own) for *row, own in rows]
-        )
-
-
 def attend(
-    cache: LayerCache | Rows | None,
+    cache: LayerCache | BatchLayer | None,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     *,
     attention: Attention,
     scale: float,
-    mask: Mask | Sequence[Mask],
+    mask: Mask | list[Mask],
 ) -> mx.array:
     """Stores new keys and values, and lets the queries see all that are stored.
 
@@ -184,7 +158,7 @@ def attend(
         values (mx.array): As the keys.
         attention (callable): MLX's, or what stands for it.
         scale (float): What scores are multiplied with.
-        mask (optional): What may be seen; of `Rows`, a list.
+        mask (optional): What may be seen.
 
     Returns:
         mx.array: (B, H, L, D).
@@ -271,6 +245,11 @@ def _fork(layer: LayerCache, like: Layer, length: int) -> Layer:
     new.keys, new.values = tree_map(lambda a: a[..., :length, :], (layer.keys, layer.values))
     new.offset = length
     return new
+
+
+def room(cache: Cache) -> int:
+    """How many positions can be added together; only a cache that rolls has a limit."""
+    return getattr(cache[0], "max_size", sys.maxsize) - cache[0].offset
 
 
 def nbytes(cache: Cache) -> int:

@@ -1,4 +1,4 @@
-"""What layers are made of beside MLX's own: activations, the gate, kinds of arrays."""
+"""What layers are made of beside MLX's own: activations, the gate, masks, kinds of arrays."""
 
 from __future__ import annotations
 
@@ -38,3 +38,34 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """SiLU(gate) up (Shazeer 2020, arXiv:2002.05202)."""
     return nn.silu(gate) * up
+
+
+def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
+    """Whether positions of queries may look at those of keys, by the causal mask and a window."""
+    allowed = keys <= queries
+    return allowed if window is None else allowed & (keys > queries - window)
+
+
+def attention_mask_of(
+    L: int, offset: int, window: int | None, attention_mask: mx.array | None
+) -> Mask:
+    """What each new token may look at: itself and what came before, but no padding.
+
+    Args:
+        L (int): Number of new tokens.
+        offset (int): Number of tokens in the cache.
+        window (int, optional): Sliding window; a token sees itself and ``window - 1`` before.
+        attention_mask (mx.array, optional): (B, T), 0 where a row is padded.
+
+    Returns:
+        ``"causal"`` or None where MLX knows the pattern, else bool (B or 1, 1, L, T). A
+        padding token still sees itself: attention to nothing at all would be NaN.
+    """
+    T = offset + L
+    if attention_mask is None and (window is None or window >= T):
+        return "causal" if L > 1 else None
+    queries, keys = mx.arange(offset, T)[:, None], mx.arange(T)
+    allowed = visible(queries, keys, window)  # (L, T)
+    if attention_mask is None:
+        return allowed[None, None]
+    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]  # (B, 1, L, T)

@@ -14,9 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlx_llava.model.cache import Cache, LayerCache, Rows, attend, make_cache
+from mlx_llava.model.batch_cache import BatchLayer
+from mlx_llava.model.cache import Cache, LayerCache, attend, make_cache
 from mlx_llava.model.config import TextConfig
-from mlx_llava.model.layers import Mask, swiglu
+from mlx_llava.model.layers import Mask, attention_mask_of, swiglu
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         x: mx.array,
         mask: Mask | list[Mask],
         start: mx.array | int,
-        cache: LayerCache | Rows | None,
+        cache: LayerCache | BatchLayer | None,
     ) -> mx.array:
         queries = self._heads(self.q_proj(x), self.n_heads)  # (B, heads, L, head width)
         keys = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, kv heads, L, head width)
@@ -121,7 +122,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         mask: Mask | list[Mask],
         start: mx.array | int,
-        cache: LayerCache | Rows | None,
+        cache: LayerCache | BatchLayer | None,
     ) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)  # (B, L, D)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -135,33 +136,6 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-def attention_mask_of(
-    L: int, offset: int, window: int | None, attention_mask: mx.array | None
-) -> Mask:
-    """What each new token may look at: itself and what came before, but no padding.
-
-    Args:
-        L (int): Number of new tokens.
-        offset (int): Number of tokens in the cache.
-        window (int, optional): Sliding window; a token sees itself and ``window - 1`` before.
-        attention_mask (mx.array, optional): (B, T), 0 where a row is padded.
-
-    Returns:
-        ``"causal"`` or None where MLX knows the pattern, else bool (B or 1, 1, L, T). A
-        padding token still sees itself: attention to nothing at all would be NaN.
-    """
-    T = offset + L
-    if attention_mask is None and (window is None or window >= T):
-        return "causal" if L > 1 else None
-    queries, keys = mx.arange(offset, T)[:, None], mx.arange(T)
-    allowed = keys <= queries  # (L, T)
-    if window is not None:
-        allowed = allowed & (keys > queries - window)
-    if attention_mask is None:
-        return allowed[None, None]
-    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]  # (B, 1, L, T)
 
 
 class LanguageModel(nn.Module):
@@ -200,12 +174,13 @@ class LanguageModel(nn.Module):
         return make_cache(self.config)
 
     def _positions(
-        self, L: int, offset: int | list[int], attention_mask: mx.array | None
+        self, L: int, cache: LayerCache | BatchLayer | None, attention_mask: mx.array | None
     ) -> tuple[mx.array | int, Mask | list[Mask]]:
         """The first position of the new tokens, and what they may see."""
         window = self.config.sliding_window
-        if isinstance(offset, list):
-            return mx.array(offset), [attention_mask_of(L, o, window, None) for o in offset]
+        if isinstance(cache, BatchLayer):
+            return cache.starts, cache.mask(window)
+        offset = cache.offset if cache is not None else 0
         mask = attention_mask_of(L, offset, window, attention_mask)
         if attention_mask is None:
             return offset, mask
@@ -215,7 +190,7 @@ class LanguageModel(nn.Module):
     def __call__(
         self,
         input_ids: mx.array | None = None,
-        cache: Sequence[LayerCache | Rows] | None = None,
+        cache: Sequence[LayerCache | BatchLayer] | None = None,
         input_embeddings: mx.array | None = None,
         attention_mask: mx.array | None = None,
         last_only: bool = False,
@@ -224,8 +199,9 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids (mx.array, optional): (B, L); read where there are no embeddings.
-            cache (list, optional): What came before, for each layer; is extended. With `Rows`,
-                every row has come as far as it has.
+            cache (list, optional): What came before, for each layer; is extended. Of a
+                `BatchCache`, every row has come as far as it has, and its new tokens are B of
+                one each.
             input_embeddings (mx.array, optional): (B, L, D).
             attention_mask (mx.array, optional): (B, T), 0 for padding, which must be on the
                 left or on the right of each row.
@@ -243,12 +219,11 @@ class LanguageModel(nn.Module):
     def hidden_states(
         self,
         x: mx.array,
-        cache: Sequence[LayerCache | Rows] | None = None,
+        cache: Sequence[LayerCache | BatchLayer] | None = None,
         attention_mask: mx.array | None = None,
     ) -> Iterator[mx.array]:
         """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
-        offset = cache[0].offset if cache else 0
-        start, mask = self._positions(x.shape[1], offset, attention_mask)
+        start, mask = self._positions(x.shape[1], cache[0] if cache else None, attention_mask)
         yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer

@@ -173,7 +173,7 @@ class Api:
     async def _prepare(self, request: Request) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
         if request.options.json_schema is not None:
-            compile = partial(request.options.logits_processors, self.engine.processor)
+            compile = partial(request.options.constraint, self.engine.processor)
             await self._compiling.run(compile)
         prepare = partial(request.prepare, self.engine.processor)
         if request.images:

@@ -16,7 +16,8 @@ from mlx_llava.generate import main
 from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.sampling import Options
-from mlx_llava.model.cache import Rows, fork, nbytes
+from mlx_llava.model.batch_cache import make_batch_cache
+from mlx_llava.model.cache import fork
 from mlx_llava.model.llama import LanguageModel
 from tests.conftest import GOLDENS, PICTURE
 
@@ -85,10 +86,12 @@ def test_rows_of_any_length_share_a_step(window):
         caches.append(decoder.make_cache())
         decoder(ids, cache=caches[-1])
         alone.append(decoder(mx.array([[7]]), cache=fork(caches[-1], length)))
-    rows = [Rows(layers) for layers in zip(*caches, strict=True)]
-    logits = decoder(mx.full((3, 1), 7), cache=rows)
+    batch = make_batch_cache()
+    for cache in caches:
+        batch.join(cache)
+    logits = decoder(mx.full((3, 1), 7), cache=batch.step([1, 1, 1]))
     assert mx.allclose(logits, mx.concatenate(alone), atol=1e-5)
-    assert rows[0].offset == [4, 10, 301]
+    assert [batch.extract(row)[0].offset for row in range(3)] == [4, 10, 301]
 
 
 def test_rows_leave_and_join(loaded):
@@ -174,10 +177,10 @@ def test_rows_wait_for_memory(loaded, monkeypatch):
     generator = BatchGenerator(model, processor, batch_size=4)
     for _ in range(6):
         generator.insert(processor("What is this?", PICTURE), Options(max_tokens=9))
-    need = generator._waiting[0].kv_bytes
+    need = generator._bytes([generator._waiting[0].length])
 
     def available() -> int:
-        return int(2.5 * need) - sum(min(need, nbytes(row.cache)) for row in generator._rows)
+        return int(2.5 * need) - generator._cache.nbytes
 
     monkeypatch.setattr("mlx_llava.generation.batch.available_memory", available)
     together, texts = 0, {}

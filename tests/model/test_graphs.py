@@ -12,6 +12,7 @@ import pytest
 from mlx_llava.analysis.random_model import random_config
 from mlx_llava.generation.sampling import make_sampler
 from mlx_llava.generation.steps import generate_step
+from mlx_llava.model.batch_cache import SlotCache
 from mlx_llava.model.cache import Cache
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.llava import Llava
@@ -136,3 +137,20 @@ def test_decoding_reads_nothing_but_tokens(sampler, monkeypatch):
     steps = generate_step(mx.zeros((1, 250, 64)), model, sampler=sampler, max_tokens=20)
     assert len(list(steps)) == 20  # beyond the 256 positions that the cache has at first
     assert reads == ["item"] * 20
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_layer_launches_17_kernels_for_eight_rows_of_any_length(text):
+    """mlx-lm's padded batch launches 18."""
+
+    def count(layers: int) -> Counter[str]:
+        model, batch = decoder(layers, **TEXTS[text]), SlotCache()
+        for length in range(5, 13):
+            batch.join(filled(model, model.make_cache(), length))
+        mx.eval(batch.arrays)
+        ids = mx.zeros((8, 1), mx.int32)
+        mx.eval(ids)
+        with on_metal(model):
+            return launches(model(ids, cache=batch.step([1] * 8)))
+
+    assert per_layer(count).total() == 17

@@ -165,7 +165,7 @@ def test_work_that_fails_when_its_asker_has_gone_is_not_logged():
 
 def test_texts_do_not_wait_for_schemas(served, monkeypatch):
     go_on, compiling = threading.Event(), []
-    compile = Options.logits_processors
+    compile = Options.constraint
 
     def held(options, processor):
         if options.json_schema is not None and not go_on.is_set():
@@ -173,7 +173,7 @@ def test_texts_do_not_wait_for_schemas(served, monkeypatch):
             assert go_on.wait(PATIENCE)
         return compile(options, processor)
 
-    monkeypatch.setattr(Options, "logits_processors", held)
+    monkeypatch.setattr(Options, "constraint", held)
     format = {"type": "json_object"}
     with ThreadPoolExecutor() as pool:
         asked = [

@@ -1,0 +1,294 @@
+"""Keys and values of rows that are decoded together, each of its own length.
+
+A step takes one new token of each row, or several of some. `RaggedCache` leaves each row a cache
+of its own and attends row by row, so that nothing is padded: best on a CPU. `SlotCache` has all
+rows in one array and attends once for all: few launches, for a GPU.
+
+B rows, S slots, N new tokens of all rows, T the longest row, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import mlx.core as mx
+
+from mlx_llava.model.cache import Attention, Cache, KVCache, LayerCache, attend, nbytes
+from mlx_llava.model.device import on_cpu
+from mlx_llava.model.layers import Mask, attention_mask_of, visible
+
+
+def make_batch_cache(kv_bits: int | None = None) -> BatchCache:
+    """The form that is fastest on this device; codes have one only."""
+    return RaggedCache() if on_cpu() or kv_bits is not None else SlotCache()
+
+
+class BatchCache(ABC):
+    """Rows by number; where one leaves, the last one takes its number."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+
+    @abstractmethod
+    def positions(self, lengths: Sequence[int]) -> int:
+        """How many positions it has memory for when rows are so long."""
+
+    @abstractmethod
+    def join(self, cache: Cache) -> None:
+        """Takes another row, with what it has stored."""
+
+    @abstractmethod
+    def leave(self, row: int) -> None:
+        """Forgets a row."""
+
+    @abstractmethod
+    def extract(self, row: int) -> Cache:
+        """What a row has stored, as a cache of its own."""
+
+    @abstractmethod
+    def step(self, counts: Sequence[int]) -> list[BatchLayer]:
+        """Makes room for new tokens, so many of each row and at least one.
+
+        Returns:
+            A cache for each layer, which takes the new tokens of all rows, one after the other.
+        """
+
+
+@dataclass
+class BatchLayer(ABC):
+    """What one layer has stored of each row, during one step.
+
+    Attributes:
+        offsets: how many positions of each row were stored before.
+        counts: how many new tokens each row has.
+        starts: the position of each new token, (N,).
+    """
+
+    offsets: list[int]
+    counts: list[int]
+    starts: mx.array
+
+    def mask(self, window: int | None) -> Mask | list[Mask]:
+        """What the new tokens may see, where there is a sliding window or none."""
+        rows = zip(self.counts, self.offsets, strict=True)
+        return [attention_mask_of(count, offset, window, None) for count, offset in rows]
+
+    def split(self, *arrays: mx.array) -> list[list[mx.array]]:
+        """Of new tokens (N, H, 1, D) those of each row, (1, H, count, D)."""
+        ends = list(accumulate(self.counts))[:-1]
+        parts = [mx.split(array, ends) for array in arrays]
+        return [[part.swapaxes(0, 2) for part in row] for row in zip(*parts, strict=True)]
+
+    @abstractmethod
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        attention: Attention,
+        scale: float,
+        mask: Mask | list[Mask],
+    ) -> mx.array:
+        """As `cache.attend`, of new tokens (N, H, 1, D)."""
+
+
+def _starts(offsets: Sequence[int], counts: Sequence[int]) -> mx.array:
+    rows = zip(offsets, counts, strict=True)
+    return mx.array([offset + i for offset, count in rows for i in range(count)])
+
+
+def _joined(rows: Sequence[mx.array]) -> mx.array:
+    """Rows (1, H, count, D) -> (N, H, 1, D)."""
+    return mx.concatenate([row.swapaxes(0, 2) for row in rows])
+
+
+class RaggedCache(BatchCache):
+    """Each row has a cache of its own."""
+
+    def __init__(self) -> None:
+        self._rows: list[Cache] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(nbytes, self._rows))
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        return sum(map(_rounded, lengths))
+
+    def join(self, cache: Cache) -> None:
+        self._rows.append(cache)
+
+    def leave(self, row: int) -> None:
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+    def extract(self, row: int) -> Cache:
+        return self._rows[row]
+
+    def step(self, counts: Sequence[int]) -> list[BatchLayer]:
+        offsets = [row[0].offset for row in self._rows]
+        new = offsets, list(counts), _starts(offsets, counts)
+        return [_RaggedLayer(*new, caches) for caches in zip(*self._rows, strict=True)]
+
+
+@dataclass
+class _RaggedLayer(BatchLayer):
+    caches: Sequence[LayerCache]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        attention: Attention,
+        scale: float,
+        mask: Mask | list[Mask],
+    ) -> mx.array:
+        assert isinstance(mask, list)
+        rows = zip(self.caches, self.split(queries, keys, values), mask, strict=True)
+        return _joined(
+            [attend(one, *new, attention=attention, scale=scale, mask=m) for one, new, m in rows]
+        )
+
+
+class SlotCache(BatchCache):
+    """Row i is in slot i of one array for each layer's keys, and one for its values.
+
+    What a slot holds beyond its row is finite, and never seen.
+
+    Attributes:
+        arrays: keys and values of the layers in turn, (S, H, capacity, D).
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[mx.array] = []
+        self._lengths: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        slots, capacity = self._size(len(lengths), max(lengths))
+        return slots * capacity
+
+    def _size(self, rows: int, length: int) -> tuple[int, int]:
+        """How many slots there must be, and of which capacity; neither shrinks."""
+        slots, capacity = self.arrays[0].shape[::2] if self.arrays else (1, 0)
+        while slots < rows:
+            slots *= 2
+        return slots, max(capacity, _rounded(length))
+
+    def join(self, cache: Cache) -> None:
+        length = cache[0].offset
+        stored = [a[..., :length, :] for layer in cache for a in (layer.keys, layer.values)]
+        self._lengths.append(length)
+        if not self.arrays:
+            self.arrays = stored
+        self._reserve(length + 1)
+        self._fill(len(self._lengths) - 1, stored)
+
+    def _reserve(self, length: int) -> None:
+        size = self._size(len(self._lengths), length)
+        if size != self.arrays[0].shape[::2]:
+            self.arrays = [_padded(array, *size) for array in self.arrays]
+
+    def _fill(self, row: int, stored: Iterable[mx.array]) -> None:
+        """Writes a slot from its beginning to its end, and touches no other."""
+        filled = [_padded(one, 1, self.arrays[0].shape[2]) for one in stored]
+        mx.eval(filled)  # which may come from other slots: a view of them forbids writing
+        for array, one in zip(self.arrays, filled, strict=True):
+            array[row : row + 1] = one
+
+    def _stored(self, row: int) -> Iterator[mx.array]:
+        length = self._lengths[row]
+        return (array[row : row + 1, :, :length] for array in self.arrays)
+
+    def leave(self, row: int) -> None:
+        last = len(self._lengths) - 1
+        if row < last:
+            self._fill(row, self._stored(last))
+            self._lengths[row] = self._lengths[last]
+        self._lengths.pop()
+        if not last:
+            self.arrays = []
+
+    def extract(self, row: int) -> Cache:
+        stored = self._stored(row)
+        cache: Cache = []
+        for keys, values in zip(stored, stored, strict=True):
+            cache.append(KVCache())
+            cache[-1].update_and_fetch(keys, values)  # into memory of its own
+        return cache
+
+    def step(self, counts: Sequence[int]) -> list[BatchLayer]:
+        offsets = list(self._lengths)
+        self._lengths = [n + count for n, count in zip(offsets, counts, strict=True)]
+        self._reserve(max(self._lengths))
+        starts = _starts(offsets, counts)
+        rows = mx.array([row for row, count in enumerate(counts) for _ in range(count)])
+        index = rows[:, None], mx.arange(self.arrays[0].shape[1]), starts[:, None]
+        layers = zip(self.arrays[::2], self.arrays[1::2], strict=True)
+        return [_SlotLayer(offsets, list(counts), starts, *layer, index) for layer in layers]
+
+
+@dataclass
+class _SlotLayer(BatchLayer):
+    keys: mx.array
+    values: mx.array
+    index: tuple[mx.array, mx.array, mx.array]  # where new tokens go: rows, heads, positions
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether every row has one new token, so that one attention does for all."""
+        return {*self.counts} == {1}
+
+    def mask(self, window: int | None) -> Mask | list[Mask]:
+        if not self._is_even:
+            return super().mask(window)
+        keys = mx.arange(max(self.offsets) + 1)
+        return visible(self.starts[:, None, None, None], keys, window)  # (B, 1, 1, T)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        attention: Attention,
+        scale: float,
+        mask: Mask | list[Mask],
+    ) -> mx.array:
+        self.keys[self.index] = keys[:, :, 0]
+        self.values[self.index] = values[:, :, 0]
+        if self._is_even:
+            stored = self._stored(slice(0, len(self.counts)), max(self.offsets) + 1)
+            return attention(queries, *stored, scale=scale, mask=mask)
+        assert isinstance(mask, list)
+        rows = zip(self.split(queries), self.offsets, self.counts, mask, strict=True)
+        return _joined(
+            [
+                attention(*new, *self._stored(slice(i, i + 1), offset + n), scale=scale, mask=m)
+                for i, (new, offset, n, m) in enumerate(rows)
+            ]
+        )
+
+    def _stored(self, rows: slice, length: int) -> tuple[mx.array, mx.array]:
+        return self.keys[rows, :, :length], self.values[rows, :, :length]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // KVCache.step) * KVCache.step
+
+
+def _padded(array: mx.array, slots: int, capacity: int) -> mx.array:
+    """Zeros around (s, H, length, D) -> (slots, H, capacity, D)."""
+    s, _, length, _ = array.shape
+    return mx.pad(array, [(0, slots - s), (0, 0), (0, capacity - length), (0, 0)])
