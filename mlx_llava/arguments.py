@@ -14,16 +14,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import mlx_llava
 from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
 from mlx_llava.files import one_line
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
 from mlx_llava.model.anyres import MODES
 from mlx_llava.model.device import DTYPES
 
-Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
+if TYPE_CHECKING:  # what --help does not wait for
+    from mlx_llava import Llava, Processor
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -71,20 +71,18 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
-def load_model(
-    args: argparse.Namespace, **options: Any
-) -> tuple[mlx_llava.Llava, mlx_llava.Processor]:
+def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Processor]:
     """Loads what was asked for, by all flags that are named as options of `load`.
-
-    Only now is much of the package imported: ``--help`` need not wait for it.
 
     Args:
         args (argparse.Namespace): Of a command that has ``--model``.
         **options: Of `load`, in the place of flags.
     """
-    known = inspect.signature(mlx_llava.load).parameters
-    flags = {name: value for name, value in vars(args).items() if name in known}
-    return mlx_llava.load(args.model, **{**flags, **options})
+    from mlx_llava.checkpoint.load import load
+
+    parameters = inspect.signature(load).parameters
+    flags = {name: value for name, value in vars(args).items() if name in parameters}
+    return load(args.model, **{**flags, **options})
 
 
 def say_if_embedded(args: argparse.Namespace) -> None:
@@ -148,7 +146,7 @@ def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-def command(main: Main) -> Callable[..., int]:
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """Turns ``main(argv)`` into one that returns an exit code and prints no traceback.
 
     ValueError and OSError are what the library raises for what a user can mend.

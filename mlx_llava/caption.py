@@ -193,11 +193,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     others: set[Path] = set()
     images = find_images(args.pictures, args.recursive, others)
     captions = open_captions(args.out, images)
-    out = [] if args.out == BESIDE else [Path(args.out)]
-    errors = Lines(Path(out[0] if out else "captions").with_suffix(".errors.jsonl"), "error")
+    out = Path("captions" if args.out == BESIDE else args.out)
+    errors = Lines(out.with_suffix(".errors.jsonl"), "error")
+    files = [errors.path] if args.out == BESIDE else [out, errors.path]
     broken = errors.done()
     done = captions.done() | broken
-    begun = [path for path in (*out, errors.path) if path.exists()]
+    begun = [path for path in files if path.exists()]
     if (done or begun) and not args.resume:
         what = str(begun[0]) if begun else f"{len(done)} of {len(images)} text files"
         raise FileExistsError(f"There is {what} already; --resume goes on.")
@@ -216,10 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             broken.add(image)
     failed = len(broken & {*images})
     counts = {"written": len(images) - before - failed, "done before": before, "failed": failed}
-    ours = [
-        file for file in others if any(is_same_file(file, path) for path in (*out, errors.path))
-    ]
-    ours += [] if out else [file for file in others if file.suffix == ".txt"]
+    ours = [file for file in others if any(is_same_file(file, path) for path in files)]
+    ours += [file for file in others if args.out == BESIDE and file.suffix == ".txt"]
     print(_summary(counts, others.difference(ours)), file=sys.stderr)
     if failed:
         raise ValueError(

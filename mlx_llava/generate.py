@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx_llava
 from mlx_llava.arguments import (
     add_answer_arguments,
     add_model_arguments,
@@ -128,6 +127,7 @@ def _answer(
 ) -> None:
     """Prints the answer to the one prompt; loading took `load` seconds."""
     from mlx_llava.generation.prompt_cache import PromptCache
+    from mlx_llava.generation.stream import stream_generate
     from mlx_llava.model.cache import make_cache
 
     prompt = args.prompt if args.prompt != "-" else decode(sys.stdin.buffer.read(), STDIN).strip()
@@ -141,7 +141,7 @@ def _answer(
         if Path(path).exists():
             cache.load(path, make_cache(model.config.text_config, 0, args.kv_bits))
     tokens = []
-    for part in mlx_llava.stream_generate(
+    for part in stream_generate(
         model,
         processor,
         inputs,

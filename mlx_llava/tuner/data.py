@@ -38,8 +38,8 @@ class Batch:
     Attributes:
         input_ids: int32 (B, L), one placeholder for each image feature.
         labels: int32 (B, L), the ids to be learned, else -100.
-        pixel_values: float32 (N, S, S, 3), or None without pictures.
-        image_sizes: the (height, width) of each picture, where the model cuts into tiles.
+        pixel_values: float32 (N, S, S, 3), or None without images.
+        image_sizes: the (height, width) of each image, where the model cuts into tiles.
     """
 
     input_ids: mx.array
@@ -49,7 +49,7 @@ class Batch:
 
 
 class Examples:
-    """Samples, tokenised and with their pictures, when a batch is asked for.
+    """Samples, tokenised and with their images, when a batch is asked for.
 
     Attributes:
         left_out: the samples that were left out of their batches, by index.
@@ -76,10 +76,10 @@ class Examples:
         return Counter(left_out.error.reason for left_out in self.left_out.values())
 
     def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image]]:
-        """The ids, the labels and the pictures of a sample.
+        """The ids, the labels and the images of a sample.
 
         Raises:
-            UnusableError: A picture is broken or does not fit into the length, the template cannot
+            UnusableError: An image is broken or does not fit into the length, the template cannot
                 write the sample, or there is nothing to learn in it.
         """
         processor = self.processor

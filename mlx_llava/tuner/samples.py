@@ -2,7 +2,7 @@
 
 LLaVA's own JSON, ShareGPT's and OpenAI's messages: ``conversations`` of ``from`` and ``value``, or
 ``messages`` of ``role`` and ``content``. The rules are those of the original LLaVA
-(llava/train/train.py), which knows neither system turns nor several pictures.
+(llava/train/train.py), which knows neither system turns nor several images.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Sample:
     """One conversation.
 
     Attributes:
-        messages: its turns; pictures stand first in theirs.
-        images: its pictures' files in reading order.
+        messages: its turns; images stand first in theirs.
+        images: its images' files in reading order.
         place: where it stands in its file.
     """
 
@@ -123,8 +123,8 @@ def read_samples(
 ) -> Reading:
     """Reads a training file: a list, or one object a line.
 
-    As in the original, a conversation begins with its first human turn, and the pictures of a
-    turn are moved to its front. Pictures without any mark go to the first. A system turn or key
+    As in the original, a conversation begins with its first human turn, and the images of a
+    turn are moved to its front. Images without any mark go to the first. A system turn or key
     takes the place of the template's system text, unless it is empty. A sample that cannot be
     used is left out.
 
@@ -249,7 +249,7 @@ def _key(turn: Mapping[str, Any], *names: str) -> str:
 
 
 def _read_content(content: Any) -> tuple[str, list[str | None]]:
-    """The text of a turn, and the pictures that stand beside it as parts."""
+    """The text of a turn, and the images that stand beside it as parts."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):

@@ -76,7 +76,7 @@ class Trainer:
         self.optimizer_state: Tree = self.optimizer.state
         self.loss, self.count = mx.array(0.0), mx.array(0)  # since the last report
         model.language_model.gradient_checkpointing = options.gradient_checkpointing
-        # Sizes of pictures decide what an anyres model computes, not only on how much.
+        # Sizes of images decide what an anyres model computes, not only on how much.
         compiled = mx.compile if not model.config.is_anyres else lambda function, **_: function
         random = [mx.random.state]
         self._gradients = compiled(self._compute_gradients, inputs=random, outputs=random)
