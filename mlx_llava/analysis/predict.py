@@ -14,7 +14,7 @@ from PIL import Image
 from mlx_llava.analysis.flops import Work, work_of
 from mlx_llava.analysis.machine import layer_rate, layer_read_rate
 from mlx_llava.checkpoint.hub import Source, checkpoint_name, find_checkpoint
-from mlx_llava.checkpoint.load import check_tensors, empty_model, make_processor
+from mlx_llava.checkpoint.load import empty_model, make_processor
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import arrays_of, suit_device
 from mlx_llava.inputs.processor import Inputs
@@ -124,9 +124,7 @@ def _nbytes(model: Llava) -> int:
 
 def _outline(checkpoint: Checkpoint) -> Llava:
     """The model of a checkpoint with zeros in the place of its weights, never computed."""
-    tensors = checkpoint.contents.tensors
-    model = empty_model(checkpoint.config, tensors)
-    check_tensors(model, tensors)
+    model, tensors = empty_model(checkpoint), checkpoint.contents.tensors
     model.load_weights([(name, mx.zeros(t.shape, t.dtype)) for name, t in tensors.items()])
     return model
 
