@@ -22,12 +22,12 @@ from mlx_llava.arguments import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.files import is_same_file, one_line, read_bytes, whole_file
+from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.image_paths import find_images
-from mlx_llava.json_files import JsonLines
+from mlx_llava.json_files import JsonLines, read_bytes
 
 PROMPT = "Describe the picture."
 #: ``--out`` for a text file beside each picture.

@@ -92,18 +92,6 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def is_pointer(data: bytes) -> bool:
-    """Whether this is what Git LFS puts in a file's place where it has not fetched it."""
-    return data.startswith(b"version https://git-lfs.github.com/spec/")
-
-
-def read_bytes(path: Path) -> bytes:
-    """What a file, or a pipe, holds; ValueError for a device, which may never end."""
-    if path.is_char_device() and path != Path(os.devnull):
-        raise ValueError(f"{path} is a device, expected a file.")
-    return path.read_bytes()
-
-
 def is_file(path: Path) -> bool:
     """Whether there is a file; False for a name that no file can have."""
     try:

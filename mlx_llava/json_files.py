@@ -7,6 +7,7 @@ the like may stand in strings (RFC 8259, 7), and Python's ``splitlines`` would c
 from __future__ import annotations
 
 import json
+import os
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.files import is_pointer, read_bytes, whole_file
+from mlx_llava.files import whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
@@ -133,6 +134,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if value[key] != own:
                 raise ValueError(f"an object has the key {key!r:.60} twice, with different values")
     return value
+
+
+def is_pointer(data: bytes) -> bool:
+    """Whether this is what Git LFS puts in a file's place where it has not fetched it."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file, or a pipe, holds; ValueError for a device, which may never end."""
+    if path.is_char_device() and path != Path(os.devnull):
+        raise ValueError(f"{path} is a device, expected a file.")
+    return path.read_bytes()
 
 
 def read_text(path: Path) -> str:

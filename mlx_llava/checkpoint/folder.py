@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
 
 from mlx_llava.checkpoint import safetensors
 from mlx_llava.checkpoint.tensors import LazyTensor
 from mlx_llava.checkpoint.torch_file import read_torch_file
-from mlx_llava.files import is_pointer
-from mlx_llava.json_files import read_json
-
-#: Tensors by key or name.
-Tensors: TypeAlias = Mapping[str, LazyTensor]
+from mlx_llava.json_files import is_pointer, read_json
 
 #: The two ways to store weights: the index of shards, the file that is no shard, all files.
 _KINDS = (
@@ -79,14 +74,6 @@ def _siblings(name: str) -> Iterable[str]:
     return [f"{stem}{i:0{len(number)}}{of}{total}{end}" for i in range(1, int(total) + 1)]
 
 
-def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
-    """The tensors of one file, however they are stored, and whether MLX laid them out."""
-    check_download(path)
-    if path.suffix == ".safetensors":
-        return safetensors.read_file(path)
-    return read_torch_file(path), False
-
-
 def check_download(path: Path) -> None:
     """Raises ValueError for a file that was not downloaded to its end."""
     with path.open("rb") as file:
@@ -97,6 +84,14 @@ def check_download(path: Path) -> None:
     if not head or control.exists():
         what = f"is not whole: there is {control.name}" if head else "is empty"
         raise ValueError(f"{path} {what}{_unfinished(path.parent)}. Download it again.")
+
+
+def read_file(path: Path) -> tuple[dict[str, LazyTensor], bool]:
+    """The tensors of one file, however they are stored, and whether MLX laid them out."""
+    check_download(path)
+    if path.suffix == ".safetensors":
+        return safetensors.read_file(path)
+    return read_torch_file(path), False
 
 
 def read_folder(folder: Path) -> tuple[dict[str, LazyTensor], bool]:
