@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.arguments import add_source_arguments, command, progress_bar, source_options
-from mlx_llava.checkpoint.convert import DEFAULT_PATH, convert
+from mlx_llava.checkpoint.convert import (
+    DEFAULT_PATH,
+    MODES,
+    RECIPES,
+    Quantization,
+    convert,
+    make_plan,
+)
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.open import open_checkpoint
-from mlx_llava.checkpoint.quantize import MODES, RECIPES, Quantization, make_plan
 from mlx_llava.checkpoint.verify import compare, verify
 from mlx_llava.folders import MANIFEST
 from mlx_llava.json_files import sensible_values

@@ -46,8 +46,7 @@ from tokenizers import (
 from tqdm import trange
 
 from mlx_llava import generate, train
-from mlx_llava.checkpoint.convert import convert
-from mlx_llava.checkpoint.quantize import Quantization
+from mlx_llava.checkpoint.convert import Quantization, convert
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import MANIFEST, new_folder

@@ -107,11 +107,7 @@ def low_rank_layers(lora: Lora) -> dict[str, LowRank]:
 
 
 def put_beside(model: Llava, changes: Mapping[str, LowRank]) -> None:
-    """Puts trained LoRA layers around linear layers.
-
-    Raises:
-        ValueError: There is no such layer, or it has another shape.
-    """
+    """Puts trained LoRA layers around linear layers, if they fit."""
     from mlx_lm.tuner.lora import LoRALinear
 
     modules, adapted = dict(model.named_modules()), {}

@@ -16,33 +16,19 @@ from mlx_llava.inputs.tokenizer import Tokenizer
 
 @dataclass
 class Contents:
-    """A whole LLaVA, still on disk, of which nothing is built yet.
+    """A whole LLaVA, still on disk, of which nothing is built yet."""
 
-    Attributes:
-        layout: what it was found to be, in words.
-        settings: the llava-hf config.json that says what its own files say.
-        tensors: by canonical name.
-        tokenizer: makes its tokenizer, once the placeholder's id is known.
-        image_processor: its preprocessor_config.json, if it has one.
-        eos_ids: what generation_config.json says of the ends of an answer.
-        names: all names that it is known by, where they choose its template; else None.
-        has_placeholder: the vocabulary has a row for the placeholder, or can have none.
-        dropped: tensors that were left out: source -> reason.
-        warnings: what its user should know.
-        read_from: the folders and files of it and of its parts.
-    """
-
-    layout: str
-    settings: dict[str, Any]
-    tensors: dict[str, LazyTensor]
-    tokenizer: Callable[[int], Tokenizer]
-    image_processor: dict[str, Any] | None
-    eos_ids: object
-    names: str | None = None
-    has_placeholder: bool = True
-    dropped: dict[str, str] = field(default_factory=dict)
+    layout: str  # what it was found to be, in words
+    settings: dict[str, Any]  # the llava-hf config.json that says what its own files say
+    tensors: dict[str, LazyTensor]  # by canonical name
+    tokenizer: Callable[[int], Tokenizer]  # makes it, once the placeholder's id is known
+    image_processor: dict[str, Any] | None  # its preprocessor_config.json
+    eos_ids: object  # what generation_config.json says of them
+    names: str | None = None  # all that it is known by, where they choose its template
+    has_placeholder: bool = True  # the vocabulary has a row for it, or can have none
+    dropped: dict[str, str] = field(default_factory=dict)  # tensors: source -> reason
     warnings: list[str] = field(default_factory=list)
-    read_from: list[Path] = field(default_factory=list)
+    read_from: list[Path] = field(default_factory=list)  # folders and files of it and its parts
 
     def tie_head(self) -> None:
         """Ties the output layer to the embedding where config.json says so and no tensor says no.
@@ -68,12 +54,7 @@ class Contents:
         self.settings |= {key: tied, "text_config": {**text, key: tied}}
 
     def merge(self, lora: Lora, beside: Container[str] = ()) -> list[str]:
-        """Adds an adapter to the weights; gives the quantised layers that became plain.
-
-        Args:
-            lora (Lora): The adapter.
-            beside (set of str): See `merge_lora`.
-        """
+        """Adds an adapter, see `merge_lora`; gives the quantised layers that became plain."""
         lora.check_tied(self.settings.get("tie_word_embeddings", False))
         quantization = self.settings.get("quantization") or self.settings.get("quantization_config")
         before, self.tensors = self.tensors, merge_lora(self.tensors, lora, quantization, beside)
@@ -92,6 +73,25 @@ class Contents:
             )
         self.warnings += lora.warnings
         return plain
+
+    def add_placeholder(self) -> int:
+        """Gives the vocabulary a row for the placeholder, and more up to a multiple of 64.
+
+        llava-hf's own conversions do the same. transformers needs the row, although no one reads
+        it; the new rows are the mean of the old ones, whose logit is never the largest.
+        """
+        rows = self.tensors[f"{EMBEDDINGS}weight"].shape[0]
+        padded = -(-(rows + 2) // 64) * 64
+
+        def pad(weight: mx.array) -> mx.array:
+            mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
+            new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
+            return mx.concatenate([weight, new])
+
+        for name in (f"{EMBEDDINGS}weight", f"{LM_HEAD}weight"):
+            if name in self.tensors:
+                self.tensors[name] = self.tensors[name].then(pad)
+        return padded
 
 
 def preprocessing(mode: str, side: int) -> dict[str, Any]:

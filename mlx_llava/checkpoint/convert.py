@@ -1,24 +1,94 @@
-"""Any LLaVA checkpoint -> one MLX folder, a tensor at a time."""
+"""Any LLaVA checkpoint -> one MLX folder, a tensor at a time.
+
+What will be written is decided before a weight is read.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.hub import Source
-from mlx_llava.checkpoint.load import make_processor
-from mlx_llava.checkpoint.open import open_checkpoint
-from mlx_llava.checkpoint.quantize import Plan, Quantization, make_plan
+from mlx_llava.checkpoint.load import empty_model, make_processor
+from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
+from mlx_llava.checkpoint.precision import read_dtype
+from mlx_llava.checkpoint.safetensors import Output, output
 from mlx_llava.checkpoint.save import write_model
+from mlx_llava.checkpoint.tensors import LazyTensor, plain_layer, to_torch_layout
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
 from mlx_llava.signatures import takes
 from mlx_llava.version import __version__
 
 DEFAULT_PATH = "mlx_model"
+#: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How to quantise; see mlx-lm's convert.
+
+    Attributes:
+        bits: of each weight; None is the mode's own.
+        group_size: weights that share a scale; None is the mode's own.
+        mode: a key of MODES.
+        recipe: one of RECIPES, which gives some layers more bits.
+        vision: quantises vision tower and projector too.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    recipe: str | None = None
+    vision: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What MLX calls this."""
+        if self.mode not in MODES:
+            raise ValueError(f"There is no mode {self.mode!r}; known: {', '.join(MODES)}.")
+        group_size, bits = MODES[self.mode]
+        return {
+            "group_size": self.group_size or group_size,
+            "bits": self.bits or bits,
+            "mode": self.mode,
+        }
+
+
+@dataclass
+class Plan:
+    """What a conversion writes."""
+
+    contents: Contents  # what is read
+    config: LlavaConfig  # as it will be written
+    outputs: list[Output]  # what is computed and written, in order
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the weights to be written."""
+        return sum(item.nbytes for item in self.outputs)
+
+    def __str__(self) -> str:
+        lines = [f"layout: {self.contents.layout}"]
+        for item in self.outputs:
+            for name, shape, dtype in item.tensors:
+                kind = str(dtype).removeprefix("mlx.core.")
+                lines.append(f"{item.source} -> {name} {kind} {list(shape)}")
+        dropped = self.contents.dropped.items()
+        lines += [f"{source} -> dropped: {reason}" for source, reason in dropped]
+        lines.append(f"{len(lines) - 1 - len(dropped)} tensors, {self.nbytes / 1e9:.2f} GB")
+        return "\n".join(lines)
 
 
 @takes(Source, "model")
@@ -99,3 +169,97 @@ def _model_card(source: str, plan: Plan) -> str:
         "```sh\npython -m mlx_llava.generate --model . --image photo.jpg "
         '--prompt "What is in this picture?"\n```\n'
     )
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    quantization: Quantization | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    again: Sequence[str] = (),
+) -> Plan:
+    """Decides what to write, without reading a weight; for the options, see `convert`.
+
+    Plain layers named in `again` are quantised as the config says of them.
+
+    Raises:
+        ValueError: The checkpoint does not fit its config, or the settings make no sense.
+    """
+    model, config, tensors = empty_model(checkpoint), checkpoint.config, checkpoint.contents.tensors
+    if dequantize and config.quantization is not None:
+        tensors = dict(tensors)
+        for path in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+            plain_layer(tensors, path, config.quantization)
+        config = replace(config, quantization=None)
+        model = Llava(config)
+    if dtype is not None:
+        target = read_dtype(dtype)
+        tensors = {name: _cast(tensor, target) for name, tensor in tensors.items()}
+    layers = {path: layer_settings(config.quantization or {}, path) for path in again}
+    if quantization is not None:
+        layers = _layers_to_quantize(model, quantization)
+        config = replace(config, quantization=_written(config.quantization, quantization, layers))
+    if not layers and not any(name.endswith(".scales") for name in tensors):
+        config = replace(config, quantization=None)
+    if config.quantization is None:
+        tensors = to_torch_layout(tensors)
+    outputs = []
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        settings = layers.get(path) if leaf == "weight" else None
+        outputs.append(_quantized(path, tensor, settings) if settings else output(name, tensor))
+    return Plan(checkpoint.contents, config, outputs)
+
+
+def _cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
+    if not mx.issubdtype(tensor.dtype, mx.floating) or tensor.dtype == dtype:
+        return tensor
+    return tensor.then(lambda array: array.astype(dtype))
+
+
+def _layers_to_quantize(model: Llava, quantization: Quantization) -> dict[str, dict[str, Any]]:
+    settings, recipe = quantization.settings(), quantization.recipe
+    choose: Callable[[str, nn.Module], Any] = lambda _path, _module: settings  # noqa: E731
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise ValueError(f"There is no recipe {recipe!r}; known: {', '.join(RECIPES)}.")
+        from mlx_lm.convert import mixed_quant_predicate_builder
+
+        group_size = settings["group_size"]
+        choose = mixed_quant_predicate_builder(recipe, model.language_model, group_size)
+    layers = {}
+    for path, module in model.named_modules():
+        part, _, inner = path.partition(".")
+        if not hasattr(module, "to_quantized"):
+            continue
+        if part == "language_model":
+            layers[path] = choose(inner, module)
+        elif quantization.vision:
+            layers[path] = settings
+        if path in layers and module.weight.shape[-1] % layers[path]["group_size"]:
+            del layers[path]
+    if not layers:
+        raise ValueError(f"No layer can be quantised in groups of {settings['group_size']}.")
+    return layers
+
+
+def _written(
+    already: Mapping[str, Any] | None,
+    quantization: Quantization,
+    layers: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """config.json's ``quantization``: the common settings, and those of layers that differ."""
+    common = dict(already or quantization.settings())
+    shared = {key: common.get(key, "affine") for key in ("group_size", "bits", "mode")}
+    return {**common, **{path: layer for path, layer in layers.items() if layer != shared}}
+
+
+def _quantized(path: str, tensor: LazyTensor, settings: Mapping[str, Any]) -> Output:
+    def quantize(weight: mx.array) -> Sequence[mx.array]:
+        return mx.quantize(weight, **settings)
+
+    shadow = quantize(mx.zeros(tensor.shape, tensor.dtype))
+    parts = zip(("weight", "scales", "biases"), shadow, strict=False)
+    planned = tuple((f"{path}.{part}", array.shape, array.dtype) for part, array in parts)
+    return Output(planned, lambda: quantize(tensor.read()), tensor.source)

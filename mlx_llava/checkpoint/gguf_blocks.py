@@ -23,33 +23,22 @@ if TYPE_CHECKING:
 Words = npt.NDArray[np.uint16]
 Bytes = npt.NDArray[np.uint8]
 
-#: How much is worked on at a time: what stays in a processor's cache is several times faster.
-_BYTES_AT_ONCE = 1 << 18
-_NUMBERS_AT_ONCE = 1 << 18
 GROUP_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A type of blocks that MLX's quantisation says as well.
-
-    Attributes:
-        bits: of each code.
-        nbytes: of each block.
-        dtype: of scales and biases; float32 where a scale is the product of two numbers.
-        codes: words -> MLX's bytes, (rows, bytes).
-        affine: words -> scales and biases, (rows, groups) each.
-    """
+    """A type of blocks that MLX's quantisation says as well."""
 
     bits: int
-    nbytes: int
-    dtype: mx.Dtype
-    codes: Callable[[Words], Bytes]
-    affine: Callable[[Words], tuple[mx.array, mx.array]]
+    nbytes: int  # of a block
+    dtype: mx.Dtype  # of scales and biases; float32 where a scale is the product of two numbers
+    codes: Callable[[Words], Bytes]  # words -> MLX's bytes, (rows, bytes)
+    affine: Callable[[Words], tuple[mx.array, mx.array]]  # -> scales and biases, (rows, groups)
 
     def read_codes(self, data: Bytes) -> mx.array:
         """The codes (rows, inputs x bits / 32), uint32, of raw rows (rows, bytes)."""
-        parts = [self.codes(self._words(part)) for part in _parts(data, _BYTES_AT_ONCE)]
+        parts = [self.codes(self._words(part)) for part in _parts(data)]
         return mx.array(np.concatenate(parts).view(np.uint32))
 
     def read_affine(self, data: Bytes) -> tuple[mx.array, mx.array]:
@@ -66,23 +55,20 @@ def dequantize(data: Bytes, kind: GGMLQuantizationType, dtype: mx.Dtype) -> mx.a
     from gguf.quants import dequantize
 
     parts = []
-    for part in _parts(data, _NUMBERS_AT_ONCE):
+    for part in _parts(data):
         parts.append(mx.array(dequantize(part, kind)).astype(dtype))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 
 
-def _parts(data: Bytes, nbytes: int) -> Iterator[Bytes]:
-    """The rows, as many at a time as `nbytes` hold."""
-    step = max(1, nbytes // data.shape[1])
+def _parts(data: Bytes) -> Iterator[Bytes]:
+    """The rows, a few at a time: what stays in a processor's cache is several times faster."""
+    step = max(1, (1 << 18) // data.shape[1])
     return (data[start : start + step] for start in range(0, len(data), step))
 
 
 def _halves(packed: Words) -> Bytes:
-    """4-bit codes, of which each byte holds one of the first half and one of the second.
-
-    MLX's bytes hold two neighbours each, the first one low.
-    """
+    """4-bit codes of a first and a second half in each byte -> of two neighbours, as MLX's."""
     packed = np.ascontiguousarray(packed)
     low, high = packed & np.uint16(0x0F0F), packed >> np.uint16(4) & np.uint16(0x0F0F)
     codes = np.empty((*packed.shape[:-1], 2, packed.shape[-1]), np.uint8)
@@ -110,15 +96,10 @@ def _half(words: Words) -> mx.array:
     return mx.array(np.ascontiguousarray(words).view(np.float16))
 
 
-def _scaled(words: Words, zero: int) -> tuple[mx.array, mx.array]:
-    """A scale alone, and the code that stands for 0."""
+def _affine(words: Words, zero: int | None = None) -> tuple[mx.array, mx.array]:
+    """A scale and a minimum, or the code that stands for 0."""
     scales = _half(words[..., 0])
-    return scales, scales * -zero
-
-
-def _scaled_and_shifted(words: Words) -> tuple[mx.array, mx.array]:
-    """A scale and a minimum."""
-    return _half(words[..., 0]), _half(words[..., 1])
+    return scales, _half(words[..., 1]) if zero is None else scales * -zero
 
 
 def _q8_0_codes(words: Words) -> Bytes:
@@ -163,11 +144,11 @@ def _k_affine(words: Words) -> tuple[mx.array, mx.array]:
 
 #: By gguf's name of the type.
 BLOCKS: dict[str, Blocks] = {
-    "Q4_0": Blocks(4, 18, mx.float16, lambda w: _halves(w[..., 1:]), lambda w: _scaled(w, 8)),
-    "Q4_1": Blocks(4, 20, mx.float16, lambda w: _halves(w[..., 2:]), _scaled_and_shifted),
+    "Q4_0": Blocks(4, 18, mx.float16, lambda w: _halves(w[..., 1:]), lambda w: _affine(w, 8)),
+    "Q4_1": Blocks(4, 20, mx.float16, lambda w: _halves(w[..., 2:]), _affine),
     "Q4_K": Blocks(4, 144, mx.float32, _q4_k_codes, _k_affine),
-    "Q5_0": Blocks(5, 22, mx.float16, lambda w: _q5_codes(w[..., 1:]), lambda w: _scaled(w, 16)),
-    "Q5_1": Blocks(5, 24, mx.float16, lambda w: _q5_codes(w[..., 2:]), _scaled_and_shifted),
+    "Q5_0": Blocks(5, 22, mx.float16, lambda w: _q5_codes(w[..., 1:]), lambda w: _affine(w, 16)),
+    "Q5_1": Blocks(5, 24, mx.float16, lambda w: _q5_codes(w[..., 2:]), _affine),
     "Q5_K": Blocks(5, 176, mx.float32, _q5_k_codes, _k_affine),
-    "Q8_0": Blocks(8, 34, mx.float16, _q8_0_codes, lambda w: _scaled(w, 128)),
+    "Q8_0": Blocks(8, 34, mx.float16, _q8_0_codes, lambda w: _affine(w, 128)),
 }

@@ -30,12 +30,7 @@ def repack_folder(path: Path, data: dict[str, Any], found: Canonical) -> None:
     """MLX's layout for the layers of GPTQ and AWQ, if there are any; other codes are refused.
 
     Where a config speaks of codes and all weights are plain, they were dequantised, or would be
-    quantised by the program that loads them.
-
-    Args:
-        path (Path): The folder.
-        data (dict): Its config.json, which loses its ``quantization_config``.
-        found (Canonical): Its tensors; is changed.
+    quantised by the program that loads them; it loses its ``quantization_config``.
     """
     if any(name.endswith(".qweight") for name in found.tensors):
         beside = read_json((path if path.is_dir() else path.parent) / "quantize_config.json")
@@ -63,12 +58,7 @@ def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
 
 
 def repack(found: Canonical, config: Mapping[str, Any]) -> None:
-    """Repacks every GPTQ or AWQ layer; what MLX has no layout for becomes plain weights.
-
-    Args:
-        found (Canonical): Is changed.
-        config (dict): ``quantization_config`` or the content of quantize_config.json.
-    """
+    """Repacks every GPTQ or AWQ layer; what MLX has no layout for becomes plain weights."""
     for path in [n.removesuffix(".qweight") for n in found.tensors if n.endswith(".qweight")]:
         names = {part: f"{path}.{part}" for part in _PARTS if f"{path}.{part}" in found.tensors}
         if missing := {"qweight", "qzeros", "scales"} - names.keys():
@@ -79,21 +69,11 @@ def repack(found: Canonical, config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One packed layer.
-
-    Attributes:
-        parts: its tensors as found; scales are (groups, outputs).
-        is_awq: packed by AutoAWQ along the outputs, not by GPTQ along the inputs.
-        bits: of each code.
-        plus: what is added to a stored zero: GPTQ stores zero - 1, unless it says gptq_v2.
-        group_of: which group each input belongs to.
-    """
-
-    parts: Mapping[str, LazyTensor]
-    is_awq: bool
+    parts: Mapping[str, LazyTensor]  # as found; scales are (groups, outputs)
+    is_awq: bool  # packed by AutoAWQ along the outputs, not by GPTQ along the inputs
     bits: int
-    plus: int
-    group_of: npt.NDArray[np.int64]
+    plus: int  # what is added to a stored zero: GPTQ stores zero - 1, unless it says gptq_v2
+    group_of: npt.NDArray[np.int64]  # which group each input belongs to
 
     @classmethod
     def read(cls, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> _Layer:

@@ -41,14 +41,10 @@ class Source:
 
 
 def embedded_model() -> Path:
-    """The folder of the model that comes with the package.
-
-    Raises:
-        FileNotFoundError: The package was installed without it.
-    """
+    """The folder of the model that comes with the package."""
     package = Path(__file__).parent.parent
-    for place in (package, package.parent):
-        folder = place / "weights" / EMBEDDED
+    for parent in (package, package.parent):
+        folder = parent / "weights" / EMBEDDED
         if (folder / "config.json").exists():
             return folder
     raise FileNotFoundError(f"{package} came without its embedded model; name a model.")

@@ -102,11 +102,7 @@ def load(
 def load_opened(
     checkpoint: Checkpoint, image_mode: str | None = None, template: str | None = None
 ) -> tuple[Llava, Processor]:
-    """The model of a checkpoint, if memory holds it, and its processor.
-
-    Raises:
-        ValueError: A tensor is missing, unknown, or of another size than the config says.
-    """
+    """The model of a checkpoint, if memory holds it and it fits its config, and its processor."""
     processor = make_processor(checkpoint, image_mode, template)
     tensors = checkpoint.contents.tensors
     check_weights(sum(math.prod(t.shape) * t.dtype.size for t in tensors.values()))
@@ -137,11 +133,7 @@ def make_processor(
 
 
 def empty_model(checkpoint: Checkpoint) -> Llava:
-    """A model that has yet to get a checkpoint's tensors, quantised where their names say so.
-
-    Raises:
-        ValueError: The tensors are not those of the config.
-    """
+    """A model that has yet to get a checkpoint's tensors, and would take them all."""
     config, tensors = checkpoint.config, checkpoint.contents.tensors
     _check_depth(config, tensors)
     model = Llava(config)

@@ -37,6 +37,8 @@ PROJECTOR_FILE = "mm_projector.bin"
 #: What LLaVA's own training saves beside PEFT's file: the projector, and a tuned tower.
 _TRAINED = "non_lora_trainables.bin"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", MLX_WEIGHTS)
+#: Files of whole models.
+_MODELS = ("*.safetensors", "pytorch_model*.bin")
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 
 #: A part of PEFT's LoRA layer; the adapter's name ("default") may stand behind it.
@@ -74,18 +76,12 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one weight.
+    """The change of one weight."""
 
-    Attributes:
-        up: (O, R).
-        down: (R, I).
-        scale: what their product is multiplied by.
-        magnitude: DoRA's length of each row (O, 1) or column (1, I) of the changed weight.
-    """
-
-    up: LazyTensor
-    down: LazyTensor
-    scale: float
+    up: LazyTensor  # (O, R)
+    down: LazyTensor  # (R, I)
+    scale: float  # what their product is multiplied by
+    # DoRA's length of each row (O, 1) or column (1, I) of the changed weight.
     magnitude: LazyTensor | None = None
 
     def parts(self) -> list[LazyTensor]:
@@ -105,16 +101,10 @@ class LowRank:
 
 @dataclass
 class Lora:
-    """The content of a LoRA folder.
-
-    Attributes:
-        changes: of weights, by canonical name.
-        trained: tensors that replace the base's, by canonical name.
-        warnings: what its user should know.
-    """
+    """The content of a LoRA folder, by canonical name."""
 
     changes: dict[str, LowRank]
-    trained: dict[str, LazyTensor]
+    trained: dict[str, LazyTensor]  # tensors that replace the base's
     warnings: list[str] = field(default_factory=list)
 
     def check_tied(self, is_tied: bool) -> None:
@@ -144,11 +134,7 @@ def merge_lora(
 ) -> dict[str, LazyTensor]:
     """Adds a LoRA to its base; quantised weights that it changes become plain.
 
-    Args:
-        base (dict): Tensors by canonical name.
-        lora (Lora): What changes them.
-        quantization (dict, optional): MLX's settings of the base's layers.
-        beside (set of str): Weights that are not changed, as LoRA layers will do it.
+    Those named in `beside` stay as they are: they get LoRA layers.
     """
     result = dict(base)
     if not lora.changes and all(name.startswith(PROJECTOR) for name in lora.trained):
@@ -181,7 +167,13 @@ def is_adapter(path: Path) -> bool:
     files, has_config = adapter_files(path), (path / CONFIG).exists()
     if bool(files) == has_config:
         return has_config
-    return {*visible_files(path, "*.safetensors", "pytorch_model*.bin")} <= {*files}
+    return {*visible_files(path, *_MODELS)} <= {*files}
+
+
+def is_part(path: Path) -> bool:
+    """Whether a folder holds an adapter, or a projector and no model."""
+    is_projector = (path / PROJECTOR_FILE).exists() and not visible_files(path, *_MODELS)
+    return is_projector or is_adapter(path)
 
 
 def read_projector(path: Path) -> Lora:

@@ -12,25 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_llava.checkpoint import gptq, original
+from mlx_llava.checkpoint import gptq, lora, original
 from mlx_llava.checkpoint.contents import Contents
-from mlx_llava.checkpoint.folder import find_files, read_folder, visible_files
+from mlx_llava.checkpoint.folder import read_folder, visible_files
 from mlx_llava.checkpoint.gguf import read_gguf
 from mlx_llava.checkpoint.hub import Source, find_checkpoint
-from mlx_llava.checkpoint.lora import (
-    CONFIG,
-    PROJECTOR_FILE,
-    Lora,
-    is_adapter,
-    merge_lora,
-    read_adapter,
-    read_projector,
-)
 from mlx_llava.checkpoint.tensors import (
-    EMBEDDINGS,
-    LM_HEAD,
     PROJECTOR,
     LazyTensor,
     canonical_name,
@@ -45,21 +32,13 @@ from mlx_llava.model.config_checks import unknown_warning
 
 @dataclass
 class Checkpoint:
-    """A whole LLaVA, whose weights are still on disk.
-
-    Attributes:
-        contents: what was read, with the tensors that the config asks for.
-        config: its config.
-        tokenizer: its tokenizer.
-        eos_ids: ends of an answer.
-        template_doubt: why another template may be right than the one in its files or by names.
-    """
+    """A whole LLaVA, whose weights are still on disk."""
 
     contents: Contents
     config: LlavaConfig
     tokenizer: Tokenizer
-    eos_ids: tuple[int, ...]
-    template_doubt: str
+    eos_ids: tuple[int, ...]  # ends of an answer
+    template_doubt: str  # why another may be right than the one in its files or by its names
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -78,31 +57,12 @@ def open_checkpoint(source: Source) -> Checkpoint:
         guess = guess_template(config, contents.names)
         config, doubt = replace(config, conv_mode=guess.name), guess.doubt
     if not contents.has_placeholder:
-        config = _add_placeholder(contents, config)
+        text = replace(config.text_config, vocab_size=contents.add_placeholder())
+        config = replace(config, text_config=text)
     tokenizer = contents.tokenizer(config.image_token_index)
     if not config.conv_mode and not tokenizer.chat_template:
         doubt = guess_template(config).doubt
     return Checkpoint(contents, config, tokenizer, eos_ids, doubt)
-
-
-def _add_placeholder(contents: Contents, config: LlavaConfig) -> LlavaConfig:
-    """Gives the vocabulary a row for the placeholder, and more up to a multiple of 64.
-
-    llava-hf's own conversions do the same. transformers needs the row, although no one reads
-    it; the new rows are the mean of the old ones, whose logit is never the largest.
-    """
-    rows = config.text_config.vocab_size
-    padded = -(-(rows + 2) // 64) * 64
-
-    def pad(weight: mx.array) -> mx.array:
-        mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
-        new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
-        return mx.concatenate([weight, new])
-
-    for name in (f"{EMBEDDINGS}weight", f"{LM_HEAD}weight"):
-        if name in contents.tensors:
-            contents.tensors[name] = contents.tensors[name].then(pad)
-    return replace(config, text_config=replace(config.text_config, vocab_size=padded))
 
 
 def _read(path: Path, source: Source) -> Contents:
@@ -112,7 +72,7 @@ def _read(path: Path, source: Source) -> Contents:
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
     data = read_json((path if path.is_dir() else path.parent) / "config.json")
-    if path.is_file() or is_adapter(path) or _is_projector(path):
+    if path.is_file() or lora.is_part(path):
         return _read_part(path, data, source)
     is_original = original.recognise(path, data)
     if not data:
@@ -130,16 +90,6 @@ def _read(path: Path, source: Source) -> Contents:
         if value:
             raise ValueError(f"{path} is whole; the {option} {value} has no place in it.")
     return _read_hf(path, data, tensors, is_mlx)
-
-
-def _is_projector(path: Path) -> bool:
-    if not (path / PROJECTOR_FILE).exists():
-        return False
-    try:
-        find_files(path)
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def _read_hf(
@@ -169,15 +119,15 @@ def _read_hf(
 
 
 def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
-    is_lora = is_adapter(path)
+    is_lora = lora.is_adapter(path)
     kind = "LoRA" if is_lora else "projector"
     if not source.base:
-        base = read_json(path / CONFIG).get("base_model_name_or_path")
-        named = f" ({CONFIG} names {base})" if base else ""
+        base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
+        named = f" ({lora.CONFIG} names {base})" if base else ""
         raise ValueError(
             f"{path} is a {kind}; give the model that it belongs to with --base{named}."
         )
-    part = read_adapter(path) if is_lora else read_projector(path)
+    part = lora.read_adapter(path) if is_lora else lora.read_projector(path)
     folder = source.find(source.base)
     base_data = read_json(folder / "config.json")
     if original.is_original({**base_data, **data}):
@@ -200,11 +150,11 @@ def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
 
 
 def _read_on_original(
-    path: Path, data: dict[str, Any], part: Lora, folder: Path, source: Source
+    path: Path, data: dict[str, Any], part: lora.Lora, folder: Path, source: Source
 ) -> Contents:
     """A part on a LLaMA or an original LLaVA, whose vocabulary it was trained with."""
     base = canonical_tensors(*read_folder(folder)).tensors
-    merged = merge_lora(base, part)
+    merged = lora.merge_lora(base, part)
     contents = original.read_original(path, data, merged, source, tokenizer_folder=folder)
     contents.warnings += part.warnings
     has_projector = any(name.startswith(PROJECTOR) for name in base)

@@ -93,12 +93,7 @@ def read_original(
 ) -> Contents:
     """haotian-liu's layout: whole, or with a tower and a base from elsewhere.
 
-    Args:
-        path (Path): Where config.json is.
-        data (dict): Its content, and that of a base's.
-        tensors (dict): By any name; a base is in them already where it has a folder below.
-        source (Source): Where other parts are.
-        tokenizer_folder (Path, optional): The base that a part was put on.
+    Where a part was put on a base, `data` and `tensors` are of both, and its tokenizer is there.
     """
     found = canonical_tensors(tensors, is_mlx=False)
     gptq.repack_folder(path, data, found)

@@ -88,17 +88,11 @@ def write_arrays(
 
 @dataclass(frozen=True)
 class Output:
-    """Tensors to be written that are computed together, as a quantised layer's three are.
+    """Tensors to be written that are computed together, as a quantised layer's three are."""
 
-    Attributes:
-        tensors: name, shape and dtype of each.
-        compute: makes them, in the same order.
-        source: where they come from, for people.
-    """
-
-    tensors: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
-    compute: Callable[[], Sequence[mx.array]]
-    source: str
+    tensors: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]  # name, shape and dtype of each
+    compute: Callable[[], Sequence[mx.array]]  # makes them, in the same order
+    source: str  # where they come from, for people
 
     @property
     def nbytes(self) -> int:
@@ -114,13 +108,9 @@ def output(name: str, tensor: LazyTensor) -> Output:
 def write_weights(
     folder: Path, outputs: Sequence[Output], is_mlx: bool, progress: Callable[[int], object]
 ) -> None:
-    """Writes tensors one after the other, as one file or as shards with their index.
+    """Writes outputs one after the other, as one file or as shards with their index.
 
-    Args:
-        folder (Path): Where to.
-        outputs (list of Output): What; only one of them is in memory at a time.
-        is_mlx (bool): The tensors are in MLX's layout, not PyTorch's.
-        progress (callable): Is told the bytes of everything that is written.
+    Only one of them is in memory at a time; `progress` is told the bytes of each.
     """
     shards = _split(outputs)
     names = ["model.safetensors"]

@@ -56,12 +56,7 @@ def write_model(
 ) -> None:
     """Fills a model's folder: config.json last, without which nothing is loaded.
 
-    Args:
-        folder (Path): Is there.
-        outputs (list of Output): Weights, in PyTorch's layout unless the config has them quantised.
-        config (LlavaConfig): What config.json will say.
-        processor (Processor): What all other files will say.
-        progress (callable): See `write_weights`.
+    Weights are in PyTorch's layout, unless the config has them quantised.
     """
     write_weights(folder, outputs, is_mlx=config.quantization is not None, progress=progress)
     tokenizer = processor.tokenizer

@@ -67,19 +67,12 @@ ITEM_SIZES = {kind: np.dtype(stored).itemsize for kind, (_, stored) in FILE_DTYP
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor of a file, or what is computed from some.
+    """One tensor of a file, or what is computed from some."""
 
-    Attributes:
-        source: where it comes from, for people.
-        shape: its shape.
-        dtype: its MLX dtype.
-        read: reads or computes it; every call does it anew and keeps nothing.
-    """
-
-    source: str
+    source: str  # where it comes from, for people
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    read: Callable[[], mx.array]
+    read: Callable[[], mx.array]  # reads or computes it, every time anew, and keeps nothing
 
     def then(self, change: Callable[[mx.array], mx.array]) -> LazyTensor:
         """This tensor after a change by MLX operations; shape and dtype follow from it."""
@@ -123,16 +116,11 @@ def map_values(path: Path, offset: int, count: int, kind: str) -> npt.NDArray[An
 
 @dataclass
 class Canonical:
-    """Tensors under their canonical names, in MLX's layout.
-
-    Attributes:
-        tensors: by canonical name.
-        dropped: what was left out: source -> reason.
-        layers: bits and group_size of layers whose codes were another program's.
-    """
+    """Tensors under their canonical names, in MLX's layout."""
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)  # what was left out: source -> reason
+    # Bits and group_size of layers whose codes were another program's.
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def quantization(self) -> dict[str, Any]:
@@ -153,9 +141,7 @@ def canonical_name(key: str) -> str:
 def canonical_tensors(tensors: Mapping[str, LazyTensor], is_mlx: bool) -> Canonical:
     """Renames tensors, drops what is no weight, and lays out the patch convolution for MLX.
 
-    Args:
-        tensors (dict): As found, by key.
-        is_mlx (bool): The files are MLX's own; decides between (O, 3, 3, 3) and itself.
+    That the files are MLX's own decides between (O, 3, 3, 3) and itself.
     """
     result = Canonical()
     for key, tensor in tensors.items():
@@ -183,13 +169,7 @@ def to_torch_layout(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 def plain_layer(
     tensors: dict[str, LazyTensor], path: str, quantization: Mapping[str, Any] | None
 ) -> None:
-    """Puts a plain weight in place of a layer's codes, in the precision of their scales.
-
-    Args:
-        tensors (dict): By canonical name; is changed, unless the layer is plain already.
-        path (str): The layer.
-        quantization (dict): MLX's settings, `quantized.layer_settings`.
-    """
+    """Puts a plain weight in place of a layer's codes, if it has some, in their scales' dtype."""
     if f"{path}.scales" not in tensors:
         return
     parts = [f"{path}.{part}" for part in ("weight", "scales", "biases")]

@@ -15,9 +15,8 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -53,15 +52,13 @@ _MAX_PICKLE_BYTES = 256 << 20
 _MAX_REPEATED = 1 << 20
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
     kind: str
-    count: int
+    size: int  # in values
 
 
-@dataclass(frozen=True)
-class _View:
+class _View(NamedTuple):
     """A tensor: where it begins in its storage, and its steps, in values."""
 
     storage: _Storage
@@ -73,27 +70,21 @@ class _View:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
     """torch._utils._rebuild_tensor_v2."""
     numbers = [offset, *shape, *strides]
-    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("it describes a tensor that cannot be")
-    if len(shape) != len(strides):
+    is_sensible = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
+    if not isinstance(storage, _Storage) or not is_sensible:
         raise ValueError("it describes a tensor that cannot be")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and last >= storage.count:
-        raise ValueError(f"a tensor reaches to value {last} of the {storage.count} it has")
-    if math.prod(shape) > max(storage.count, _MAX_REPEATED):
-        raise ValueError(f"it blows {storage.count} values up to a tensor of {tuple(shape)}")
+    if 0 not in shape and last >= storage.size:
+        raise ValueError(f"a tensor reaches to value {last} of the {storage.size} it has")
+    if math.prod(shape) > max(storage.size, _MAX_REPEATED):
+        raise ValueError(f"it blows {storage.size} values up to a tensor of {tuple(shape)}")
     return _View(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    """torch._utils._rebuild_parameter."""
-    return data
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     **{("torch", name): kind for name, kind in _STORAGES.items()},
 }
 
@@ -123,20 +114,14 @@ def _unpickle(data: bytes) -> Any:
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a .bin or .pt file by name; their values stay on disk until read.
 
-    Args:
-        path (Path): A file that torch.save wrote of a state dict, or of a dict that holds one
-            under ``state_dict`` or ``model``.
+    It is torch.save's of a state dict, or of a dict with one as ``state_dict`` or ``model``.
     """
     try:
         state, offsets = _read_zip(path)
         return {key: _lazy(path, key, view, offsets) for key, view in _tensors(state).items()}
     except RecursionError as error:
         raise ValueError(f"{path} is refused: its pickle is nested too deep.") from error
-    except (
-        *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, MemoryError),
-        *(OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
-        *(RuntimeError, AssertionError, OSError),
-    ) as error:
+    except Exception as error:  # a pickle can bring about most of Python's
         raise ValueError(f"{path} is refused: {error}.") from error
 
 
@@ -191,7 +176,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
     def offset_of(storage: _Storage) -> int:
         name = f"{root}data/{storage.key}"
         info = stored.get(name)
-        size = storage.count * ITEM_SIZES[storage.kind]
+        size = storage.size * ITEM_SIZES[storage.kind]
         if info is None or info.file_size != size or info.compress_size != size:
             raise ValueError(f"{name} in it is missing, compressed, or not {size:,} bytes long")
         return _data_offset(path, info)

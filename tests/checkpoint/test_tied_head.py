@@ -10,8 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.checkpoint.convert import convert
-from mlx_llava.checkpoint.quantize import Quantization
+from mlx_llava.checkpoint.convert import Quantization, convert
 from mlx_llava.checkpoint.save import save
 from tests.conftest import load_as_stored as load
 

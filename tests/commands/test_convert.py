@@ -24,9 +24,9 @@ from mlx.utils import tree_flatten
 
 import mlx_llava
 from mlx_llava import convert
+from mlx_llava.checkpoint.convert import Quantization
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.open import open_checkpoint
-from mlx_llava.checkpoint.quantize import Quantization
 from mlx_llava.checkpoint.verify import compare
 from mlx_llava.folders import _write_manifest
 from mlx_llava.fuse import main as fuse

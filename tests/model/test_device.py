@@ -15,7 +15,7 @@ import pytest
 from mlx_llava import cli, convert, generate, load, stream_generate
 from mlx_llava.analysis import machine
 from mlx_llava.checkpoint import precision
-from mlx_llava.checkpoint.quantize import Quantization
+from mlx_llava.checkpoint.convert import Quantization
 from mlx_llava.generation import memory
 from mlx_llava.model import device
 from mlx_llava.model.cache import make_cache, nbytes
