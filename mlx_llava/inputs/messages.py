@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
+from mlx_llava.inputs.image import ImageSource
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.json_files import field
 
@@ -40,8 +41,8 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 def read_messages(
-    conversation: Conversation, images: Sequence[Any], protect: Callable[..., str]
-) -> tuple[list[Message], list[Any]]:
+    conversation: Conversation, images: Sequence[ImageSource], protect: Callable[..., str]
+) -> tuple[list[Message], list[ImageSource]]:
     """Reads a question or a conversation, and puts every image in its place.
 
     Content in parts has its images in parts: ``{"type": "image_url", "image_url": {"url": ...}}``,
@@ -61,11 +62,11 @@ def read_messages(
     turns = [{"role": "user", "content": conversation}] if is_question else conversation
     beside = iter(images)
     messages: list[Message] = []
-    used: list[Any] = []
+    used: list[ImageSource] = []
     for turn in turns:
-        message, own = _read(turn, beside, protect)
+        message, sources = _read(turn, beside, protect)
         messages.append(message)
-        used += own
+        used += sources
     unplaced = list(beside)
     first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if unplaced and first is not None and IMAGE_TOKEN not in messages[first].text:
@@ -78,8 +79,8 @@ def read_messages(
 
 
 def _read(
-    turn: Any, beside: Iterator[Any], protect: Callable[..., str]
-) -> tuple[Message, list[Any]]:
+    turn: Any, beside: Iterator[ImageSource], protect: Callable[..., str]
+) -> tuple[Message, list[ImageSource]]:
     """A message, and its images in order."""
     if isinstance(turn, Message):
         return replace(turn, text=protect(turn.text)), [*islice(beside, turn.images)]
@@ -92,7 +93,7 @@ def _read(
     if not isinstance(content, Sequence):
         raise ValueError(f"Content must be a text or a list of parts; found {content!r:.80}.")
     texts: list[str] = []
-    images: list[Any] = []
+    images: list[ImageSource] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
@@ -106,7 +107,7 @@ def _read(
     return Message(role, "\n".join(texts), len(images)), images
 
 
-def _part_image(kind: Any, part: Any) -> Any:
+def _part_image(kind: object, part: Mapping[str, Any]) -> ImageSource | None:
     """The image of a part; None for the next of those beside the conversation."""
     if kind == "image":
         keys = ("image", "url", "path")

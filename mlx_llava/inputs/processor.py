@@ -147,11 +147,11 @@ class Processor:
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
         started = time.perf_counter()
         texts: list[str] = []
-        sources: list[Any] = []
+        sources: list[ImageSource] = []
         for conversation, beside in _rows(prompt, images):
-            text, own = self._render(conversation, beside, raw, system, image_position)
+            text, ordered = self._render(conversation, beside, raw, system, image_position)
             texts.append(text)
-            sources += own
+            sources += ordered
         loaded = [load_image(source) for source in sources]
         sizes = tuple((image.height, image.width) for image in loaded)
         counts = tuple(map(self.image_processor.num_tokens, sizes))
@@ -170,7 +170,9 @@ class Processor:
             image_processor=self.image_processor,
         )
 
-    def count_tokens(self, conversation: Conversation, images: Any = None) -> int:
+    def count_tokens(
+        self, conversation: Conversation, images: ImageSource | Sequence[ImageSource] | None = None
+    ) -> int:
         """How many tokens a prompt takes; its images are read, but not made pixels."""
         text, sources = self._render(conversation, as_list(images))
         sizes = ((image.height, image.width) for image in map(load_image, sources))
@@ -180,11 +182,11 @@ class Processor:
     def _render(
         self,
         conversation: Conversation,
-        images: list[Any],
+        images: Sequence[ImageSource],
         raw: bool = False,
         system: str | None = None,
         image_position: str = "start",
-    ) -> tuple[str, list[Any]]:
+    ) -> tuple[str, Sequence[ImageSource]]:
         """The prompt's text, and what its marks stand for."""
         if raw:
             if not isinstance(conversation, str):
@@ -264,17 +266,17 @@ class Processor:
         return self.tokenizer.unprotect(bos + first + folded)
 
 
-def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[Any]]]:
+def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[ImageSource]]]:
     """Each prompt with its own images: one, or the rows of a batch."""
     if isinstance(prompt, str) or all(isinstance(turn, (Mapping, Message)) for turn in prompt):
         return [(prompt, as_list(images))]
     per_row = [None] * len(prompt) if images is None else as_list(images)
     if len(per_row) != len(prompt):
         raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
-    return [(row, as_list(own)) for row, own in zip(prompt, per_row, strict=True)]
+    return [(row, as_list(beside)) for row, beside in zip(prompt, per_row, strict=True)]
 
 
-def as_list(images: Any) -> list[Any]:
+def as_list(images: Any) -> list[ImageSource]:
     """One image, several or none, as a list."""
     if images is None:
         return []
