@@ -130,7 +130,7 @@ MUTATIONS = (
     ("what begins a turn ends answers", "inputs/chat_template", "mark.match(between[:opening])", "mark.match(between)"),
     ("Mistral called LLaMA is a Vicuna", "inputs/templates", '== "mistral" or has_mistral_sizes', '== "mistral"'),
     ("pictures left where they are", "tuner/samples", 'text.replace(IMAGE_TOKEN, "").strip()', "text"),
-    ("system texts not learned", "tuner/samples", "return [*system, *messages]", "return messages"),
+    ("system texts not learned", "tuner/samples", "[*_system(texts), *messages]", "messages"),
     ("pictures without marks lost", "tuner/samples", "if names and not marks:", "if False:"),
     ("videos passed over", "tuner/samples", "        if entry.get(key):\n", "        if False:\n"),
     ("unread keys not named", "tuner/samples", "if k not in read and value and isinstance(value, kinds)", "if False"),

@@ -165,8 +165,9 @@ def _read_sample(entry: Any, image_folder: Path) -> tuple[list[Message], list[Pa
         raise UnusableError("not an object")
     _refuse_unsupported(entry)
     turns = [_read_turn(turn) for turn in entry[_turns_key(entry)]]
-    told = [turns.pop(0)[0].text] if turns and turns[0][0].role == "system" else []
-    system = _system([*(entry[key] for key in _SYSTEM_KEYS if entry.get(key)), *told])
+    texts = [entry[key] for key in _SYSTEM_KEYS if entry.get(key)]
+    if turns and turns[0][0].role == "system":
+        texts.append(turns.pop(0)[0].text)
     while turns and turns[0][0].role == "assistant":
         del turns[0]
     messages = [message for message, _ in turns]
@@ -177,7 +178,8 @@ def _read_sample(entry: Any, image_folder: Path) -> tuple[list[Message], list[Pa
     names = _image_names(entry)
     if names and not marks:
         messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
-    return [*system, *messages], [_find(name, image_folder) for name in _named(marks, names)]
+    paths = [_find(name, image_folder) for name in _named(marks, names)]
+    return [*_system(texts), *messages], paths
 
 
 def _system(texts: Sequence[Any]) -> list[Message]:
@@ -194,10 +196,11 @@ def _system(texts: Sequence[Any]) -> list[Message]:
 def _named(marks: Sequence[str | None], names: Sequence[str]) -> Sequence[str]:
     """The names of a sample's images: those in its turns, and for the others those beside it."""
     inside = [name for name in marks if name is not None]
-    if len(inside) == len(marks) and names in ([], inside):
+    open_marks = len(marks) - len(inside)
+    if not open_marks and names in ([], inside):
         return inside
-    if len(marks) - len(inside) != len(names):
-        detail = f"{len(marks) - len(inside)} marks, {len(names)} images"
+    if open_marks != len(names):
+        detail = f"{open_marks} marks, {len(names)} images"
         raise UnusableError("marks and images differ in number", detail)
     beside = iter(names)
     return [next(beside) if name is None else name for name in marks]
