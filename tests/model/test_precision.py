@@ -19,7 +19,7 @@ hf = pytest.importorskip("transformers")
 tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import convert  # noqa: E402
-from mlx_llava.checkpoint.quantize import Quantization  # noqa: E402
+from mlx_llava.checkpoint.convert import Quantization  # noqa: E402
 from mlx_llava.generation.batch import BatchGenerator, run  # noqa: E402
 from mlx_llava.generation.sampling import Options  # noqa: E402
 from mlx_llava.model.device import on_cpu  # noqa: E402
