@@ -7,7 +7,6 @@ All sizes are (height, width). LLaVA-NeXT: mm_utils.py and llava_arch.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TypeAlias
 
 from mlx_llava.model.config import LlavaConfig
@@ -18,16 +17,16 @@ Size: TypeAlias = tuple[int, int]
 MODES = ("crop", "pad", "anyres")
 
 
-def select_best_resolution(size: Size, pinpoints: Sequence[Size], convention: str) -> Size:
-    """Picks the anyres canvas that keeps most of the image and wastes least (mm_utils.py).
+def canvas_size(size: Size, config: LlavaConfig) -> Size:
+    """The canvas that keeps most of an image and wastes least, in pixels (mm_utils.py).
 
     The original code reads the pinpoints as (width, height), Hugging Face as (height, width);
     with the usual symmetric list they differ where both sides are at most one tile.
     """
-    height, width = size
+    (height, width), pinpoints = size, config.image_grid_pinpoints
     best, most_kept, least_wasted = pinpoints[0], 0, math.inf
     for pinpoint in pinpoints:
-        rows, columns = pinpoint if convention == "hf" else pinpoint[::-1]
+        rows, columns = pinpoint if config.anyres_convention == "hf" else pinpoint[::-1]
         scale = min(columns / width, rows / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         wasted = rows * columns - kept
@@ -36,35 +35,28 @@ def select_best_resolution(size: Size, pinpoints: Sequence[Size], convention: st
     return best
 
 
-def unpadded_grid(size: Size, grid: Size, convention: str) -> tuple[slice, slice]:
-    """The rows and columns of an anyres feature grid that show image, not padding.
-
-    The original truncates the scaled side (llava_arch.py, unpad_image); Hugging Face first
-    rounds it to 7 digits, which differs where floating point falls just short of an integer.
-    """
-    (height, width), (rows, columns) = size, grid
-
-    def padding(full: int, side: int, scale: float) -> int:
-        kept = side * scale
-        return (full - int(round(kept, 7) if convention == "hf" else kept)) // 2
-
-    if width / height > columns / rows:
-        skip = padding(rows, height, columns / width)
-        return slice(skip, rows - skip), slice(0, columns)
-    skip = padding(columns, width, rows / height)
-    return slice(0, rows), slice(skip, columns - skip)
-
-
-def canvas_size(size: Size, config: LlavaConfig) -> Size:
-    """The canvas, in pixels, on which a model wants an image of (height, width)."""
-    return select_best_resolution(size, config.image_grid_pinpoints, config.anyres_convention)
-
-
 def grid_size(size: Size, config: LlavaConfig) -> Size:
     """Rows and columns of the anyres feature grid of an image of (height, width)."""
     canvas = canvas_size(size, config)
     side, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     return canvas[0] // side * patches, canvas[1] // side * patches
+
+
+def unpadded_grid(size: Size, config: LlavaConfig) -> tuple[slice, slice]:
+    """The rows and columns of an anyres feature grid that show image, not padding.
+
+    The original truncates the scaled side (llava_arch.py, unpad_image); Hugging Face first
+    rounds it to 7 digits, which differs where floating point falls just short of an integer.
+    """
+    (height, width), (rows, columns) = size, grid_size(size, config)
+
+    def middle(full: int, kept: float) -> slice:
+        skip = (full - int(round(kept, 7) if config.anyres_convention == "hf" else kept)) // 2
+        return slice(skip, full - skip)
+
+    if width / height > columns / rows:
+        return middle(rows, height * (columns / width)), slice(0, columns)
+    return slice(0, rows), middle(columns, width * (rows / height))
 
 
 def num_tiles(size: Size, config: LlavaConfig) -> int:
@@ -78,5 +70,5 @@ def num_tokens(size: Size, config: LlavaConfig) -> int:
     tile = config.tokens_per_tile
     if config.mm_patch_merge_type != "spatial_unpad":
         return tile * (1 + num_tiles(size, config))
-    rows, columns = unpadded_grid(size, grid_size(size, config), config.anyres_convention)
+    rows, columns = unpadded_grid(size, config)
     return tile + (rows.stop - rows.start) * (columns.stop - columns.start + 1)

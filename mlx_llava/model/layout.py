@@ -52,13 +52,13 @@ def _lay_out_tiles(
     if config.mm_patch_merge_type == "flat":
         return tiles.flatten(0, 1)
     patches = config.vision_config.patches_per_side
-    rows, columns = grid = grid_size(size, config)
+    rows, columns = grid_size(size, config)
     shape = (rows // patches, columns // patches, patches, patches, -1)
     whole = tiles[1:].reshape(shape).transpose(0, 2, 1, 3, 4)
     whole = whole.reshape(rows, columns, -1)  # (rows, columns, D)
     if newline is None:
         return mx.concatenate([tiles[0], whole.flatten(0, 1)])
-    shown = whole[unpadded_grid(size, grid, config.anyres_convention)]
+    shown = whole[unpadded_grid(size, config)]
     return mx.concatenate([tiles[0], _lines(shown, newline)])  # (tokens, D)
 
 
