@@ -17,6 +17,7 @@ TESTS = (
         "tests/model/test_goldens.py",
         "tests/model/test_oracle.py",
         "tests/model/test_graphs.py",
+        "tests/model/test_precision.py",
         "tests/inputs/test_image_processor.py",
     ),
     *(
@@ -306,7 +307,10 @@ MUTATIONS = (
     ("marks that are words of the user's", "inputs/tokenizer", "special = {IMAGE_TOKEN, *_named_special(config)}", "special = {IMAGE_TOKEN}"),
     ("16 bits made wider", "model/llama", "x = self.gate(self.gate_proj(x), self.up_proj(x))", "x = self.gate(self.gate_proj(x).astype(mx.float32), self.up_proj(x)).astype(x.dtype)"),
     ("a kernel more for each layer of the tower", "model/clip", "return x + self.mlp(self.layer_norm2(x))", "return x + 1 * self.mlp(self.layer_norm2(x))"),
-    ("the host waits for every step", "generation/steps", "mx.async_eval(token, logprobs)", "mx.eval(token, logprobs)"),
+    ("the host waits for every step", "generation/steps", "mx.async_eval(choice)", "mx.eval(choice)"),
+    ("another gate where NumPy is not", "model/layers", "return nn.silu(gate) * up", "return nn.gelu(gate) * up"),
+    ("another activation where NumPy is not", "model/layers", "return nn.gelu_fast_approx(x)", "return nn.gelu_approx(x)"),
+    ("log-probabilities in 16 bits", "generation/steps", "    logits = logits.astype(mx.float32)\n    return logits -", "    return logits -"),
 )  # fmt: skip
 
 
