@@ -39,7 +39,10 @@ class Contents:
         key, text = "tie_word_embeddings", self.settings.get("text_config") or {}
         if True not in (self.settings.get(key), text.get(key)):
             return
-        head, embedding = _layer(self.tensors, LM_HEAD), _layer(self.tensors, EMBEDDINGS)
+        head, embedding = (
+            {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+            for prefix in (LM_HEAD, EMBEDDINGS)
+        )
         tied = not head or not embedding or _same(head, embedding)
         if not tied:
             self.warnings.append(
@@ -103,10 +106,6 @@ def preprocessing(mode: str, side: int) -> dict[str, Any]:
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
     }
-
-
-def _layer(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
-    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 
 
 def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:

@@ -16,16 +16,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.checkpoint.contents import Contents
+from mlx_llava.checkpoint.contents import Contents, preprocessing
 from mlx_llava.checkpoint.folder import check_download, visible_files
 from mlx_llava.checkpoint.gguf_blocks import BLOCKS, GROUP_SIZE, Bytes, dequantize
-from mlx_llava.checkpoint.gguf_config import (
-    read_config,
-    read_ends,
-    read_image_processor,
-    read_tokenizer,
-    value,
-)
+from mlx_llava.checkpoint.gguf_config import read_config, read_tokenizer, value
 from mlx_llava.checkpoint.tensors import (
     FILE_DTYPES,
     TOWER,
@@ -140,34 +134,48 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
     settings = read_config(text, vision)
     spec, tokenizer_config, warnings = read_tokenizer(text)
     template = tokenizer_config.get("chat_template")
-    found = Canonical()
-    for tensor in text.tensors:
-        rows = _row_order(tensor, settings["text_config"])
-        _add(found, path, tensor, _rename(tensor.name), rows)
-    for tensor in vision.tensors:
-        name = _vision_name(tensor, settings["vision_config"]["hidden_size"])
-        _add(found, mmproj, tensor, name, keep_quantised=False)
-    tensors = canonical_tensors(found.tensors, is_mlx=False).tensors
-    if f"{TOWER}post_layernorm.weight" not in tensors:  # LLaVA never applies it
-        like = tensors[f"{TOWER}pre_layrnorm.weight"]
-        tensors[f"{TOWER}post_layernorm.weight"] = like.then(lambda w: w * 0 + 1)
-        tensors[f"{TOWER}post_layernorm.bias"] = like.then(lambda w: w * 0)
+    found = _read_tensors((path, text), (mmproj, vision), settings)
     if found.layers:
         settings["quantization"] = found.quantization()
+    mode = "anyres" if settings["model_type"] == "llava_next" else "pad"  # as the original
+    processing = {
+        **preprocessing(mode, settings["vision_config"]["image_size"]),
+        "image_mean": value(vision, "clip.vision.image_mean"),
+        "image_std": value(vision, "clip.vision.image_std"),
+    }
+    ends = [value(text, f"tokenizer.ggml.{end}_token_id") for end in ("eot", "eom")]
     has_row = settings["image_token_index"] != settings["text_config"]["vocab_size"]
     return Contents(
         layout="GGUF pair",
         settings=settings,
-        tensors=tensors,
+        tensors=found.tensors,
         tokenizer=partial(Tokenizer, spec, tokenizer_config, chat_template=template),
-        image_processor=read_image_processor(vision, settings),
-        eos_ids=read_ends(text),
+        image_processor=processing,
+        eos_ids=[end for end in ends if end is not None],
         names=None if template else f"{path.name} {settings['_name_or_path']}",
         has_placeholder=has_row or bool(found.layers),
         dropped=found.dropped,
         warnings=warnings,
         read_from=[mmproj],
     )
+
+
+def _read_tensors(
+    decoder: tuple[Path, GGUFReader], tower: tuple[Path, GGUFReader], settings: Mapping[str, Any]
+) -> Canonical:
+    found = Canonical()
+    for tensor in decoder[1].tensors:
+        rows = _row_order(tensor, settings["text_config"])
+        _add(found, decoder[0], tensor, _rename(tensor.name), rows)
+    for tensor in tower[1].tensors:
+        name = _vision_name(tensor, settings["vision_config"]["hidden_size"])
+        _add(found, tower[0], tensor, name, keep_quantised=False)
+    found.tensors = canonical_tensors(found.tensors, is_mlx=False).tensors
+    if f"{TOWER}post_layernorm.weight" not in found.tensors:  # LLaVA never applies it
+        like = found.tensors[f"{TOWER}pre_layrnorm.weight"]
+        found.tensors[f"{TOWER}post_layernorm.weight"] = like.then(lambda w: w * 0 + 1)
+        found.tensors[f"{TOWER}post_layernorm.bias"] = like.then(lambda w: w * 0)
+    return found
 
 
 def _rename(name: str) -> str | None:

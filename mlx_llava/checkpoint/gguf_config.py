@@ -6,12 +6,10 @@ tools/mtmd/clip.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_llava.checkpoint.contents import preprocessing
 from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
 from mlx_llava.inputs.vocabulary import (
     NORMAL,
@@ -25,21 +23,12 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _LLAMA_3_BEGIN = "<|begin_of_text|>"
-#: Keys that change the maths, and the values with which they do not.
-_NEUTRAL: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(
-        """
-        attention.clamp_kqv attention.max_alibi_bias attention.scale attn_logit_softcapping
-        expert_count final_logit_softcapping nextn_predict_layers
-        """.split(),
-        (0,),
-    ),
-    **dict.fromkeys(
-        """
-        embedding_scale logit_scale residual_scale rope.scaling.alpha rope.scaling.attn_factor
-        """.split(),
-        (0, 1),
-    ),
+#: Values with which keys that change the maths do not.
+_NEUTRAL = {
+    (0,): "attention.clamp_kqv attention.max_alibi_bias attention.scale attn_logit_softcapping "
+    "expert_count final_logit_softcapping nextn_predict_layers",
+    (0, 1): "embedding_scale logit_scale residual_scale rope.scaling.alpha "
+    "rope.scaling.attn_factor",
 }
 
 
@@ -63,7 +52,6 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
     if value(vision, "clip.use_silu"):
         raise ValueError("The tower's activation is SiLU, expected CLIP's GELU.")
     pairs = value(vision, "clip.vision.image_grid_pinpoints")
-    text_names = {tensor.name for tensor in text.tensors}
     layers = number(vision, "clip.vision.block_count")
     rows = next((int(t.shape[1]) for t in text.tensors if t.name == "token_embd.weight"), None)
     if rows is None:
@@ -77,7 +65,7 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
         "model_type": "llava" if pairs is None else "llava_next",
         "text_config": {"vocab_size": rows, **_read_text(text)},
         "vision_config": _read_vision(vision),
-        "tie_word_embeddings": "output.weight" not in text_names,
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in text.tensors),
         # Most vocabularies have no placeholder; then it is an id that no row belongs to.
         "image_token_index": tokens.index(IMAGE_TOKEN) if IMAGE_TOKEN in tokens else rows,
         # Legacy files dropped the last of CLIP-L's 24 layers: what is stored is all run.
@@ -94,9 +82,10 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
 
 
 def _read_text(text: GGUFReader) -> dict[str, Any]:
-    for key, neutral in _NEUTRAL.items():
-        if (found := value(text, f"llama.{key}", 0)) not in neutral:
-            raise ValueError(f"llama.{key}={found!r} is not supported.")
+    for neutral, keys in _NEUTRAL.items():
+        for key in keys.split():
+            if (found := value(text, f"llama.{key}", 0)) not in neutral:
+                raise ValueError(f"llama.{key}={found!r} is not supported.")
     names = {tensor.name for tensor in text.tensors}
     heads = number(text, "llama.attention.head_count")
     width = number(text, "llama.embedding_length")
@@ -156,18 +145,7 @@ def _read_vision(vision: GGUFReader) -> dict[str, Any]:
         "layer_norm_eps": "attention.layer_norm_epsilon",
     }
     config = {name: number(vision, f"clip.vision.{key}") for name, key in sizes.items()}
-    is_gelu = value(vision, "clip.use_gelu")
-    return {**config, "hidden_act": "gelu" if is_gelu else "quick_gelu"}
-
-
-def read_image_processor(vision: GGUFReader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A preprocessor_config.json; LLaVA 1.5 pads, as the original does."""
-    mode = "anyres" if config["model_type"] == "llava_next" else "pad"
-    return {
-        **preprocessing(mode, config["vision_config"]["image_size"]),
-        "image_mean": value(vision, "clip.vision.image_mean"),
-        "image_std": value(vision, "clip.vision.image_std"),
-    }
+    return {**config, "hidden_act": "gelu" if value(vision, "clip.use_gelu") else "quick_gelu"}
 
 
 def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -210,9 +188,3 @@ def read_tokenizer(text: GGUFReader) -> tuple[dict[str, Any], dict[str, Any], li
     if template := value(text, "tokenizer.chat_template"):
         config["chat_template"] = template
     return spec, config, warnings
-
-
-def read_ends(text: GGUFReader) -> list[int]:
-    """Ends of a turn and of a message, beside the end of text."""
-    ends = (value(text, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
-    return [end for end in ends if end is not None]

@@ -38,23 +38,14 @@ def repack_folder(path: Path, data: dict[str, Any], found: Canonical) -> None:
         return
     settings = data.get("quantization_config")
     if isinstance(settings, Mapping) and "quant_method" in settings:
-        _refuse_codes(found.tensors, settings["quant_method"])
+        for name, tensor in found.tensors.items():
+            is_codes = name.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating)
+            if is_codes or ".weight_" in name or ".weight." in name:
+                raise ValueError(
+                    f"The weights are quantised with {settings['quant_method']!r} ({name}), which "
+                    "is not read; take the checkpoint in 16 bits, and quantise it with convert -q."
+                )
         del data["quantization_config"]
-
-
-def _refuse_codes(tensors: Mapping[str, LazyTensor], method: str) -> None:
-    codes = [
-        name
-        for name, tensor in tensors.items()
-        if ".weight_" in name
-        or ".weight." in name
-        or (name.endswith(".weight") and not mx.issubdtype(tensor.dtype, mx.floating))
-    ]
-    if codes:
-        raise ValueError(
-            f"The weights are quantised with {method!r} ({codes[0]}), which is not read; take the "
-            "checkpoint in 16 bits, and quantise it with convert -q."
-        )
 
 
 def repack(found: Canonical, config: Mapping[str, Any]) -> None:

@@ -144,10 +144,7 @@ def empty_model(checkpoint: Checkpoint) -> Llava:
 
 
 def _check_depth(config: LlavaConfig, names: Iterable[str]) -> None:
-    """Raises ValueError where a file has more or fewer layers than its config says.
-
-    Before a model of that many layers is built, which could take forever.
-    """
+    """Before a model of as many layers is built as a config says, which could take forever."""
     for part, prefix, expected in (
         ("text_config", "language_model.model.layers.", config.text_config.num_hidden_layers),
         ("vision_config", f"{TOWER}encoder.layers.", config.vision_config.num_hidden_layers),
@@ -203,10 +200,8 @@ def _some(items: list[str], limit: int = 4) -> str:
 
 
 def _device(name: str | None) -> mx.DeviceType | None:
-    if name is None:
-        return None
-    if name not in ("cpu", "gpu"):
+    if name not in (None, "cpu", "gpu"):
         raise ValueError(f"There is no device {name!r}; known: cpu, gpu.")
     if name == "gpu" and not mx.is_available(mx.gpu):
         raise ValueError("This MLX has no GPU; leave --vision-device away or use cpu.")
-    return mx.cpu if name == "cpu" else mx.gpu
+    return {None: None, "cpu": mx.cpu, "gpu": mx.gpu}[name]

@@ -84,10 +84,6 @@ class LowRank:
     # DoRA's length of each row (O, 1) or column (1, I) of the changed weight.
     magnitude: LazyTensor | None = None
 
-    def parts(self) -> list[LazyTensor]:
-        """Its tensors, in the order of `add_low_rank`."""
-        return [self.up, self.down, *([self.magnitude] if self.magnitude else [])]
-
     def check_shape(self, name: str, shape: tuple[int, ...] | None) -> None:
         """Raises ValueError unless it can change a weight of that shape."""
         if shape is None:
@@ -116,7 +112,7 @@ class Lora:
             )
 
 
-def add_low_rank(arrays: list[mx.array], scale: float) -> mx.array:
+def _add_low_rank(arrays: list[mx.array], scale: float) -> mx.array:
     """A weight and the parts of its change -> their sum, computed in float32."""
     weight, up, down, *magnitude = (array.astype(mx.float32) for array in arrays)
     weight = weight + scale * (up @ down)
@@ -137,7 +133,7 @@ def merge_lora(
     Those named in `beside` stay as they are: they get LoRA layers.
     """
     result = dict(base)
-    if not lora.changes and all(name.startswith(PROJECTOR) for name in lora.trained):
+    if lora.trained and not lora.changes and all(n.startswith(PROJECTOR) for n in lora.trained):
         # Another projector may have fewer layers.
         result = {name: t for name, t in base.items() if not name.startswith(PROJECTOR)}
     for name, tensor in lora.trained.items():
@@ -150,8 +146,8 @@ def merge_lora(
         plain_layer(result, name.removesuffix(".weight"), quantization)
         weight = result.get(name)
         change.check_shape(name, weight.shape if weight else None)
-        compute = partial(add_low_rank, scale=change.scale)
-        result[name] = combine([result[name], *change.parts()], compute)
+        parts = [part for part in (change.up, change.down, change.magnitude) if part]
+        result[name] = combine([result[name], *parts], partial(_add_low_rank, scale=change.scale))
     return result
 
 
@@ -221,11 +217,10 @@ def _read(path: Path, settings: Mapping[str, Any]) -> Lora:
             trained[key] = tensor
     named = {_name_below_peft(_WRAPPERS.sub("", key)): t for key, t in trained.items()}
     lora = Lora({}, canonical_tensors(named, is_mlx).tensors)
-    if not is_mlx:
-        unknown = [key for key, value in settings.items() if value and key not in _READ]
-        keys = f"{CONFIG} has keys that are not read: {', '.join(unknown)}."
-        lora.warnings += [keys] if unknown else []
-    elif modules:
+    unknown = [key for key, value in settings.items() if value and key not in _READ]
+    if unknown and not is_mlx:
+        lora.warnings.append(f"{CONFIG} has keys that are not read: {', '.join(unknown)}.")
+    if modules and is_mlx:
         settings, lora.warnings = _mlx_settings(settings)
     for module, parts in modules.items():
         name = _name_below_peft(f"{module}.weight")

@@ -36,19 +36,14 @@ from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 from mlx_llava.model.config_checks import refuse_value, unknown_warning
 
-#: Keys of LLaVA that are read here.
-_READ = frozenset(
+#: Keys that are not the decoder's: LLaVA's, and llava-hf's, which some files have too and the
+#: original does not read. The decoder's sizes stand in text_config alone where a file was
+#: rewritten for vLLM.
+_NOT_THE_DECODERS = frozenset(
     """
     image_aspect_ratio image_grid_pinpoints mm_patch_merge_type mm_projector_type
     mm_resampler_type mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer
-    mm_vision_tower
-    """.split()
-)
-#: llava-hf's keys, which some files have too and the original does not read. The decoder's sizes
-#: stand in text_config alone where a file was rewritten for vLLM.
-_UNREAD = frozenset(
-    """
-    projector_hidden_act text_config vision_config vision_feature_layer
+    mm_vision_tower projector_hidden_act text_config vision_config vision_feature_layer
     vision_feature_select_strategy
     """.split()
 )
@@ -179,10 +174,9 @@ def _add(arrays: list[mx.array]) -> mx.array:
 def _read_tower(
     weights: dict[str, LazyTensor], data: Mapping[str, Any], source: Source
 ) -> tuple[dict[str, Any], list[str], Path | None]:
-    """Adds the tower that is needed: not where one is inside, which may be tuned.
+    """Adds a tower where none, which may be tuned, is inside.
 
-    Returns:
-        Its ``vision_config``, warnings, and the folder that was read.
+    Gives its ``vision_config``, warnings, and the folder that was read.
     """
     named = str(data.get("mm_vision_tower"))
     inside = {name: tensor for name, tensor in weights.items() if name.startswith(TOWER)}
@@ -268,7 +262,7 @@ def translate(
     if data.get("mm_resampler_type"):
         refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     text = {**(data.get("text_config") or {}), **data}
-    text = {key: value for key, value in text.items() if key not in _READ | _UNREAD}
+    text = {key: value for key, value in text.items() if key not in _NOT_THE_DECODERS}
     if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
         del text["eos_token_id"]  # Lightning's ids are wrong; 1 is <s>
     is_anyres = mode == "anyres"

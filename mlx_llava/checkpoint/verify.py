@@ -139,12 +139,7 @@ def _folded(ids: list[int], image: int) -> str:
 
 
 def _forward(model: Llava, inputs: Inputs) -> mx.array:
-    """The logits of the word after a prompt.
-
-    Raises:
-        ValueError: The picture has not as many features as the prompt has placeholders, or a
-            hidden state or a logit is NaN or infinite.
-    """
+    """The logits of the word after a prompt, all of whose hidden states are finite as well."""
     embeddings = model.embed(**inputs)
     *_, hidden = model.language_model.hidden_states(embeddings)
     logits = model.language_model.logits(hidden[:, -1]).astype(mx.float32)
