@@ -10,8 +10,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_llava.analysis.random_model import random_config
-from mlx_llava.generation.sampling import make_sampler
-from mlx_llava.generation.steps import generate_step
+from mlx_llava.generation.sampling import greedy, make_sampler
+from mlx_llava.generation.steps import Chooser, generate_step
 from mlx_llava.model.batch_cache import SlotCache
 from mlx_llava.model.cache import Cache
 from mlx_llava.model.llama import LanguageModel
@@ -81,6 +81,19 @@ def test_a_layer_launches_17_kernels_as_mlx_lms(text, bits, length):
 
     assert per_layer(ours).total() == 17 + biases
     assert per_layer(theirs).total() == 17
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(mx.float32, 6), (mx.float16, 7)])
+def test_a_token_launches_few_kernels_beside_those_of_the_layers(dtype, kernels):
+    """Embedding, norm, head, a cast to float32, normalising twice, the likeliest."""
+    model = decoder(1)
+    model.set_dtype(dtype)
+    choose = Chooser(greedy, [], mx.zeros((0,), mx.int32))
+    token = mx.zeros((1, 1), mx.int32)
+    mx.eval(token)
+    with on_metal(model):
+        logits = model(token, cache=filled(model, model.make_cache()))[:, -1]
+        assert launches(*choose(logits)).total() == 17 + kernels
 
 
 @pytest.mark.parametrize(
