@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import httpx
 import openai
 
 from mlx_llava import server
@@ -42,6 +43,12 @@ class Served:
     def client(self, **options: Any) -> openai.OpenAI:
         options = {"api_key": self.key or "none", "max_retries": 0, "timeout": 60, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    def post(self, **fields: Any) -> httpx.Response:
+        """Asks for a chat completion."""
+        body = {"model": MODEL, **fields}
+        url = f"{self.url}/v1/chat/completions"
+        return httpx.post(url, json=body, headers=self.headers, timeout=60)
 
     def raw(self, request: bytes, timeout: float = 60) -> bytes:
         """All that comes back for some bytes."""

@@ -32,7 +32,7 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.openai import AnswerRequest, ChatRequest, CompletionRequest, event
+from mlx_llava.serving.openai import AnswerRequest, ChatRequest, CompletionRequest
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.settings import Settings
@@ -127,9 +127,8 @@ class Api:
         reply = Reply(self._answer(request), request.n)
         if not request.stream:
             return JSONResponse(await _while_connected(asked, form.whole(reply)))
-        events = form.events(reply)
-        first = await _while_connected(asked, anext(events))
-        return _Stream(_after(first, events), media_type="text/event-stream")
+        await _while_connected(asked, reply.begin())
+        return _Stream(form.events(reply), media_type="text/event-stream")
 
     def _check(self, request: Request) -> None:
         """Refuses what this server has not, and what cannot fit, before anything is made of it."""
@@ -186,17 +185,6 @@ def _read(
 ) -> tuple[AnswerRequest, Request]:
     form = read_form(body, kind)
     return form, form.request(defaults)
-
-
-async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """A stream that has begun, and in which an error is one event more."""
-    async with aclosing(events):
-        yield first
-        try:
-            async for following in events:
-                yield following
-        except ApiError as error:
-            yield event(error.body())
 
 
 class _Stream(StreamingResponse):

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
-from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
@@ -123,8 +122,11 @@ class ChatMessage(Form):
             return parts
         return [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
 
-    def texts(self) -> list[str]:
-        return [part.text for part in self.content if isinstance(part, _TextPart)]
+    def turn(self) -> tuple[str, list[str], int]:
+        """Its role, texts and number of images."""
+        role = "system" if self.role == "developer" else self.role
+        texts = [part.text for part in self.content if isinstance(part, _TextPart)]
+        return role, texts, len(self.images())
 
     def images(self) -> list[str]:
         """The URLs of its images in order."""
@@ -197,15 +199,19 @@ class AnswerRequest(Form):
         return {**self._head(self.whole_object), "choices": choices, **_figures(reply)}
 
     async def events(self, reply: Reply) -> AsyncGenerator[str, None]:
-        """The events of a stream."""
+        """The events of a stream, which ends with an error where there is one."""
         usage = {"usage": None} if self.stream_options.include_usage else {}
         head = {**self._head(self.chunk_object), **usage}
-        async with aclosing(reply.pieces) as pieces:
-            async for piece in pieces:
-                for choice in self.choices(piece):
-                    yield event({**head, "choices": [choice]})
+        try:
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    for choice in self.choices(piece):
+                        yield _event({**head, "choices": [choice]})
+        except ApiError as error:
+            yield _event(error.body())
+            return
         if usage:
-            yield event({**head, "choices": [], **_figures(reply)})
+            yield _event({**head, "choices": [], **_figures(reply)})
         yield "data: [DONE]\n\n"
 
     def request(self, defaults: Options) -> Request:
@@ -265,14 +271,11 @@ class ChatRequest(AnswerRequest):
                 options = replace(options, json_schema=None)
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
-        images = [message.images() for message in self.messages]
-        roles = ("system" if m.role == "developer" else m.role for m in self.messages)
-        texts = (message.texts() for message in self.messages)
         return Request(
             self.model,
-            [arrange(zip(roles, texts, map(len, images), strict=True))],
+            [arrange([message.turn() for message in self.messages])],
             options,
-            images=[*chain.from_iterable(images)],
+            images=[url for message in self.messages for url in message.images()],
             n=self.n,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             stream=self.stream,
@@ -361,6 +364,5 @@ def _figures(reply: Reply) -> dict[str, Any]:
     return {"usage": usage, "timings": reply.timings}
 
 
-def event(data: dict[str, Any]) -> str:
-    """One event of a stream."""
+def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"

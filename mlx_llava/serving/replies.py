@@ -41,10 +41,9 @@ class Piece:
 
 
 class Reply:
-    """The answers to one request.
+    """The answers to one request, as they are made.
 
     Attributes:
-        pieces: of all of them in turn, as they are made.
         prompt_tokens: of the prompts of those that have ended, and
         cached_tokens: how many of these were read before.
         generation_tokens: of the answers that have ended.
@@ -52,33 +51,41 @@ class Reply:
     """
 
     def __init__(self, pieces: AsyncGenerator[Piece, None], n: int) -> None:
-        """Takes the pieces of `n` answers to each prompt."""
-        self.pieces = self._counted(pieces, n)
+        """Takes the pieces of all of them, `n` to each prompt."""
+        self._pieces, self._n = pieces, n
+        self._first: list[Piece] = []
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.timings: Mapping[str, float] = {}
+
+    async def begin(self) -> None:
+        """Waits for the first piece, before which errors have a status of HTTP's."""
+        self._first.append(await anext(self._pieces))
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Those of all answers in turn."""
+        async with aclosing(self._pieces):
+            for piece in self._first:
+                yield self._counted(piece)
+            async for piece in self._pieces:
+                yield self._counted(piece)
 
     async def whole(self) -> list[Piece]:
         """All answers, each in one piece."""
         answers: dict[int, list[Piece]] = {}
-        async with aclosing(self.pieces) as pieces:
-            async for piece in pieces:
-                answers.setdefault(piece.index, []).append(piece)
+        async for piece in self.pieces():
+            answers.setdefault(piece.index, []).append(piece)
         return [_joined(answers[index]) for index in sorted(answers)]
 
-    async def _counted(
-        self, pieces: AsyncGenerator[Piece, None], n: int
-    ) -> AsyncGenerator[Piece, None]:
-        """Counts answers that end; the prompt of each `n` once."""
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if piece.finish_reason:
-                    self.generation_tokens += piece.figures["generation_tokens"]
-                    if piece.index % n == 0:
-                        self.prompt_tokens += piece.figures["prompt_tokens"]
-                        self.cached_tokens += piece.figures["cached_tokens"]
-                    if piece.index == 0:
-                        self.timings = piece.figures["timings"]
-                yield piece
+    def _counted(self, piece: Piece) -> Piece:
+        """Counts an answer that ends; its prompt once."""
+        if piece.finish_reason:
+            self.generation_tokens += piece.figures["generation_tokens"]
+            if piece.index % self._n == 0:
+                self.prompt_tokens += piece.figures["prompt_tokens"]
+                self.cached_tokens += piece.figures["cached_tokens"]
+            if piece.index == 0:
+                self.timings = piece.figures["timings"]
+        return piece
 
 
 def _joined(pieces: list[Piece]) -> Piece:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def as_seed(number: int) -> int:
     return number % 2**64
 
 
-def arrange(turns: Iterable[tuple[str, Sequence[str], int]]) -> list[Message]:
+def arrange(turns: list[tuple[str, list[str], int]]) -> list[Message]:
     """Turns in any order -> messages in the order that every template has.
 
     All system texts become one message at the beginning. Turns of one role that follow each other
@@ -80,14 +80,13 @@ def arrange(turns: Iterable[tuple[str, Sequence[str], int]]) -> list[Message]:
     to the last. An answer that has not begun is left out.
 
     Args:
-        turns (iterable): The role (system, user, assistant), texts and number of images of each.
+        turns (list): The role (system, user, assistant), texts and number of images of each.
 
     Raises:
         ApiError: The last turn is not the user's.
     """
-    turns = [*turns]
     while turns and turns[-1][0] == "assistant" and not (any(turns[-1][1]) or turns[-1][2]):
-        turns.pop()
+        turns = turns[:-1]
     speakers = [role for role, _, _ in turns if role != "system"]
     if speakers[-1:] != ["user"]:
         found = speakers[-1] if speakers else "none"

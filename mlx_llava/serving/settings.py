@@ -55,25 +55,23 @@ class Settings:
         """Checks what was given, and reads the file of the key.
 
         Raises:
-            ValueError: It makes no sense, or the key can be guessed or is nothing that a header
-                can hold.
+            ValueError: It makes no sense, or the key can be guessed or fits no header.
         """
         check_bounds(self)
         if self.root is not None and not self.root.is_dir():
             raise ValueError(f"--image-root is {self.root}, which is no folder.")
+        key = self.api_key
         if self.api_key_file is not None:
-            if self.api_key is not None:
+            if key is not None:
                 raise ValueError("There are --api-key and --api-key-file; give one of them.")
             key = read_text(expand_home(self.api_key_file)).strip()
             object.__setattr__(self, "api_key", key)
-        length = MIN_KEY_LENGTH if self.api_key is None else len(self.api_key)
-        is_sendable = self.api_key is None or (
-            self.api_key.isascii() and self.api_key.isprintable()
-        )
-        if length < MIN_KEY_LENGTH or not is_sendable:
+        if key is not None and not (
+            len(key) >= MIN_KEY_LENGTH and key.isascii() and key.isprintable()
+        ):
             raise ValueError(
-                f"The API key has {length} characters; use at least {MIN_KEY_LENGTH} of ASCII, as "
-                "openssl rand -hex 16 makes them."
+                f"The API key has {len(key)} characters; use at least {MIN_KEY_LENGTH} of ASCII, "
+                "as openssl rand -hex 16 makes them."
             )
 
     @property

@@ -577,6 +577,8 @@ class TestCommand:
             (["--timeout", "0"], "timeout is 0"),
             (["--batch-size", "0"], "batch_size is 0"),
             (["--max-waiting", "-1"], "max_waiting is -1"),
+            (["--max-images", "0"], "max_images is 0; it must be at least 1"),
+            (["--api-key", "k" * 16, "--api-key-file", "/nowhere"], "give one of them"),
             (["--temp", "-1"], "temp is -1"),
             (["--json-schema", '{"type": "objekt"}'], "objekt"),
             (["--api-key-file", "/nowhere"], "/nowhere"),

@@ -50,9 +50,7 @@ def still_works(served):
 
 
 def chat(served, messages, **options):
-    body = {"model": MODEL, "messages": messages, **options}
-    url = served.url + "/v1/chat/completions"
-    return httpx.post(url, json=body, headers=served.headers, timeout=60)
+    return served.post(messages=messages, **options)
 
 
 def named(*urls):

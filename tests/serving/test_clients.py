@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 
-import httpx
 import pytest
 
 from mlx_llava.generation.sampling import Options
@@ -37,8 +36,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 def post(served, body):
-    url = served.url + "/v1/chat/completions"
-    return httpx.post(url, json={"model": MODEL, "max_tokens": 4, **body}, timeout=60)
+    return served.post(**{"max_tokens": 4, **body})
 
 
 def said(reply):
@@ -405,7 +403,7 @@ def test_a_schema_of_llama_cpps_clients_is_followed(served):
 
 def test_a_body_with_a_byte_order_mark():
     body = json.dumps({"model": MODEL, "messages": [turn("user", "a")]}).encode("utf-8-sig")
-    assert read_form(body, ChatRequest).messages[0].texts() == ["a"]
+    assert read_form(body, ChatRequest).messages[0].turn() == ("user", ["a"], 0)
 
 
 #: What the reports' requests are answered with, where that is not 200.

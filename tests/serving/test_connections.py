@@ -29,8 +29,7 @@ def still_works(served):
 
 
 def ask(served, **options):
-    body = {"model": MODEL, "messages": [user("Hi")], "max_tokens": 2, **options}
-    return httpx.post(served.url + "/v1/chat/completions", json=body, timeout=60)
+    return served.post(**{"messages": [user("Hi")], "max_tokens": 2, **options})
 
 
 def request(**options):

@@ -9,7 +9,6 @@ import io
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -23,20 +22,12 @@ from mlx_llava.serving.openai import ChatRequest
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.workers import Workers
 from tests.inputs.test_image_files import OTHERS, flood, scan_bomb
-from tests.servers import MODEL, serving, user
+from tests.servers import MODEL, serving, user, waits_until
 from tests.serving.test_attacks import chat, named, refused, resident_mb
 from tests.sites import Site
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 PATIENCE = 60
-
-
-def wait_until(is_so):
-    """Waits for what another thread brings about."""
-    end = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.01)
 
 
 class HeldDecoding:
@@ -68,7 +59,7 @@ def decoding(monkeypatch):
     held = HeldDecoding(monkeypatch)
     yield held
     held.go_on.set()
-    wait_until(lambda: not held.running)
+    assert waits_until(lambda: not held.running)
 
 
 def ask_and_leave(served, message, when):
@@ -80,8 +71,8 @@ def ask_and_leave(served, message, when):
     )
     with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as connection:
         connection.sendall(head.encode() + body)
-        wait_until(when)
-    wait_until(lambda: served.engine.taken == 0)
+        assert waits_until(when)
+    assert waits_until(lambda: served.engine.taken == 0)
 
 
 def progressive(side) -> str:
@@ -110,7 +101,7 @@ def test_clients_that_leave_do_not_make_room_for_another_decoder(served, decodin
     assert chat(served, [user(PICTURE, "What?")], max_tokens=1).status_code == 200
     with ThreadPoolExecutor() as pool:
         large = pool.submit(chat, served, [message], max_tokens=1)
-        wait_until(lambda: served.engine.taken == 1)
+        assert waits_until(lambda: served.engine.taken == 1)
         assert (decoding.begun, decoding.running) == (1, 1)
         decoding.go_on.set()
         assert large.result().status_code == 200
@@ -137,7 +128,7 @@ def test_a_request_that_fails_holds_nothing(served):
     gc.disable()
     try:
         refused(chat(served, [message]), 400, "broken image")
-        wait_until(lambda: len(held()) == before)
+        assert waits_until(lambda: len(held()) == before)
     finally:
         gc.enable()
 
@@ -180,7 +171,7 @@ def test_texts_do_not_wait_for_schemas(served, monkeypatch):
             pool.submit(chat, served, [user("Hi")], max_tokens=1, response_format=format)
             for _ in range(6)
         ]
-        wait_until(lambda: served.engine.taken == 6 and compiling)
+        assert waits_until(lambda: served.engine.taken == 6 and compiling)
         assert chat(served, [user("Hi")], max_tokens=1).status_code == 200
         assert chat(served, [user(PICTURE, "What?")], max_tokens=1).status_code == 200
         assert len(compiling) == 1
@@ -193,7 +184,7 @@ def test_texts_do_not_wait_for_pictures(served, decoding):
         asked = [
             pool.submit(chat, served, [user(PICTURE, "What?")], max_tokens=1) for _ in range(3)
         ]
-        wait_until(lambda: decoding.running == 1)
+        assert waits_until(lambda: decoding.running == 1)
         body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1}
         assert chat(served, [user("Hi")], max_tokens=1).status_code == 200
         reply = httpx.post(served.url + "/v1/completions", json=body, timeout=PATIENCE)
@@ -222,7 +213,9 @@ def test_sent_pictures_do_not_wait_for_fetched_ones(served, internet, tls, monke
         internet({"slow.example": ["93.184.216.34"]}, site.port)
         message = named("https://slow.example/a.png")
         asked = [pool.submit(chat, open_one, [message]) for _ in range(12)]
-        wait_until(lambda: len(site.asked) == images.FETCHES and open_one.engine.taken == 12)
+        assert waits_until(
+            lambda: len(site.asked) == images.FETCHES and open_one.engine.taken == 12
+        )
         honest = chat(open_one, [user(PICTURE, "What?")], max_tokens=1)
         assert honest.status_code == 200
         assert not any(reply.done() for reply in asked)
