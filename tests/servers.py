@@ -110,8 +110,11 @@ def user(*parts: Any) -> dict[str, Any]:
 
 
 def endless() -> dict[str, Any]:
-    """Options with which the embedded model goes on until its context is full."""
-    schema = {"type": "array", "items": {"const": "four four four"}, "minItems": 1000}
+    """Options with which the embedded model goes on until its context is full.
+
+    It chooses every digit: what a schema forces is read together, which takes no time.
+    """
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     return {"response_format": format, "max_tokens": 100_000}
 
