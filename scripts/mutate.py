@@ -92,6 +92,7 @@ MUTATIONS = (
     ("stored head dropped", "checkpoint/contents", "        if not tied:", "        if False:"),
     ("any stored head kept", "checkpoint/contents", "return one.keys() == other.keys() and all(", "return False and all("),
     ("Gemma taken for LLaMA", "checkpoint/original", "if others := words & _OTHER_DECODERS:", "if others := set():"),
+    ("checked messages unprotected", "inputs/messages", "replace(turn, text=protect(turn.text))", "turn"),
     ("parts for a template of text", "inputs/chat_template", "return content is parts", "return True"),
     ("GeoChat taken for LLaVA", "checkpoint/original", "or mark in kind.lower()", ""),
     ("text_config wins over the original's keys", "checkpoint/original", '{**(data.get("text_config") or {}), **data}', '{**data, **(data.get("text_config") or {})}'),
