@@ -1,14 +1,17 @@
 """Figures of what `explain` found, and of training. Needs ``pip install 'mlx_llava[plot]'``.
 
 Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart. Every function
-draws into a figure or a part of one that it is given, or makes a figure, and returns it.
+draws into the figure, or the part of one, that it is given, or makes a figure, and returns it.
+An `explanation` is what `explain` gave, `picture` is the index of one of its pictures, `words` are
+indices of words of the answer, and `layers` of layers; without them it is all.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +22,8 @@ from mlx_llava.analysis.attribution import Explanation, MaskEffect
 from mlx_llava.analysis.boxes import LONGEST, Array, paint
 from mlx_llava.model.llava import Llava
 
+#: A figure of matplotlib, or a part of one.
+Drawing: TypeAlias = Any
 #: Inches of one panel.
 PANEL = 1.55
 #: Panels in a row.
@@ -28,18 +33,16 @@ SHARE = "attention per 1 % of area"
 
 
 def _new(width: float, height: float) -> Figure:
-    """A figure, its size in inches."""
     return Figure(figsize=(width, height), dpi=80, layout="constrained")
 
 
-def _panels(count: int, columns: int, figure: Any | None) -> tuple[Any, list[Any]]:
+def _panels(count: int, columns: int, figure: Drawing) -> tuple[Drawing, list[Any]]:
     """A figure and so many axes in it, without ticks."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = figure or _new(columns * PANEL, rows * (PANEL + 0.15))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for one in axes:
-        one.set(xticks=[], yticks=[])
+    grid = {"squeeze": False, "subplot_kw": {"xticks": [], "yticks": []}}
+    axes = figure.subplots(rows, columns, **grid).flatten()
     for one in axes[count:]:
         one.remove()
     return figure, list(axes[:count])
@@ -67,16 +70,9 @@ def plot_pictures(
     images: Sequence[Image.Image],
     titles: Sequence[str] = (),
     columns: int = COLUMNS,
-    figure: Any = None,
-) -> Any:
-    """Pictures side by side.
-
-    Args:
-        images (list of PIL.Image.Image): What to show.
-        titles (list of str): What to write above each.
-        columns (int): How many in a row.
-        figure (optional): Where to draw.
-    """
+    figure: Drawing = None,
+) -> Drawing:
+    """Pictures side by side, each with its title above it, so many columns in a row."""
     figure, axes = _panels(len(images), columns, figure)
     for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
         one.imshow(_small(image))
@@ -90,8 +86,8 @@ def plot_maps(
     titles: Sequence[str],
     label: str,
     columns: int = COLUMNS,
-    figure: Any = None,
-) -> Any:
+    figure: Drawing = None,
+) -> Drawing:
     """Maps over a picture, all in the same colours.
 
     Args:
@@ -105,15 +101,13 @@ def plot_maps(
     figure, axes = _panels(len(maps), columns, figure)
     largest = max(float(np.abs(one).max()) for one in maps) or 1.0
     is_signed = any(float(one.min()) < 0 for one in maps)
-    colours: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": largest}
-    if is_signed:
-        colours = {"cmap": "PuOr", "vmin": -largest, "vmax": largest}
+    colours = {"cmap": "PuOr" if is_signed else "viridis", "vmin": -largest * is_signed}
     extent = (0, image.width, image.height, 0)
-    shown: Any = None
     grey = _small(image).convert("L")
     for one, heat, title in zip(axes, maps, titles, strict=True):
         one.imshow(grey, cmap="gray", extent=extent)
-        shown = one.imshow(heat, alpha=0.7, extent=extent, interpolation="nearest", **colours)
+        style = {"alpha": 0.7, "interpolation": "nearest", "vmax": largest, **colours}
+        shown = one.imshow(heat, extent=extent, **style)
         one.set_title(title, fontsize=9)
     bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.02)
     bar.set_label(label, fontsize=7)
@@ -121,25 +115,26 @@ def plot_maps(
     return figure
 
 
-def _maps_by_word(
-    explanation: Explanation,
-    picture: int,
-    words: Sequence[int] | None,
-    draw: Callable[[int], Array],
-    label: str,
-    figure: Any,
-) -> Any:
-    """A map over a picture for each word, or for some."""
-    chosen = range(len(explanation.words)) if words is None else words
-    titles = [_label(explanation.words[word]) for word in chosen]
-    maps = [draw(word) for word in chosen]
-    return plot_maps(explanation.images[picture], maps, titles, label, figure=figure)
-
-
-def _density(explanation: Explanation, values: Array, picture: int) -> Array:
+def _density(explanation: Explanation, picture: int, values: Array) -> Array:
     """A map of how much of what the features got, (F,), is on 1 % of the picture's area."""
     heat = explanation.on_picture(values, picture)
     return heat * heat.size / 100
+
+
+def _plot_words(
+    explanation: Explanation,
+    picture: int,
+    words: Sequence[int] | None,
+    draw: Callable[[Array], Array],
+    values: Array,
+    label: str,
+    figure: Drawing,
+) -> Drawing:
+    """A map for each word, drawn of its values, (G, values)."""
+    chosen = range(len(explanation.words)) if words is None else words
+    titles = [_label(explanation.words[word]) for word in chosen]
+    maps = [draw(values[word]) for word in chosen]
+    return plot_maps(explanation.images[picture], maps, titles, label, figure=figure)
 
 
 def plot_attention(
@@ -147,40 +142,24 @@ def plot_attention(
     picture: int = 0,
     words: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
-    figure: Any = None,
-) -> Any:
-    """Where each word looked in a picture, by the mean head.
-
-    Args:
-        explanation (Explanation): What `explain` gave.
-        picture (int): Which picture.
-        words (list of int, optional): Which words of the answer; default: all.
-        layers (list of int, optional): Which layers to average; default: all.
-        figure (optional): Where to draw.
-    """
+    figure: Drawing = None,
+) -> Drawing:
+    """Where each word looked in a picture, by the mean head of the mean layer."""
     attention = explanation.attention(picture)
     chosen = attention if layers is None else attention[list(layers)]
-    mean = chosen.mean(axis=(0, 1))
-
-    def draw(word: int) -> Array:
-        return _density(explanation, mean[word], picture)
-
-    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
+    draw, mean = partial(_density, explanation, picture), chosen.mean(axis=(0, 1))
+    return _plot_words(explanation, picture, words, draw, mean, SHARE, figure)
 
 
 def plot_rollout(
     explanation: Explanation,
     picture: int = 0,
     words: Sequence[int] | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Drawing = None,
+) -> Drawing:
     """How much of each part of a picture came to each word through all layers."""
-    rollout = explanation.rollout(picture)
-
-    def draw(word: int) -> Array:
-        return _density(explanation, rollout[word], picture)
-
-    return _maps_by_word(explanation, picture, words, draw, SHARE, figure)
+    draw, rollout = partial(_density, explanation, picture), explanation.rollout(picture)
+    return _plot_words(explanation, picture, words, draw, rollout, SHARE, figure)
 
 
 def plot_heads(
@@ -188,17 +167,16 @@ def plot_heads(
     word: int,
     picture: int = 0,
     layers: Sequence[int] | None = None,
-    figure: Any = None,
-) -> Any:
-    """Where every head looked in a picture for one word; of some layers, or of all."""
+    figure: Drawing = None,
+) -> Drawing:
+    """Where every head looked in a picture for one word."""
     attention = explanation.attention(picture)[:, :, word]
     columns = attention.shape[1]
     chosen = range(len(attention)) if layers is None else layers
     heads = [(layer, head) for layer in chosen for head in range(columns)]
-    maps = [_density(explanation, attention[head], picture) for head in heads]
+    maps = [_density(explanation, picture, attention[head]) for head in heads]
     titles = [f"layer {layer + 1}, head {head + 1}" for layer, head in heads]
-    image = explanation.images[picture]
-    return plot_maps(image, maps, titles, SHARE, columns=columns, figure=figure)
+    return plot_maps(explanation.images[picture], maps, titles, SHARE, columns, figure)
 
 
 def plot_mask_effect(
@@ -206,24 +184,21 @@ def plot_mask_effect(
     effect: MaskEffect,
     picture: int = 0,
     words: Sequence[int] | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Drawing = None,
+) -> Drawing:
     """What each word loses when a part of a picture is masked."""
     image = explanation.images[picture]
-
-    def draw(word: int) -> Array:
-        return paint(effect.drops[:, word], effect.boxes, (image.height, image.width))
-
+    draw = partial(paint, boxes=effect.boxes, size=(image.height, image.width))
     label = "fall of log-probability (nats)"
-    return _maps_by_word(explanation, picture, words, draw, label, figure)
+    return _plot_words(explanation, picture, words, draw, effect.drops.T, label, figure)
 
 
 def plot_lens(
     words: Sequence[Sequence[str]],
     probabilities: Array,
     titles: Sequence[str],
-    figure: Any = None,
-) -> Any:
+    figure: Drawing = None,
+) -> Drawing:
     """What each layer would say at each position.
 
     Args:
@@ -251,16 +226,12 @@ def plot_lens(
 
 
 def plot_nearest_words(
-    explanation: Explanation, words: Sequence[str], picture: int = 0, figure: Any = None
-) -> Any:
-    """A word on each of the patches that the first tile of a picture is cut into.
-
-    Args:
-        explanation (Explanation): What `explain` gave.
-        words (list of str): A word for each feature, (F,).
-        picture (int): Which picture.
-        figure (optional): Where to draw.
-    """
+    explanation: Explanation,
+    words: Sequence[str],
+    picture: int = 0,
+    figure: Drawing = None,
+) -> Drawing:
+    """Of words of features, (F,), those of a picture's first tile, each on its patch."""
     image = explanation.images[picture]
     figure = figure or _new(5, 5 * image.height / image.width)
     axes = figure.subplots()
@@ -277,7 +248,7 @@ def plot_nearest_words(
     return figure
 
 
-def plot_shares(shares: Mapping[str, Array], chance: float, figure: Any = None) -> Any:
+def plot_shares(shares: Mapping[str, Array], chance: float, figure: Drawing = None) -> Drawing:
     """How much of the attention to a picture is on something, layer by layer.
 
     Args:
@@ -290,27 +261,19 @@ def plot_shares(shares: Mapping[str, Array], chance: float, figure: Any = None) 
     width = 0.8 / len(shares)
     for i, (name, values) in enumerate(shares.items()):
         layers = np.arange(1, values.shape[1] + 1)
-        axes.bar(
-            layers + (i - (len(shares) - 1) / 2) * width, values.mean(axis=0), width, label=name
-        )
+        left = layers + (i - (len(shares) - 1) / 2) * width
+        axes.bar(left, values.mean(axis=0), width, label=name)
     axes.axhline(chance, color="black", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(layers)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of attention")
+    axes.set(xticks=layers, xlabel="layer", ylabel="share of attention")
     axes.legend(fontsize=8)
     return figure
 
 
-def plot_flow(model: Llava, explanation: Explanation, figure: Any = None) -> Any:
-    """The way from a picture and a question to an answer, in the arrays of one run.
+def plot_flow(model: Llava, explanation: Explanation, figure: Drawing = None) -> Drawing:
+    """The way from one picture and a question to an answer, in the arrays of one run.
 
     A row is a token, in units of its own length; a column is one of its numbers. The letters are
     those of Liu et al. 2023 (arXiv:2304.08485), figure 1.
-
-    Args:
-        model (Llava): The model.
-        explanation (Explanation): What `explain` gave, with one picture.
-        figure (optional): Where to draw.
     """
     if figure is None:
         figure = _new(9.6, 4)
@@ -366,13 +329,8 @@ def _arrow(start: Any, end: Any, height: float) -> ConnectionPatch:
     )
 
 
-def plot_losses(reports: Sequence[Mapping[str, float]], figure: Any = None) -> Any:
-    """Training and validation loss on a logarithmic scale.
-
-    Args:
-        reports (list of dict): What metrics.jsonl holds.
-        figure (optional): Where to draw.
-    """
+def plot_losses(reports: Sequence[Mapping[str, float]], figure: Drawing = None) -> Drawing:
+    """Training and validation loss of what metrics.jsonl holds, on a logarithmic scale."""
     figure = figure or Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (
@@ -382,9 +340,7 @@ def plot_losses(reports: Sequence[Mapping[str, float]], figure: Any = None) -> A
         points = [(report["step"], report[key]) for report in reports if key in report]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
