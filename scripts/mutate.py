@@ -34,6 +34,7 @@ TESTS = (
         "tests/tuner/test_gradients.py",
         "tests/tuner/test_trainer.py",
         "tests/analysis/test_attribution.py",
+        "tests/analysis/test_predict.py",
     ),
     *(
         "tests/generation/test_json_schema.py",
@@ -291,6 +292,10 @@ MUTATIONS = (
     ("a download that goes on is read", "checkpoint/folder", "if not head or control.exists():", "if not head:"),
     ("pointers of Git LFS read", "checkpoint/folder", "if is_pointer(head):", "if False:"),
     ("arguments that are no text", "arguments", "if not is_text and", "if False and"),
+    ("the embedding read for each token", "analysis/flops", 'if "embed_tokens" not in k', "if True"),
+    ("attention not counted", "analysis/flops", "2 * length * matrices + 2 * length**2 * heads", "2 * length * matrices"),
+    ("kernels take no time", "analysis/predict", "work.token / self.read + work.decoder_kernels * self.kernel", "work.token / self.read"),
+    ("Macs compute in what a CPU does", "analysis/predict", "mac(chip).expect(stored)", "mac(chip).expect(work_of(model, inputs, ANSWER))"),
     ("POPE by order", "analysis/scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
     ("POPE with other labels", "analysis/scores", "if len(given) != len(labels):", "if False:"),
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),

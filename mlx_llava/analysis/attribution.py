@@ -62,11 +62,7 @@ class Explanation:
         return "".join(self.words).strip()
 
     def attention(self, picture: int = 0) -> Array:
-        """How much of each head's attention a picture's features got for each word.
-
-        Returns:
-            (layers, H, G, F).
-        """
+        """What each head's attention gave a picture's features for each word, (layers, H, G, F)."""
         return self.trace.attention[..., self.positions[picture]]
 
     def rollout(self, picture: int = 0) -> Array:
@@ -130,16 +126,10 @@ def explain(
 def nearest_words(
     model: Llava, processor: Processor, features: Array, count: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """The words whose embeddings point most nearly where projected features do.
-
-    Args:
-        model (Llava): The model.
-        processor (Processor): Its processor.
-        features: Of a picture, (F, D).
-        count (int): How many words.
+    """The words whose embeddings point most nearly where projected features, (F, D), do.
 
     Returns:
-        For each feature its words, each with the cosine of the angle between.
+        For each feature so many words, each with the cosine of the angle between.
     """
     table = as_numpy(plain_weight(model.language_model.model.embed_tokens))
     cosines = _directions(features) @ _directions(table).T
@@ -173,9 +163,9 @@ def logit_lens(
         x = mx.array(states).astype(decoder.dtype)
         is_last = layer == len(hidden_states) - 1  # which the norm has seen already
         logits = as_numpy(decoder.unembed(x) if is_last else decoder.logits(x))
-        best = np.argsort(-logits, axis=-1)[:, :count]
-        tokens.append(best)
-        probabilities.append(np.take_along_axis(np.exp(_log_softmax(logits)), best, axis=-1))
+        tokens.append(np.argsort(-logits, axis=-1)[:, :count])
+        shares = np.exp(_log_softmax(logits))
+        probabilities.append(np.take_along_axis(shares, tokens[-1], axis=-1))
     return np.stack(tokens), np.stack(probabilities)
 
 
@@ -227,7 +217,9 @@ def mask_effect(
     window = -(-len(patches) // MOST_PARTS) if window is None else window
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1.")
-    boxes = _parts(patches, window)
+    starts = range(0, len(patches), window)
+    blocks = [patches[i : i + window, j : j + window] for i in starts for j in starts]
+    boxes = np.array([[*block[0, 0, :2], *block[-1, -1, 2:]] for block in blocks])
     median = tuple(map(int, np.median(np.asarray(image), axis=(0, 1))))
     drops = []
     for start in range(0, len(boxes), MASKED_AT_ONCE):
@@ -236,13 +228,6 @@ def mask_effect(
         drops.append(_drops(model, explanation, picture, pixels))
         progress(start + len(some), len(boxes))
     return MaskEffect(np.concatenate(drops), boxes)
-
-
-def _parts(patches: Array, window: int) -> Array:
-    """Windows of (rows, columns, 4) patches, (R, 4)."""
-    starts = range(0, len(patches), window)
-    blocks = [patches[i : i + window, j : j + window] for i in starts for j in starts]
-    return np.array([[*block[0, 0, :2], *block[-1, -1, 2:]] for block in blocks])
 
 
 def _drops(model: Llava, explanation: Explanation, picture: int, pixels: Sequence[Array]) -> Array:

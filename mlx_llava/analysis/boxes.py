@@ -23,15 +23,7 @@ LONGEST = 256
 
 
 def patch_boxes(image_processor: ImageProcessor, size: Size) -> Array:
-    """Which part of a picture each patch of each of its tiles shows.
-
-    Args:
-        image_processor (ImageProcessor): What cuts it.
-        size (height, width): The picture's.
-
-    Returns:
-        Boxes (tiles, rows, columns, 4).
-    """
+    """Which part of a picture each patch of each of its tiles shows, (tiles, rows, columns, 4)."""
     tiles = np.array(image_processor.tile_boxes(size))
     config = image_processor.config.vision_config
     n = config.patches_per_side
@@ -45,15 +37,9 @@ def patch_boxes(image_processor: ImageProcessor, size: Size) -> Array:
 
 
 def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
-    """Which part of a picture each of its features shows.
+    """Which part of a picture each of its features shows, (F, 4), as they stand in the prompt.
 
-    Args:
-        image_processor (ImageProcessor): What cuts it.
-        size (height, width): The picture's.
-
-    Returns:
-        Boxes (F, 4), in the order that the features have in the prompt; NaN for a class token
-        and for the end of a line, which show no part of it.
+    It is NaN for a class token and for the end of a line, which show no part of it.
     """
     config = image_processor.config
     boxes = patch_boxes(image_processor, size)
@@ -67,13 +53,7 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
 
 
 def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
-    """Spreads what each feature got over the part of the picture that it shows.
-
-    Args:
-        values: What each got, (F,).
-        boxes: What each shows, (F, 4).
-        size (height, width): The picture's.
-        longest (int): The longer side of the map.
+    """Spreads what each feature got, (F,), over the part of the picture that it shows, (F, 4).
 
     Returns:
         Map (height, width) in the picture's proportions. Its sum is that of the values, less
@@ -85,12 +65,9 @@ def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) ->
 
 
 def paint(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:
-    """Paints parts of a picture with their values; where parts overlap, these add up.
+    """A map as of `heat_map` with each part's value all over it.
 
-    Anyres's whole picture and its tiles overlap. Arguments are those of `heat_map`.
-
-    Returns:
-        Map (height, width) in the picture's proportions.
+    Where parts overlap, as anyres's whole picture and its tiles do, these add up.
     """
     height, width = size
     rows, columns = (max(1, round(side * longest / max(size))) for side in size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from mlx_llava.checkpoint.precision import arrays_of
 from mlx_llava.model import linux_cpu
 from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import available_memory, on_cpu, total_memory
-from mlx_llava.model.linux_cpu import NUMPY, matmul
+from mlx_llava.model.linux_cpu import NUMPY
 from mlx_llava.model.quantized import float_dtype, is_quantized, plain_weight
 
 _GB = 1e9
@@ -34,22 +33,21 @@ _BEYOND_CACHES = 300_000_000
 _LEAST = 1 << 22
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    function()  # warms up
-    times = []
-    for _ in range(repeats):
+def _seconds(function: Callable[[], Any], repeats: int) -> float:
+    """The least time that something takes, of several tries unless these take long."""
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < 1:
         started = time.perf_counter()
         function()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
-def matmul_rate(dtype: mx.Dtype, rows: int = 600, width: int = 2048, hidden: int = 5632) -> float:
-    """GFLOP/s of one matmul as a prefill has it, by `linux_cpu.matmul`."""
-    x = mx.random.normal((rows, width)).astype(dtype)
-    weight = mx.random.normal((hidden, width)).astype(dtype)
-    mx.eval(x, weight)
-    return 2 * rows * width * hidden / _median_seconds(lambda: mx.eval(matmul(x, weight))) / 1e9
+def matmul_rate(dtype: mx.Dtype) -> float:
+    """GFLOP/s of one matmul as a prefill has it."""
+    layer = nn.Linear(2048, 5632, bias=False)
+    layer.set_dtype(dtype)
+    return layer_rate(layer, 600) / _GB
 
 
 def read_rate(size: int = 400_000_000) -> float:
@@ -57,27 +55,27 @@ def read_rate(size: int = 400_000_000) -> float:
     if not on_cpu():
         array = mx.ones((size // 4,))
         mx.eval(array)
-        return size / _median_seconds(lambda: mx.eval(array.sum())) / _GB
+        return size / _seconds(lambda: mx.eval(array.sum()), 9) / _GB
     parts = np.array_split(np.ones(size // 4, np.float32), os.cpu_count() or 1)
     with ThreadPoolExecutor(len(parts)) as pool:
-        seconds = _median_seconds(lambda: list(pool.map(lambda x: np.dot(x, x), parts)), 9)
+        seconds = _seconds(lambda: list(pool.map(lambda x: np.dot(x, x), parts)), 9)
     return size / seconds / _GB
 
 
 def layer_rate(layer: nn.Module, rows: int) -> float:
     """Operations a second with so many rows, or with as many as take two seconds."""
     twin = _with_random_weights(layer)
-    rows = max(1, min(rows, int(2 / _seconds([twin], 1))))
-    return 2 * rows * plain_weight(twin).size / _seconds([twin], rows)
+    rows = max(1, min(rows, int(2 / _in_turn([twin], 1))))
+    return 2 * rows * plain_weight(twin).size / _in_turn([twin], rows)
 
 
 def layer_read_rate(layer: nn.Module) -> float:
     """Bytes a second with one row, of layers that follow each other as in a model."""
     twins = [_with_random_weights(layer)]
     size = sum(array.nbytes for array in arrays_of(twins[0]))
-    if _seconds(twins, 1) < 0.1:  # else no cache matters
+    if _in_turn(twins, 1) < 0.1:  # else no cache matters
         twins += [_with_random_weights(layer) for _ in range(_BEYOND_CACHES // size)]
-    return len(twins) * size / _seconds(twins, 1)
+    return len(twins) * size / _in_turn(twins, 1)
 
 
 def _with_random_weights(layer: nn.Module) -> nn.Module:
@@ -94,17 +92,12 @@ def _with_random_weights(layer: nn.Module) -> nn.Module:
     return twin
 
 
-def _seconds(layers: list[nn.Module], rows: int) -> float:
-    """The least time that some layers take one after the other."""
+def _in_turn(layers: list[nn.Module], rows: int) -> float:
+    """The seconds that some layers take one after the other."""
     x = mx.random.normal((1, rows, plain_weight(layers[0]).shape[1]))
     x = x.astype(float_dtype(layers[0], mx.float32))
     mx.eval(x)
-    times: list[float] = []
-    while len(times) < 4 and sum(times) < 1:
-        started = time.perf_counter()
-        mx.eval([layer(x) for layer in layers])
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return _seconds(lambda: mx.eval([layer(x) for layer in layers]), 5)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import generate_step
-from mlx_llava.generation.stream import stream_generate
+from mlx_llava.generation.stream import generate, stream_generate
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava
 
@@ -69,11 +69,7 @@ def load_endless(folder: str | Path, dtype: str | None) -> tuple[Llava, Processo
 def answer_rows(
     model: Llava, processor: Processor, rows: Sequence[Row], max_tokens: int
 ) -> tuple[float, list[list[int]]]:
-    """Answers rows together.
-
-    Returns:
-        The seconds until there is a first token, and the tokens of each row.
-    """
+    """Answers rows together: the seconds until a first token, and the tokens of each row."""
     started, first = time.perf_counter(), 0.0
     inputs = [processor(prompt, list(images), raw=True) for prompt, images in rows]
     tokens: list[list[int]] = [[] for _ in rows]
@@ -92,20 +88,15 @@ def answer_rows(
 
 
 class Alone:
-    """Measures this package by its own parts."""
+    """Measures this package by its own parts.
+
+    Takes a checkpoint, paths of as many pictures as the largest batch has (2 at least), what to
+    compute in, the length of every answer, and how often to measure each thing.
+    """
 
     def __init__(
         self, folder: Path, pictures: list[str], dtype: str | None, max_tokens: int, repeats: int
     ) -> None:
-        """Loads a checkpoint, and measures the machine.
-
-        Args:
-            folder (Path): The checkpoint.
-            pictures (list of str): Paths, as many as the largest batch has, and 2 at least.
-            dtype (str, optional): What to compute in.
-            max_tokens (int): The length of every answer.
-            repeats (int): Of every measurement.
-        """
         self.folder, self.pictures = folder, pictures
         self.max_tokens, self.repeats = max_tokens, repeats
         started = time.perf_counter()
@@ -121,14 +112,12 @@ class Alone:
 
     def _decode(self, embeddings: mx.array) -> tuple[float, float]:
         """Seconds to read a prompt, and for each token after the first."""
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         steps = generate_step(embeddings, self.model.language_model, max_tokens=self.max_tokens)
         next(steps)
-        clock.append(time.perf_counter())
-        for _ in steps:
-            pass
-        clock.append(time.perf_counter())
-        return clock[1] - clock[0], (clock[2] - clock[1]) / (self.max_tokens - 1)
+        read = time.perf_counter()
+        count = len(list(steps))
+        return read - started, (time.perf_counter() - read) / count
 
     def one(self, images: int) -> Figures:
         """One row, part by part."""
@@ -154,8 +143,12 @@ class Alone:
             "token": work.token / self.bytes,
         }
         found["of_the_machine"] = {k: s / found[k]["median"] for k, s in least.items()}
-        found["expected"] = expect_here(self.model, inputs, self.max_tokens)
         return found
+
+    def expected(self) -> Figures:
+        """What `doctor --model` would say of one row with one picture."""
+        prompt, paths = rows_of(self.pictures, 1, 1)[0]
+        return expect_here(self.model, self.processor(prompt, paths, raw=True), self.max_tokens)
 
     def context(self, length: int) -> Figures:
         """A prompt of text of some length."""
@@ -174,10 +167,7 @@ class Alone:
             for name, text in (("first", prompt), ("follow_up", second)):
                 started = time.perf_counter()
                 inputs = self.processor(text, paths, raw=True)
-                parts = stream_generate(
-                    self.model, self.processor, inputs, max_tokens=1, prompt_cache=cache
-                )
-                list(parts)
+                generate(self.model, self.processor, inputs, max_tokens=1, prompt_cache=cache)
                 times[name].append(time.perf_counter() - started)
         found: Figures = {name: spread(values) for name, values in times.items()}
         ratios = [b / a for a, b in zip(times["first"], times["follow_up"], strict=True)]
@@ -217,17 +207,11 @@ class Alone:
             before = resident_bytes()
             for _ in range(count):
                 answer_rows(self.model, self.processor, rows_of(self.pictures, 1, 1), 2)
-            growth = resident_bytes() / before - 1
+        growth = resident_bytes() / before - 1
         return {"requests": requests, "resident_gb": before / 1e9, "growth": growth}
 
     def measure(self, batch: Sequence[int], images: Sequence[int], requests: int = 0) -> Figures:
-        """Everything.
-
-        Args:
-            batch (list of int): Rows at once, one measurement for each.
-            images (list of int): Pictures of a row, one measurement for each.
-            requests (int): How many short prompts to answer, to see how memory grows.
-        """
+        """Everything: of each number of rows, and of pictures a row; requests are `grow`'s."""
         tell("the start of a process")
         start = self.start()
         tell("one row")
@@ -248,6 +232,7 @@ class Alone:
             "load": self.load_seconds,
             "start": start,
             "single": single,
+            "expected": self.expected(),
             "contexts": contexts,
             "follow_up": follow_up,
             "batches": batches,
@@ -280,21 +265,19 @@ def lines(alone: Figures) -> list[str]:
         "images  tokens  preprocess  encode  prefill  first token  s per token  "
         "of the machine: encode prefill token",
     ]
+    form = "{:6}  {:6}  {:10.3f}  {:6.3f}  {:7.3f}  {:11.3f}  {:11.4f}  {:22.0%} {:7.0%} {:5.0%}"
     for row in alone["single"]:
-        part = row["of_the_machine"]
-        found.append(
-            f"{row['images']:6}  {row['prompt_tokens']:6}  {row['preprocess']['median']:10.3f}  "
-            f"{row['encode']['median']:6.3f}  {row['prefill']['median']:7.3f}  "
-            f"{row['first']['median']:11.3f}  {row['token']['median']:11.4f}  "
-            f"{part['encode']:22.0%} {part['prefill']:7.0%} {part['token']:5.0%}"
-        )
-    found += [
-        f"expected with {row['images']}: first token in {row['expected']['first_token']:.3f} s, "
-        f"{row['expected']['first_token'] / row['first']['median']:.2f}x of the measured, "
-        f"{1 / row['expected']['tokens_per_second']:.4f} s per token, "
-        f"{1 / row['expected']['tokens_per_second'] / row['token']['median']:.2f}x"
-        for row in alone["single"]
-    ]
+        times = [
+            row[name]["median"] for name in ("preprocess", "encode", "prefill", "first", "token")
+        ]
+        shares = row["of_the_machine"].values()
+        found.append(form.format(row["images"], row["prompt_tokens"], *times, *shares))
+    one, expected = alone["single"][0], alone["expected"]
+    found.append(
+        f"expected of 1 image by calculation: first token in {expected['first_token']:.3f} s, "
+        f"{expected['first_token'] / one['first']['median']:.2f} of what was measured; "
+        f"{expected['token']:.4f} s per token, {expected['token'] / one['token']['median']:.2f}"
+    )
     found += [
         f"text of {row['prompt_tokens']} tokens: prefill {row['prefill']['median']:.3f} s, "
         f"{row['token']['median']:.4f} s per token"

@@ -88,16 +88,7 @@ def plot_maps(
     columns: int = COLUMNS,
     figure: Drawing = None,
 ) -> Drawing:
-    """Maps over a picture, all in the same colours.
-
-    Args:
-        image (PIL.Image.Image): What lies beneath.
-        maps: Each (height, width) in the picture's proportions.
-        titles (list of str): What to write above each.
-        label (str): What the colours mean.
-        columns (int): How many in a row.
-        figure (optional): Where to draw.
-    """
+    """Maps, (height, width) in a picture's proportions, over it; `label` says what colours mean."""
     figure, axes = _panels(len(maps), columns, figure)
     largest = max(float(np.abs(one).max()) for one in maps) or 1.0
     is_signed = any(float(one.min()) < 0 for one in maps)
@@ -199,14 +190,7 @@ def plot_lens(
     titles: Sequence[str],
     figure: Drawing = None,
 ) -> Drawing:
-    """What each layer would say at each position.
-
-    Args:
-        words: The likeliest word of each layer and position, (layers + 1, Q).
-        probabilities: Its probability, (layers + 1, Q).
-        titles (list of str): What to write below each position.
-        figure (optional): Where to draw.
-    """
+    """The likeliest words and their probabilities, (layers + 1, Q), with titles of positions."""
     layers, positions = probabilities.shape
     figure = figure or _new(0.62 * positions + 1.8, 0.3 * layers + 1.0)
     axes = figure.subplots()

@@ -43,11 +43,11 @@ class Machine:
     kernel: float
 
     def expect(self, work: Work) -> dict[str, float]:
-        """The seconds to the first token, and the tokens a second after it."""
+        """The seconds to the first token and for each after it, and how many a second that is."""
         kernels = work.encode_kernels + work.decoder_kernels
         first = work.encode / self.encode + work.prefill / self.prefill + kernels * self.kernel
         token = work.token / self.read + work.decoder_kernels * self.kernel
-        return {"first_token": first, "tokens_per_second": 1 / token}
+        return {"first_token": first, "token": token, "tokens_per_second": 1 / token}
 
 
 #: What matmuls take of the time of CLIP and of a prompt; the rest are softmax, norms and gates

@@ -35,22 +35,17 @@ _FLOATS: dict[mx.Dtype, tuple[Unsigned, int]] = {
     mx.float16: (np.uint16, 10),
     mx.bfloat16: (np.uint16, 7),
 }
-_CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_CLIP_TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
+
+
+def _clip(width: int, layers: int, heads: int, hidden: int, side: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+        "image_size": side,
+        "patch_size": 14,
+    }
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, int]:
@@ -63,9 +58,10 @@ def _llama(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> d
     }
 
 
+_CLIP_L_336 = _clip(1024, 24, 16, 4096, 336)
 #: Name -> vision tower and decoder: CLIP ViT-L/14-336 below TinyLlama's and Vicuna's shapes.
 SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "tiny": (_CLIP_TINY, _llama(64, 2, 4, 2, 160)),
+    "tiny": (_clip(64, 3, 2, 128, 56), _llama(64, 2, 4, 2, 160)),
     "300m": (_CLIP_L_336, _llama(1024, 16, 16, 4, 2816)),
     "1b": (_CLIP_L_336, _llama(2048, 22, 32, 4, 5632)),
     "7b": (_CLIP_L_336, _llama(4096, 32, 32, 32, 11008)),
@@ -147,16 +143,10 @@ def _has_whole_groups(_: str, layer: nn.Module) -> bool:
 def random_array(
     seed: int, name: str, array: mx.array, dtype: mx.Dtype, bits: int | None
 ) -> mx.array:
-    """Numbers for a parameter that keep activations at the size that training gives them.
+    """Numbers for a parameter, as ``q_proj.scales``, that keep activations at a trained one's size.
 
-    Codes and numbers come straight from the generator, in the bits that they are stored in.
-
-    Args:
-        seed (int): The same one gives the same numbers.
-        name (str): The parameter's, as ``q_proj.scales``.
-        array (mx.array): As the layer has it; only what is small is computed.
-        dtype (mx.Dtype): Of what is no code.
-        bits (int, optional): Of each code.
+    Codes of so many bits, and numbers of a dtype, come straight from the generator as they are
+    stored; of the array only shape and dtype are looked at, but where it is small.
     """
     generator = np.random.default_rng(seed)
     if array.dtype in _UNSIGNED:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.analysis.attribution import Explanation, MaskEffect, logit_lens, mask_effect
+from mlx_llava.analysis.attribution import Explanation, logit_lens, mask_effect
 from mlx_llava.files import own_file
 from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.processor import Processor
@@ -25,6 +25,10 @@ FORMATS = (".png", ".html")
 #: What reports say of themselves, so that only they are written over.
 COMMAND = "mlx_llava.explain"
 
+_ATTENTION = "Where each word looked when it was chosen; all layers, mean head."
+_ROLLOUT = "What came from the picture to each word through all layers together."
+_MASKING = "How much less likely each word becomes when a part of the picture is hidden."
+_LENS = "The word that the model would have said if it had ended after each layer."
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="generator" content="{command}">
@@ -64,54 +68,24 @@ def sections(
     if explanation.images:
         shown = partial(plots.plot_pictures, explanation.images)
         found.append(Section("Pictures", "As they were read.", ROW, shown))
+    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
     for i, _ in enumerate(explanation.images):
         effect = mask_effect(model, processor, explanation, i, **mask_options)
-        found += _picture_sections(explanation, effect, i)
+        for title, caption, draw in (
+            ("attention", _ATTENTION, partial(plots.plot_attention, explanation, i)),
+            ("rollout", _ROLLOUT, partial(plots.plot_rollout, explanation, i)),
+            ("masking", _MASKING, partial(plots.plot_mask_effect, explanation, effect, i)),
+        ):
+            found.append(Section(f"Picture {i + 1}: {title}", caption, height, draw))
     observed = explanation.trace.hidden_states[:, explanation.trace.queries]
     tokens, probabilities = logit_lens(model, observed)
     words = [[processor.tokenizer.text_of(int(i)) for i in layer] for layer in tokens[..., 0]]
     draw = partial(plots.plot_lens, words, probabilities[..., 0], explanation.words)
-    caption = "The word that the model would have said if it had ended after each layer."
-    return [*found, Section("Layer by layer", caption, 1.2 + 0.3 * len(words), draw)]
-
-
-def _picture_sections(explanation: Explanation, effect: MaskEffect, i: int) -> list[Section]:
-    from mlx_llava.analysis import plots
-
-    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
-    return [
-        Section(
-            f"Picture {i + 1}: attention",
-            "Where each word looked when it was chosen; all layers, mean head.",
-            height,
-            partial(plots.plot_attention, explanation, i),
-        ),
-        Section(
-            f"Picture {i + 1}: rollout",
-            "What came from the picture to each word through all layers together.",
-            height,
-            partial(plots.plot_rollout, explanation, i),
-        ),
-        Section(
-            f"Picture {i + 1}: masking",
-            "How much less likely each word becomes when a part of the picture is hidden.",
-            height,
-            partial(plots.plot_mask_effect, explanation, effect, i),
-        ),
-    ]
+    return [*found, Section("Layer by layer", _LENS, 1.2 + 0.3 * len(words), draw)]
 
 
 def write_report(found: list[Section], title: str, path: Path) -> None:
-    """Writes a PNG or a page that needs no other file.
-
-    Args:
-        found (list of Section): What `sections` gave.
-        title (str): What it is about.
-        path (Path): Where; its ending chooses the format.
-
-    Raises:
-        FileExistsError: There is a file that is no report.
-    """
+    """Writes a PNG or a page that needs no other file, as the path ends; see `own_file`."""
     content = _png(found, title) if path.suffix == ".png" else _page(found, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     with own_file(path, COMMAND) as beside:

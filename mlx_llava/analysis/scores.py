@@ -27,37 +27,26 @@ _PERIOD = re.compile(r"\.(?!\d)")
 #: The original passes a flag where re.sub takes a count (m4c_evaluator.py).
 _MOST_PERIODS = int(re.UNICODE)
 _DIGIT_COMMA = re.compile(r"(?<=\d),+(?=\d)")
-#: VQA's table of contractions that lack an apostrophe (vqaEval.py; its keys with capitals are
-#: left out, since text is lower-cased before it is looked up).
-_CONTRACTIONS = dict(
-    pair.split("=")
-    for pair in """
-    aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't
-    couldn'tve=couldn't've couldnt've=couldn't've didnt=didn't doesnt=doesn't dont=don't
-    hadnt=hadn't hadnt've=hadn't've hadn'tve=hadn't've hasnt=hasn't havent=haven't hed=he'd
-    hed've=he'd've he'dve=he'd've hes=he's howd=how'd howll=how'll hows=how's isnt=isn't
-    itd=it'd itd've=it'd've it'dve=it'd've itll=it'll maam=ma'am mightnt=mightn't
-    mightnt've=mightn't've mightn'tve=mightn't've mightve=might've mustnt=mustn't
-    mustve=must've neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't
-    ow's'at='ow's'at 'ows'at='ow's'at 'ow'sat='ow's'at shant=shan't shed've=she'd've
-    she'dve=she'd've shouldve=should've shouldnt=shouldn't shouldnt've=shouldn't've
-    shouldn'tve=shouldn't've somebody'd=somebodyd somebodyd've=somebody'd've
-    somebody'dve=somebody'd've somebodyll=somebody'll somebodys=somebody's
-    someoned=someone'd someoned've=someone'd've someone'dve=someone'd've
-    someonell=someone'll someones=someone's somethingd=something'd
-    somethingd've=something'd've something'dve=something'd've somethingll=something'll
-    thats=that's thered=there'd thered've=there'd've there'dve=there'd've therere=there're
-    theres=there's theyd=they'd theyd've=they'd've they'dve=they'd've theyll=they'll
-    theyre=they're theyve=they've twas='twas wasnt=wasn't wed've=we'd've we'dve=we'd've
-    weve=we've werent=weren't whatll=what'll whatre=what're whats=what's whatve=what've
-    whens=when's whered=where'd wheres=where's whereve=where've whod=who'd whod've=who'd've
-    who'dve=who'd've wholl=who'll whos=who's whove=who've whyll=why'll whyre=why're
-    whys=why's wont=won't wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've
-    wouldn'tve=wouldn't've yall=y'all yall'll=y'all'll y'allll=y'all'll yall'd've=y'all'd've
-    y'alld've=y'all'd've y'all'dve=y'all'd've youd=you'd youd've=you'd've you'dve=you'd've
-    youll=you'll youre=you're youve=you've
-    """.split()
-)
+_CONTRACTIONS = """
+    'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't
+    hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd
+    it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
+    you'd've you'll you're you've
+    """
+#: VQA's table of contractions that lack one of their apostrophes, and its own oddity (vqaEval.py;
+#: its keys with capitals are left out, since text is lower-cased before it is looked up).
+_MENDED = {
+    word[:i] + word[i + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for i, character in enumerate(word)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
 
 
 def normalise(answer: str) -> str:
@@ -72,7 +61,7 @@ def normalise(answer: str) -> str:
     without = _PERIOD.sub("", without, count=_MOST_PERIODS)
     numbers = {"none": "0", **{word: str(n) for n, word in enumerate(NUMBERS)}}
     words = [numbers.get(word, word) for word in without.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
@@ -238,8 +227,8 @@ def score_textvqa(answers: Sequence[Record], annotations: Path | None) -> Figure
     humans = {}
     for place, item in _items(annotations, "data"):
         question = field(item, "question", str, place).lower()
-        texts = field(item, "answers", list, place)
-        humans[field(item, "image_id", (str, int), place), question] = _ten_texts(texts, place)
+        key = field(item, "image_id", (str, int), place), question
+        humans[key] = _ten_texts(field(item, "answers", list, place), place)
     scores = []
     for answer in answers:
         key = (answer["question_id"], _textvqa_question(answer["prompt"], answer["place"]))
@@ -304,8 +293,7 @@ def score_vqa(answers: Sequence[Record], annotations: Path | None) -> Figures:
     return {"accuracy": _mean(scores)}
 
 
-Scorer: TypeAlias = "Callable[[Sequence[Record], Path | None], Figures]"
-SCORERS: Mapping[str, Scorer] = {
+SCORERS: Mapping[str, Callable[[Sequence[Record], Path | None], Figures]] = {
     "exact": score_exact,
     "gqa": score_gqa,
     "pope": score_pope,

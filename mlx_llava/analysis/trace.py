@@ -23,26 +23,24 @@ Array: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class Observer:
-    """Collects, layer by layer, what observed tokens look at.
+    """Collects, layer by layer, what observed tokens, (Q,), look at.
 
     Attributes:
-        queries: the observed positions, (Q,).
         attention: of each layer so far, float32 (H, Q, T).
         rollout: how much of each token has come to each other one through the layers so far,
             float32 (L, T): half of a block's output is its input, the rest is what the mean
             head looks at.
     """
 
-    def __init__(self, queries: mx.array) -> None:
+    def __init__(self, queries: mx.array, length: int) -> None:
         self.queries = queries
         self.attention: list[mx.array] = []
-        self.rollout: mx.array | None = None
+        self.rollout = mx.eye(length)
 
     def observe(self, weights: mx.array) -> None:
         """Takes one layer's weights (H, L, T)."""
         self.attention.append(weights[:, self.queries])
-        mixed = (weights.mean(axis=0) + mx.eye(weights.shape[1])) / 2
-        self.rollout = mixed if self.rollout is None else mixed @ self.rollout
+        self.rollout = (weights.mean(axis=0) + mx.eye(weights.shape[1])) / 2 @ self.rollout
         mx.eval(self.attention[-1], self.rollout)
 
 
@@ -112,11 +110,8 @@ def trace(
         model (Llava): The model.
         inputs (Inputs): One prompt.
         answer (list of int): Tokens that follow the prompt.
-        queries (list of int, optional): Positions whose attention is kept; default: all.
-
-    Returns:
-        Trace: The attention of all positions is as large as their square, for each layer and
-        head; choose `queries` where a prompt is long.
+        queries (list of int, optional): Positions whose attention is kept; default: all, which
+            for each layer and head is as large as the square of the prompt.
 
     Raises:
         ValueError: There is more than one prompt.
@@ -127,13 +122,12 @@ def trace(
     states, features = _see(model, inputs)
     length = inputs.input_ids.shape[1]
     observed = np.arange(length) if queries is None else np.array(queries, np.int64)
-    observer = Observer(mx.array(observed))
+    observer = Observer(mx.array(observed), length)
     decoder = model.language_model
     embeddings = model.embed(inputs.input_ids, image_features=features)
     cache = [ObservedCache(observer) for _ in decoder.layers]
     *hidden, last = decoder.hidden_states(embeddings, cache)
     normed = decoder.model.norm(last)
-    assert observer.rollout is not None
     return Trace(
         vision_states=as_numpy(mx.stack(states) if states else mx.zeros((0, 0, 0, 0))),
         image_features=tuple(map(as_numpy, features)),

@@ -77,6 +77,7 @@ def test_a_calculation_is_operations_by_rates():
     machine = Machine(encode=3e9, prefill=5e8, read=4e9, kernel=1e-3)
     assert machine.expect(work) == {
         "first_token": pytest.approx(2 + 2 + 0.11),
+        "token": pytest.approx(0.5 + 0.1),
         "tokens_per_second": pytest.approx(1 / (0.5 + 0.1)),
     }
 
@@ -112,6 +113,9 @@ def test_here_is_what_load_computes_in(coded, quick):
     found = predict(Source(coded))
     assert found["here"]["token_gb"] > 4 * found["token_gb"]
     assert found["here"]["tokens_per_second"] == pytest.approx(1 / found["here"]["token_gb"])
+    kernels = 2 * 17 * module.GPU_KERNEL
+    expected = found["token_gb"] / (68 * module.MAC_BANDWIDTH) + kernels
+    assert found["macs"]["M1"]["token"] == pytest.approx(expected)
 
 
 def test_what_cannot_fit_here_may_fit_on_a_mac(quick, monkeypatch, capsys):

@@ -18,6 +18,8 @@ from mlx_llava.analysis.scores import SCORERS, gqa_prediction, normalise, vqa_ac
         ("none", "0"),
         ("eleven", "eleven"),
         ("dont know", "don't know"),  # contractions without an apostrophe
+        ("couldn'tve couldnt've", "couldn't've couldn't've"),  # or without one of two
+        ("couldntve yall'd've", "couldntve y'all'd've"),
         ("It's", "it 's"),  # 's stands alone
         ("what?", "what"),  # question marks and commas go
         ("1,000", "1000"),
