@@ -83,18 +83,12 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class JinjaTemplate(ChatTemplate):
-    """A checkpoint's own chat_template, rendered in Jinja's sandbox.
-
-    Attributes:
-        tokens: other special tokens by the names that templates know, such as ``unk_token``.
-    """
+    """A checkpoint's own chat_template, rendered in Jinja's sandbox."""
 
     source: str
-    bos: str = ""
-    eos: str = ""
+    tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token and the like
     name: str = "the checkpoint's own"
     stops: tuple[str, ...] = ()
-    tokens: Mapping[str, str] = field(default_factory=dict)
     image_joint: str = "\n"
 
     @cached_property
@@ -161,7 +155,7 @@ class JinjaTemplate(ChatTemplate):
             answer, after = whole[len(prompt) : end], whole[end:]
             ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
             mark = after[: min(ends)] if ends else after.rstrip()
-            lent = "" if mark else next(iter(self.stops), self.eos)
+            lent = "" if mark else next(iter(self.stops), self.tokens.get("eos_token", ""))
             segments.append(Segment(answer + (mark or lent), answer=True))
             segments.append(Segment(after[len(mark) :]))
         return segments
@@ -203,7 +197,7 @@ class JinjaTemplate(ChatTemplate):
         """As transformers does it."""
         import jinja2
 
-        tokens = {**self.tokens, "bos_token": self.bos, "eos_token": self.eos}
+        tokens = {"bos_token": "", "eos_token": "", **self.tokens}
         variables = {"tools": None, "documents": None, "add_generation_prompt": prompting}
         try:
             return self._template.render(messages=turns, **variables, **tokens)

@@ -266,6 +266,5 @@ def choose_template(config: LlavaConfig, tokenizer: Tokenizer) -> ChatTemplate:
         return get_template(config.conv_mode or guess_template(config).name)
     named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
     tokens = {key: text for key, value in named.items() if (text := token_text(value))}
-    bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
-    template = JinjaTemplate(tokenizer.chat_template, bos=bos, eos=eos, tokens=tokens)
+    template = JinjaTemplate(tokenizer.chat_template, tokens)
     return replace(template, stops=template.find_ends(tokenizer.special_tokens))

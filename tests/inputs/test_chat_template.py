@@ -64,6 +64,7 @@ RENDERED = {
     ),
     "plain": ("Q", "A\nQ2"),
 }
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 QUESTION = [Message("user", "Q")]
 TWO_TURNS = [*QUESTION, Message("assistant", "A"), Message("user", "Q2")]
 
@@ -165,7 +166,7 @@ def test_a_checkpoints_own_template_is_rendered_as_transformers_does():
 
 
 def test_a_template_that_reads_strings_gets_strings():
-    template = JinjaTemplate(STRINGS, bos="<s>", eos="</s>")
+    template = JinjaTemplate(STRINGS, TOKENS)
     messages = [replace(TWO_TURNS[0], images=1), *TWO_TURNS[1:]]
     assert template.render(messages) == "<s>[INST] <image>\nQ [/INST]A</s>[INST] Q2 [/INST]"
 
@@ -444,7 +445,7 @@ ANSWERED = [*TWO_TURNS, Message("assistant", "B")]
     ],
 )
 def test_the_answers_of_a_checkpoints_own_template(source, expected):
-    template = JinjaTemplate(source, eos="</s>")
+    template = JinjaTemplate(source, TOKENS)
     segments = template.segments(ANSWERED)
     assert [piece.text for piece in segments if piece.answer] == expected
     # What precedes an answer is what generation sees, but for the ends of earlier answers.
@@ -494,7 +495,7 @@ ENDS = {
 @pytest.mark.parametrize("are_special", [True, False])
 @pytest.mark.parametrize("source", ENDS)
 def test_the_marks_of_a_checkpoints_own_template_end_answers(source, are_special):
-    template = JinjaTemplate(source, bos="<s>", eos="</s>")
+    template = JinjaTemplate(source, TOKENS)
     marks = "<s> </s> <|eot_id|> <|end|> <|im_start|> <|im_end|> <|user|> <image>".split()
     ends = template.find_ends(marks if are_special else [])
     assert ends == (() if ENDS[source] is None else (ENDS[source],))
@@ -502,7 +503,7 @@ def test_the_marks_of_a_checkpoints_own_template_end_answers(source, are_special
 
 @pytest.mark.parametrize("source", [LLAMA_3, PHI_3, LLAMA_2, BETWEEN, HASHES])
 def test_what_ends_an_answer_is_learned_once(source):
-    template = JinjaTemplate(source, bos="<s>", eos="</s>")
+    template = JinjaTemplate(source, TOKENS)
     template = replace(template, stops=template.find_ends([]))
     segments = template.segments(ANSWERED)
     learned = [piece.text for piece in segments if piece.answer]
@@ -566,7 +567,7 @@ def tokenizer_with(*tokens: str):
 def test_a_template_that_rewrites_earlier_turns_cannot_be_learned():
     source = UNMARKED.replace("{{ m['content'] }} ", "{{ m['content'] }}{{ messages|length }} ")
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        JinjaTemplate(source, eos="</s>").segments(ANSWERED)
+        JinjaTemplate(source, TOKENS).segments(ANSWERED)
 
 
 def test_what_the_template_puts_in_itself_is_not_learned():

@@ -256,7 +256,7 @@ def test_a_template_that_drops_the_system_text_is_no_broken_picture(folder, load
         processor.config,
         processor.tokenizer,
         processor.image_processor,
-        template=JinjaTemplate(source, eos="</s>"),
+        template=JinjaTemplate(source, {"eos_token": "</s>"}),
         eos_ids=processor.eos_ids,
     )
     reading = read(folder, sample(system=PIRATE), sample(image="b.png"), sample())
