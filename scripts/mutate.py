@@ -27,6 +27,7 @@ TESTS = (
     ),
     *(
         "tests/model/test_linux_cpu.py",
+        "tests/model/test_batch_cache.py",
         "tests/generation/test_batch.py",
         "tests/generation/test_prompt_cache.py",
     ),
@@ -38,6 +39,7 @@ TESTS = (
     ),
     *(
         "tests/generation/test_json_schema.py",
+        "tests/generation/test_forced.py",
         "tests/generation/test_sampling.py",
         "tests/checkpoint/test_adapters.py",
     ),
@@ -187,7 +189,7 @@ MUTATIONS = (
     ("rows share their chance", "generation/sampling", "None if seed is None else mx.random.key(seed)", "None"),
     ("unlikely tokens drawn", "generation/sampling", "likelier >= top_p * total", "likelier >= total"),
     ("penalty turned round", "generation/sampling", "repeated < 0, repeated * penalty, repeated / penalty", "repeated < 0, repeated / penalty, repeated * penalty"),
-    ("a removed row goes on", "generation/batch", "self._rows = [row for row in self._rows if row.uid != uid]", "pass"),
+    ("a removed row goes on", "generation/batch", "for row in [row for row in self._rows if row.uid == uid]:", "for row in []:"),
     ("attention not scaled", "analysis/trace", "(queries * scale)", "queries"),
     ("heads in another order", "analysis/trace", "B, heads, H // heads, L, D)", "B, H // heads, heads, L, D).swapaxes(1, 2)"),
     ("future seen", "analysis/trace", "mx.tri(L, T, T - L, dtype=mx.bool_)", "mx.ones((L, T), mx.bool_)"),

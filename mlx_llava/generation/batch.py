@@ -144,9 +144,10 @@ class BatchGenerator:
             for row, choice in ready
             for response in self._attempt(row, partial(row.read, choice, was_fed=ahead))
         ]
-        if not ahead:
+        if ahead:
+            self._take()
+        else:
             self._step()
-        self._take()
         return responses + self._admit()
 
     def _attempt(

@@ -94,31 +94,6 @@ class Prompt:
         return min([length, *cut])
 
 
-class _FeatureCache:
-    """The features of the images that were seen last, up to so many bytes."""
-
-    def __init__(self, model: Llava, max_bytes: int) -> None:
-        self.model = model
-        self.max_bytes = max_bytes
-        self._features: dict[str, mx.array] = {}  # the last used ones are the last
-
-    def features(self, images: Iterable[_Image]) -> dict[str, mx.array]:
-        """The features of images by hash; those that are not kept are encoded together."""
-        requested = {image.digest: image for image in images}
-        new = {h: image for h, image in requested.items() if h not in self._features}
-        if new:
-            pixels = np.concatenate([image.pixel_values for image in new.values()])
-            sizes = [image.size for image in new.values() if image.size is not None]
-            encoded = self.model.encode_images(pixels, sizes or None)
-            mx.eval(encoded)
-            self._features.update(zip(new, encoded, strict=True))
-        found = {digest: self._features.pop(digest) for digest in requested}
-        self._features.update(found)
-        while sum(features.nbytes for features in self._features.values()) > self.max_bytes:
-            self._features.pop(next(iter(self._features)))
-        return found
-
-
 class PromptCache:
     """Reuses what a model computed for earlier prompts.
 
@@ -132,7 +107,8 @@ class PromptCache:
     ) -> None:
         self.model = model
         self.max_bytes = max_bytes
-        self._images = _FeatureCache(model, max_feature_bytes)
+        self._max_feature_bytes = max_feature_bytes
+        self._features: dict[str, mx.array] = {}  # of images by hash; as the entries
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
 
     @cached_property
@@ -167,7 +143,7 @@ class PromptCache:
             [image for image in prompt.images if image.positions.start >= cached]
             for prompt, cached in prompts
         ]
-        features = self._images.features(chain(*new))
+        features = self._features_of(chain(*new))
         return [
             self.model.embed(
                 prompt.input_ids[:, cached:],
@@ -175,6 +151,24 @@ class PromptCache:
             )
             for (prompt, cached), images in zip(prompts, new, strict=True)
         ]
+
+    def _features_of(self, images: Iterable[_Image]) -> dict[str, mx.array]:
+        """The features of images by hash; those that are not kept are encoded together."""
+        requested = {image.digest: image for image in images}
+        new = {h: image for h, image in requested.items() if h not in self._features}
+        if new:
+            pixels = np.concatenate([image.pixel_values for image in new.values()])
+            sizes = [image.size for image in new.values() if image.size is not None]
+            encoded = self.model.encode_images(pixels, sizes or None)
+            mx.eval(encoded)
+            self._features.update(zip(new, encoded, strict=True))
+        found = {digest: self._features.pop(digest) for digest in requested}
+        self._features.update(found)
+        while (
+            sum(features.nbytes for features in self._features.values()) > self._max_feature_bytes
+        ):
+            self._features.pop(next(iter(self._features)))
+        return found
 
     def store(self, prompt: Prompt, tokens: Sequence[int], cache: Cache) -> None:
         """Keeps the keys and values of a prompt and the answer that came of it."""
@@ -184,7 +178,7 @@ class PromptCache:
             return  # it was interrupted, or has dropped positions
         keys = [*prompt.keys, *tokens][:length]
         self._entries = [entry for entry in self._entries if entry[0] != keys[: len(entry[0])]]
-        kept = fork(cache, length)
+        kept = fork(cache, len(keys))
         # So that another thread can go on from it.
         mx.eval([(layer.keys, layer.values) for layer in kept])
         self._entries.append((keys, kept))

@@ -33,6 +33,8 @@ class Row:
         logits: those that the next token is to be chosen from, (1, V).
         choice: the next token, if it was chosen and not read.
         feed: what the model reads next, (n,).
+        encode_seconds: how long embedding took, and
+        started: when that was done.
     """
 
     prompt: Prompt
@@ -77,16 +79,8 @@ class Row:
         self.cached = 0
         stops = [*processor.template.stops, *options.stop]
         self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens)
-        self._encode_seconds = self._started = 0.0
+        self.encode_seconds = self.started = 0.0
         self._first: float | None = None
-
-    def begin(self, reuse: PromptCache) -> None:
-        """Takes over what was read of the prompt before."""
-        self.prompt, self.cache, self.cached = reuse.begin(self.inputs, self.cache)
-
-    def start_clock(self, encode_seconds: float) -> None:
-        """Begins to measure: the prompt is embedded, and is read next."""
-        self._encode_seconds, self._started = encode_seconds, time.perf_counter()
 
     def take(self) -> tuple[()]:
         """Chooses the next token where there are logits, unless a constraint awaits the last."""
@@ -107,10 +101,10 @@ class Row:
         if responses[-1].finish_reason:
             return responses
         forced = self.choose.follow(token, self.max_tokens - len(self.tokens))
-        unread = [*([] if was_fed else [token]), *(one for one, _ in forced)]
-        if unread:
-            self.feed, self.logits = mx.array(unread, mx.uint32), None
-        if self.choice is choice or unread:
+        if forced:
+            unread = [token, *(one for one, _ in forced)]
+            self.feed, self.logits = mx.array(unread[was_fed:], mx.uint32), None
+        if forced or self.choice is choice:
             self.choice = None
         return responses + self.say(forced)
 
@@ -129,7 +123,7 @@ class Row:
         self._first = self._first or now
         self.tokens.append(token)
         text, finish_reason = self._answer.add(token)
-        prefill_seconds, decode_seconds = self._first - self._started, now - self._first
+        prefill_seconds, decode_seconds = self._first - self.started, now - self._first
         prompt_tokens = self.inputs.input_ids.shape[1]
         return GenerationResponse(
             text=text,
@@ -144,7 +138,7 @@ class Row:
             image_tokens=sum(self.inputs.image_tokens),
             cached_tokens=self.cached,
             preprocess_seconds=self.inputs.seconds,
-            encode_seconds=self._encode_seconds,
+            encode_seconds=self.encode_seconds,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
             answer=self._answer.text,
@@ -164,10 +158,10 @@ def embedded(rows: Sequence[Row], reuse: PromptCache) -> Iterator[tuple[Row, mx.
     """
     started = time.perf_counter()
     for row in rows:
-        row.begin(reuse)
+        row.prompt, row.cache, row.cached = reuse.begin(row.inputs, row.cache)
     embeddings = reuse.embed([(row.prompt, row.cached) for row in rows])
     mx.eval(embeddings)
     seconds = (time.perf_counter() - started) / len(rows)
     for row, embedding in zip(rows, embeddings, strict=True):
-        row.start_clock(seconds)
+        row.encode_seconds, row.started = seconds, time.perf_counter()
         yield row, embedding

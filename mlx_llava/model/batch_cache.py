@@ -82,7 +82,7 @@ class BatchLayer(ABC):
         """Of new tokens (N, H, 1, D) those of each row, (1, H, count, D)."""
         ends = list(accumulate(self.counts))[:-1]
         parts = [mx.split(array, ends) for array in arrays]
-        return [[part.swapaxes(0, 2) for part in row] for row in zip(*parts, strict=True)]
+        return [[_turned(part) for part in row] for row in zip(*parts, strict=True)]
 
     @abstractmethod
     def attend(
@@ -105,7 +105,12 @@ def _starts(offsets: Sequence[int], counts: Sequence[int]) -> mx.array:
 
 def _joined(rows: Sequence[mx.array]) -> mx.array:
     """Rows (1, H, count, D) -> (N, H, 1, D)."""
-    return mx.concatenate([row.swapaxes(0, 2) for row in rows])
+    return mx.concatenate([_turned(row) for row in rows])
+
+
+def _turned(row: mx.array) -> mx.array:
+    """(count, H, 1, D) <-> (1, H, count, D)."""
+    return row if row.shape[0] == row.shape[2] else row.swapaxes(0, 2)
 
 
 class RaggedCache(BatchCache):
@@ -253,6 +258,8 @@ class _SlotLayer(BatchLayer):
     def mask(self, window: int | None) -> Mask | list[Mask]:
         if not self._is_even:
             return super().mask(window)
+        if len({*self.offsets}) == 1:
+            return attention_mask_of(1, self.offsets[0], window, None)
         keys = mx.arange(max(self.offsets) + 1)
         return visible(self.starts[:, None, None, None], keys, window)  # (B, 1, 1, T)
 

@@ -116,7 +116,7 @@ def test_what_is_kept_is_bounded(loaded):
     for seed in range(6):
         answer(loaded, str(seed), picture(seed), cache)
     assert len(cache._entries) == 3
-    assert len(cache._images._features) == 2
+    assert len(cache._features) == 2
     assert answer(loaded, "5?", picture(5), cache)[1].cached_tokens > 16
     assert answer(loaded, "0", picture(0), cache)[1].cached_tokens < 16
 

@@ -47,6 +47,15 @@ def filled(model: nn.Module, cache: Cache, length: int = 20) -> Cache:
     return cache
 
 
+def rows_of_any_length(model: nn.Module) -> SlotCache:
+    """Eight rows as on a GPU."""
+    batch = SlotCache()
+    for length in range(5, 13):
+        batch.join(filled(model, model.make_cache(), length))
+    mx.eval(batch.arrays)
+    return batch
+
+
 def per_layer(count) -> Counter[str]:
     """What one layer launches: what two do, less what one does."""
     return count(2) - count(1)
@@ -121,9 +130,11 @@ def test_nothing_of_16_bits_becomes_wider(text, dtype):
     pixels, features = mx.zeros((1, 56, 56, 3), dtype), mx.zeros((1, 16, 64), dtype)
     with on_metal(model):
         caches = [filled(lm, lm.make_cache()) for _ in range(2)]
+        batch = rows_of_any_length(lm)
         found = [
             dtypes(lambda x: lm(x, cache=caches[0]), mx.zeros((1, 1), mx.int32)),
             dtypes(lambda x: lm(x, cache=caches[1]), mx.zeros((1, 7), mx.int32)),
+            dtypes(lambda x: lm(x, cache=batch.step([1] * 8)), mx.zeros((8, 1), mx.int32)),
             dtypes(lambda x: model.vision_tower(x, 2), pixels),
             dtypes(model.multi_modal_projector, features),
         ]
@@ -157,10 +168,8 @@ def test_a_layer_launches_17_kernels_for_eight_rows_of_any_length(text):
     """mlx-lm's padded batch launches 18."""
 
     def count(layers: int) -> Counter[str]:
-        model, batch = decoder(layers, **TEXTS[text]), SlotCache()
-        for length in range(5, 13):
-            batch.join(filled(model, model.make_cache(), length))
-        mx.eval(batch.arrays)
+        model = decoder(layers, **TEXTS[text])
+        batch = rows_of_any_length(model)
         ids = mx.zeros((8, 1), mx.int32)
         mx.eval(ids)
         with on_metal(model):
