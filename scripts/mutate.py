@@ -298,7 +298,7 @@ MUTATIONS = (
     ("attention not counted", "analysis/flops", "2 * length * matrices + 2 * length**2 * heads", "2 * length * matrices"),
     ("kernels take no time", "analysis/predict", "work.token / self.read + work.decoder_kernels * self.kernel", "work.token / self.read"),
     ("Macs compute in what a CPU does", "analysis/predict", "mac(chip).expect(stored)", "mac(chip).expect(work_of(model, inputs, ANSWER))"),
-    ("POPE by order", "analysis/scores", "truth.append(_pope_label(*labels[key]))", "truth.append(_pope_label(*[*labels.values()][len(truth)]))"),
+    ("POPE by order", "analysis/scores", "_pope_label(*labels[key])", "_pope_label(*[*labels.values()][len(pairs)])"),
     ("POPE with other labels", "analysis/scores", "if len(given) != len(labels):", "if False:"),
     ("labels of other questions", "analysis/scores", "if not given & truth:", "if False:"),
     ("a bad line ends all", "generation/jobs", "except (ValueError, OSError, TypeError, RecursionError)", "except OSError"),

@@ -232,11 +232,11 @@ class Alone:
             "load": self.load_seconds,
             "start": start,
             "single": single,
-            "expected": self.expected(),
             "contexts": contexts,
             "follow_up": follow_up,
             "batches": batches,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "expected": self.expected(),  # after the peak, which its layers would raise
             "growth": self.grow(requests) if requests else None,
         }
 

@@ -106,7 +106,7 @@ def score_pope(answers: Sequence[Record], annotations: Path | None) -> Figures:
     figures: Figures = {}
     for file in files:
         category = file.stem.removeprefix("coco_pope_")
-        rates = _yes_no(*_pope_answers(by_category.pop(category, []), file, category))
+        rates = _yes_no(_pope_pairs(by_category.pop(category, []), file, category))
         figures |= {f"{name}, {category}": value for name, value in rates.items()}
     for category, unknown in by_category.items():
         raise ValueError(
@@ -117,9 +117,7 @@ def score_pope(answers: Sequence[Record], annotations: Path | None) -> Figures:
     return {**figures, "f1": _mean(f1)}
 
 
-def _pope_answers(
-    answers: Sequence[Record], file: Path, category: str
-) -> tuple[list[bool], list[bool]]:
+def _pope_pairs(answers: Sequence[Record], file: Path, category: str) -> list[tuple[bool, bool]]:
     """What was said to each question of a category, and what is true."""
     given = _by_pope_question((answer["place"], answer, answer["prompt"]) for answer in answers)
     records = [(place, r, field(r, "text", str, place)) for place, r in read_records(file)]
@@ -129,13 +127,12 @@ def _pope_answers(
             f"{file} has {len(labels):,} labels, but the questions of the category {category} "
             f"are {len(given):,}; LLaVA's questions belong to POPE's commit e3e3926."
         )
-    predicted, truth = [], []
+    pairs = []
     for key, (place, answer) in given.items():
         if key not in labels:
             raise ValueError(f"{place} asks {key[1]!r:.80} of {key[0]}; {file} does not.")
-        predicted.append(_says_yes(answer["text"]))
-        truth.append(_pope_label(*labels[key]))
-    return predicted, truth
+        pairs.append((_says_yes(answer["text"]), _pope_label(*labels[key])))
+    return pairs
 
 
 def _by_pope_question(
@@ -169,8 +166,7 @@ def _says_yes(text: str) -> bool:
     return not {"No", "not", "no"} & {*words}
 
 
-def _yes_no(predicted: Sequence[bool], labels: Sequence[bool]) -> Figures:
-    pairs = list(zip(predicted, labels, strict=True))
+def _yes_no(pairs: Sequence[tuple[bool, bool]]) -> Figures:
     hits = sum(yes and label for yes, label in pairs)
     precision = _ratio(hits, sum(yes for yes, _ in pairs))
     recall = _ratio(hits, sum(label for _, label in pairs))
@@ -179,7 +175,7 @@ def _yes_no(predicted: Sequence[bool], labels: Sequence[bool]) -> Figures:
         "precision": precision,
         "recall": recall,
         "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes ratio": _mean(predicted),
+        "yes ratio": _mean([yes for yes, _ in pairs]),
     }
 
 
