@@ -170,6 +170,8 @@ MUTATIONS = (
     ("pattern found anywhere in a name", "checkpoint/lora", '({pattern})$", module)', '({pattern})", module)'),
     ("rank-stabilised scale not taken", "checkpoint/lora", 'math.sqrt(rank) if settings.get("use_rslora") else rank', "rank"),
     ("matrices of mlx-lm not transposed", "checkpoint/lora", "if is_embedding != is_mlx:", "if is_embedding:"),
+    ("an adapter is put on twice", "checkpoint/lora", "        if name in beside:\n", "        if False:\n"),
+    ("what an adapter made plain is quantised again", "checkpoint/convert", "for path in again}", "for path in ()}"),
     ("an adapter of another model put on", "checkpoint/contents", "        if wrong:\n", "        if False:\n"),
     ("PiSSA on the base itself", "checkpoint/lora", '"gaussian", "eva"', '"pissa_niter_4", "gaussian", "eva"'),
     ("future seen within a block", "model/linux_cpu", "where=later[:rows, :rows]", "where=False"),

@@ -17,12 +17,7 @@ from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.folder import read_folder, visible_files
 from mlx_llava.checkpoint.gguf import read_gguf
 from mlx_llava.checkpoint.hub import Source, find_checkpoint
-from mlx_llava.checkpoint.tensors import (
-    PROJECTOR,
-    LazyTensor,
-    canonical_name,
-    canonical_tensors,
-)
+from mlx_llava.checkpoint.tensors import PROJECTOR, LazyTensor, canonical_name, canonical_tensors
 from mlx_llava.inputs.templates import guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json

@@ -500,6 +500,8 @@ def test_a_trained_adapter_is_loaded_and_merged(quantise, folder, capsys):
     if quantise:
         assert "rounded to their bits again" in capsys.readouterr().err
         assert mx.abs(load(fused)[0](**inputs) - adapted).max() < 4  # a 4-bit model of width 32
+        written = mx.load(f"{fused}/model.safetensors")
+        assert "language_model.model.layers.0.self_attn.q_proj.scales" in written
 
     prompt = ["--image", str(PICTURE), "--prompt", "What is number 3?", "-m", "5", "-q"]
     generate_main(["--model", base, "--adapter-path", str(adapter), *prompt])
