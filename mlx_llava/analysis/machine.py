@@ -33,13 +33,18 @@ _BEYOND_CACHES = 300_000_000
 _LEAST = 1 << 22
 
 
-def _seconds(function: Callable[[], Any], repeats: int) -> float:
+def clock(function: Callable[..., object], *args: object) -> float:
+    """The seconds that a call takes."""
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
     """The least time that something takes, of several tries unless these take long."""
     times: list[float] = []
     while len(times) < repeats and sum(times) < 1:
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
+        times.append(clock(function))
     return min(times)
 
 

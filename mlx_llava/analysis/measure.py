@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_llava.analysis.flops import work_of
-from mlx_llava.analysis.machine import matmul_rate, read_rate
+from mlx_llava.analysis.machine import clock, matmul_rate, read_rate
 from mlx_llava.analysis.predict import expect_here
 from mlx_llava.checkpoint.load import load
 from mlx_llava.generation.batch import BatchGenerator, run
@@ -161,17 +162,18 @@ class Alone:
         """A second question about the same picture, against the first."""
         prompt, paths = rows_of(self.pictures, 1, 1)[0]
         second = prompt.replace("What is in this picture?", "Which colours are there?")
-        times: dict[str, list[float]] = {"first": [], "follow_up": []}
+
+        def answer(question: str, cache: PromptCache) -> None:
+            inputs = self.processor(question, paths, raw=True)
+            generate(self.model, self.processor, inputs, max_tokens=1, prompt_cache=cache)
+
+        times = []
         for _ in range(self.repeats):
             cache = PromptCache(self.model)
-            for name, text in (("first", prompt), ("follow_up", second)):
-                started = time.perf_counter()
-                inputs = self.processor(text, paths, raw=True)
-                generate(self.model, self.processor, inputs, max_tokens=1, prompt_cache=cache)
-                times[name].append(time.perf_counter() - started)
-        found: Figures = {name: spread(values) for name, values in times.items()}
-        ratios = [b / a for a, b in zip(times["first"], times["follow_up"], strict=True)]
-        return {**found, "ratio": spread(ratios)}
+            times.append([clock(answer, question, cache) for question in (prompt, second)])
+        first, follow_up = zip(*times, strict=True)
+        ratio = spread([after / before for before, after in times])
+        return {"first": spread(first), "follow_up": spread(follow_up), "ratio": ratio}
 
     def batch(self, batch: int, images: int) -> Figures:
         """Several rows at once: all of it, and what comes after each row's first token."""
@@ -194,11 +196,8 @@ class Alone:
         """A whole process, from the shell to the first word and its end."""
         command = [sys.executable, "-m", "mlx_llava.generate", "--model", str(self.folder)]
         command += ["--image", self.pictures[0], "--prompt", "What is this?", "--max-tokens", "1"]
-        times = []
-        for _ in range(self.repeats + 1):
-            started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            times.append(time.perf_counter() - started)
+        start = partial(subprocess.run, command, check=True, capture_output=True)
+        times = [clock(start) for _ in range(self.repeats + 1)]
         return spread(times[1:])  # the first one fills the system's caches
 
     def grow(self, requests: int) -> Figures:

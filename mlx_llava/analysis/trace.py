@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -154,6 +154,6 @@ def with_answer(inputs: Inputs, answer: Sequence[int]) -> Inputs:
     return replace(inputs, input_ids=np.concatenate([inputs.input_ids, ids], axis=1))
 
 
-def as_numpy(array: Any) -> Array:
+def as_numpy(array: mx.array) -> Array:
     """To look at: float32, in NumPy."""
     return np.array(array.astype(mx.float32))
