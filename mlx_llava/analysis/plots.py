@@ -1,9 +1,8 @@
 """Figures of what `explain` found, and of training. Needs ``pip install 'mlx_llava[plot]'``.
 
-Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart. Every function
-draws into the figure, or the part of one, that it is given, or makes a figure, and returns it.
-An `explanation` is what `explain` gave, `picture` is the index of one of its pictures, `words` are
-indices of words of the answer, and `layers` of layers; without them it is all.
+Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart. An `explanation`
+is what `explain` gave, `picture` is the index of one of its pictures, `words` are indices of words
+of the answer, and `layers` of layers; without them it is all.
 """
 
 from __future__ import annotations
@@ -72,7 +71,11 @@ def plot_pictures(
     columns: int = COLUMNS,
     figure: Drawing = None,
 ) -> Drawing:
-    """Pictures side by side, each with its title above it, so many columns in a row."""
+    """Pictures side by side, each with its title above it, so many columns in a row.
+
+    Like all of these functions it draws into `figure`, a figure of matplotlib's or a part of one,
+    or into a new one where there is none, and returns it.
+    """
     figure, axes = _panels(len(images), columns, figure)
     for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
         one.imshow(_small(image))
