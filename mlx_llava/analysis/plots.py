@@ -1,8 +1,8 @@
 """Figures of what `explain` found, and of training. Needs ``pip install 'mlx_llava[plot]'``.
 
-Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart. An `explanation`
-is what `explain` gave, `picture` is the index of one of its pictures, `words` are indices of words
-of the answer, and `layers` of layers; without them it is all.
+Colours are matplotlib's viridis and PuOr, which colour-blind readers can tell apart.
+An `explanation` is what `explain` gave, `picture` the index of one of its pictures, `words` are
+indices of words of the answer and `layers` of layers; without these it is all of them.
 """
 
 from __future__ import annotations
