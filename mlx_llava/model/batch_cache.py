@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
@@ -78,13 +79,6 @@ class BatchLayer(ABC):
         rows = zip(self.counts, self.offsets, strict=True)
         return [attention_mask_of(count, offset, window, None) for count, offset in rows]
 
-    def split(self, *arrays: mx.array) -> list[list[mx.array]]:
-        """Of new tokens (N, H, 1, D) those of each row, (1, H, count, D)."""
-        ends = list(accumulate(self.counts))[:-1]
-        parts = [mx.split(array, ends) for array in arrays]
-        return [[_turned(part) for part in row] for row in zip(*parts, strict=True)]
-
-    @abstractmethod
     def attend(
         self,
         queries: mx.array,
@@ -95,17 +89,24 @@ class BatchLayer(ABC):
         scale: float,
         mask: Mask | list[Mask],
     ) -> mx.array:
-        """As `cache.attend`, of new tokens (N, H, 1, D)."""
+        """As `cache.attend`, of new tokens (N, H, 1, D), row by row."""
+        assert isinstance(mask, list)
+        ends = list(accumulate(self.counts))[:-1]
+        parts = [mx.split(array, ends) for array in (queries, keys, values)]
+        rows = [
+            self._attend_row(i, *map(_turned, new), attention=attention, scale=scale, mask=mask[i])
+            for i, new in enumerate(zip(*parts, strict=True))
+        ]
+        return mx.concatenate([_turned(row) for row in rows])
+
+    @abstractmethod
+    def _attend_row(self, row: int, *new: mx.array, attention: Attention, **how: Any) -> mx.array:
+        """`cache.attend` of one row's new tokens, (1, H, count, D)."""
 
 
 def _starts(offsets: Sequence[int], counts: Sequence[int]) -> mx.array:
     rows = zip(offsets, counts, strict=True)
     return mx.array([offset + i for offset, count in rows for i in range(count)])
-
-
-def _joined(rows: Sequence[mx.array]) -> mx.array:
-    """Rows (1, H, count, D) -> (N, H, 1, D)."""
-    return mx.concatenate([_turned(row) for row in rows])
 
 
 def _turned(row: mx.array) -> mx.array:
@@ -146,21 +147,8 @@ class RaggedCache(BatchCache):
 class _RaggedLayer(BatchLayer):
     caches: Sequence[LayerCache]
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        attention: Attention,
-        scale: float,
-        mask: Mask | list[Mask],
-    ) -> mx.array:
-        assert isinstance(mask, list)
-        rows = zip(self.caches, self.split(queries, keys, values), mask, strict=True)
-        return _joined(
-            [attend(one, *new, attention=attention, scale=scale, mask=m) for one, new, m in rows]
-        )
+    def _attend_row(self, row: int, *new: mx.array, attention: Attention, **how: Any) -> mx.array:
+        return attend(self.caches[row], *new, attention=attention, **how)
 
 
 class SlotCache(BatchCache):
@@ -250,13 +238,8 @@ class _SlotLayer(BatchLayer):
     values: mx.array
     index: tuple[mx.array, mx.array, mx.array]  # where new tokens go: rows, heads, positions
 
-    @property
-    def _is_even(self) -> bool:
-        """Whether every row has one new token, so that one attention does for all."""
-        return {*self.counts} == {1}
-
     def mask(self, window: int | None) -> Mask | list[Mask]:
-        if not self._is_even:
+        if max(self.counts) > 1:
             return super().mask(window)
         if len({*self.offsets}) == 1:
             return attention_mask_of(1, self.offsets[0], window, None)
@@ -275,17 +258,15 @@ class _SlotLayer(BatchLayer):
     ) -> mx.array:
         self.keys[self.index] = keys[:, :, 0]
         self.values[self.index] = values[:, :, 0]
-        if self._is_even:
-            stored = self._stored(slice(0, len(self.counts)), max(self.offsets) + 1)
-            return attention(queries, *stored, scale=scale, mask=mask)
-        assert isinstance(mask, list)
-        rows = zip(self.split(queries), self.offsets, self.counts, mask, strict=True)
-        return _joined(
-            [
-                attention(*new, *self._stored(slice(i, i + 1), offset + n), scale=scale, mask=m)
-                for i, (new, offset, n, m) in enumerate(rows)
-            ]
-        )
+        if isinstance(mask, list):
+            how: dict[str, Any] = {"attention": attention, "scale": scale, "mask": mask}
+            return super().attend(queries, keys, values, **how)
+        stored = self._stored(slice(0, len(self.counts)), max(self.offsets) + 1)
+        return attention(queries, *stored, scale=scale, mask=mask)
+
+    def _attend_row(self, row: int, *new: mx.array, attention: Attention, **how: Any) -> mx.array:
+        length = self.offsets[row] + self.counts[row]
+        return attention(new[0], *self._stored(slice(row, row + 1), length), **how)
 
     def _stored(self, rows: slice, length: int) -> tuple[mx.array, mx.array]:
         return self.keys[rows, :, :length], self.values[rows, :, :length]
