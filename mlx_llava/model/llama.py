@@ -60,14 +60,9 @@ class Attention(nn.Module):
 
     def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
         """Rotates (B, heads, L, head width); `start` is each row's first position."""
+        dims, freqs = self.head_dim, self._periods
         return mx.fast.rope(
-            x,
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=start,
-            freqs=self._periods,
+            x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
         )
 
     def __call__(
