@@ -62,7 +62,7 @@ MAC_FLOPS, MAC_BANDWIDTH = 0.75, 0.8
 #: TFLOPS of a GPU's core: Apple's 2.6 for the 8 of M1 and 3.6 for the 10 of M2; of others 256
 #: operations a cycle. In M5's matmuls Apple's "over 4x" of M4's.
 _CORE = {"M1": 2.6 / 8, "M2": 3.6 / 10, "M3": 0.358, "M4": 0.404, "M5": 4 * 0.404}
-#: Apple's figures of the largest version of each chip: GB/s of memory, cores of the GPU.
+#: What Apple announced of the largest version of each chip: GB/s of memory, cores of the GPU.
 CHIPS = {
     "M1": (68, 8),
     "M1 Pro": (200, 16),

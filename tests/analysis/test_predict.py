@@ -98,8 +98,8 @@ def test_larger_macs_are_faster():
 
 
 @pytest.mark.parametrize(("chip", "published"), [("M3 Pro", 44.62), ("M4 Max", 134.5)])
-def test_what_mlx_lm_measured_is_what_is_calculated(chip, published):
-    """Qwen3-4B in 4 bits (mlx-lm's pull request 1569): 36 layers, 4.02 billion weights."""
+def test_what_was_measured_with_mlx_lm_is_what_is_calculated(chip, published):
+    """Qwen3-4B in 4 bits (docs/benchmarks.md has the sources): 36 layers, 4.02 billion weights."""
     work = Work(0, 2 * 2048 * 3.6e9, 4.02e9 * 4.5 / 8, 0, 36 * 17)
     found = mac(chip).expect(work)
     assert found["tokens_per_second"] == pytest.approx(published, rel=0.1)
