@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 QUESTION = "What colour is the triangle?"
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b>"
-ENDLESS = {"type": "array", "items": {"const": "four four four"}, "minItems": 1000}
+ENDLESS = {"type": "array", "items": {"enum": ["four", "five"]}, "minItems": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_stop_keeps_what_was_said(served, open_page):
         page = open_page(endless)
         for stop in (lambda: page.get_by_role("button", name="Stop").click(), escape(page)):
             ask(page, "Go on.")
-            expect(page.locator(".assistant[aria-busy=true] .text")).to_contain_text("four four")
+            expect(page.locator(".assistant[aria-busy=true] .text")).to_contain_text("four")
             stop()
             expect(page.locator(".figures").last).to_have_text("stopped")
             assert page.locator(".assistant .text").last.inner_text().startswith('["four')
