@@ -254,7 +254,6 @@ MUTATIONS = (
     ("pages of others answered", "serving/guard", "if headers.get(\"origin\") not in (None,", "if False and headers.get(\"origin\") not in (None,"),
     ("key compared without its scheme", "serving/guard", ' or scheme.lower() != "bearer"', ""),
     ("one of two keys forgotten", "serving/settings", "            if key is not None:\n", "            if False:\n"),
-    ("short keys taken", "serving/settings", "len(key) >= MIN_KEY_LENGTH and ", ""),
     ("wrong keys let in", "serving/guard", "not hmac.compare_digest(*digests)", "not digests"),
     ("redirects not checked", "inputs/fetch", "_check_url(url)\n                    async", "async"),
     ("name looked up again", "inputs/fetch", "connect_tcp(address, port", "connect_tcp(host, port"),

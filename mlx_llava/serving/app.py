@@ -97,8 +97,8 @@ class Api:
     async def models(self, _: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
-    async def model(self, asked: HttpRequest) -> Response:
-        self._check_model(asked.path_params["name"])
+    async def model(self, http: HttpRequest) -> Response:
+        self._check_model(http.path_params["name"])
         return JSONResponse(self._model())
 
     async def health(self, _: HttpRequest) -> Response:
@@ -117,17 +117,17 @@ class Api:
             message = f"The model {name!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, "model_not_found", param="model")
 
-    async def complete(self, asked: HttpRequest, kind: type[AnswerRequest]) -> Response:
+    async def complete(self, http: HttpRequest, kind: type[AnswerRequest]) -> Response:
         """Answers a request, whole or as a stream."""
-        _check_content_type(asked)
-        body = await asked.body()
+        _check_content_type(http)
+        body = await http.body()
         workers = self._parsing if len(body) > LONG_BODY else self._reading
         form, request = await workers.run(partial(_read, body, kind, self.defaults))
         self._check(request)
         reply = Reply(self._answer(request), request.n)
         if not request.stream:
-            return JSONResponse(await _while_connected(asked, form.whole(reply)))
-        await _while_connected(asked, reply.begin())
+            return JSONResponse(await _while_connected(http, form.whole(reply)))
+        await _while_connected(http, reply.begin())
         return _Stream(form.events(reply), media_type="text/event-stream")
 
     def _check(self, request: Request) -> None:
@@ -195,18 +195,18 @@ class _Stream(StreamingResponse):
             await super().stream_response(send)
 
 
-def _check_content_type(asked: HttpRequest) -> None:
+def _check_content_type(http: HttpRequest) -> None:
     """Refuses what a web page could send without being allowed to."""
-    kind = asked.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "The Content-Type must be application/json.")
 
 
-async def _while_connected(asked: HttpRequest, work: Awaitable[T]) -> T:
+async def _while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
     """Does some work, unless the client goes before it is done."""
 
     async def leave() -> None:
-        while (await asked.receive())["type"] != "http.disconnect":
+        while (await http.receive())["type"] != "http.disconnect":
             pass
         working.cancel()
 
@@ -230,7 +230,7 @@ def _context_error(message: str) -> ApiError:
     return ApiError(400, message, "context_length_exceeded", param="messages")
 
 
-def _http_error(asked: HttpRequest, error: HTTPException) -> Response:
-    message = f"Invalid URL ({asked.method} {asked.url.path})"
+def _http_error(http: HttpRequest, error: HTTPException) -> Response:
+    message = f"Invalid URL ({http.method} {http.url.path})"
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
     return ApiError(error.status_code, message, code, headers=error.headers).response()

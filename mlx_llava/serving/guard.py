@@ -84,8 +84,8 @@ class Guard:
         if len(hosts) != 1 or not self._knows(hosts[0]):
             refusal = "This server does not answer to that name; start it with --allow-host NAME."
             raise ApiError(403, refusal, "host_not_allowed")
-        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")
-        if headers.get("origin") not in (None, *self.settings.allow_origin, *own):
+        same = (f"http://{hosts[0]}", f"https://{hosts[0]}")
+        if headers.get("origin") not in (None, *self.settings.allow_origin, *same):
             message = "Web pages of other servers may not ask here; see --allow-origin."
             raise ApiError(403, message, "origin_not_allowed")
         is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key

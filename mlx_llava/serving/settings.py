@@ -48,7 +48,7 @@ class Settings:
     max_images: int = option(16, int, "of a request", ge=1)
     max_pixels: int = option(100, int, "of a request, in millions", ge=1)
     max_body: int = option(50, int, "of a request, in MB", ge=1)
-    timeout: float = option(600.0, float, "seconds for an answer", gt=0)
+    timeout: float = option(600, float, "seconds for an answer", gt=0)
     prompt_cache: int = option(1000, int, "earlier prompts, in MB")
 
     def __post_init__(self) -> None:
