@@ -13,6 +13,7 @@ tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava.generate import main  # noqa: E402
 from mlx_llava.generation.steps import generate_step  # noqa: E402
+from mlx_llava.model.batch_cache import make_batch_cache  # noqa: E402
 from tests.conftest import MACHINES, as_on, shared_data  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
 
@@ -51,9 +52,29 @@ def test_processor_states_logits_and_tokens(case, tmp_path: Path) -> None:
         with as_on(machine):
             check_states(model, inputs, states)
             assert max_error(model(**inputs), logits, mask > 0) < TOLERANCE
+            rows = [processor(*row, raw=True) for row in zip(prompts, pictures, strict=True)]
+            check_rows(model, rows, [row[m > 0] for row, m in zip(logits, mask, strict=True)])
             embeddings = model.embed(**alone)
             steps = generate_step(embeddings, model.language_model, max_tokens=32)
             assert [token for token, _ in steps] == tokens
+
+
+def check_rows(model, rows, expected: list[np.ndarray]) -> None:
+    """The last logits of rows that are read together, each after its own beginning."""
+    batch, rest = make_batch_cache(), []
+    for i, row in enumerate(rows):
+        x, begun = model.embed(**row), row.input_ids.shape[1] - 2 - i % 2
+        cache = model.language_model.make_cache()
+        model.language_model(input_embeddings=x[:, :begun], cache=cache)
+        batch.join(cache)
+        rest.append(x[0, begun:])
+    for start, stop in ((None, -1), (-1, None)):
+        new = [x[start:stop] for x in rest]
+        layers = batch.step([len(x) for x in new])
+        x = mx.concatenate(new)[:, None]
+        ours = model.language_model(input_embeddings=x, cache=layers)[:, 0]
+        theirs = [row[-len(x) :][start:stop] for row, x in zip(expected, rest, strict=True)]
+        assert max_error(ours, np.concatenate(theirs)) < TOLERANCE
 
 
 def checked_pixels(case, inputs, batch):
