@@ -76,9 +76,9 @@ class Case:
             "max_position_embeddings": 777,
             "rms_norm_eps": 1e-2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "model_type": self.family,
             **self.text,
         }
-        text_class = hf.MistralConfig if self.family == "mistral" else hf.LlamaConfig
         top = {"image_token_index": tokenizer().token_to_id("<image>"), **self.top}
         if self.next:
             side = vision["image_size"]
@@ -86,7 +86,9 @@ class Case:
             top = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grid], **top}
         config_class = hf.LlavaNextConfig if self.next else hf.LlavaConfig
         return config_class(
-            vision_config=hf.CLIPVisionConfig(**vision), text_config=text_class(**text), **top
+            vision_config=hf.CLIPVisionConfig(**vision),
+            text_config=hf.AutoConfig.for_model(**text),
+            **top,
         )
 
 
@@ -240,6 +242,8 @@ CASES = (
     Case("attention_bias", text={"attention_bias": True, "mlp_bias": True}),
     Case("mistral_window", family="mistral", text={"sliding_window": 13}),
     Case("mistral_no_window", family="mistral", text={"sliding_window": None, "head_dim": 12}),
+    Case("qwen2", family="qwen2"),
+    Case("qwen2_tied", family="qwen2", text={"tie_word_embeddings": True, "head_dim": 12}),
     Case("layer_last", top={"vision_feature_layer": -1}),
     Case("layer_first", top={"vision_feature_layer": 1}),
     Case("layer_positive", top={"vision_feature_layer": 3}),
@@ -261,6 +265,7 @@ CASES = (
     Case("next_one_image", next=True, images=(1,)),
     Case("next_three_images", next=True, images=(3, 1)),
     Case("next_mistral", next=True, family="mistral", text={"sliding_window": 40}),
+    Case("next_qwen2", next=True, family="qwen2", text={"num_key_value_heads": 4}),
     Case("next_layers", next=True, top={"vision_feature_layer": [1, -2]}),
     Case("next_llama3", next=True, text={"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
     Case("next_uneven", next=True, vision={"image_size": 25, "patch_size": 6}),

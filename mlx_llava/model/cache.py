@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_llava.model.config import TextConfig
 from mlx_llava.model.layers import Mask
+from mlx_llava.model.text_config import TextConfig
 
 if TYPE_CHECKING:
     from mlx_llava.model.batch_cache import BatchLayer

@@ -1,7 +1,7 @@
 """What a checkpoint's config.json says, under Hugging Face's names.
 
 A config holds only what differs from the defaults of its class, so the defaults here are
-those of transformers' LlavaConfig, CLIPVisionConfig, LlamaConfig and MistralConfig. A key
+those of transformers' LlavaConfig and CLIPVisionConfig (of decoders: text_config.py). A key
 that changes the maths is read or refused by name (known_keys.py).
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
 from mlx_llava.model.config_checks import Section, names_of, refuse_value
-from mlx_llava.model.known_keys import CHANGES, TEXT_CHANGES, VISION_CHANGES
-from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
+from mlx_llava.model.known_keys import CHANGES, VISION_CHANGES
+from mlx_llava.model.text_config import TextConfig, unknown_text_keys
 
 #: The names of what layers.py has.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
@@ -28,16 +28,6 @@ _CLIP_L_336 = {
     "num_attention_heads": 16,
     "patch_size": 14,
     "image_size": 336,
-}
-#: What the defaults of a decoder's class are instead of `TextConfig`'s.
-_TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {},
-    "mistral": {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096 * 32,
-        "sliding_window": 4096,
-    },
 }
 #: Keys that transformers does not know; written only where they say something.
 _EXTENSIONS = frozenset(
@@ -80,61 +70,6 @@ class VisionConfig:
     def patches_per_side(self) -> int:
         """The side of the square patch grid of one tile."""
         return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The decoder (transformers' LlamaConfig or MistralConfig)."""
-
-    model_type: str = "llama"
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
-        """Reads ``text_config``, filled with the defaults of its own model family."""
-        data = data or {}
-        _TEXT.check(data)
-        data = {**_TEXT_DEFAULTS[data.get("model_type") or cls.model_type], **data}
-        config = _TEXT.read(cls, {**data, **read_rope(data)})
-        if config.model_type == "llama":
-            config = replace(config, sliding_window=None)  # LlamaConfig ignores such a key
-        config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
-        check_factors(config.rope_scaling, config.dims_per_head)
-        if config.num_attention_heads % config.kv_heads:
-            expected = f"divisors of num_attention_heads={config.num_attention_heads}"
-            _TEXT.refuse("num_key_value_heads", config.kv_heads, expected)
-        return config
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key and value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def dims_per_head(self) -> int:
-        """The width of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def context_length(self) -> int:
-        """How many positions the decoder can tell apart; linear RoPE scaling stretches it."""
-        scaling = self.rope_scaling or {}
-        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
-        return int(self.max_position_embeddings * factor)
 
 
 @dataclass(frozen=True)
@@ -274,12 +209,6 @@ _TOP = Section(
         "anyres_convention": ("hf", "original"),
     },
 )
-_TEXT = Section(
-    "text_config",
-    names_of(TextConfig) | {"original_max_position_embeddings", "rope_parameters"},
-    TEXT_CHANGES,
-    {"model_type": tuple(_TEXT_DEFAULTS), "hidden_act": ("silu", "swish")},
-)
 _VISION = Section(
     "vision_config",
     names_of(VisionConfig),
@@ -296,8 +225,7 @@ def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
     return {
         **_TOP.unknown(data),
-        **_TEXT.unknown(text, "text_config."),
-        **unknown_rope_keys(text),
+        **unknown_text_keys(text),
         **_VISION.unknown(vision, "vision_config."),
     }
 

@@ -1,4 +1,4 @@
-"""The decoder: Vicuna, LLaMA 1-3, Yi and Mistral, which differ in numbers only.
+"""The decoder: Vicuna, LLaMA 1-3, Yi, Mistral and Qwen2, which differ in numbers only.
 
 B rows, L new tokens, T = cached + new tokens, D width, V vocabulary. Touvron et al. 2023
 (arXiv:2302.13971); sliding window: Jiang et al. 2023 (arXiv:2310.06825).
@@ -16,8 +16,8 @@ from mlx.nn.utils import checkpoint
 
 from mlx_llava.model.batch_cache import BatchLayer
 from mlx_llava.model.cache import Cache, LayerCache, attend, make_cache
-from mlx_llava.model.config import TextConfig
 from mlx_llava.model.layers import Mask, attention_mask_of, swiglu
+from mlx_llava.model.text_config import TextConfig
 
 
 def rope_frequencies(config: TextConfig) -> mx.array:
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(D, self.n_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.n_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=bias)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=config.output_bias)
 
     def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
         """Rotates (B, heads, L, head width); `start` is each row's first position."""

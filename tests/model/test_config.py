@@ -13,12 +13,12 @@ from mlx_llava.model import layers
 from mlx_llava.model.config import (
     ACTIVATIONS,
     LlavaConfig,
-    TextConfig,
     VisionConfig,
     read_pinpoints,
     unknown_keys,
 )
 from mlx_llava.model.llama import rope_frequencies
+from mlx_llava.model.text_config import TextConfig
 from tests.published.llava_hf import VICUNA_7B
 from tests.published.row import CLIP_336
 
@@ -58,6 +58,22 @@ YI_34B_TEXT = {
     "rope_theta": 5000000.0,
     "vocab_size": 64064,
 }
+#: llava-hf/llava-interleave-qwen-0.5b-hf's.
+QWEN_05B_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 152000,
+}
 
 
 def text(**data) -> TextConfig:
@@ -83,6 +99,8 @@ def test_published_text_models():
     assert (bakllava.intermediate_size, bakllava.kv_heads) == (14336, 8)
     assert (bakllava.sliding_window, bakllava.rope_theta) == (4096, 10000)
     assert text(**MISTRAL_16_TEXT).sliding_window is None
+    qwen = text(**QWEN_05B_TEXT)
+    assert (qwen.sliding_window, qwen.attention_bias, qwen.output_bias) == (None, True, False)
     yi = text(**YI_34B_TEXT)
     assert (yi.dims_per_head, yi.kv_heads, yi.rope_theta) == (128, 8, 5e6)
 
@@ -94,10 +112,10 @@ def test_an_empty_config_is_the_default_model():
     assert config.image_grid_pinpoints[:2] == ((336, 672), (672, 336))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_defaults_are_those_of_transformers(family):
     hf = pytest.importorskip("transformers")
-    theirs = hf.MistralConfig() if family == "mistral" else hf.LlamaConfig()
+    theirs = hf.AutoConfig.for_model(family)
     ours = text(model_type=family)
     for key in (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -113,7 +131,8 @@ def test_defaults_are_those_of_transformers(family):
 
 def test_transformers_reads_what_we_write():
     hf = pytest.importorskip("transformers")
-    for text_config in (LLAVA_15["text_config"], BAKLLAVA_TEXT, MISTRAL_16_TEXT, YI_34B_TEXT):
+    texts = LLAVA_15["text_config"], BAKLLAVA_TEXT, MISTRAL_16_TEXT, YI_34B_TEXT, QWEN_05B_TEXT
+    for text_config in texts:
         ours = LlavaConfig.from_dict({**LLAVA_15, "text_config": text_config})
         assert LlavaConfig.from_dict(ours.to_dict()) == ours
         theirs = hf.LlavaConfig.from_dict(ours.to_dict())
@@ -228,7 +247,20 @@ def test_ends_of_answer():
 REFUSED = {
     "model_type": ({"model_type": "qwen2_vl"}, "model_type='qwen2_vl'"),
     "no_model_type": ({"model_type": None}, "model_type='None'"),
-    "text_model": ({"text_config": {"model_type": "qwen2"}}, "model_type='qwen2'"),
+    "text_model": ({"text_config": {"model_type": "qwen3"}}, "model_type='qwen3'"),
+    "windows": (
+        {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
+        "use_sliding_window=True",
+    ),
+    "window_of_some_layers": (
+        {
+            "text_config": {
+                "model_type": "qwen2",
+                "layer_types": ["full_attention", "sliding_attention"],
+            }
+        },
+        "layer_types=.*layers of several kinds",
+    ),
     "vision_model": ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
     "unknown": ({"mm_resampler": "perceiver"}, "mm_resampler='perceiver'"),
     "unknown_text": ({"text_config": {"qk_norm": True}}, "text_config .* qk_norm=True"),

@@ -1,0 +1,119 @@
+"""What ``text_config`` says of the decoder, with the defaults of its own class in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_llava.model.config_checks import Section, names_of
+from mlx_llava.model.known_keys import TEXT_CHANGES
+from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A class of decoders.
+
+    Attributes:
+        defaults: what its class has instead of `TextConfig`'s.
+        fixed: what it has whatever config.json says, which its class ignores.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: By ``model_type``. Qwen2's window is used with ``use_sliding_window``, which is refused.
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(fixed={"sliding_window": None}),
+    "mistral": _Family(
+        {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096 * 32,
+            "sliding_window": 4096,
+        }
+    ),
+    "qwen2": _Family(
+        {
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+        },
+        fixed={"sliding_window": None, "attention_bias": True, "mlp_bias": False},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder (transformers' LlamaConfig, MistralConfig or Qwen2Config)."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
+        """Reads ``text_config``, filled with the defaults of its own model family."""
+        data = data or {}
+        _TEXT.check(data)
+        family = _FAMILIES[data.get("model_type") or cls.model_type]
+        data = {**family.defaults, **data, **family.fixed}
+        config = _TEXT.read(cls, {**data, **read_rope(data)})
+        config = replace(config, num_key_value_heads=config.kv_heads, head_dim=config.dims_per_head)
+        check_factors(config.rope_scaling, config.dims_per_head)
+        if config.num_attention_heads % config.kv_heads:
+            expected = f"divisors of num_attention_heads={config.num_attention_heads}"
+            _TEXT.refuse("num_key_value_heads", config.kv_heads, expected)
+        return config
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dims_per_head(self) -> int:
+        """The width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's last layer has a bias as the first have: LLaMA's, not Qwen2's."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the decoder can tell apart; linear RoPE scaling stretches it."""
+        scaling = self.rope_scaling or {}
+        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+        return int(self.max_position_embeddings * factor)
+
+
+_TEXT = Section(
+    "text_config",
+    names_of(TextConfig) | {"original_max_position_embeddings", "rope_parameters"},
+    TEXT_CHANGES,
+    {"model_type": tuple(_FAMILIES), "hidden_act": ("silu", "swish")},
+)
+
+
+def unknown_text_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``text_config`` says and nobody here understands, by ``section.key``."""
+    return {**_TEXT.unknown(data, "text_config."), **unknown_rope_keys(data)}
