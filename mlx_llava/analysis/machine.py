@@ -23,7 +23,7 @@ from mlx_llava.checkpoint.precision import arrays_of
 from mlx_llava.model import linux_cpu
 from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import available_memory, on_cpu, total_memory
-from mlx_llava.model.linux_cpu import NUMPY
+from mlx_llava.model.linux_functions import NUMPY
 from mlx_llava.model.quantized import float_dtype, is_quantized, plain_weight
 
 _GB = 1e9

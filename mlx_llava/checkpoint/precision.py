@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_llava.model.device import DTYPES, available_memory, on_cpu
+from mlx_llava.model.linux_layers import is_read_fast
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import dequantize, is_quantized
 
@@ -42,29 +43,67 @@ def arrays_of(module: nn.Module) -> list[mx.array]:
 def suit_device(model: Llava) -> None:
     """Lets a model compute in what its device is fast at.
 
-    A GPU takes the weights as they are. Of a CPU's matmuls only float32's is fast, so weights
-    become float32 there, quantised ones too; said in the log, since it takes memory. If there is
-    not enough of it, they stay.
+    A GPU takes the weights as they are. Of a CPU's matmuls only float32's is fast, so there all
+    is computed in it. Matrices of few bits stay as they are where that is how they are read
+    fastest (linux_layers.py); others become float32, if there is memory for it. The log says so.
     """
     if not on_cpu():
         return
-    layers = [layer for layer in model.modules() if is_quantized(layer)]
-    coded = {id(array) for layer in layers for array in arrays_of(layer)}
-    rest = [array for array in arrays_of(model) if id(array) not in coded]
-    if not layers and all(array.dtype == mx.float32 for array in rest):
-        return
-    numbers = sum(layer.weight.size * 32 // layer.bits for layer in layers)
-    needed = 4 * (numbers + sum(array.size for array in rest))
-    kind = f"{layers[0].bits} bits" if layers else str(rest[0].dtype).removeprefix("mlx.core.")
-    available = available_memory()
+    layers = _narrow_layers(model)
+    slow = [layer for layer in layers if not is_read_fast(layer)]
+    needed, available = 4 * sum(map(_numbers, slow)), available_memory()
     if needed > 0.8 * available:
         logger.warning(
             f"The weights would take {needed / 1e9:.1f} GB in float32 and {available / 1e9:.1f} GB "
-            f"are free; they stay in {kind}, which is slow on a CPU."
+            f"are free; they stay in {_kind(slow)}, which is slow on a CPU."
         )
-        return
-    model.set_dtype(mx.float32)  # scales too, so that codes are read without rounding
-    if layers:
-        logger.warning(f"From {kind} to float32 for the CPU: {needed / 1e9:.2f} GB.")
-        dequantize(model, mx.float32)
+        slow = []
+    elif any(map(is_quantized, slow)):
+        logger.warning(f"From {_kind(slow)} to float32 for the CPU: {needed / 1e9:.2f} GB.")
+    changed = {id(layer) for layer in slow}
+    kept = [layer for layer in layers if id(layer) not in changed]
+    if kept and len(slow) < len(layers):
+        stored = sum(array.nbytes for layer in kept for array in arrays_of(layer))
+        floats = 4 * sum(map(_numbers, kept))
+        logger.info(
+            f"{_kind(kept)} are read as they are: {stored / 1e9:.2f} GB, in float32 "
+            f"{floats / 1e9:.2f} GB."
+        )
+    _compute_in_float32(model, {id(layer.weight) for layer in kept})
+    paths = {path for path, layer in model.named_modules() if id(layer) in changed}
+    dequantize(model, mx.float32, paths)
+    if not any(map(is_quantized, model.modules())):
         model.config = replace(model.config, quantization=None)
+
+
+def _compute_in_float32(model: Llava, kept: set[int]) -> None:
+    """Makes all weights float32 but those whose ids are kept; scales too, so that none rounds."""
+
+    def widen(array: mx.array) -> mx.array:
+        is_float = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(mx.float32) if is_float and id(array) not in kept else array
+
+    model.update(tree_map(widen, model.parameters()))
+
+
+def _narrow_layers(model: Llava) -> list[nn.Module]:
+    """The layers with a matrix of less than 32 bits, but for the projector's plain ones.
+
+    The projector computes in what its weights are.
+    """
+    plain = (nn.Linear, nn.Embedding)
+    parts = (model.vision_tower, model.language_model)
+    candidates = [layer for part in parts for layer in part.modules() if isinstance(layer, plain)]
+    halves = [layer for layer in candidates if layer.weight.dtype != mx.float32]
+    return [layer for layer in model.modules() if is_quantized(layer)] + halves
+
+
+def _numbers(layer: nn.Module) -> int:
+    return layer.weight.size * 32 // layer.bits if is_quantized(layer) else layer.weight.size
+
+
+def _kind(layers: list[nn.Module]) -> str:
+    first = layers[0]
+    if is_quantized(first):
+        return f"{first.bits} bits"
+    return str(first.weight.dtype).removeprefix("mlx.core.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -78,11 +78,11 @@ def with_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
     return plain
 
 
-def dequantize(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Puts a plain layer in the place of every quantised one."""
+def dequantize(model: nn.Module, dtype: mx.Dtype, paths: Container[str]) -> None:
+    """Puts plain layers in the place of some quantised ones."""
     plain = [
         (path, with_weight(layer, plain_weight(layer).astype(dtype)))
         for path, layer in model.named_modules()
-        if is_quantized(layer)
+        if path in paths and is_quantized(layer)
     ]
     model.update_modules(tree_unflatten(plain))

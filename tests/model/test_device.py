@@ -17,7 +17,7 @@ from mlx_llava.analysis import machine
 from mlx_llava.checkpoint import precision
 from mlx_llava.checkpoint.convert import Quantization
 from mlx_llava.generation import memory
-from mlx_llava.model import device
+from mlx_llava.model import device, linux_layers, linux_weights
 from mlx_llava.model.cache import make_cache, nbytes
 from mlx_llava.model.quantized import is_quantized
 from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
@@ -90,9 +90,16 @@ def dtypes(model) -> set[mx.Dtype]:
     return {array.dtype for array in precision.arrays_of(model)}
 
 
+@pytest.fixture
+def no_numba(monkeypatch):
+    """Nothing reads few bits fast."""
+    for module in (linux_layers, linux_weights):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+
+
 @on_linux_cpu
 @pytest.mark.parametrize("quantization", [None, Quantization(bits=4, group_size=32)], ids=str)
-def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization):
+def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization, no_numba):
     convert(GOLDENS / "llava", tmp_path / "m", dtype="bfloat16", quantization=quantization)
     with caplog.at_level(logging.WARNING, "mlx_llava"):
         model, processor = load(tmp_path / "m")
@@ -100,7 +107,11 @@ def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization):
     assert not any(is_quantized(layer) for layer in model.modules())
     assert model.config.quantization is None
     assert ("From 4 bits to float32 for the CPU: 0.00 GB." in caplog.text) == bool(quantization)
-    stored, _ = load_as_stored(tmp_path / "m")
+    assert_computes_as_stored(model, processor, tmp_path / "m")
+
+
+def assert_computes_as_stored(model, processor, folder):
+    stored, _ = load_as_stored(folder)
     assert mx.bfloat16 in dtypes(stored)
     stored.set_dtype(mx.float32)
     inputs = processor("What is this?", PICTURE)
@@ -108,13 +119,37 @@ def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization):
 
 
 @on_linux_cpu
-def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch):
-    convert(GOLDENS / "llava", tmp_path / "half", dtype="float16")
+@pytest.mark.parametrize("kind", ["bfloat16", "3 bits", "4 bits"])
+def test_few_bits_stay_where_they_are_read_faster(tmp_path, caplog, kind):
+    """Which 3 bits are not."""
+    pytest.importorskip("numba")
+    bits = int(kind[0]) if kind.endswith("bits") else None
+    quantization = Quantization(bits=bits, group_size=32) if bits else None
+    convert(GOLDENS / "llava", tmp_path / "m", dtype="bfloat16", quantization=quantization)
+    with caplog.at_level(logging.INFO, "mlx_llava"):
+        model, processor = load(tmp_path / "m")
+    narrow = {"bfloat16": mx.bfloat16, "3 bits": mx.float32, "4 bits": mx.uint32}[kind]
+    block, projector = model.language_model.layers[0], model.multi_modal_projector
+    assert block.mlp.up_proj.weight.dtype == narrow
+    assert model.language_model.dtype == model.vision_tower.dtype == mx.float32
+    assert projector.linear_1.weight.dtype == mx.float32
+    assert (model.config.quantization is None) == (kind != "4 bits")
+    assert f"{kind} are read as they are: 0.00 GB, in float32 0.00 GB." in caplog.text or bits == 3
+    assert_computes_as_stored(model, processor, tmp_path / "m")
+
+
+@on_linux_cpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch, no_numba, bits):
+    quantization = Quantization(bits=bits, group_size=32) if bits else None
+    convert(GOLDENS / "llava", tmp_path / "m", dtype="bfloat16", quantization=quantization)
     monkeypatch.setattr(precision, "available_memory", lambda: 1000)
     with caplog.at_level(logging.WARNING, "mlx_llava"):
-        model, _ = load(tmp_path / "half")
-    assert dtypes(model) == {mx.float16}
-    assert "0.0 GB are free; they stay in float16, which is slow on a CPU." in caplog.text
+        model, processor = load(tmp_path / "m")
+    assert (mx.uint32 if bits else mx.bfloat16) in dtypes(model)
+    kind = "4 bits" if bits else "bfloat16"
+    assert f"0.0 GB are free; they stay in {kind}, which is slow on a CPU." in caplog.text
+    assert_computes_as_stored(model, processor, tmp_path / "m")
 
 
 def test_weights_that_cannot_fit_are_refused(monkeypatch):

@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import linux_cpu as kernels
+from mlx_llava.model import linux_cpu, linux_layers
+from mlx_llava.model import linux_functions as kernels
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.llava import Llava
@@ -100,7 +101,7 @@ def test_gates_of_large_numbers_are_finite():
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "_by_numpy", None)
+    monkeypatch.setattr(kernels, "by_numpy", None)
     x = mx.ones((2, 8), dtype)
     assert kernels.matmul(x, x).dtype == dtype
     assert kernels.quick_gelu(x).dtype == kernels.swiglu(x, x).dtype == dtype
@@ -108,7 +109,7 @@ def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
 
 @pytest.mark.parametrize("size", [28, 30])
 def test_patches_are_a_convolution(size):
-    embedding = kernels.PatchEmbedding(7, 12)
+    embedding = linux_layers.PatchEmbedding(7, 12)
     embedding.weight = mx.random.normal(embedding.weight.shape)
     pixels = mx.random.normal((2, size, size, 3))
     convolved = mx.conv2d(pixels, embedding.weight, stride=7).flatten(1, 2)
@@ -123,16 +124,16 @@ def test_a_model_is_plain_until_it_adopts_them(monkeypatch):
     model = Llava(LlavaConfig.from_dict({**data, "text_config": text}))
     inputs = mx.array([[1, 3, 3, 3, 3, 2]]), mx.random.normal((1, 28, 28, 3))
     with monkeypatch.context() as plain:
-        plain.setattr(kernels, "_by_numpy", None)
+        plain.setattr(kernels, "by_numpy", None)
         expected = model(*inputs)
     names = [name for name, _ in model.named_modules()]
-    kernels.adopt(model)
+    linux_cpu.adopt(model)
     assert mx.allclose(model(*inputs), expected, atol=1e-5)
     assert [name for name, _ in model.named_modules()] == names
     layer, tower = model.language_model.layers[0], model.vision_tower.vision_model
-    assert type(layer.mlp.up_proj) is kernels.Linear
-    assert type(model.language_model.model.embed_tokens) is kernels.Embedding
-    assert type(tower.embeddings.patch_embedding) is kernels.PatchEmbedding
+    assert type(layer.mlp.up_proj) is linux_layers.Linear
+    assert type(model.language_model.model.embed_tokens) is linux_layers.Embedding
+    assert type(tower.embeddings.patch_embedding) is linux_layers.PatchEmbedding
     assert layer.self_attn.attention is kernels.attention
     assert tower.encoder.layers[0].self_attn.attention is kernels.attention
     assert layer.mlp.gate is kernels.swiglu

@@ -1,0 +1,177 @@
+"""Functions of MLX arrays that NumPy computes, on Linux's CPU.
+
+MLX's CPU backend on Linux takes exp one number at a time, and its matmul of one row reads weights
+at half the speed of memory; NumPy, which is vectorised and whose wheels bring an OpenBLAS, does
+what is large and in float32. Gradients stay MLX's, and so does all that `mx.compile` traces, which
+has no values to give to NumPy. On a GPU, they do what MLX does.
+
+B rows, H heads, L queries, T keys, D head width.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any, TypeAlias, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_llava.model import layers
+from mlx_llava.model.layers import Mask
+from mlx_llava.model.linux_threads import parallel, threads
+from mlx_llava.model.linux_weights import Array, Plain, multiply
+
+Function: TypeAlias = "Callable[..., mx.array]"
+
+#: Below this many multiplications, going to NumPy and back (about 20 us) does not pay.
+SMALLEST = 1 << 17
+#: How many numbers are worked on at a time, so that they stay in a core's cache (1 MB).
+BLOCK = 1 << 18
+#: An exp of MLX's takes as long as so many multiplications.
+EXP = 32
+#: Whether NumPy does anything. Read at every call: False makes all operations MLX's own.
+NUMPY = sys.platform == "linux" and os.environ.get("MLX_LLAVA_BLAS") != "off"
+
+
+def fits(work: int, *arrays: mx.array) -> bool:
+    """Whether NumPy should do some work: on this device, on these arrays."""
+    return (
+        NUMPY
+        and work >= SMALLEST
+        and all(array.dtype == mx.float32 for array in arrays)
+        and mx.default_device() == mx.cpu
+    )
+
+
+def view(array: mx.array) -> Array:
+    """The values of an array, not copied."""
+    return np.array(array, copy=False)
+
+
+def by_numpy(numpy: Callable[..., Array], mlx: Function, *arrays: mx.array) -> mx.array:
+    """Calls a function of NumPy arrays in the place of MLX's, whose gradient it has."""
+
+    @mx.custom_function
+    def function(*arrays: mx.array) -> mx.array:
+        mx.eval(arrays)  # all at once
+        return mx.array(numpy(*map(view, arrays)))
+
+    @function.vjp
+    def _vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        primals = primals if isinstance(primals, tuple) else (primals,)
+        return tuple(mx.vjp(mlx, list(primals), [cotangent])[1])
+
+    try:
+        return cast("mx.array", function(*arrays))
+    except ValueError:  # mx.compile traces: there are no values yet
+        return mlx(*arrays)
+
+
+def matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """``x @ weight.T``: (..., inputs) and (outputs, inputs) -> (..., outputs)."""
+    if fits(x.size * len(weight), x, weight):
+        return by_numpy(_numpy_matmul, lambda x, weight: x @ weight.T, x, weight)
+    return x @ weight.T
+
+
+def _numpy_matmul(x: Array, weight: Array) -> Array:
+    return multiply(x, Plain(weight))
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
+) -> mx.array:
+    """As mx.fast.scaled_dot_product_attention: (B, H, L, D), keys and values (B, heads, T, D)."""
+    mlx = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
+    if fits(queries.size * keys.shape[2], queries, keys, values):
+        return by_numpy(partial(_numpy_attention, scale, mask), mlx, queries, keys, values)
+    return mlx(queries, keys, values)
+
+
+def _numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
+    B, H, L, D = queries.shape
+    output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
+    hidden = [~row[0] for row in view(mask)] if isinstance(mask, mx.array) else [None]
+    for i in range(B):
+        own = hidden[min(i, len(hidden) - 1)]
+        _attend(output[i], queries[i] * scale, keys[i], values[i], own, isinstance(mask, str))
+    return output.swapaxes(1, 2)
+
+
+def _attend(
+    output: Array, queries: Array, keys: Array, values: Array, hidden: Array | None, causal: bool
+) -> None:
+    """One row's attention, (L, H, D), in blocks of heads and queries.
+
+    No score that the causal mask hides is taken.
+    """
+    (H, L, D), (heads, T, _) = queries.shape, keys.shape
+    group = H // heads
+    together = min(max(1, BLOCK // (L * T * group)), -(-heads // threads()))
+    step = max(16, BLOCK // (T * group))
+    later = ~np.tri(min(step, L), dtype=bool)
+    blocks = list(product(range(0, heads, together), range(0, L, step)))
+
+    def attend(head: int, start: int) -> None:
+        block = slice(start, min(start + step, L))
+        rows, seen = block.stop - start, T - L + block.stop if causal else T
+        own = slice(head, min(head + together, heads))
+        mine = slice(own.start * group, own.stop * group)
+        scores = queries[mine, block].reshape(-1, group * rows, D)
+        scores = scores @ keys[own, :seen].swapaxes(1, 2)
+        by_query = scores.reshape(-1, rows, seen)
+        if causal:
+            np.copyto(by_query[..., seen - rows :], -np.inf, where=later[:rows, :rows])
+        elif hidden is not None:
+            np.copyto(by_query, -np.inf, where=hidden[block])
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = (scores @ values[own, :seen]) / scores.sum(axis=-1, keepdims=True)
+        output[block, mine] = mixed.reshape(-1, rows, D).swapaxes(0, 1)
+
+    def part(start: int, stop: int) -> None:
+        for block in blocks[start:stop]:
+            attend(*block)
+
+    parallel(part, len(blocks), 2 * H * L * T * D)
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """As `layers.quick_gelu`."""
+    return _gated(layers.quick_gelu, 1.702, x)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """As `layers.swiglu`."""
+    return _gated(layers.swiglu, 1, gate, up)
+
+
+def _gated(mlx: Function, slope: float, *arrays: mx.array) -> mx.array:
+    if fits(EXP * arrays[0].size, *arrays):
+        return by_numpy(partial(gated, slope), mlx, *arrays)
+    return mlx(*arrays)
+
+
+def gated(slope: float, *arrays: Array) -> Array:
+    """x sigmoid(slope x), times another array if there is one; in blocks."""
+    outputs = np.empty(arrays[0].shape, np.float32)
+    flat = [array.reshape(-1) for array in (outputs, *arrays)]
+
+    def part(start: int, stop: int) -> None:
+        for first in range(start, stop, BLOCK // 4):
+            own = slice(first, min(first + BLOCK // 4, stop))
+            output, x, *factors = (array[own] for array in flat)
+            np.multiply(x, np.float32(-slope), out=output)
+            with np.errstate(over="ignore"):  # x / inf is the right 0
+                np.exp(output, out=output)
+            output += 1
+            np.divide(x, output, out=output)
+            for factor in factors:
+                output *= factor
+
+    parallel(part, outputs.size, EXP * outputs.size)
+    return outputs

@@ -1,0 +1,132 @@
+"""Products of a row with weights as they are stored, compiled by numba, which is optional.
+
+They run in one thread, without the interpreter's lock. What is compiled is kept on disk, where
+there is a folder to write to.
+
+N outputs, W words of codes of each, G groups; U units of C codes, see `linux_weights.UNITS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Function: TypeAlias = Callable[..., Any]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Words: TypeAlias = npt.NDArray[np.uint32]
+Halves: TypeAlias = npt.NDArray[np.uint16]
+_FAST = {"contract", "reassoc", "nsz", "arcp"}  # no promise that there is no NaN
+_float, _word, _int = np.float32, np.uint32, np.int32
+
+
+def _compiled(function: Function) -> Function:
+    try:
+        compiled = njit(nogil=True, fastmath=_FAST, cache=True)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        compiled = njit(nogil=True, fastmath=_FAST)(function)
+    return cast("Function", compiled)
+
+
+def _dot_words(bits: int) -> Function:
+    """The product for codes of which a word holds a whole number: 2, 4 or 8 bits."""
+    count, mask = 32 // bits, _word((1 << bits) - 1)
+
+    @_compiled
+    def dot_words(
+        codes: Words, scales: Floats, biases: Floats, x: Floats, sums: Floats, output: Floats
+    ) -> None:
+        groups = scales.shape[1]
+        units = codes.shape[1] // groups
+        spread = np.empty(codes.shape[1], _float)
+        for n in range(len(codes)):
+            words = codes[n]
+            total = _float(0)
+            for g in range(groups):
+                total += biases[n, g] * sums[g]
+                for u in range(units):
+                    spread[g * units + u] = scales[n, g]
+            for j in range(codes.shape[1]):
+                part = _float(0)
+                for k in range(count):
+                    code = (words[j] >> _word(bits * k)) & mask
+                    part += _float(_int(code)) * x[k, j]
+                total += spread[j] * part
+            output[n] = total
+
+    return dot_words
+
+
+#: For bits: (codes (N, W), scales (N, G), biases (N, G), x (C, U), its sums (G,), output (N,)).
+DOT_WORDS = {bits: _dot_words(bits) for bits in (2, 4, 8)}
+
+
+@_compiled
+def unpack(codes: Words, scales: Floats, biases: Floats, bits: int, C: int, block: Floats) -> None:
+    """Numbers (N, C U) of codes of any bits, each row's code k of unit j at k U + j."""
+    U = block.shape[1] // C
+    words, units = codes.shape[1] // U, U // scales.shape[1]
+    mask = _word((1 << bits) - 1)
+    spread, shifts = np.empty(U, _float), np.empty(U, _float)
+    planes = np.empty((words, U), np.uint32)
+    for n in range(len(codes)):
+        for m in range(words):
+            for j in range(U):
+                planes[m, j] = codes[n, j * words + m]
+        for g in range(scales.shape[1]):
+            for u in range(units):
+                spread[g * units + u], shifts[g * units + u] = scales[n, g], biases[n, g]
+        for k in range(C):
+            low, shift = planes[k * bits >> 5], _word(k * bits & 31)
+            output = block[n, k * U : (k + 1) * U]
+            if shift + bits <= 32:
+                for j in range(U):
+                    code = (low[j] >> shift) & mask
+                    output[j] = spread[j] * _float(_int(code)) + shifts[j]
+            else:
+                high, rest = planes[(k * bits >> 5) + 1], _word(32 - shift)
+                for j in range(U):
+                    code = ((low[j] >> shift) | (high[j] << rest)) & mask
+                    output[j] = spread[j] * _float(_int(code)) + shifts[j]
+
+
+@_compiled
+def dot_bfloat16(weight: Halves, x: Floats, output: Floats) -> None:
+    """The product of bfloat16 as uint16 (N, I) and float32 (I,)."""
+    for n in range(len(weight)):
+        total = _float(0)
+        for i in range(weight.shape[1]):
+            total += _word(_word(weight[n, i]) << _word(16)).view(np.float32) * x[i]
+        output[n] = total
+
+
+@_compiled
+def _widened(half: np.uint16) -> np.float32:
+    """A finite float16, given as uint16, as float32.
+
+    Its bits at their places in a float32 are a number 2 ** 112 times smaller.
+    """
+    bits = _word(half)
+    word = (bits & _word(0x8000)) << _word(16) | (bits & _word(0x7FFF)) << _word(13)
+    return _word(word).view(np.float32) * _float(2.0**112)
+
+
+@_compiled
+def dot_float16(weight: Halves, x: Floats, output: Floats) -> None:
+    """The product of float16 as uint16 (N, I) and float32 (I,)."""
+    for n in range(len(weight)):
+        total = _float(0)
+        for i in range(weight.shape[1]):
+            total += _widened(weight[n, i]) * x[i]
+        output[n] = total
+
+
+@_compiled
+def widen_float16(weight: Halves, block: Floats) -> None:
+    """float16 as uint16 (N, I) -> float32 (N, I)."""
+    for n in range(len(weight)):
+        for i in range(weight.shape[1]):
+            block[n, i] = _widened(weight[n, i])

@@ -1,0 +1,187 @@
+"""Layers that multiply by NumPy, with their weights as they are stored, on Linux's CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy.typing as npt
+
+from mlx_llava.model import clip, linux_functions
+from mlx_llava.model.linux_functions import EXP, Function, by_numpy, fits, matmul, view
+from mlx_llava.model.linux_weights import (
+    UNITS,
+    Affine,
+    Array,
+    Half,
+    Plain,
+    Weight,
+    kernels,
+    multiply,
+    multiply_back,
+)
+from mlx_llava.model.quantized import PermutedQuantizedLinear, is_quantized
+
+HALVES = (mx.float16, mx.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Found:
+    array: mx.array
+    weight: Weight
+
+
+def stored(layer: nn.Module) -> Weight:
+    """The weight of a layer, its memory not copied; looked for once for each that it gets."""
+    found = vars(layer).get("_found")
+    if found is None or found.array is not layer.weight:
+        found = layer._found = _Found(layer.weight, _find(layer))
+    return cast("Weight", found.weight)
+
+
+def _find(layer: nn.Module) -> Weight:
+    if is_quantized(layer):
+        scales, biases = (array.astype(mx.float32) for array in (layer.scales, layer.biases))
+        mx.eval(layer.weight, scales, biases)
+        order = layer.get("input_permutation")
+        return Affine(
+            cast("npt.NDArray[Any]", view(layer.weight)),
+            view(scales),
+            view(biases),
+            layer.bits,
+            None if order is None else cast("npt.NDArray[Any]", view(order)),
+        )
+    if layer.weight.dtype in HALVES:
+        words = cast("npt.NDArray[Any]", view(layer.weight.view(mx.uint16)))
+        return Half(words, layer.weight.dtype == mx.bfloat16)
+    return Plain(view(layer.weight))
+
+
+def is_coded(layer: nn.Module) -> bool:
+    """Whether a layer has codes that NumPy multiplies with."""
+    return is_quantized(layer) and layer.mode == "affine" and layer.bits in UNITS
+
+
+def is_read_fast(layer: nn.Module) -> bool:
+    """Whether decoding reads a weight of less than 32 bits faster as it is than as float32."""
+    if not linux_functions.NUMPY or kernels() is None:
+        return False
+    if is_quantized(layer):
+        return is_coded(layer) and layer.bits in kernels().DOT_WORDS
+    return layer.weight.dtype in HALVES
+
+
+def apply(layer: nn.Module, x: Array) -> Array:
+    """A linear layer of this file on NumPy's arrays, (..., inputs) -> (..., outputs)."""
+    outputs = multiply(x, stored(layer))
+    if "bias" in layer:
+        outputs += view(layer.bias)
+    return outputs
+
+
+def _product(layer: nn.Module, x: mx.array, mlx: Function) -> mx.array:
+    """``x @ weight.T`` of float32 and a weight that has codes or 16 bits, which `mlx` does too."""
+    outputs = len(layer.weight)
+    is_plain = not is_quantized(layer)
+    if not fits(x.size * outputs, x):
+        return mlx(x)
+    weight = stored(layer)
+
+    @mx.custom_function
+    def product(x: mx.array, *_: mx.array) -> mx.array:
+        mx.eval(x)
+        return mx.array(multiply(view(x), weight))
+
+    @product.vjp
+    def _vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        mx.eval(cotangent)
+        back = mx.array(multiply_back(view(cotangent), weight))
+        if not is_plain:
+            return back
+        x, own = primals
+        rows = cotangent.reshape(-1, outputs).T @ x.reshape(-1, x.shape[-1])
+        return back, rows.astype(own.dtype)
+
+    try:
+        return cast("mx.array", product(x, layer.weight) if is_plain else product(x))
+    except ValueError:  # mx.compile traces: there are no values yet
+        return mlx(x)
+
+
+class Linear(nn.Linear):
+    """MLX's linear layer."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., inputs) -> (..., outputs)."""
+        if not fits(x.size * len(self.weight), x):
+            return super().__call__(x)
+        x = _plain_product(self, x)
+        return x + self.bias if "bias" in self else x
+
+
+class Embedding(nn.Embedding):
+    """An embedding that is used as the head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., D) -> logits (..., V)."""
+        return _plain_product(self, x)
+
+
+def _plain_product(layer: nn.Module, x: mx.array) -> mx.array:
+    if layer.weight.dtype in HALVES and x.dtype == mx.float32:
+        return _product(layer, x, lambda x: x @ layer.weight.T)
+    return matmul(x, layer.weight)
+
+
+class PatchEmbedding(clip.PatchEmbedding):
+    """CLIP's by `matmul`."""
+
+    def project(self, patches: mx.array) -> mx.array:
+        """(B, P, side side 3) -> (B, P, D)."""
+        return matmul(patches, self.weight.flatten(1))
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's linear layer of codes, its inputs permuted or not."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., inputs) -> (..., outputs)."""
+        x = _product(self, x, lambda x: _quantized_matmul(self, x))
+        return x + self.bias if "bias" in self else x
+
+
+class PermutedLinear(QuantizedLinear, PermutedQuantizedLinear):
+    """What a `PermutedQuantizedLinear` becomes."""
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """An embedding of codes."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """(...) -> (..., D)."""
+        mlx = super().__call__
+        if not fits(ids.size * self.dims * EXP, self.scales):
+            return mlx(ids)
+        weight = cast("Affine", stored(self))
+        return by_numpy(lambda ids: weight.rows(ids), mlx, ids)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., D) -> logits (..., V)."""
+        return _product(self, x, super().as_linear)
+
+
+def _quantized_matmul(layer: nn.Module, x: mx.array) -> mx.array:
+    """MLX's own product."""
+    if "input_permutation" in layer:
+        x = x[..., layer.input_permutation]
+    return mx.quantized_matmul(
+        x,
+        layer.weight,
+        scales=layer.scales,
+        biases=layer.biases,
+        transpose=True,
+        group_size=layer.group_size,
+        bits=layer.bits,
+    )

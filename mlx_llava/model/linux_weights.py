@@ -1,0 +1,264 @@
+"""Weights as a checkpoint stores them, multiplied by NumPy on Linux's CPU, exact to rounding.
+
+Many rows of inputs: blocks of the weight become float32 in a core's cache, for BLAS. Few rows are
+bound by memory: numba's kernels read what is stored, where numba is installed.
+
+R rows, I inputs, N outputs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_llava.model.linux_threads import parallel
+
+Array: TypeAlias = npt.NDArray[np.float32]
+
+#: Up to so many rows, products of a matrix and a vector are faster than one of matrices.
+FEW = 4
+#: Up to so many, BLAS is faster with the weight on the left.
+SOME = 16
+#: How many numbers a block of float32 has: with fewer rows it would be the inputs that cost.
+BLOCK = 1 << 21
+#: Bits -> how many codes fill how many words.
+UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 5: (32, 5), 6: (16, 3), 8: (4, 1)}
+
+
+@cache
+def kernels() -> Any:
+    """linux_kernels.py, or None where there is no numba."""
+    try:
+        return import_module("mlx_llava.model.linux_kernels")
+    except ImportError:
+        return None
+
+
+class Weight(Protocol):
+    """A matrix (N, I) in whatever form, whose columns may have an order of their own."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, I."""
+
+    def order(self, x: Array) -> Array:
+        """Inputs (R, I) in the order of the columns."""
+
+    def restore(self, x: Array) -> Array:
+        """What `order` has done, undone."""
+
+    def block(self, start: int, stop: int) -> Array:
+        """Some rows of the matrix as float32."""
+
+    def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
+        """Products of ordered inputs with some rows, to the same columns of the outputs (R, N)."""
+
+
+def _dot_blocks(weight: Weight, x: Array, outputs: Array, start: int, stop: int) -> None:
+    """Row by row, each block of the weight for all rows while a cache holds it."""
+    step = max(1, BLOCK // 8 // weight.shape[1])
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        block = weight.block(first, last)
+        for row, output in zip(x, outputs, strict=True):
+            np.dot(block, row, out=output[first:last])
+
+
+@dataclass(frozen=True)
+class Plain:
+    """float32, (N, I)."""
+
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, I."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def order(self, x: Array) -> Array:
+        """The inputs."""
+        return x
+
+    restore = order
+
+    def block(self, start: int, stop: int) -> Array:
+        """Not copied."""
+        return self.values[start:stop]
+
+    def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
+        """By BLAS, which reads one row's weight at the speed of memory."""
+        if len(x) == 1:
+            np.dot(self.values[start:stop], x[0], out=outputs[0, start:stop])
+        else:
+            _dot_blocks(self, x, outputs, start, stop)
+
+
+@dataclass(frozen=True)
+class Half:
+    """float16 or bfloat16 as 16-bit words, (N, I)."""
+
+    words: npt.NDArray[np.uint16]
+    is_bfloat16: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, I."""
+        return self.words.shape[0], self.words.shape[1]
+
+    def order(self, x: Array) -> Array:
+        """The inputs."""
+        return x
+
+    restore = order
+
+    def block(self, start: int, stop: int) -> Array:
+        """Every 16-bit number is one of float32's."""
+        words = self.words[start:stop]
+        if self.is_bfloat16:
+            block = np.empty(words.shape, np.float32)
+            np.left_shift(words, 16, out=block.view(np.uint32), dtype=np.uint32)
+            return block
+        if kernels() is None:
+            return words.view(np.float16).astype(np.float32)
+        block = np.empty(words.shape, np.float32)
+        kernels().widen_float16(words, block)
+        return block
+
+    def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
+        """By a kernel, if there are any."""
+        if kernels() is None:
+            _dot_blocks(self, x, outputs, start, stop)
+            return
+        dot = kernels().dot_bfloat16 if self.is_bfloat16 else kernels().dot_float16
+        for row, output in zip(x, outputs, strict=True):
+            dot(self.words[start:stop], row, output[start:stop])
+
+
+@dataclass(frozen=True)
+class Affine:
+    """MLX's codes: scale times code plus bias, for each group of inputs.
+
+    The columns of a block are all first codes of a unit, then all second ones: so they are cut
+    out of words side by side.
+
+    Attributes:
+        codes: uint32, (N, I bits / 32).
+        scales: (N, G).
+        biases: (N, G).
+        bits: of a code.
+        permutation: which input comes at each position, if they are not in order.
+    """
+
+    codes: npt.NDArray[np.uint32]
+    scales: Array
+    biases: Array
+    bits: int
+    permutation: npt.NDArray[np.int32] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, I."""
+        return len(self.codes), self.codes.shape[1] * 32 // self.bits
+
+    def order(self, x: Array) -> Array:
+        """All first codes' inputs, then all second ones'."""
+        if self.permutation is not None:
+            x = x[:, self.permutation]
+        in_units = x.reshape(len(x), -1, UNITS[self.bits][0])
+        return in_units.swapaxes(1, 2).reshape(x.shape)
+
+    def restore(self, x: Array) -> Array:
+        """The inputs as the layer has them."""
+        by_code = x.reshape(len(x), UNITS[self.bits][0], -1)
+        x = by_code.swapaxes(1, 2).reshape(x.shape)
+        return x if self.permutation is None else x[:, np.argsort(self.permutation)]
+
+    def rows(self, indices: npt.NDArray[Any]) -> Array:
+        """Rows of the matrix, (...) -> (..., I), their columns in the layer's order."""
+        flat = indices.reshape(-1)
+        codes, scales, biases = self.codes[flat], self.scales[flat], self.biases[flat]
+        few = Affine(codes, scales, biases, self.bits, self.permutation)
+        return self.restore(few.block(0, len(flat))).reshape(*indices.shape, -1)
+
+    def block(self, start: int, stop: int) -> Array:
+        """By a kernel, or by NumPy."""
+        part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
+        block = np.empty((stop - start, self.shape[1]), np.float32)
+        if kernels() is None:
+            self._unpack(*part, block.reshape(stop - start, UNITS[self.bits][0], -1))
+        else:
+            kernels().unpack(*part, self.bits, UNITS[self.bits][0], block)
+        return block
+
+    def _unpack(self, codes: Any, scales: Array, biases: Array, block: Array) -> None:
+        """As `linux_kernels.unpack`, into (n, C, U)."""
+        words = codes.reshape(len(codes), -1, UNITS[self.bits][1])
+        units = block.shape[2] // scales.shape[1]
+        scales, biases = scales.repeat(units, axis=1), biases.repeat(units, axis=1)
+        for k in range(block.shape[1]):
+            m, shift = divmod(k * self.bits, 32)
+            part = words[..., m] >> np.uint32(shift)
+            if shift + self.bits > 32:
+                part |= words[..., m + 1] << np.uint32(32 - shift)
+            part &= np.uint32((1 << self.bits) - 1)
+            np.multiply(part.astype(np.float32), scales, out=block[:, k])
+            block[:, k] += biases
+
+    def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
+        """By a kernel, if there is one for so many bits."""
+        if kernels() is None or self.bits not in kernels().DOT_WORDS:
+            _dot_blocks(self, x, outputs, start, stop)
+            return
+        C, G = UNITS[self.bits][0], self.scales.shape[1]
+        part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
+        for row, output in zip(x.reshape(len(x), C, -1), outputs, strict=True):
+            sums = row.reshape(C, G, -1).sum(axis=(0, 2))
+            kernels().DOT_WORDS[self.bits](*part, row, sums, output[start:stop])
+
+
+def _blocks(weight: Weight, start: int, stop: int) -> Iterator[tuple[slice, Array]]:
+    """The rows from start to stop as float32, a block at a time."""
+    step = max(1, BLOCK // weight.shape[1])
+    if isinstance(weight, Plain):  # nothing is to be kept in a cache
+        step = stop - start
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        yield slice(first, last), weight.block(first, last)
+
+
+def multiply(x: Array, weight: Weight) -> Array:
+    """``x @ weight.T``: (..., I) -> (..., N)."""
+    N, inputs = weight.shape
+    rows = weight.order(np.ascontiguousarray(x).reshape(-1, inputs))
+    some = FEW < len(rows) <= SOME
+    outputs = np.empty((N, len(rows)) if some else (len(rows), N), np.float32)
+    columns = np.ascontiguousarray(rows.T) if some else rows.T
+
+    def part(start: int, stop: int) -> None:
+        if len(rows) <= FEW:
+            weight.dot(rows, outputs, start, stop)
+            return
+        for own, block in _blocks(weight, start, stop):
+            if some:
+                np.matmul(block, columns, out=outputs[own])
+            else:
+                np.matmul(rows, block.T, out=outputs[:, own])
+
+    parallel(part, N, rows.size * N)
+    return np.ascontiguousarray(outputs.T if some else outputs).reshape(*x.shape[:-1], N)
+
+
+def multiply_back(y: Array, weight: Weight) -> Array:
+    """``y @ weight``, the gradient of the inputs: (..., N) -> (..., I)."""
+    N, inputs = weight.shape
+    rows = np.ascontiguousarray(y).reshape(-1, N)
+    x = np.zeros((len(rows), inputs), np.float32)
+    for own, block in _blocks(weight, 0, N):
+        x += rows[:, own] @ block
+    return weight.restore(x).reshape(*y.shape[:-1], inputs)

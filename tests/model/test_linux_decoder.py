@@ -1,0 +1,127 @@
+"""A block's step in NumPy is that of MLX, with every kind of cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_llava.model import linux_cpu, linux_decoder, linux_functions
+from mlx_llava.model.batch_cache import RaggedCache
+from mlx_llava.model.cache import RollingKVCache, make_cache
+from mlx_llava.model.config import TextConfig
+from mlx_llava.model.device import on_cpu
+from mlx_llava.model.llama import LanguageModel
+
+pytestmark = pytest.mark.skipif(
+    not linux_functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
+)
+CONFIG = TextConfig.from_dict(
+    {
+        "hidden_size": 128,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+        "rope_theta": 500.0,
+    }
+)
+
+
+def decoder(**settings) -> LanguageModel:
+    model = LanguageModel(replace(CONFIG, **settings))
+    model.eval()
+    return model
+
+
+def steps(model, caches, lengths=(7, 1, 1, 3)):
+    """The logits of a prompt, of single tokens and of a few."""
+    ids = mx.random.randint(0, 50, (1, sum(lengths)), key=mx.random.key(1))
+    logits, start = [], 0
+    for length in lengths:
+        logits.append(model(ids[:, start : start + length], cache=caches))
+        start += length
+    return mx.concatenate(logits, axis=1)
+
+
+CACHES = {
+    "plain": lambda config: make_cache(config),
+    "8 bits": lambda config: make_cache(config, kv_bits=8),
+    "rolling": lambda config: [RollingKVCache(9, 7) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 4}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_step(cache, settings, monkeypatch):
+    model = decoder(**settings)
+    lengths = (7, 1, 1, 1) if cache == "rolling" else (7, 1, 1, 3)
+    if cache == "rolling" and "sliding_window" in settings:
+        pytest.skip("a sliding window has no other limit")
+    expected = steps(model, CACHES[cache](model.config), lengths)
+    linux_cpu.adopt(model)
+    assert type(model.layers[0]) is linux_decoder.DecoderLayer
+    calls = []
+    apply = linux_decoder.apply
+    monkeypatch.setattr(linux_decoder, "apply", lambda *args: calls.append(1) or apply(*args))
+    assert mx.allclose(steps(model, CACHES[cache](model.config), lengths), expected, atol=1e-4)
+    assert len(calls) == 4 * 2 * 7
+
+
+def test_rows_of_unequal_length():
+    model = decoder()
+    linux_cpu.adopt(model)
+    ids = mx.random.randint(0, 50, (2, 9))
+    single, batch = [], RaggedCache()
+    for row, length in enumerate((8, 5)):
+        caches = make_cache(CONFIG), make_cache(CONFIG)
+        for cache in caches:
+            model(ids[row : row + 1, :length], cache=cache)
+        batch.join(caches[0])
+        single.append(model(ids[row : row + 1, 8:], cache=caches[1]))
+    logits = model(ids[:, 8:], cache=batch.step([1, 1]))
+    assert mx.allclose(logits, mx.concatenate(single), atol=1e-5)
+
+
+def test_padded_rows():
+    model = decoder()
+    ids, mask = mx.random.randint(0, 50, (2, 9)), mx.array([[1] * 9, [0] * 3 + [1] * 6])
+    results = []
+    for _ in range(2):
+        cache = make_cache(CONFIG)
+        model(ids[:, :8], cache=cache, attention_mask=mask[:, :8])
+        results.append(model(ids[:, 8:], cache=cache, attention_mask=mask))
+        linux_cpu.adopt(model)
+    assert mx.allclose(*results, atol=1e-5)
+
+
+def test_what_is_not_plain_stays_with_mlx():
+    """A layer of another kind, and what mx.compile traces."""
+    model = decoder()
+    linux_cpu.adopt(model)
+    expected = steps(model, make_cache(CONFIG))
+
+    class Other(nn.Linear):
+        pass
+
+    for layer in model.layers:
+        layer.self_attn.q_proj.__class__ = Other
+    assert mx.allclose(steps(model, make_cache(CONFIG)), expected, atol=1e-4)
+    model = decoder()
+    linux_cpu.adopt(model)
+    cache = make_cache(CONFIG)
+    model(mx.array([[1, 2]]), cache=cache)
+    states = [layer.state for layer in cache]
+
+    def step(ids, states):
+        new = make_cache(CONFIG)
+        for layer, state in zip(new, states, strict=True):
+            layer.state = state
+        return model(ids, cache=new)
+
+    assert mx.allclose(
+        mx.compile(step)(mx.array([[3]]), states), step(mx.array([[3]]), states), atol=1e-5
+    )

@@ -1,0 +1,126 @@
+"""Products with weights as they are stored are those of the same numbers in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_llava.model import linux_weights
+from mlx_llava.model.linux_functions import NUMPY, view
+from mlx_llava.model.linux_weights import Affine, Half, Plain, multiply, multiply_back
+
+pytestmark = pytest.mark.skipif(not NUMPY, reason="NumPy multiplies on Linux only")
+HAS_NUMBA = NUMPY and linux_weights.kernels() is not None
+ROWS = (1, 3, 4, 5, 16, 600)
+OUTPUTS, INPUTS = 37, 384
+
+
+@pytest.fixture(params=["numba", "numpy"])
+def kernels(request, monkeypatch):
+    """What numba compiles, and what NumPy does in its place."""
+    if request.param == "numpy":
+        monkeypatch.setattr(linux_weights, "kernels", lambda: None)
+    elif not HAS_NUMBA:
+        pytest.skip("takes numba")
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def check(weight, plain):
+    """Few rows and many, forth and back, against float64."""
+    plain = np.asarray(plain, np.float64)
+    for rows in ROWS:
+        x = normal(rows, INPUTS)
+        expected = x.astype(np.float64) @ plain.T
+        error = np.linalg.norm(multiply(x, weight) - expected)
+        assert error < 2e-6 * np.linalg.norm(expected), rows
+    y = normal(2, 3, OUTPUTS)
+    expected = y @ plain
+    assert np.linalg.norm(multiply_back(y, weight) - expected) < 2e-6 * np.linalg.norm(expected)
+
+
+def affine(bits, group, dtype=mx.float32, permutation=None):
+    """Codes of a random matrix, and the numbers that they stand for."""
+    arrays = mx.quantize(mx.array(normal(OUTPUTS, INPUTS)), group_size=group, bits=bits)
+    codes, scales, biases = arrays[0], *(a.astype(dtype).astype(mx.float32) for a in arrays[1:])
+    plain = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
+    weight = Affine(view(codes), view(scales), view(biases), bits, permutation)
+    return weight, view(plain)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes(bits, group, dtype, kernels):
+    check(*affine(bits, group, dtype))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_permuted_codes(bits, kernels):
+    permutation = np.random.default_rng(1).permutation(INPUTS).astype(np.int32)
+    weight, plain = affine(bits, 32, permutation=permutation)
+    check(weight, plain[:, np.argsort(permutation)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_rows_of_codes(bits, kernels):
+    weight, plain = affine(bits, 64)
+    ids = np.array([[3, 0, 36], [7, 7, 1]])
+    assert np.allclose(weight.rows(ids), plain[ids], atol=1e-6)
+
+
+def test_float16_of_every_size(kernels):
+    """Zeros, subnormals and the largest as well."""
+    words = np.arange(1 << 16, dtype=np.uint16)
+    words = words[np.isfinite(words.view(np.float16))][: OUTPUTS * INPUTS * 4]
+    for part in np.array_split(words, 4):
+        words = np.resize(part, (OUTPUTS, INPUTS))
+        weight = Half(words, is_bfloat16=False)
+        assert np.array_equal(weight.block(0, OUTPUTS), words.view(np.float16).astype(np.float32))
+        check(weight, words.view(np.float16))
+
+
+def test_bfloat16(kernels):
+    words = (normal(OUTPUTS, INPUTS).view(np.uint32) >> 16).astype(np.uint16)
+    check(Half(words, is_bfloat16=True), (words.astype(np.uint32) << 16).view(np.float32))
+
+
+def test_float32():
+    values = normal(OUTPUTS, INPUTS)
+    check(Plain(values), values)
+
+
+def test_parts_of_several_threads_and_blocks(kernels, monkeypatch):
+    monkeypatch.setattr("mlx_llava.model.linux_threads.threads", lambda: 3)
+    monkeypatch.setattr("mlx_llava.model.linux_threads.SMALLEST", 0)
+    monkeypatch.setattr(linux_weights, "BLOCK", 5 * INPUTS)
+    check(*affine(4, 64))
+    check(Plain(values := normal(OUTPUTS, INPUTS)), values)
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="takes numba")
+@pytest.mark.parametrize("can_write", [True, False])
+def test_kernels_are_kept_where_a_folder_can_be_written(tmp_path, can_write):
+    """And work where there is none, which numba refuses."""
+    forbid = "def f(self): raise PermissionError\nc._CacheLocator.ensure_cache_path = f\n"
+    code = (
+        "import numba.core.caching as c, numpy as np\n"
+        f"{'' if can_write else forbid}"
+        "from mlx_llava.model.linux_kernels import dot_bfloat16 as dot\n"
+        "x = np.ones(32, 'f4')\n"
+        "dot(np.full((2, 32), 0x3F80, 'u2'), x, output := np.zeros(2, 'f4'))\n"
+        "print(output, sum(dot.stats.cache_hits.values()))"
+    )
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for hits in (0, can_write):
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert run.stdout == f"[32. 32.] {int(hits)}\n"
+    assert any(tmp_path.iterdir()) == can_write
