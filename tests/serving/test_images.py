@@ -128,6 +128,7 @@ def test_a_request_that_fails_holds_nothing(served):
     gc.disable()
     try:
         refused(chat(served, [message]), 400, "broken image")
+        refused(chat(served, [user(picture, "a b " * 1000)]), 400, "tokens")
         assert waits_until(lambda: len(held()) == before)
     finally:
         gc.enable()
