@@ -197,7 +197,7 @@ MUTATIONS = (
     ("prompt rolled over", "model/cache", "slot = self.keep + (self", "slot = (self"),
     ("rows at one position", "model/batch_cache", "[offset + i for offset, count in rows", "[offsets[0] + i for offset, count in rows"),
     ("a row sees what a slot held before", "model/layers", "allowed = keys <= queries\n", "allowed = keys <= queries.max()\n"),
-    ("the last row stays where it was", "model/batch_cache", "self._fill(row, self._stored(last))", "pass"),
+    ("the last row stays where it was", "model/batch_cache", "self._write(row, moved)", "pass"),
     ("a slot is given away", "model/batch_cache", "cache[-1].update_and_fetch(keys, values)", "cache[-1].state = keys, values"),
     ("memory of one row counted", "model/batch_cache", "return slots * capacity", "return capacity"),
     ("rows share their chance", "generation/sampling", "None if seed is None else mx.random.key(seed)", "None"),

@@ -182,15 +182,15 @@ class BatchGenerator:
         counts = [row.feed.size for row in self._rows]
         ids = mx.concatenate([row.feed for row in self._rows])[:, None]
         logits = self.model.language_model(ids, cache=self._cache.step(counts))[:, -1]
-        for row, end in zip(self._rows, accumulate(counts), strict=True):
-            row.logits = logits[end - 1 : end]
         if not all(row.choose.is_plain for row in self._rows):
+            for row, end in zip(self._rows, accumulate(counts), strict=True):
+                row.logits = logits[end - 1 : end]
             self._take()
             return
         logprobs = log_softmax(logits)
         tokens = greedy(logprobs)
         for i, row in enumerate(self._rows):
-            row.feed, row.logits = tokens[i : i + 1], None
+            row.feed = tokens[i : i + 1]
             row.choice = row.feed, logprobs[i : i + 1]
         mx.async_eval([row.choice for row in self._rows])
 
@@ -203,14 +203,10 @@ class BatchGenerator:
     def _admit(self) -> list[tuple[int, GenerationResponse]]:
         """Reads as many waiting prompts as there is room for, their pictures together."""
         admitted = [self._waiting.popleft() for _ in range(self._room())]
-        if not admitted:
-            return []
-        responses = [
-            response
-            for row, embeddings in embedded(admitted, self._reuse)
-            for response in self._attempt(row, partial(self._begin, row, embeddings))
-        ]
-        self._take()
+        responses: list[tuple[int, GenerationResponse]] = []
+        for row, embeddings in embedded(admitted, self._reuse) if admitted else ():
+            responses += self._attempt(row, partial(self._begin, row, embeddings))
+            self._take()
         return responses
 
     def _begin(self, row: Row, embeddings: mx.array) -> list[GenerationResponse]:

@@ -186,17 +186,18 @@ class SlotCache(BatchCache):
         if not self.arrays:
             self.arrays = stored
         self._reserve(length + 1)
-        self._fill(len(self._lengths) - 1, stored)
+        self._write(len(self._lengths) - 1, self._filled(stored))
 
     def _reserve(self, length: int) -> None:
         size = self._size(len(self._lengths), length)
         if size != self.arrays[0].shape[::2]:
             self.arrays = [_padded(array, *size) for array in self.arrays]
 
-    def _fill(self, row: int, stored: Iterable[mx.array]) -> None:
-        """Writes a slot from its beginning to its end, and touches no other."""
-        filled = [_padded(one, 1, self.arrays[0].shape[2]) for one in stored]
-        mx.eval(filled)  # which may come from other slots: a view of them forbids writing
+    def _filled(self, stored: Iterable[mx.array]) -> list[mx.array]:
+        """Arrays for one slot, from its beginning to its end."""
+        return [_padded(one, 1, self.arrays[0].shape[2]) for one in stored]
+
+    def _write(self, row: int, filled: Iterable[mx.array]) -> None:
         for array, one in zip(self.arrays, filled, strict=True):
             array[row : row + 1] = one
 
@@ -207,7 +208,9 @@ class SlotCache(BatchCache):
     def leave(self, row: int) -> None:
         last = len(self._lengths) - 1
         if row < last:
-            self._fill(row, self._stored(last))
+            moved = self._filled(self._stored(last))
+            mx.eval(moved)  # a view of another slot would forbid writing in place
+            self._write(row, moved)
             self._lengths[row] = self._lengths[last]
         self._lengths.pop()
         if not last:
