@@ -8,7 +8,14 @@ from pathlib import Path
 from mlx_llava.files import expand_home
 from mlx_llava.signatures import option
 
-_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "non_lora_trainables.bin"]
+_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "non_lora_trainables.bin",
+]
 #: For repositories without safetensors.
 _TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
 

@@ -127,7 +127,8 @@ class JinjaTemplate(ChatTemplate):
 
         In a conversation that ends with an answer, to be learned, what the template adds to a
         prompt when its answer is given is that answer. Where it writes no end mark behind it
-        (llava-hf's do not), the tokenizer's is put there.
+        (llava-hf's do not), the tokenizer's is put there. Where the prompt has other spaces than
+        the conversation (OneVision's has), the prompt's are learned from.
 
         Raises:
             ValueError: The template rejects the conversation or drops a part of it.
@@ -144,15 +145,16 @@ class JinjaTemplate(ChatTemplate):
                 self._write(messages[: i - 1], prompting=True),
                 self._write(messages[:i]),
             )
-            if not (prompt.startswith(written) and whole.startswith(prompt)):
+            start = _end_of(prompt, whole)
+            if start is None or not prompt.startswith(written):
                 raise ValueError(
                     "The checkpoint's chat template rewrites earlier turns, so its answers "
                     "cannot be told from the rest; choose another with --template."
                 )
             segments.append(Segment(prompt[len(written) :].removeprefix(lent)))
             text, written = message.text.strip(), whole
-            end = whole.rindex(text, len(prompt)) + len(text)
-            answer, after = whole[len(prompt) : end], whole[end:]
+            end = whole.index(text, start) + len(text)
+            answer, after = whole[start:end], whole[end:]
             ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
             mark = after[: min(ends)] if ends else after.rstrip()
             lent = "" if mark else next(iter(self.stops), self.tokens.get("eos_token", ""))
@@ -224,3 +226,12 @@ class JinjaTemplate(ChatTemplate):
             return {"role": message.role, "content": self.images_first(message)}
         images = [{"type": "image"}] * message.images
         return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
+
+
+def _end_of(prompt: str, whole: str) -> int | None:
+    """Where a prompt ends in the conversation that goes on, which may have other spaces."""
+    if whole.startswith(prompt):
+        return len(prompt)
+    words = r"\s+".join(map(re.escape, prompt.split()))
+    match = re.match(rf"\s*{words}\s*", whole)
+    return match.end() if match else None

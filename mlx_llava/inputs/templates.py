@@ -1,4 +1,4 @@
-"""LLaVA's templates by name (LLaVA and LLaVA-NeXT, conversation.py), and which one to take."""
+"""LLaVA's templates by name (conversation.py of LLaVA, LLaVA-NeXT, LLaVA++), and which to take."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _LLAMA_3_WORDS = 128256
 _YI_WORDS = range(64000, 64065)  # with a placeholder, up to a multiple of 64
 _V0_WORDS = 32004  # 13b-delta-v0 and 7b-delta-v0 have a [PAD] beside the three image tokens
 _VICUNA_WIDTHS = (4096, 5120)
+_PHI_3_MINI = (3072, 8192, 32064)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,15 @@ _MPT = Template(
     stops=("<|im_end|>",),
 )
 _CHATML_DIRECT = replace(_MPT, name="chatml_direct", system="Answer the questions.")
+_QWEN_1_5 = Template(
+    name="qwen_1_5",
+    system="You are a helpful assistant.",
+    header="<|im_start|>system\n{system}<|im_end|>\n",
+    user="<|im_start|>user\n{text}<|im_end|>\n",
+    assistant="<|im_start|>assistant\n",
+    answer="{text}<|im_end|>\n",
+    stops=("<|im_end|>",),
+)
 
 _ALL: tuple[Template, ...] = (
     _VICUNA_V1,
@@ -180,14 +190,20 @@ _ALL: tuple[Template, ...] = (
         answer="{text}<|eot_id|>",
         stops=("<|eot_id|>",),
     ),
+    _QWEN_1_5,
+    replace(
+        _QWEN_1_5,
+        name="qwen_2_5",
+        system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    ),
     Template(
-        name="qwen_1_5",
-        system="You are a helpful assistant.",
-        header="<|im_start|>system\n{system}<|im_end|>\n",
-        user="<|im_start|>user\n{text}<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        answer="{text}<|im_end|>\n",
-        stops=("<|im_end|>",),
+        name="phi3_instruct",
+        system="You are a helpful AI assistant.",
+        header="<|system|>\n{system}<|end|>\n",
+        user="<|user|>\n{text}<|end|>\n",
+        assistant="<|assistant|>\n",
+        answer="{text}<|end|>\n",
+        stops=("<|end|>",),
     ),
     Template(
         name="plain",
@@ -200,12 +216,17 @@ _ALL: tuple[Template, ...] = (
         image_joint="",
     ),
 )
-_SHORT = {"vicuna_v1": "v1", "vicuna_v0": "v0", "chatml_direct": "mistral_direct"}
-#: Every built-in template by name, LLaVA's short names included.
+_OTHER_NAMES = {
+    "vicuna_v1": "v1",
+    "vicuna_v0": "v0",
+    "chatml_direct": "mistral_direct",
+    "qwen_1_5": "qwen_2",
+}
+#: Every built-in template by name, LLaVA's other names included.
 TEMPLATES: Mapping[str, Template] = {
     name: template
     for template in _ALL
-    for name in (template.name, _SHORT.get(template.name))
+    for name in (template.name, _OTHER_NAMES.get(template.name))
     if name
 }
 
@@ -245,6 +266,10 @@ def guess_template(config: LlavaConfig, name: str = "") -> Guess:
         return Guess("llava_llama_2")
     if config.mm_use_im_start_end:
         return Guess("llava_v0" if text.vocab_size == _V0_WORDS else "llava_v1")
+    if text.model_type == "qwen2":
+        return Guess("qwen_2_5" if re.search(r"qwen[-_]?2[-_.]?5", name) else "qwen_1_5")
+    if (text.hidden_size, text.intermediate_size, text.vocab_size) == _PHI_3_MINI:
+        return Guess("phi3_instruct", "LLaVA++'s; xtuner's has no system text")
     if text.vocab_size >= _LLAMA_3_WORDS:
         return Guess("llava_llama_3")
     if text.hidden_size == 7168 or text.vocab_size in _YI_WORDS:

@@ -1,4 +1,4 @@
-"""Text <-> token ids, from tokenizer.json or from a SentencePiece tokenizer.model.
+"""Text <-> token ids, from tokenizer.json, a SentencePiece tokenizer.model or Qwen2's vocab.json.
 
 A prompt mixes text that may hold special tokens (the template's) with text that must not
 (the user's): `Tokenizer.protect` marks the second, `Tokenizer.encode` honours the mark.
@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
+from mlx_llava.inputs.vocabulary import spec_from_qwen2, spec_from_sentencepiece
 from mlx_llava.json_files import read_json, read_text
 
 IMAGE_TOKEN = "<image>"
@@ -85,12 +85,12 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, image_token_id: int, prefer_sentencepiece: bool = False
     ) -> Tokenizer:
-        """Reads tokenizer.json or tokenizer.model and the files beside it.
+        """Reads tokenizer.json, tokenizer.model or vocab.json, and the files beside it.
 
         Where there are both, the original LLaVA reads tokenizer.model (``use_fast=False``).
 
         Raises:
-            FileNotFoundError: The folder has neither.
+            FileNotFoundError: The folder has none of them.
         """
         config = read_json(folder / "tokenizer_config.json")
         template = _read_chat_template(folder, config)
@@ -98,7 +98,7 @@ class Tokenizer:
         if fast.exists() and not (prefer_sentencepiece and slow.exists()):
             return cls(read_json(fast), config, image_token_id, template)
         if not slow.exists():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model.")
+            return cls(_read_qwen2(folder, config), config, image_token_id, template)
         added = read_json(folder / "added_tokens.json")
         spec = spec_from_sentencepiece(slow.read_bytes(), added)
         ends = {key: config.get(key) for key in ("bos_token", "eos_token")}
@@ -193,6 +193,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+
+def _read_qwen2(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json of Qwen2's own files."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if not (vocabulary.exists() and merges.exists()):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt."
+        )
+    kind = str(config.get("tokenizer_class"))
+    if not kind.startswith("Qwen2Tokenizer"):
+        raise ValueError(
+            f"{folder} has the vocab.json of a {kind}; mlx_llava reads Qwen2Tokenizer's, and any "
+            "tokenizer.json (save_pretrained of transformers writes one)."
+        )
+    added = read_json(folder / "added_tokens.json")
+    return spec_from_qwen2(read_json(vocabulary), read_text(merges), added)
 
 
 def find_image_token(folder: Path) -> int | None:

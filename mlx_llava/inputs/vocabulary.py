@@ -1,4 +1,4 @@
-"""Vocabularies of SentencePiece's files and of llama.cpp's -> tokenizer.json."""
+"""Vocabularies of SentencePiece's files, Qwen2's and llama.cpp's -> tokenizer.json."""
 
 from __future__ import annotations
 
@@ -115,8 +115,30 @@ def begins_with_bos(pre: str) -> bool:
     return pre in _LLAMA_3_LIKE
 
 
-def spec_from_byte_bpe(pieces: Sequence[Piece], merges: Sequence[str], pre: str) -> dict[str, Any]:
-    """Writes a byte-level BPE (Llama 3, SmolLM), whose merges are pairs with a space between.
+def spec_from_qwen2(
+    vocabulary: Mapping[str, int], merges: str, added_tokens: Mapping[str, int]
+) -> dict[str, Any]:
+    """Writes Qwen2's vocab.json, merges.txt and added_tokens.json.
+
+    Raises:
+        ValueError: The ids of the vocabulary are not 0, 1, 2, ...
+    """
+    texts = sorted(vocabulary, key=vocabulary.__getitem__)
+    if [vocabulary[text] for text in texts] != [*range(len(texts))]:
+        raise ValueError("vocab.json has gaps: its ids are not 0, 1, 2, ...")
+    pieces = [Piece(text, 0.0, NORMAL) for text in texts]
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    spec = spec_from_byte_bpe(pieces, lines, "qwen2", added_tokens)
+    return {**spec, "normalizer": {"type": "NFC"}}
+
+
+def spec_from_byte_bpe(
+    pieces: Sequence[Piece],
+    merges: Sequence[str],
+    pre: str,
+    added_tokens: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Writes a byte-level BPE (Llama 3, Qwen2), whose merges are pairs with a space between.
 
     Raises:
         ValueError: llama.cpp's name `pre` for the way to cut text is not known here.
@@ -132,7 +154,7 @@ def spec_from_byte_bpe(pieces: Sequence[Piece], merges: Sequence[str], pre: str)
     byte_level = {"type": "ByteLevel", **flags}
     return _spec(
         pieces,
-        {},
+        added_tokens or {},
         pre_tokenizer={"type": "Sequence", "pretokenizers": [*steps, byte_level]},
         decoder=byte_level,
         model={

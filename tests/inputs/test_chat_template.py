@@ -62,8 +62,16 @@ RENDERED = {
         "Q<|im_end|>\n<|im_start|>assistant\n",
         "A<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
     ),
+    "phi3_instruct": (
+        "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n",
+        "A<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\n",
+    ),
     "plain": ("Q", "A\nQ2"),
 }
+RENDERED["qwen_2_5"] = (
+    RENDERED["qwen_1_5"][0].replace("You", "You are Qwen, created by Alibaba Cloud. You"),
+    RENDERED["qwen_1_5"][1],
+)
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 QUESTION = [Message("user", "Q")]
 TWO_TURNS = [*QUESTION, Message("assistant", "A"), Message("user", "Q2")]
@@ -79,6 +87,7 @@ def test_templates_are_the_originals(name):
 
 def test_short_names_and_few_shot():
     assert get_template("v1") is get_template("vicuna_v1")
+    assert get_template("qwen_2") is get_template("qwen_1_5")
     assert get_template("mistral_direct") is get_template("chatml_direct")
     prompt = get_template("v0").render(QUESTION)
     assert prompt.startswith(f"{HUMAN}###Human: What are the key differences between renewable")
@@ -289,6 +298,12 @@ GUESSES = {
     "v1 of LLaMA 1": ({}, {"mm_projector_type": "linear"}, "", "vicuna_v1", ""),
     "v0": ({"vocab_size": 32004}, {"mm_use_im_start_end": True}, "", "llava_v0", ""),
     "v1": ({"vocab_size": 32003}, {"mm_use_im_start_end": True}, "", "llava_v1", ""),
+    "qwen": ({"model_type": "qwen2"}, {}, "lmms-lab/llava-onevision-qwen2-7b-ov", "qwen_1_5", ""),
+    "qwen 2.5": ({"model_type": "qwen2"}, {}, "me/llava-Qwen2.5-7B", "qwen_2_5", ""),
+    "phi 3": (
+        {"hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 32064}, {},
+        "", "phi3_instruct", "xtuner's has no system",
+    ),
     "tiny": ({"hidden_size": 2048}, {}, "llava-llama-21b", "vicuna_v1", "no published LLaVA"),
 }  # fmt: skip
 
@@ -473,11 +488,26 @@ HASHES = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n### {% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+#: llava-hf/llava-interleave-qwen-0.5b-hf's and llava-onevision-qwen2's: an answer that is given
+#: begins with " \\n", one that is asked for with "\\n".
+INTERLEAVE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
+    "{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WITHOUT = PHI_3.replace("<|end|>", "")
 DEFAULT_SYSTEM = "<|im_start|>system\nBe good.<|im_end|>\n" + CHATML
 ENDS = {
     LLAMA_3: "<|eot_id|>",
     PHI_3: "<|end|>",
+    INTERLEAVE: "<|im_end|>",
     CHATML: "<|im_end|>",
     DEFAULT_SYSTEM: "<|im_end|>",
     LLAMA_2: "</s>",
@@ -501,7 +531,7 @@ def test_the_marks_of_a_checkpoints_own_template_end_answers(source, are_special
     assert ends == (() if ENDS[source] is None else (ENDS[source],))
 
 
-@pytest.mark.parametrize("source", [LLAMA_3, PHI_3, LLAMA_2, BETWEEN, HASHES])
+@pytest.mark.parametrize("source", [LLAMA_3, PHI_3, LLAMA_2, BETWEEN, HASHES, INTERLEAVE])
 def test_what_ends_an_answer_is_learned_once(source):
     template = JinjaTemplate(source, TOKENS)
     template = replace(template, stops=template.find_ends([]))
@@ -511,6 +541,16 @@ def test_what_ends_an_answer_is_learned_once(source):
     assert all(text.endswith(ENDS[source]) for text in learned)
     text = "".join(piece.text for piece in segments)
     assert text.count(ENDS[source]) == template.render(TWO_TURNS).count(ENDS[source]) + 1
+
+
+def test_an_answer_is_learned_from_the_prompt_that_asks_for_it():
+    template = replace(JinjaTemplate(INTERLEAVE), stops=("<|im_end|>",))
+    asked = [Message("user", "Q", images=2)]
+    prompt = template.render(asked)
+    assert prompt == "<|im_start|>user <image><image>\nQ<|im_end|><|im_start|>assistant\n"
+    segments = template.segments([*asked, Message("assistant", "m <|im|>")])
+    assert segments[:2] == [(prompt, False), ("m <|im|><|im_end|>", True)]
+    assert "".join(text for text, _ in segments[2:]) == ""
 
 
 def test_own_marks_end_answers_whatever_eos_says(loaded):

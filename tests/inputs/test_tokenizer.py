@@ -305,6 +305,71 @@ def test_llama_3s_vocabulary_in_a_gguf_is_its_tokenizer_json():
         spec_from_byte_bpe(pieces, merges, "falcon")
 
 
+QWEN_TEXTS = [
+    *LLAMA_3_TEXTS,
+    "<|im_start|>user <image>\nHow many?<|im_end|><|im_start|>assistant\n",
+    "e\u0301t\u00e9 \ufb01 \u212b",  # NFC joins the first, leaves the second, and makes an A-ring
+]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with vocab.json and merges.txt, and the tokenizer that transformers makes of it."""
+    hf = pytest.importorskip("transformers")
+    from tokenizers import trainers
+
+    theirs = hf.Qwen2Tokenizer()
+    backend = theirs.backend_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False)
+    backend.train_from_iterator(QWEN_TEXTS * 3, trainer)
+    folder = tmp_path_factory.mktemp("qwen")
+    model = json.loads(backend.to_str())["model"]
+    ends = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+    vocabulary = {text: i for text, i in model["vocab"].items() if text not in ends}
+    vocabulary = {text: i for i, text in enumerate(sorted(vocabulary, key=vocabulary.get))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    added = {token: len(vocabulary) + i for i, token in enumerate(ends)}
+    decoder = {str(i): {"content": token, "special": True} for token, i in added.items()}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None}
+    config |= {"added_tokens_decoder": decoder, "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder, hf.Qwen2Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", QWEN_TEXTS)
+def test_qwen2s_own_files_and_its_tokenizer_json(qwen, source, text, tmp_path):
+    folder, theirs = qwen
+    if source == "tokenizer.json":
+        theirs.save_pretrained(folder := tmp_path)
+    ours = Tokenizer.from_folder(folder, theirs.convert_tokens_to_ids("<image>"))
+    assert ours.encode(text) == theirs(text).input_ids
+    assert ours.decode(ours.encode(text)) == theirs.decode(
+        theirs(text).input_ids, skip_special_tokens=True
+    )
+    assert (ours.bos_ids, ours.eos_id) == ([], theirs.convert_tokens_to_ids("<|im_end|>"))
+    special = {*ours.special_tokens.values()}
+    assert not special & {*ours.encode(ours.protect(text))}
+
+
+def test_qwen2s_files_that_are_not_whole_or_anothers_are_refused(qwen, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((qwen[0] / name).read_bytes())
+    with pytest.raises(ValueError, match=r"vocab\.json of a None; .* Qwen2Tokenizer's"):
+        Tokenizer.from_folder(tmp_path, 4)
+    config = json.dumps({"tokenizer_class": "Qwen2TokenizerFast"})
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    assert Tokenizer.from_folder(tmp_path, 999).encode("a")
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 2}')
+    with pytest.raises(ValueError, match=r"vocab\.json has gaps"):
+        Tokenizer.from_folder(tmp_path, 4)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no vocab\.json with merges\.txt"):
+        Tokenizer.from_folder(tmp_path, 4)
+
+
 def test_half_a_character_is_named(loaded):
     with pytest.raises(ValueError, match=r"The text holds '\\udce9', which is half of a character"):
         loaded[1].tokenizer.encode("caf\udce9")
