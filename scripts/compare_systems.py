@@ -2,8 +2,10 @@
 
 python scripts/compare_systems.py --shape 1b --batch 1 --images 1 --against transformers
 python scripts/compare_systems.py --against mlx-vlm --peer-python mlx-vlm=venv/bin/python
+python scripts/compare_systems.py --q-bits 4 --against llama.cpp  # pip install xllamacpp gguf
 
-Each system has a process of its own (scripts/peers.py); the tokens are compared too.
+Each system has a process of its own (scripts/peers.py); the tokens are compared too. llama.cpp has
+other random weights in the same shape, so its tokens are others.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import fast_dtype
 
 PEERS = Path(__file__).with_name("peers.py")
-OTHERS = ("transformers", "mlx-vlm")
+OTHERS = ("transformers", "mlx-vlm", "llama.cpp")
+#: Of these, rows together are not measured.
+SINGLE = ("mlx-vlm", "llama.cpp")
 
 
 class Peer:
@@ -88,7 +92,7 @@ class Peer:
 
 def compare(systems: list[Peer], rows: list[Row], max_tokens: int, repeats: int) -> Figures:
     """Medians of each system, and ratios of the first to the others, of runs A B A B."""
-    able = systems if len(rows) == 1 else [s for s in systems if s.system != "mlx-vlm"]
+    able = systems if len(rows) == 1 else [s for s in systems if s.system not in SINGLE]
     runs = _take_turns(able, rows, max_tokens, repeats)
     ours, *others = runs
     return {

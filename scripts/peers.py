@@ -8,10 +8,15 @@ reads lines of JSON and answers each with one; see `compare_systems.Peer`.
 from __future__ import annotations
 
 import json
+import os
 import resource
+import runpy
 import sys
+import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 #: A row: a raw prompt, with a mark for each picture, and the pictures' paths.
@@ -23,10 +28,10 @@ class Ours:
 
     packages = ("mlx_llava", "mlx")
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, _: str) -> None:
         from mlx_llava.analysis.measure import answer_rows, load_endless
 
-        self.model, self.processor = load_endless(folder, dtype)
+        self.model, self.processor = load_endless(folder, None)  # computes in what is fast here
         self.answer_rows = answer_rows
 
     def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
@@ -124,7 +129,64 @@ class MLXVLM:
         return first, [tokens]
 
 
-SYSTEMS: dict[str, Any] = {"mlx_llava": Ours, "transformers": Transformers, "mlx-vlm": MLXVLM}
+class LlamaCpp:
+    """llama.cpp, which reads no such checkpoint: random weights of its shape and bits."""
+
+    packages = ("xllamacpp",)
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import xllamacpp
+
+        write_pair = runpy.run_path(str(Path(__file__).with_name("random_gguf.py")))
+        config = json.loads(Path(folder, "config.json").read_text())
+        kind = "Q4_0" if config.get("quantization") else _GGUF_KINDS[dtype]
+        self.files = tempfile.TemporaryDirectory()
+        paths = write_pair["write_random_pair"](Path(folder), Path(self.files.name), kind)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.mmproj.path = map(str, paths)
+        settings.n_ctx, settings.n_parallel = 4096, 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores
+        self.server = xllamacpp.Server(settings)
+
+    def answer(self, rows: list[Row], max_tokens: int) -> tuple[float, list[list[int]]]:
+        """Tokens are only counted: other weights give other ones."""
+        if len(rows) > 1:
+            raise ValueError("batches are not measured")
+        ((prompt, paths),) = rows
+        urls = [b64encode(Path(path).read_bytes()).decode() for path in paths]
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{url}"}}
+            for url in urls
+        ]
+        job = {
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+        }
+        started, times = time.perf_counter(), []
+        chunks: list[Any] = []
+
+        def receive(chunk: Any) -> bool:
+            times.append(time.perf_counter() - started)
+            chunks.append(chunk)
+            return False
+
+        self.server.handle_chat_completions(json.dumps(job), receive)
+        count = json.loads(chunks[-1])["timings"]["predicted_n"]
+        return times[0], [[-1] * count]
+
+
+_GGUF_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "F16"}
+SYSTEMS: dict[str, Any] = {
+    "mlx_llava": Ours,
+    "transformers": Transformers,
+    "mlx-vlm": MLXVLM,
+    "llama.cpp": LlamaCpp,
+}
 
 
 def peak_gb() -> float:

@@ -35,7 +35,7 @@ def test_it_takes_turns_with_transformers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "llama.cpp"], "no system ['llama.cpp']; known: transformers, mlx-vlm"),
+        (["--against", "ollama"], "no system ['ollama']; known: transformers, mlx-vlm, llama.cpp"),
         (["--against", "mlx-vlm", "--peer-python", "x"], "--peer-python is SYSTEM=PYTHON"),
         (["--against", "mlx-vlm", "--repeats", "0"], "--repeats at least 1"),
     ],
