@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_llava.arguments import add_source_arguments, command, source_options
+from mlx_llava.checkpoint.adapters import read_adapter
 from mlx_llava.checkpoint.convert import make_plan
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import make_processor
-from mlx_llava.checkpoint.lora import read_adapter
 from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.save import write_model
 from mlx_llava.folders import check_target, new_folder

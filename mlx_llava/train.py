@@ -24,7 +24,6 @@ from mlx_llava.arguments import (
     given_options,
     load_model,
 )
-from mlx_llava.checkpoint.adapter import TARGETS, Adapter, save_adapter
 from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
@@ -33,6 +32,7 @@ from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
 from mlx_llava.tuner.data import Examples
+from mlx_llava.tuner.lora import TARGETS, Adapter, save_adapter
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
 from mlx_llava.tuner.samples import LeftOut, Skipped, read_samples, summary
 from mlx_llava.tuner.trainer import Report, Trainer

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_llava.checkpoint.lora import Lora, merge_lora
+from mlx_llava.checkpoint.adapters import Lora, merge_lora
 from mlx_llava.checkpoint.tensors import EMBEDDINGS, LM_HEAD, LazyTensor
 from mlx_llava.inputs.tokenizer import Tokenizer
 

@@ -13,9 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_llava.checkpoint.adapter import low_rank_layers, put_beside
+from mlx_llava.checkpoint.adapters import LowRank, low_rank_layers, put_beside, read_adapter
 from mlx_llava.checkpoint.hub import Source
-from mlx_llava.checkpoint.lora import LowRank, read_adapter
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
 from mlx_llava.checkpoint.tensors import TOWER, LazyTensor

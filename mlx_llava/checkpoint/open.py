@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.checkpoint import gptq, lora, original
+from mlx_llava.checkpoint import adapters, gptq, original
 from mlx_llava.checkpoint.contents import Contents
 from mlx_llava.checkpoint.folder import read_folder, visible_files
 from mlx_llava.checkpoint.gguf import read_gguf
@@ -67,7 +67,7 @@ def _read(path: Path, source: Source) -> Contents:
     if path.is_file() and path.suffix not in (".bin", ".pt", ".safetensors"):
         raise ValueError(f"{path} is no checkpoint; a folder, a GGUF or an mm_projector.bin is.")
     data = read_json((path if path.is_dir() else path.parent) / "config.json")
-    if path.is_file() or lora.is_part(path):
+    if path.is_file() or adapters.is_part(path):
         return _read_part(path, data, source)
     is_original = original.recognise(path, data)
     if not data:
@@ -114,15 +114,15 @@ def _read_hf(
 
 
 def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
-    is_lora = lora.is_adapter(path)
+    is_lora = adapters.is_adapter(path)
     kind = "LoRA" if is_lora else "projector"
     if not source.base:
-        base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
-        named = f" ({lora.CONFIG} names {base})" if base else ""
+        base = read_json(path / adapters.CONFIG).get("base_model_name_or_path")
+        named = f" ({adapters.CONFIG} names {base})" if base else ""
         raise ValueError(
             f"{path} is a {kind}; give the model that it belongs to with --base{named}."
         )
-    part = lora.read_adapter(path) if is_lora else lora.read_projector(path)
+    part = adapters.read_adapter(path) if is_lora else adapters.read_projector(path)
     folder = source.find(source.base)
     base_data = read_json(folder / "config.json")
     if original.is_original({**base_data, **data}):
@@ -145,11 +145,11 @@ def _read_part(path: Path, data: dict[str, Any], source: Source) -> Contents:
 
 
 def _read_on_original(
-    path: Path, data: dict[str, Any], part: lora.Lora, folder: Path, source: Source
+    path: Path, data: dict[str, Any], part: adapters.Lora, folder: Path, source: Source
 ) -> Contents:
     """A part on a LLaMA or an original LLaVA, whose vocabulary it was trained with."""
     base = canonical_tensors(*read_folder(folder)).tensors
-    merged = lora.merge_lora(base, part)
+    merged = adapters.merge_lora(base, part)
     contents = original.read_original(path, data, merged, source, tokenizer_folder=folder)
     contents.warnings += part.warnings
     has_projector = any(name.startswith(PROJECTOR) for name in base)

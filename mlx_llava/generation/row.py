@@ -8,12 +8,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.memory import check_request
 from mlx_llava.generation.prompt_cache import Prompt, PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options, make_logits_processors
 from mlx_llava.generation.steps import PREFILL_STEP, Choice, Chooser
+from mlx_llava.generation.stops import Answer
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import make_cache
 from mlx_llava.model.llava import Llava

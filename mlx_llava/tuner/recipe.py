@@ -15,10 +15,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlx_llava.checkpoint.adapter import Adapter, add_lora
 from mlx_llava.model.llava import Llava
 from mlx_llava.signatures import check_bounds, documented, option
 from mlx_llava.tuner.data import IGNORED, Batch
+from mlx_llava.tuner.lora import Adapter, add_lora
 
 Schedule = Callable[[mx.array], mx.array]
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mlx_llava.checkpoint import folder as folder_of_weights
 from mlx_llava.checkpoint import safetensors as files
-from mlx_llava.checkpoint.lora import is_adapter
+from mlx_llava.checkpoint.adapters import is_adapter
 from mlx_llava.checkpoint.save import save
 from mlx_llava.checkpoint.tensors import canonical_name, canonical_tensors, from_array
 from mlx_llava.model import linux_cpu

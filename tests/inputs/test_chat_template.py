@@ -15,8 +15,8 @@ from mlx_llava import stream_generate
 from mlx_llava.checkpoint.hub import checkpoint_name
 from mlx_llava.checkpoint.original import translate
 from mlx_llava.generation.batch import BatchGenerator, run
-from mlx_llava.generation.detokenizer import Answer
 from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.stops import Answer
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.messages import Message, read_messages
 from mlx_llava.inputs.processor import Processor

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_llava.generation.detokenizer import StopMatcher, StreamingDecoder
+from mlx_llava.generation.detokenizer import StreamingDecoder
+from mlx_llava.generation.stops import StopMatcher
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.inputs.vocabulary import (
     CONTROL,

@@ -15,10 +15,10 @@ torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
-from mlx_llava.checkpoint.adapter import Adapter  # noqa: E402
 from mlx_llava.checkpoint.tensors import PATCH_EMBEDDING, canonical_name  # noqa: E402
 from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
+from mlx_llava.tuner.lora import Adapter  # noqa: E402
 from mlx_llava.tuner.recipe import TrainingOptions, answer_loss, prepare  # noqa: E402
 from mlx_llava.tuner.samples import read_samples  # noqa: E402
 

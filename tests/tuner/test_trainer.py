@@ -20,13 +20,13 @@ from PIL import Image
 
 from mlx_llava import generate, load
 from mlx_llava import train as command
-from mlx_llava.checkpoint.adapter import Adapter, add_lora
 from mlx_llava.checkpoint.save import save
 from mlx_llava.fuse import main as fuse
 from mlx_llava.generate import main as generate_main
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.tuner.data import IGNORED, Examples, order
+from mlx_llava.tuner.lora import Adapter, add_lora
 from mlx_llava.tuner.recipe import TrainingOptions, make_optimizer, make_schedule, prepare
 from mlx_llava.tuner.samples import Sample, read_samples
 from mlx_llava.tuner.trainer import Trainer

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
-from mlx_llava.checkpoint.lora import CONFIG, MLX_WEIGHTS, Lora, LowRank
+from mlx_llava.checkpoint.adapters import CONFIG, MLX_WEIGHTS
 from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.json_files import write_json
 from mlx_llava.model.llava import Llava
-from mlx_llava.model.quantized import plain_weight
 
-_BLOCKS = "language_model.model.layers."
 #: The linear layers of a decoder block.
 TARGETS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -92,30 +88,3 @@ def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, mx.array]
     """Writes adapters.safetensors and adapter_config.json to a folder that is there."""
     write_arrays(folder / MLX_WEIGHTS, weights)
     write_json(folder / CONFIG, adapter.to_dict())
-
-
-def low_rank_layers(lora: Lora) -> dict[str, LowRank]:
-    """What of an adapter can stay beside the linear layers of the decoder's blocks.
-
-    What else it changes (DoRA's layers, embeddings, the tower) has to become new weights.
-    """
-    return {
-        name: change
-        for name, change in lora.changes.items()
-        if change.magnitude is None and name.startswith(_BLOCKS)
-    }
-
-
-def put_beside(model: Llava, changes: Mapping[str, LowRank]) -> None:
-    """Puts trained LoRA layers around linear layers, if they fit."""
-    from mlx_lm.tuner.lora import LoRALinear
-
-    modules, adapted = dict(model.named_modules()), {}
-    for name, change in changes.items():
-        layer = modules.get(path := name.removesuffix(".weight"), nn.Module())
-        change.check_shape(name, plain_weight(layer).shape if "weight" in layer else None)
-        down, up = change.down.read(), change.up.read()
-        adapted[path] = LoRALinear.from_base(layer, r=len(down), scale=change.scale)
-        adapted[path].lora_a, adapted[path].lora_b = down.T, up.T
-    model.update_modules(tree_unflatten(list(adapted.items())))
-    model.eval()

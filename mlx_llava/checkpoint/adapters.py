@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_llava.checkpoint.folder import read_file, visible_files
 from mlx_llava.checkpoint.tensors import (
@@ -30,6 +32,8 @@ from mlx_llava.checkpoint.tensors import (
     plain_layer,
 )
 from mlx_llava.json_files import read_json, sensible_values
+from mlx_llava.model.llava import Llava
+from mlx_llava.model.quantized import plain_weight
 
 CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"
@@ -40,6 +44,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", MLX_WEIGHTS)
 #: Files of whole models.
 _MODELS = ("*.safetensors", "pytorch_model*.bin")
 _EMBEDDING = "language_model.model.embed_tokens.weight"
+_BLOCKS = "language_model.model.layers."
 
 #: A part of PEFT's LoRA layer; the adapter's name ("default") may stand behind it.
 _PEFT_PART = re.compile(
@@ -324,3 +329,30 @@ def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
         except re.error as error:
             raise ValueError(f"{CONFIG} has the pattern {pattern!r}: {error}.") from error
     return default
+
+
+def low_rank_layers(lora: Lora) -> dict[str, LowRank]:
+    """What of an adapter can stay beside the linear layers of the decoder's blocks.
+
+    What else it changes (DoRA's layers, embeddings, the tower) has to become new weights.
+    """
+    return {
+        name: change
+        for name, change in lora.changes.items()
+        if change.magnitude is None and name.startswith(_BLOCKS)
+    }
+
+
+def put_beside(model: Llava, changes: Mapping[str, LowRank]) -> None:
+    """Puts trained LoRA layers around linear layers, if they fit."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    modules, adapted = dict(model.named_modules()), {}
+    for name, change in changes.items():
+        layer = modules.get(path := name.removesuffix(".weight"), nn.Module())
+        change.check_shape(name, plain_weight(layer).shape if "weight" in layer else None)
+        down, up = change.down.read(), change.up.read()
+        adapted[path] = LoRALinear.from_base(layer, r=len(down), scale=change.scale)
+        adapted[path].lora_a, adapted[path].lora_b = down.T, up.T
+    model.update_modules(tree_unflatten(list(adapted.items())))
+    model.eval()
