@@ -20,6 +20,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 CORPUS = (
     "USER: What is in this picture? ASSISTANT: A small dog that sleeps on a red chair.",
@@ -64,6 +65,7 @@ class Case:
             "image_size": 28,
             "patch_size": 7,
             "layer_norm_eps": 3e-3,
+            "model_type": "clip_vision_model",
             **self.vision,
         }
         text = {
@@ -86,7 +88,7 @@ class Case:
             top = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grid], **top}
         config_class = hf.LlavaNextConfig if self.next else hf.LlavaConfig
         return config_class(
-            vision_config=hf.CLIPVisionConfig(**vision),
+            vision_config=hf.AutoConfig.for_model(**vision),
             text_config=hf.AutoConfig.for_model(**text),
             **top,
         )
@@ -149,9 +151,13 @@ def make_processor(case: Case) -> Any:
         padding_side="left",
     )
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    is_siglip = config.vision_config.model_type == "siglip_vision_model"
     if case.next:
         pinpoints = config.image_grid_pinpoints
         images = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **size)
+    elif is_siglip:
+        colours = {"image_mean": [0.45, 0.5, 0.6], "image_std": [0.5, 0.4, 0.55]}
+        images = SiglipImageProcessorPil(size={"height": side, "width": side}, **colours)
     else:
         images = LlavaImageProcessorPil(do_pad=case.do_pad, **size)
     processor_class = hf.LlavaNextProcessor if case.next else hf.LlavaProcessor
@@ -160,7 +166,7 @@ def make_processor(case: Case) -> Any:
         tokenizer=fast,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(not is_siglip),
         chat_template=TEMPLATE,
     )
 
@@ -215,6 +221,13 @@ def torch_hidden_states(model: Any, pixel_values: torch.Tensor) -> list[np.ndarr
     return [state.float().numpy() for state in states]
 
 
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "image_size": 31,
+    "vision_use_head": False,
+}
+INTERLEAVE = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 700.0,
@@ -261,6 +274,15 @@ CASES = (
     Case("exact_gelu_tower", vision={"hidden_act": "gelu"}),
     Case("uneven_patches", vision={"image_size": 31, "patch_size": 9}),
     Case("pad", do_pad=True),
+    Case("siglip", vision=SIGLIP, top=INTERLEAVE),
+    Case("siglip_qwen2", family="qwen2", vision=SIGLIP, top=INTERLEAVE, images=(4, 2, 0)),
+    Case("siglip_head", vision={**SIGLIP, "vision_use_head": True}, top=INTERLEAVE, images=(1,)),
+    Case(
+        "siglip_layers",
+        vision={**SIGLIP, "hidden_act": "gelu", "patch_size": 5},
+        top={**INTERLEAVE, "vision_feature_layer": [2, -2]},
+    ),
+    Case("siglip_default_strategy", vision=SIGLIP, images=(3,)),
     Case("next", next=True),
     Case("next_one_image", next=True, images=(1,)),
     Case("next_three_images", next=True, images=(3, 1)),

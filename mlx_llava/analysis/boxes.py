@@ -44,8 +44,9 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     config = image_processor.config
     boxes = patch_boxes(image_processor, size)
     boxes = boxes.reshape(len(boxes), -1, 4)
-    if config.vision_feature_select_strategy == "full":
+    if config.vision_config.has_class_token:
         boxes = np.concatenate([np.full((len(boxes), 1, 4), np.nan), boxes], axis=1)
+    boxes = boxes[:, 1:] if config.drops_first else boxes
     sizes = [size] if image_processor.mode == "anyres" else None
     no_box = mx.full((4,), np.nan) if config.has_newline else None
     (laid,) = lay_out(mx.array(boxes, mx.float32), no_box, sizes, config)

@@ -21,8 +21,7 @@ KERNELS_OF_CLIP, KERNELS_OF_LLAMA = 12, 17
 def encode_flops(config: LlavaConfig, tiles: int) -> float:
     """Of the vision tower's layers that are read, and of the projector."""
     vision, text = config.vision_config, config.text_config
-    patches, D = vision.patches_per_side**2, vision.hidden_size
-    tokens = patches + 1
+    patches, tokens, D = vision.patches_per_side**2, vision.num_positions, vision.hidden_size
     layer = 2 * tokens * (4 * D * D + 2 * D * vision.intermediate_size) + 4 * tokens**2 * D
     embedding = 2 * patches * 3 * vision.patch_size**2 * D
     width = D * len(config.feature_layers)

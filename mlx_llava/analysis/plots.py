@@ -266,11 +266,15 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Drawing = None) ->
         figure = _new(9.6, 4)
         figure.get_layout_engine().set(w_pad=0.14)
     trace, layer = explanation.trace, model.config.feature_layers[-1]
+    tower = "SigLIP" if model.config.vision_config.is_siglip else "CLIP"
     embedded = trace.hidden_states[0][: trace.queries[0] + 1]
     words = np.delete(embedded, explanation.positions[0], axis=0)
     panels = {
         "X_v": (explanation.inputs.tiles()[0], "$X_v$: the picture"),
-        "Z_v": (trace.vision_states[layer, 0, 1:], "$Z_v = g(X_v)$: CLIP"),
+        "Z_v": (
+            trace.vision_states[layer, 0, model.config.drops_first :],
+            f"$Z_v = g(X_v)$: {tower}",
+        ),
         "H_v": (trace.image_features[0], "$H_v = W Z_v$: projector"),
         "H_q": (words, "$H_q$: the embedded words"),
         "all": (embedded, "$H_q$ around $H_v$"),

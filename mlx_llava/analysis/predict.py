@@ -101,9 +101,9 @@ def this_machine(model: Llava, length: int) -> Machine:
     """
     decoder = model.language_model.layers[0].mlp.up_proj
     tower = model.vision_tower.vision_model.encoder.layers[0].mlp.fc1
-    patches = model.config.vision_config.patches_per_side**2
+    tokens = model.config.vision_config.num_positions
     return Machine(
-        ENCODE_SHARE * layer_rate(tower, patches + 1),
+        ENCODE_SHARE * layer_rate(tower, tokens),
         PREFILL_SHARE * layer_rate(decoder, length),
         layer_read_rate(decoder),
         CPU_KERNEL if on_cpu() else GPU_KERNEL,

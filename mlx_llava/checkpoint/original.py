@@ -32,9 +32,9 @@ from mlx_llava.checkpoint.tensors import (
 )
 from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
-from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 from mlx_llava.model.config_checks import refuse_value, unknown_warning
+from mlx_llava.model.vision_config import VisionConfig
 
 #: Keys that are not the decoder's: LLaVA's, and llava-hf's, which some files have too and the
 #: original does not read. The decoder's sizes stand in text_config alone where a file was

@@ -69,7 +69,7 @@ def write_model(
         {
             "processor_class": "LlavaNextProcessor" if config.is_anyres else "LlavaProcessor",
             "patch_size": config.vision_config.patch_size,
-            "num_additional_image_tokens": 1,
+            "num_additional_image_tokens": int(config.vision_config.has_class_token),
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         },
     )

@@ -43,7 +43,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 #: What is no weight of a LLaVA, and why.
 _DROPPED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$"), "follows from the config"),
-    (re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)"), "CLIP's text"),
+    (re.compile(r"^(text_model\.|text_projection|visual_projection|logit_)"), "CLIP's text"),
+    (re.compile(r"(^|\.)vision_(tower|model)\.head\."), "SigLIP's pooling"),
 )
 
 #: How file formats name their dtypes -> MLX's, and NumPy's to read them with. NumPy has no

@@ -112,12 +112,12 @@ def _describe_processor(checkpoint: Checkpoint, processor: Processor) -> Iterato
     side = config.vision_config.image_size
     yield "pictures", f"{images.mode}, tiles of {side}; {size} takes {tokens} tokens"
     states = " and ".join(map(str, config.feature_layers))
-    dropped = config.vision_feature_select_strategy == "default"
+    first = "class token" if config.vision_config.has_class_token else "first patch"
     yield (
         "features",
         f"hidden state {states} of 0 to {config.vision_config.num_hidden_layers} "
-        f"(vision_feature_layer {config.vision_feature_layer}), class token "
-        f"{'dropped' if dropped else 'kept'}",
+        f"(vision_feature_layer {config.vision_feature_layer}), {first} "
+        f"{'dropped' if config.drops_first else 'kept'}",
     )
 
 

@@ -53,10 +53,9 @@ def check_request(
     itemsize = model.language_model.dtype.size
     positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
     chunk, tiles = min(prompt_tokens, prefill_step), min(sum(inputs.image_tiles), TILES_AT_ONCE)
-    patches = vision.patches_per_side**2 + 1
     parts = {
         "keys and values": kv_bytes(model.config, positions, itemsize, kv_bits),
-        "pictures": tiles * patches * (vision.intermediate_size * 2) * itemsize,
+        "pictures": tiles * vision.num_positions * (vision.intermediate_size * 2) * itemsize,
         "prefill": chunk * (text.intermediate_size * 3) * itemsize,
     }
     needed, available = sum(parts.values()), available_memory()

@@ -1,8 +1,9 @@
-"""RGB images -> the float32 tiles that CLIP reads.
+"""RGB images -> the float32 tiles that the vision tower reads.
 
 S is the side of one tile, N tiles. Sizes are (height, width) except where Pillow is spoken
 to. Every step is bit-equal to transformers' Pillow image processors (CLIPImageProcessor,
-LlavaImageProcessor, LlavaNextImageProcessor): tests/inputs/test_image_processor.py.
+LlavaImageProcessor, LlavaNextImageProcessor, SiglipImageProcessor):
+tests/inputs/test_image_processor.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Pixels: TypeAlias = npt.NDArray[np.float32]
 #: OpenAI CLIP's normalisation (clip.py, _transform), for checkpoints without a processor file.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+#: SigLIP's, both.
+HALF = (0.5, 0.5, 0.5)
 
 #: In pixels, of what is made in one piece.
 LARGEST_SQUARE = 1 << 24
@@ -101,14 +104,21 @@ def _read_size(size: int | Mapping[str, int], key: str) -> int | Size:
     raise ValueError(f"The image processor's {key}={size!r} is not supported.")
 
 
+def _stretching(data: Mapping[str, Any], side: int) -> dict[str, Any]:
+    """What SiglipImageProcessor's settings say in CLIP's words: it has no crop."""
+    size = data.get("size", {"height": side, "width": side})
+    stretched = {"size": size, "crop_size": size, "do_center_crop": True}
+    return {"image_mean": HALF, "image_std": HALF, **data, **stretched}
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """Images -> tiles of normalised pixels, as one checkpoint reads them.
 
     Attributes:
         config: the model that reads the pixels; its vision tower sets the side S of a tile.
-        mode: ``crop`` (shortest edge, centre crop), ``pad`` (LLaVA 1.5's square on the mean
-            colour) or ``anyres`` (LLaVA 1.6's base image and tiles).
+        mode: ``crop`` (shortest edge, centre crop; SigLIP's is squashed instead), ``pad`` (LLaVA
+            1.5's square on the mean colour) or ``anyres`` (LLaVA 1.6's base image and tiles).
         size: what images are resized to: the shorter edge, or (height, width).
     """
 
@@ -124,12 +134,18 @@ class ImageProcessor:
     def from_config(
         cls, data: Mapping[str, Any] | None, config: LlavaConfig, mode: str | None = None
     ) -> ImageProcessor:
-        """Reads preprocessor_config.json, whose defaults are CLIP's; `mode` overrides its way.
+        """Reads preprocessor_config.json; `mode` overrides its way.
+
+        What it does not say is CLIP's, or SigLIP's where it is of SigLIP's class or names none.
 
         Raises:
             ValueError: A setting is not supported or does not fit the model.
         """
         data = {key: value for key, value in (data or {}).items() if value is not None}
+        vision = config.vision_config
+        kind = data.get("image_processor_type", "Siglip" if vision.is_siglip else "CLIP")
+        if "Siglip" in kind:
+            data = _stretching(data, vision.image_size)
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
             if data.get(key, True) is False:
                 raise ValueError(f"The image processor has {key}=false, which is not supported.")
@@ -175,7 +191,8 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The preprocessor_config.json that says the same."""
         side, size = self.config.vision_config.image_size, self.size
-        names = {"crop": "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
+        stretches = self.config.vision_config.is_siglip and size == (side, side)
+        names = {"crop": "Siglip" if stretches else "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
         data: dict[str, Any] = {
             "image_processor_type": f"{names[self.mode]}ImageProcessor",
             "size": {"shortest_edge": size}

@@ -1,5 +1,7 @@
 """CLIP's image encoder (Radford et al. 2021, arXiv:2103.00020): pixels -> hidden states.
 
+Its blocks are those of every vision transformer here; siglip.py has another way in.
+
 B images or tiles, H = W pixels, P patches, L = P + 1 tokens (class token first), D width.
 Module names are the checkpoint's, `pre_layrnorm` is spelt as there.
 """
@@ -9,16 +11,18 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.model.config import VisionConfig
 from mlx_llava.model.layers import ACTIVATIONS, AnyArray
+from mlx_llava.model.vision_config import VisionConfig
 
 
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its size, which is one matmul of all patches."""
 
-    def __init__(self, side: int, dims: int) -> None:
+    def __init__(self, side: int, dims: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = mx.zeros((dims, side, side, 3))
+        if bias:
+            self.bias = mx.zeros((dims,))
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
         side = self.weight.shape[1]
@@ -26,7 +30,8 @@ class PatchEmbedding(nn.Module):
         rows, columns = H // side, W // side
         x = pixel_values[:, : rows * side, : columns * side]
         x = x.reshape(B, rows, side, columns, side, 3).swapaxes(2, 3)
-        return self.project(x.reshape(B, rows * columns, -1))  # (B, P, D), row by row
+        x = self.project(x.reshape(B, rows * columns, -1))  # (B, P, D), row by row
+        return x + self.bias if "bias" in self else x
 
     def project(self, patches: mx.array) -> mx.array:
         """(B, P, side side 3) -> (B, P, D)."""
@@ -41,7 +46,7 @@ class Embeddings(nn.Module):
         side, dims = config.patch_size, config.hidden_size
         self.class_embedding = mx.zeros((dims,))
         self.patch_embedding = PatchEmbedding(side, dims)
-        self.position_embedding = nn.Embedding(config.patches_per_side**2 + 1, dims)
+        self.position_embedding = nn.Embedding(config.num_positions, dims)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
         patches = self.patch_embedding(pixel_values)  # (B, P, D)
@@ -111,6 +116,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
+    def __call__(self, x: mx.array, num_layers: int) -> list[mx.array]:
+        hidden_states = [x]  # (B, L, D)
+        for layer in self.layers[:num_layers]:
+            hidden_states.append(layer(hidden_states[-1]))
+        return hidden_states
+
 
 class VisionTransformer(nn.Module):
     """The tower below its classification head.
@@ -127,19 +138,17 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, pixel_values: mx.array, num_layers: int) -> list[mx.array]:
-        hidden_states = [self.pre_layrnorm(self.embeddings(pixel_values))]  # (B, L, D)
-        for layer in self.encoder.layers[:num_layers]:
-            hidden_states.append(layer(hidden_states[-1]))
-        return hidden_states
+        x = self.pre_layrnorm(self.embeddings(pixel_values))  # (B, L, D)
+        return self.encoder(x, num_layers)
 
 
-class CLIPVisionTower(nn.Module):
+class VisionTower(nn.Module):
     """The vision tower of a LLaVA."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, image_size: int, vision_model: nn.Module) -> None:
         super().__init__()
-        self.image_size = config.image_size
-        self.vision_model = VisionTransformer(config)
+        self.image_size = image_size
+        self.vision_model = vision_model
 
     @property
     def dtype(self) -> mx.Dtype:

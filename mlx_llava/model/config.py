@@ -1,7 +1,7 @@
 """What a checkpoint's config.json says, under Hugging Face's names.
 
 A config holds only what differs from the defaults of its class, so the defaults here are
-those of transformers' LlavaConfig and CLIPVisionConfig (of decoders: text_config.py). A key
+those of transformers' LlavaConfig (vision_config.py and text_config.py for its parts). A key
 that changes the maths is read or refused by name (known_keys.py).
 """
 
@@ -15,20 +15,10 @@ from itertools import product
 from typing import Any
 
 from mlx_llava.model.config_checks import Section, names_of, refuse_value
-from mlx_llava.model.known_keys import CHANGES, VISION_CHANGES
+from mlx_llava.model.known_keys import CHANGES
 from mlx_llava.model.text_config import TextConfig, unknown_text_keys
+from mlx_llava.model.vision_config import ACTIVATIONS, VISION, VisionConfig
 
-#: The names of what layers.py has.
-ACTIVATIONS = ("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-#: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
-_CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 336,
-}
 #: Keys that transformers does not know; written only where they say something.
 _EXTENSIONS = frozenset(
     """
@@ -40,46 +30,14 @@ _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """CLIP's vision tower (transformers' CLIPVisionConfig); sizes in pixels."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
-        """Reads ``vision_config``; None stands for LLaVA's own default tower."""
-        data = _CLIP_L_336 if data is None else data
-        _VISION.check(data)
-        config = _VISION.read(cls, data)
-        if config.hidden_size % (heads := config.num_attention_heads):
-            expected = f"multiples of {heads} heads"
-            _VISION.refuse("hidden_size", config.hidden_size, expected)
-        if config.patch_size > config.image_size:
-            expected = f"1 to image_size={config.image_size}"
-            _VISION.refuse("patch_size", config.patch_size, expected)
-        return config
-
-    @property
-    def patches_per_side(self) -> int:
-        """The side of the square patch grid of one tile."""
-        return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
 class LlavaConfig:
     """A whole LLaVA (transformers' LlavaConfig and LlavaNextConfig).
 
     Attributes:
         vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
             A list is concatenated along the width.
-        vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
+        vision_feature_select_strategy: ``default`` drops the first token, which is CLIP's class
+            token; ``full`` keeps all.
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
         anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
         mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
@@ -136,8 +94,9 @@ class LlavaConfig:
             "tie_word_embeddings": text.tie_word_embeddings or data.get("tie_word_embeddings"),
         }
         config = _TOP.read(cls, data)
-        if config.is_anyres and (how := config.vision_feature_select_strategy) != "default":
-            expected = f"default with {config.model_type}"
+        if config.is_anyres and config.tokens_per_tile != vision.patches_per_side**2:
+            expected = f"{'default' if vision.has_class_token else 'full'} with {config.model_type}"
+            how = config.vision_feature_select_strategy
             _TOP.refuse("vision_feature_select_strategy", how, expected)
         if config.is_anyres and data.get("use_image_newline_parameter", True) is not True:
             _TOP.refuse("use_image_newline_parameter", False, "True")
@@ -172,6 +131,11 @@ class LlavaConfig:
         return int(match[1])
 
     @property
+    def drops_first(self) -> bool:
+        """Whether the first of a tower's tokens, which is CLIP's class token, is left out."""
+        return self.vision_feature_select_strategy == "default"
+
+    @property
     def has_newline(self) -> bool:
         """Whether every row of an anyres grid ends with a learned feature."""
         return self.is_anyres and self.mm_patch_merge_type == "spatial_unpad"
@@ -179,13 +143,13 @@ class LlavaConfig:
     @property
     def tokens_per_tile(self) -> int:
         """How many positions one tile (or one LLaVA 1.5 image) takes in the prompt."""
-        class_token = self.vision_feature_select_strategy == "full"
-        return self.vision_config.patches_per_side**2 + class_token
+        return self.vision_config.num_positions - self.drops_first
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that says the same, with every value spelled out."""
         data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
-        data["vision_config"]["model_type"] = "clip_vision_model"
+        if self.vision_config.is_siglip:
+            data["vision_config"]["vision_use_head"] = False  # transformers would want its weights
         name = "LlavaNext" if self.is_anyres else "Llava"
         data["architectures"] = [f"{name}ForConditionalGeneration"]
         for field in fields(self):
@@ -209,12 +173,6 @@ _TOP = Section(
         "anyres_convention": ("hf", "original"),
     },
 )
-_VISION = Section(
-    "vision_config",
-    names_of(VisionConfig),
-    VISION_CHANGES,
-    {"model_type": ("clip_vision_model",), "num_channels": (3,), "hidden_act": ACTIVATIONS},
-)
 
 
 def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +184,7 @@ def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_TOP.unknown(data),
         **unknown_text_keys(text),
-        **_VISION.unknown(vision, "vision_config."),
+        **VISION.unknown(vision, "vision_config."),
     }
 
 

@@ -12,17 +12,25 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.model import clip, siglip
 from mlx_llava.model.anyres import Size
 from mlx_llava.model.cache import LayerCache
-from mlx_llava.model.clip import CLIPVisionTower
+from mlx_llava.model.clip import VisionTower
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.layers import AnyArray
 from mlx_llava.model.layout import lay_out
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.projector import Projector
+from mlx_llava.model.vision_config import VisionConfig
 
 #: How many tiles go through the vision tower together.
 TILES_AT_ONCE = 8
+
+
+def vision_tower(config: VisionConfig) -> VisionTower:
+    """CLIP or SigLIP."""
+    transformer = siglip.VisionTransformer if config.is_siglip else clip.VisionTransformer
+    return VisionTower(config.image_size, transformer(config))
 
 
 def merge(embeddings: mx.array, features: mx.array, is_image: mx.array) -> mx.array:
@@ -61,7 +69,7 @@ class Llava(nn.Module):
         super().__init__()
         self.config = config
         self.vision_device: mx.DeviceType | None = None
-        self.vision_tower = CLIPVisionTower(config.vision_config)
+        self.vision_tower = vision_tower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, config.tie_word_embeddings)
         if config.has_newline:
@@ -94,10 +102,8 @@ class Llava(nn.Module):
     def select(self, hidden_states: Sequence[mx.array]) -> mx.array:
         """The chosen hidden states side by side, and of their tokens the chosen ones."""
         chosen = [hidden_states[layer] for layer in self.config.feature_layers]
-        features = mx.concatenate(chosen, axis=-1)  # (N, P + 1, width)
-        if self.config.vision_feature_select_strategy == "default":
-            return features[:, 1:]  # (N, P, width)
-        return features
+        features = mx.concatenate(chosen, axis=-1)  # (N, tokens, width)
+        return features[:, 1:] if self.config.drops_first else features  # (N, P, width)
 
     def project(
         self, features: mx.array, image_sizes: Sequence[Size] | None = None

@@ -125,9 +125,9 @@ def _check_quantized(model: Llava, stage: str) -> None:
 def unfreeze_tower(model: Llava) -> None:
     """Unfreezes what is read of the vision tower: nothing above the last feature layer."""
     tower = model.vision_tower.vision_model
-    layers = tower.encoder.layers[: max(model.config.feature_layers)]
-    for module in (tower.embeddings, tower.pre_layrnorm, *layers):
-        module.unfreeze()
+    tower.unfreeze()
+    for module in (tower.post_layernorm, *tower.encoder.layers[max(model.config.feature_layers) :]):
+        module.freeze()
 
 
 def make_schedule(rate: float, steps: int, warmup_ratio: float) -> Schedule:

@@ -218,6 +218,21 @@ def test_lines_and_class_tokens_have_no_place():
     assert boxes[1].tolist() == [0, 0, 7, 7]
 
 
+def test_every_feature_of_siglip_has_its_place():
+    """Four patches of 7 in a row of 31 pixels: 3 of them show nowhere."""
+    vision = {"model_type": "siglip_vision_model", "image_size": 31}
+    full = {"vision_feature_select_strategy": "full"}
+    processor = image_processor("crop", vision=vision, config=full, size=(31, 31))
+    boxes = feature_boxes(processor, (62, 31))
+    assert len(boxes) == 16 == processor.num_tokens((62, 31))
+    assert boxes[[0, 1, 4, -1]].tolist() == [
+        [0, 0, 7, 14],
+        [7, 0, 14, 14],
+        [0, 14, 7, 28],
+        [21, 42, 28, 56],
+    ]
+
+
 def test_a_map_puts_a_patch_where_it_is():
     boxes = feature_boxes(MODES["pad"], (100, 200))
     values = np.zeros(len(boxes))

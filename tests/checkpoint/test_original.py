@@ -186,11 +186,11 @@ def test_the_config_of_openais_clip_is_read(reference, kind, tmp_path):
 
 def test_another_tower_is_refused_by_name(reference, tmp_path):
     clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(reference), reference)
-    siglip = {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
-    (clip / "config.json").write_text(json.dumps(siglip))
+    dino = {"model_type": "dinov2", "image_size": 518}
+    (clip / "config.json").write_text(json.dumps(dino))
     config = layouts.original_config(reference)
     folder = layouts.write_folder(tmp_path / "llava", bare(reference), config)
-    with pytest.raises(ValueError, match="vision_config has model_type='siglip_vision_model'"):
+    with pytest.raises(ValueError, match="vision_config has model_type='dinov2'"):
         load(folder, vision_tower=clip)
 
 

@@ -54,6 +54,9 @@ SIZES = [(width, height) for width, height, _, _ in ANYRES_TOKENS]
 CLIP_336 = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 
 
+SIGLIP_384 = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}
+
+
 def config(model_type: str, convention: str = "hf") -> LlavaConfig:
     return LlavaConfig.from_dict({"model_type": model_type, "anyres_convention": convention})
 
@@ -74,6 +77,34 @@ def test_pixels_are_bit_equal(mode, size):
     ours = ImageProcessor.from_config(CLIP_336, config(model_type), mode)
     image = tiny.picture(*size)
     assert np.array_equal(ours([image]), reference(mode, image))
+
+
+def siglip_config() -> LlavaConfig:
+    return LlavaConfig.from_dict(
+        {
+            "model_type": "llava",
+            "vision_config": SIGLIP_384,
+            "vision_feature_select_strategy": "full",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"size": {"height": 384, "width": 384}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}],
+    ids=["no file", "a file"],
+)
+@pytest.mark.parametrize("size", [(640, 480), (17, 900), (384, 384), (1, 1)])
+def test_pixels_of_siglip_are_bit_equal(size, settings):
+    """The whole image on a square, by SigLIP's mean and std; a row of 384 has 27 patches of 14."""
+    kind = {"image_processor_type": "SiglipImageProcessor"} if settings else {}
+    ours = ImageProcessor.from_config({**settings, **kind}, siglip_config())
+    given = {"size": {"height": 384, "width": 384}, **settings}
+    theirs = tiny.SiglipImageProcessorPil(**given)(tiny.picture(*size))["pixel_values"]
+    assert np.array_equal(ours([tiny.picture(*size)]), np.array(theirs).transpose(0, 2, 3, 1))
+    assert ours.num_tokens(size[::-1]) == 729
+    again = ImageProcessor.from_config(ours.to_dict(), siglip_config())
+    assert (again, again.to_dict()["image_processor_type"]) == (ours, "SiglipImageProcessor")
 
 
 @pytest.mark.parametrize(("width", "height", "original", "hugging_face"), ANYRES_TOKENS)

@@ -89,7 +89,7 @@ def test_published_llava_15():
         num_key_value_heads=32,
         head_dim=128,
     )
-    assert config.vision_config == VisionConfig(1024, 4096, 24, 16, 336, 14)
+    assert config.vision_config == VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 336, 14)
     assert (config.feature_layers, config.tokens_per_tile) == ((23,), 576)
     assert not config.is_anyres
 
@@ -107,7 +107,7 @@ def test_published_text_models():
 
 def test_an_empty_config_is_the_default_model():
     config = LlavaConfig.from_dict({"model_type": "llava_next"})
-    assert config.vision_config == VisionConfig(1024, 4096, 24, 16, 336, 14)
+    assert config.vision_config == VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 336, 14)
     assert config.text_config == TextConfig(num_key_value_heads=32, head_dim=128)
     assert config.image_grid_pinpoints[:2] == ((336, 672), (672, 336))
 
@@ -124,9 +124,14 @@ def test_defaults_are_those_of_transformers(family):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    vision = hf.CLIPVisionConfig()
-    for key, value in vars(VisionConfig()).items():
-        assert value == getattr(vision, key), key
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_defaults_of_a_tower_are_those_of_transformers(tower):
+    hf = pytest.importorskip("transformers")
+    theirs = hf.AutoConfig.for_model(tower)
+    for key, value in vars(VisionConfig.from_dict({"model_type": tower})).items():
+        assert value == getattr(theirs, key), key
 
 
 def test_transformers_reads_what_we_write():
@@ -261,7 +266,10 @@ REFUSED = {
         },
         "layer_types=.*layers of several kinds",
     ),
-    "vision_model": ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
+    "vision_model": (
+        {"vision_config": {"model_type": "siglip2_vision_model"}},
+        "'siglip2_vision_model'; mlx_llava supports 'clip_vision_model' and 'siglip_vision_model'",
+    ),
     "unknown": ({"mm_resampler": "perceiver"}, "mm_resampler='perceiver'"),
     "unknown_text": ({"text_config": {"qk_norm": True}}, "text_config .* qk_norm=True"),
     "unknown_vision": ({"vision_config": {"use_rope": 1}}, "vision_config .* use_rope=1"),
@@ -284,6 +292,10 @@ REFUSED = {
     "next_full": (
         {"model_type": "llava_next", "vision_feature_select_strategy": "full"},
         "default with llava_next",
+    ),
+    "next_siglip": (
+        {"model_type": "llava_next", "vision_config": {"model_type": "siglip_vision_model"}},
+        "'default'; .* full with llava_next",
     ),
     "no_newline": (
         {"model_type": "llava_next", "use_image_newline_parameter": False},
