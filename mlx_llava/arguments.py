@@ -111,6 +111,16 @@ def answer_options(args: argparse.Namespace) -> Options:
     return Options(**given)
 
 
+def add_image_tokens_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds in how many tokens pictures are shown, an option of `Processor`."""
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        metavar="N",
+        help="show at most N features of each picture, those that differ most (default: all)",
+    )
+
+
 @contextmanager
 def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal; gives what is to be told (done, total)."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_image_tokens_argument,
     add_model_arguments,
     answer_options,
     command,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what --help does not wait for
     from mlx_llava import GenerationResponse, Llava, Processor
 
 STDIN = "standard input"
+_PROMPT_OPTIONS = ("raw", "system", "image_position", "image_tokens")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="start",
         help="where pictures without an <image> mark go in the question (default: start)",
     )
+    add_image_tokens_argument(parser)
     add_answer_arguments(parser)
     add("--batch-size", type=int, help=f"of --prompts-file (default: {BATCH_SIZE})")
     add("--kv-bits", type=int, help="store keys and values in 2, 4 or 8 bits")
@@ -98,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("raw", "system", "image_position")}
+    return {name: getattr(args, name) for name in _PROMPT_OPTIONS}
 
 
 def _answer_file(
@@ -170,7 +173,10 @@ def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load: flo
 
 def _report(last: GenerationResponse, load: float, images: int) -> str:
     """The lines of timings for people."""
-    lines = [f"images: {images}, {last.image_tokens} tokens"] if images else []
+    from mlx_llava.inputs.processor import in_part
+
+    shown = in_part(last.whole_image_tokens, last.image_tokens)
+    lines = [f"images: {images}, {shown} tokens"] if images else []
     lines += [
         f"load {load:.2f} s | preprocess {last.preprocess_seconds:.2f} s | "
         f"encode {last.encode_seconds:.2f} s",

@@ -114,10 +114,12 @@ def trace(
             for each layer and head is as large as the square of the prompt.
 
     Raises:
-        ValueError: There is more than one prompt.
+        ValueError: There is more than one prompt, or an image is shown in part.
     """
     if len(inputs.input_ids) != 1:
         raise ValueError(f"One prompt can be traced at a time; there are {len(inputs.input_ids)}.")
+    if inputs.image_tokens != inputs.whole_image_tokens:
+        raise ValueError("Images shown in part cannot be traced; leave image_tokens out.")
     inputs = with_answer(inputs, answer)
     states, features = _see(model, inputs)
     length = inputs.input_ids.shape[1]

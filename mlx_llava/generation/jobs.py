@@ -47,7 +47,8 @@ def batch_generate(
         images (list, optional): For each prompt, its pictures or None.
         batch_size (int): How many are answered at a time.
         prompt_cache (PromptCache, optional): What to reuse.
-        prompt_options (dict, optional): ``raw``, ``system``, ``image_position`` of `Processor`.
+        prompt_options (dict, optional): ``raw``, ``system``, ``image_position``,
+            ``image_tokens`` of `Processor`.
         **options: Of `Options`: for all rows one value, or a list with one for each.
 
     Returns:
@@ -129,7 +130,7 @@ def answer_prompts(
             fields of `Options` for it alone.
         generator (BatchGenerator): Answers them.
         defaults (Options): For what one does not say.
-        **prompt_options: ``raw``, ``system``, ``image_position`` of `Processor`.
+        **prompt_options: ``raw``, ``system``, ``image_position``, ``image_tokens`` of `Processor`.
 
     Yields:
         dict: ``index`` of the prompt from 0, its ``id`` if it has one, and either the answer with

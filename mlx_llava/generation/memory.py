@@ -43,12 +43,12 @@ def check_request(
         raise ValueError(f"One prompt can be answered at a time; the inputs hold {rows}.")
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
-    if prompt_tokens >= context_length:
+    if inputs.positions >= context_length:
         raise ContextError(
-            f"The prompt has {prompt_tokens} tokens and the model's context is {context_length}; "
-            "use fewer or smaller images, or a shorter text."
+            f"The prompt has {inputs.positions} tokens and the model's context is "
+            f"{context_length}; use fewer or smaller images, or a shorter text."
         )
-    max_tokens = min(max_tokens, context_length - prompt_tokens)
+    max_tokens = min(max_tokens, context_length - inputs.positions)
     vision, text = model.config.vision_config, model.config.text_config
     itemsize = model.language_model.dtype.size
     positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)

@@ -24,8 +24,10 @@ from mlx_llava.files import whole_file
 from mlx_llava.inputs.image_processor import Pixels
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.model.anyres import Size
-from mlx_llava.model.cache import Cache, fork, nbytes
+from mlx_llava.model.cache import Cache, fork, nbytes, set_positions
+from mlx_llava.model.image_tokens import ShownImage, positions_after
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.positions import Part, Positions, positions_of
 
 #: A token id, or the hash of the image that has a placeholder here.
 Key: TypeAlias = "int | str"
@@ -38,7 +40,7 @@ class _Image:
     """One image of a prompt.
 
     Attributes:
-        digest: the hash of its content.
+        digest: the hash of its content, and of how many of its features are shown.
         pixel_values: its tiles, (n, S, S, 3).
         size: its own (height, width), where the model cuts it into tiles.
         positions: its placeholders' in the prompt.
@@ -56,9 +58,13 @@ def _images(inputs: Inputs, image_token_index: int) -> Iterator[_Image]:
     placeholders = np.flatnonzero(inputs.input_ids[0] == image_token_index)
     sizes = inputs.image_sizes or [None] * len(inputs.image_tokens)
     tile = seen = 0
-    for count, tiles, size in zip(inputs.image_tokens, inputs.image_tiles, sizes, strict=True):
+    images = zip(
+        inputs.image_tokens, inputs.whole_image_tokens, inputs.image_tiles, sizes, strict=True
+    )
+    for count, total, tiles, size in images:
         pixels = inputs.pixel_values[tile : tile + tiles]
-        digest = hashlib.sha256(repr((size, pixels.shape)).encode())
+        shown = () if count == total else (count,)
+        digest = hashlib.sha256(repr((size, pixels.shape, *shown)).encode())
         digest.update(np.ascontiguousarray(pixels).data)
         start = int(placeholders[seen])
         yield _Image(digest.hexdigest(), pixels, size, range(start, start + count))
@@ -108,7 +114,7 @@ class PromptCache:
         self.model = model
         self.max_bytes = max_bytes
         self._max_feature_bytes = max_feature_bytes
-        self._features: dict[str, mx.array] = {}  # of images by hash; as the entries
+        self._features: dict[str, ShownImage] = {}  # of images by hash; as the entries
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
 
     @cached_property
@@ -133,39 +139,44 @@ class PromptCache:
         self._entries.append(best)
         return prompt, fork(best[1], length, like=empty), length
 
-    def embed(self, prompts: Sequence[tuple[Prompt, int]]) -> list[mx.array]:
-        """Embeds prompts after so many cached positions of each; images of all of them together.
+    def embed(self, prompts: Sequence[tuple[Prompt, Cache]]) -> list[mx.array]:
+        """Embeds prompts after what is in the cache of each; images of all of them together.
+
+        The caches get to know where the tokens of images that are shown in part stand.
 
         Returns:
             list of mx.array: (1, positions, D) of each prompt.
         """
         new = [
-            [image for image in prompt.images if image.positions.start >= cached]
-            for prompt, cached in prompts
+            [image for image in prompt.images if image.positions.start >= cache[0].offset]
+            for prompt, cache in prompts
         ]
-        features = self._features_of(chain(*new))
-        return [
-            self.model.embed(
-                prompt.input_ids[:, cached:],
-                image_features=[features[image.digest] for image in images],
-            )
-            for (prompt, cached), images in zip(prompts, new, strict=True)
-        ]
+        shown = self._features_of(chain(*new))
+        embeddings = []
+        for (prompt, cache), images in zip(prompts, new, strict=True):
+            ids = prompt.input_ids[:, cache[0].offset :]
+            features = [shown[image.digest].features for image in images]
+            embeddings.append(self.model.embed(ids, image_features=features))
+            starts = [(image.positions.start, shown[image.digest]) for image in images]
+            set_positions(cache, positions_after(starts, positions_of(cache[0])))
+        return embeddings
 
-    def _features_of(self, images: Iterable[_Image]) -> dict[str, mx.array]:
+    def _features_of(self, images: Iterable[_Image]) -> dict[str, ShownImage]:
         """The features of images by hash; those that are not kept are encoded together."""
         requested = {image.digest: image for image in images}
         new = {h: image for h, image in requested.items() if h not in self._features}
         if new:
             pixels = np.concatenate([image.pixel_values for image in new.values()])
             sizes = [image.size for image in new.values() if image.size is not None]
-            encoded = self.model.encode_images(pixels, sizes or None)
-            mx.eval(encoded)
+            counts = [len(image.positions) for image in new.values()]
+            encoded = self.model.show_images(pixels, sizes or None, counts)
+            mx.eval([image.features for image in encoded])
             self._features.update(zip(new, encoded, strict=True))
         found = {digest: self._features.pop(digest) for digest in requested}
         self._features.update(found)
         while (
-            sum(features.nbytes for features in self._features.values()) > self._max_feature_bytes
+            sum(image.features.nbytes for image in self._features.values())
+            > self._max_feature_bytes
         ):
             self._features.pop(next(iter(self._features)))
         return found
@@ -199,6 +210,9 @@ class PromptCache:
             "model": self._identity,
             "keys": json.dumps(keys),
             "kind": json.dumps(_kind(cache)),
+            "parts": json.dumps(
+                [[p.start, p.kept.tolist(), p.total] for p in positions_of(cache[0]).parts]
+            ),
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +246,9 @@ class PromptCache:
         for layer, stored in zip(empty, layers, strict=True):
             layer.keys, layer.values = stored["keys"], stored["values"]
             layer.offset = len(keys)
+        parts = json.loads(metadata.get("parts", "[]"))  # of files before there were any, none
+        shown = (Part(start, np.array(kept, np.int32), total) for start, kept, total in parts)
+        set_positions(empty, Positions(tuple(shown)))
         self._entries.append((keys, empty))
 
 

@@ -26,6 +26,7 @@ class GenerationResponse:
         peak_memory: the most memory that MLX held so far, in GB.
         finish_reason: None, or ``stop`` or ``length`` in the last response.
         image_tokens: how many of the prompt's tokens are pictures.
+        whole_image_tokens: how many would be if pictures were shown in all their features.
         cached_tokens: how many of the prompt's tokens were known from before.
         preprocess_seconds: reading pictures, cutting them, tokenising.
         encode_seconds: vision tower and projector.
@@ -45,6 +46,7 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: str | None
     image_tokens: int
+    whole_image_tokens: int
     cached_tokens: int
     preprocess_seconds: float
     encode_seconds: float
@@ -66,6 +68,7 @@ class GenerationResponse:
         return {
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
+            "whole_image_tokens": self.whole_image_tokens,
             "cached_tokens": self.cached_tokens,
             "generation_tokens": self.generation_tokens,
             "finish_reason": self.finish_reason,

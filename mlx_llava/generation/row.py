@@ -136,6 +136,7 @@ class Row:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
             image_tokens=sum(self.inputs.image_tokens),
+            whole_image_tokens=sum(self.inputs.whole_image_tokens),
             cached_tokens=self.cached,
             preprocess_seconds=self.inputs.seconds,
             encode_seconds=self.encode_seconds,
@@ -159,7 +160,7 @@ def embedded(rows: Sequence[Row], reuse: PromptCache) -> Iterator[tuple[Row, mx.
     started = time.perf_counter()
     for row in rows:
         row.prompt, row.cache, row.cached = reuse.begin(row.inputs, row.cache)
-    embeddings = reuse.embed([(row.prompt, row.cached) for row in rows])
+    embeddings = reuse.embed([(row.prompt, row.cache) for row in rows])
     mx.eval(embeddings)
     seconds = (time.perf_counter() - started) / len(rows)
     for row, embedding in zip(rows, embeddings, strict=True):

@@ -41,6 +41,7 @@ class Inputs:
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
         prompts: the texts as the model reads them, each image as ``<image x COUNT>``.
         image_tokens: how many placeholders each image takes.
+        whole_image_tokens: how many it would take with all of its features.
         image_tiles: how many of the tiles are each image's.
         seconds: how long all of this took to prepare.
         image_processor: what cut the images.
@@ -52,13 +53,21 @@ class Inputs:
     attention_mask: Ids | None
     prompts: tuple[str, ...]
     image_tokens: tuple[int, ...]
+    whole_image_tokens: tuple[int, ...]
     image_tiles: tuple[int, ...]
     seconds: float
     image_processor: ImageProcessor = field(repr=False)
 
     def keys(self) -> Iterator[str]:
         """The model's arguments, for ``**inputs``."""
-        return iter(("input_ids", "pixel_values", "image_sizes", "attention_mask"))
+        is_whole = self.image_tokens == self.whole_image_tokens
+        keys = "input_ids", "pixel_values", "image_sizes", "attention_mask"
+        return iter(keys if is_whole else (*keys, "image_tokens"))
+
+    @property
+    def positions(self) -> int:
+        """How far one prompt goes, as features that are left out keep their positions."""
+        return self.input_ids.shape[1] + sum(self.whole_image_tokens) - sum(self.image_tokens)
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, key)
@@ -75,7 +84,8 @@ class Inputs:
         arrays = {key: self[key] for key in ("input_ids", "pixel_values", "attention_mask")}
         rows = {k: "x".join(map(str, a.shape)) for k, a in arrays.items() if a is not None}
         if self.image_tokens:
-            rows["image_tokens"] = ", ".join(map(str, self.image_tokens))
+            counts = zip(self.whole_image_tokens, self.image_tokens, strict=True)
+            rows["image_tokens"] = ", ".join(in_part(*pair) for pair in counts)
         shown = display.pictures(self.tiles()), display.texts(self.prompts), display.table(rows)
         return "".join(shown)
 
@@ -125,6 +135,7 @@ class Processor:
         raw: bool = False,
         system: str | None = None,
         image_position: str = "start",
+        image_tokens: int | None = None,
     ) -> Inputs:
         """Prepares one prompt, or a batch of them.
 
@@ -136,6 +147,8 @@ class Processor:
                 tokens; no template is applied.
             system: Replaces the template's system text.
             image_position: ``start`` or ``end``: where images without a mark go in their turn.
+            image_tokens: Shows at most so many of the features of each image, those that differ
+                most (DivPrune); an image is read the faster, and seen less well.
 
         Returns:
             For ``model(**inputs)`` or ``model.embed(**inputs)``.
@@ -145,6 +158,8 @@ class Processor:
         """
         if image_position not in ("start", "end"):
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
+        if image_tokens is not None and image_tokens < 1:
+            raise ValueError(f"image_tokens is {image_tokens}; it must be at least 1.")
         started = time.perf_counter()
         texts: list[str] = []
         sources: list[ImageSource] = []
@@ -154,7 +169,8 @@ class Processor:
             sources += ordered
         loaded = [load_image(source) for source in sources]
         sizes = tuple((image.height, image.width) for image in loaded)
-        counts = tuple(map(self.image_processor.num_tokens, sizes))
+        whole = tuple(map(self.image_processor.num_tokens, sizes))
+        counts = tuple(min(count, image_tokens or count) for count in whole)
         ids, mask = self._ids(texts, counts)
         is_cut = self.image_processor.mode == "anyres"
         folded = iter(counts)
@@ -165,6 +181,7 @@ class Processor:
             attention_mask=None if mask.all() else mask,
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
+            whole_image_tokens=whole,
             image_tiles=tuple(map(self.image_processor.num_tiles, sizes)),
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
@@ -274,6 +291,11 @@ def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[ImageSource
     if len(per_row) != len(prompt):
         raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
     return [(row, as_list(beside)) for row, beside in zip(prompt, per_row, strict=True)]
+
+
+def in_part(whole: int, shown: int) -> str:
+    """How many tokens images take, of how many: ``576 -> 192``, or ``576`` where it is all."""
+    return f"{whole}" if shown == whole else f"{whole} -> {shown}"
 
 
 def as_list(images: Any) -> list[ImageSource]:

@@ -16,10 +16,20 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_llava.model.cache import Attention, Cache, KVCache, LayerCache, attend, nbytes
+from mlx_llava.model.cache import (
+    Attention,
+    Cache,
+    KVCache,
+    LayerCache,
+    attend,
+    nbytes,
+    set_positions,
+)
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.layers import Mask, attention_mask_of, visible
+from mlx_llava.model.positions import Positions, positions_of
 
 
 def make_batch_cache(kv_bits: int | None = None) -> BatchCache:
@@ -68,16 +78,21 @@ class BatchLayer(ABC):
         offsets: how many positions of each row were stored before.
         counts: how many new tokens each row has.
         starts: the position of each new token, (N,).
+        positions: those of each row.
     """
 
     offsets: list[int]
     counts: list[int]
     starts: mx.array
+    positions: list[Positions]
 
     def mask(self, window: int | None) -> Mask | list[Mask]:
         """What the new tokens may see, where there is a sliding window or none."""
-        rows = zip(self.counts, self.offsets, strict=True)
-        return [attention_mask_of(count, offset, window, None) for count, offset in rows]
+        rows = zip(self.counts, self.offsets, self.positions, strict=True)
+        return [
+            attention_mask_of(count, offset, window, None, positions.jumping(offset + count))
+            for count, offset, positions in rows
+        ]
 
     def attend(
         self,
@@ -104,9 +119,20 @@ class BatchLayer(ABC):
         """`cache.attend` of one row's new tokens, (1, H, count, D)."""
 
 
-def _starts(offsets: Sequence[int], counts: Sequence[int]) -> mx.array:
+def _slots(offsets: Sequence[int], counts: Sequence[int]) -> mx.array:
+    """Which of its row's each new token is, (N,)."""
     rows = zip(offsets, counts, strict=True)
     return mx.array([offset + i for offset, count in rows for i in range(count)])
+
+
+def _starts(
+    slots: mx.array, positions: Sequence[Positions], offsets: Sequence[int], counts: Sequence[int]
+) -> mx.array:
+    """Where that is, (N,)."""
+    if not any(row.parts for row in positions):
+        return slots
+    rows = zip(positions, offsets, counts, strict=True)
+    return mx.array(np.concatenate([row.of(start + n)[start:] for row, start, n in rows]))
 
 
 def _turned(row: mx.array) -> mx.array:
@@ -139,7 +165,9 @@ class RaggedCache(BatchCache):
 
     def step(self, counts: Sequence[int]) -> list[BatchLayer]:
         offsets = [row[0].offset for row in self._rows]
-        new = offsets, list(counts), _starts(offsets, counts)
+        positions = [positions_of(row[0]) for row in self._rows]
+        starts = _starts(_slots(offsets, counts), positions, offsets, counts)
+        new = offsets, list(counts), starts, positions
         return [_RaggedLayer(*new, caches) for caches in zip(*self._rows, strict=True)]
 
 
@@ -163,6 +191,7 @@ class SlotCache(BatchCache):
     def __init__(self) -> None:
         self.arrays: list[mx.array] = []
         self._lengths: list[int] = []
+        self._positions: list[Positions] = []
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +212,7 @@ class SlotCache(BatchCache):
         length = cache[0].offset
         stored = [a[..., :length, :] for layer in cache for a in (layer.keys, layer.values)]
         self._lengths.append(length)
+        self._positions.append(positions_of(cache[0]))
         if not self.arrays:
             self.arrays = stored
         self._reserve(length + 1)
@@ -212,7 +242,9 @@ class SlotCache(BatchCache):
             mx.eval(moved)  # a view of another slot would forbid writing in place
             self._write(row, moved)
             self._lengths[row] = self._lengths[last]
+            self._positions[row] = self._positions[last]
         self._lengths.pop()
+        self._positions.pop()
         if not last:
             self.arrays = []
 
@@ -222,31 +254,38 @@ class SlotCache(BatchCache):
         for keys, values in zip(stored, stored, strict=True):
             cache.append(KVCache())
             cache[-1].update_and_fetch(keys, values)  # into memory of its own
+        set_positions(cache, self._positions[row])
         return cache
 
     def step(self, counts: Sequence[int]) -> list[BatchLayer]:
         offsets = list(self._lengths)
         self._lengths = [n + count for n, count in zip(offsets, counts, strict=True)]
         self._reserve(max(self._lengths))
-        starts = _starts(offsets, counts)
+        slots, positions = _slots(offsets, counts), list(self._positions)
+        starts = _starts(slots, positions, offsets, counts)
         rows = mx.array([row for row, count in enumerate(counts) for _ in range(count)])
-        index = rows[:, None], mx.arange(self.arrays[0].shape[1]), starts[:, None]
+        index = rows[:, None], mx.arange(self.arrays[0].shape[1]), slots[:, None]
         layers = zip(self.arrays[::2], self.arrays[1::2], strict=True)
-        return [_SlotLayer(offsets, list(counts), starts, *layer, index) for layer in layers]
+        new = offsets, list(counts), starts, positions
+        return [_SlotLayer(*new, *layer, index) for layer in layers]
 
 
 @dataclass
 class _SlotLayer(BatchLayer):
     keys: mx.array
     values: mx.array
-    index: tuple[mx.array, mx.array, mx.array]  # where new tokens go: rows, heads, positions
+    index: tuple[mx.array, mx.array, mx.array]  # where new tokens go: rows, heads, slots
 
     def mask(self, window: int | None) -> Mask | list[Mask]:
         if max(self.counts) > 1:
             return super().mask(window)
-        if len({*self.offsets}) == 1:
-            return attention_mask_of(1, self.offsets[0], window, None)
-        keys = mx.arange(max(self.offsets) + 1)
+        length = max(self.offsets) + 1
+        if not any(row.parts for row in self.positions):
+            if len({*self.offsets}) == 1:
+                return attention_mask_of(1, self.offsets[0], window, None)
+            keys = mx.arange(length)
+        else:
+            keys = mx.array(np.stack([row.of(length) for row in self.positions]))[:, None, None]
         return visible(self.starts[:, None, None, None], keys, window)  # (B, 1, 1, T)
 
     def attend(

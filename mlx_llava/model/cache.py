@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_llava.model.layers import Mask
+from mlx_llava.model.positions import IN_ORDER, Positions, positions_of
 from mlx_llava.model.text_config import TextConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class KVCache:
 
     Attributes:
         offset: how many positions are stored.
+        positions: where they stand, if some before them were left out.
     """
 
     step = 256
@@ -64,6 +66,7 @@ class KVCache:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset = 0
+        self.positions = IN_ORDER
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends new positions and returns all of them."""
@@ -244,7 +247,15 @@ def _fork(layer: LayerCache, like: Layer, length: int) -> Layer:
     new = copy.copy(like)
     new.keys, new.values = tree_map(lambda a: a[..., :length, :], (layer.keys, layer.values))
     new.offset = length
+    set_positions([new], positions_of(layer).upto(length))
     return new
+
+
+def set_positions(cache: Cache, positions: Positions) -> None:
+    """Tells a cache, of whatever kind, where what it stores and what follows stands."""
+    for layer in cache:
+        if positions is not positions_of(layer):
+            layer.positions = positions  # type: ignore[attr-defined]
 
 
 def room(cache: Cache) -> int:

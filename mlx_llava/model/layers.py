@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy.typing as npt
 
+from mlx_llava.model.positions import Ids
+
 #: What a model takes: it makes NumPy's arrays MLX's.
 AnyArray: TypeAlias = mx.array | npt.NDArray[Any]
 #: What L queries may see of T keys: ``"causal"`` (the last L are theirs), bool (B or 1, 1, L, T)
@@ -47,7 +49,11 @@ def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
 
 
 def attention_mask_of(
-    L: int, offset: int, window: int | None, attention_mask: mx.array | None
+    L: int,
+    offset: int,
+    window: int | None,
+    attention_mask: mx.array | None,
+    positions: Ids | None = None,
 ) -> Mask:
     """What each new token may look at: itself and what came before, but no padding.
 
@@ -56,16 +62,19 @@ def attention_mask_of(
         offset (int): Number of tokens in the cache.
         window (int, optional): Sliding window; a token sees itself and ``window - 1`` before.
         attention_mask (mx.array, optional): (B, T), 0 where a row is padded.
+        positions (array, optional): (B or 1, T), where some jump; a window is one of positions.
 
     Returns:
         ``"causal"`` or None where MLX knows the pattern, else bool (B or 1, 1, L, T). A
         padding token still sees itself: attention to nothing at all would be NaN.
     """
     T = offset + L
-    if attention_mask is None and (window is None or window >= T):
+    farthest = T if positions is None else int(positions.max()) + 1
+    if attention_mask is None and (window is None or window >= farthest):
         return "causal" if L > 1 else None
-    queries, keys = mx.arange(offset, T)[:, None], mx.arange(T)
-    allowed = visible(queries, keys, window)  # (L, T)
-    if attention_mask is None:
-        return allowed[None, None]
-    return (allowed & (attention_mask[:, None] > 0) | (keys == queries))[:, None]  # (B, 1, L, T)
+    keys = mx.arange(T)[None] if positions is None else mx.array(positions)  # (B or 1, T)
+    queries, keys = keys[:, offset:, None], keys[:, None]
+    allowed = visible(queries, keys, window)  # (B or 1, L, T)
+    if attention_mask is not None:
+        allowed = allowed & (attention_mask[:, None] > 0) | (keys == queries)
+    return allowed[:, None]  # (B or 1, 1, L, T)

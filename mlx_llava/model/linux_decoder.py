@@ -84,9 +84,9 @@ def _norm(norm: nn.RMSNorm, x: Array) -> Array:
 
 def _turns(start: mx.array | int, L: int, attention: llama.Attention) -> tuple[Array, Array]:
     """Cosine and sine of the angles by which each position is rotated, (B or 1, 1, L, W / 2)."""
-    first = np.reshape(start if isinstance(start, int) else view(start), (-1, 1, 1, 1))
-    positions = (first + np.arange(L)[:, None]).astype(np.float32)
-    angles = positions * (np.float32(1) / view(attention._periods))
+    first = np.asarray(start if isinstance(start, int) else view(start))
+    given = first if first.ndim == 2 else first.reshape(-1, 1) + np.arange(L)  # (B or 1, L)
+    angles = given[:, None, :, None].astype(np.float32) * (np.float32(1) / view(attention._periods))
     return np.cos(angles), np.sin(angles)
 
 

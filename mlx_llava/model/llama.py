@@ -17,6 +17,7 @@ from mlx.nn.utils import checkpoint
 from mlx_llava.model.batch_cache import BatchLayer
 from mlx_llava.model.cache import Cache, LayerCache, attend, make_cache
 from mlx_llava.model.layers import Mask, attention_mask_of, swiglu
+from mlx_llava.model.positions import Ids, positions_of
 from mlx_llava.model.text_config import TextConfig
 
 
@@ -59,7 +60,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=config.output_bias)
 
     def rope(self, x: mx.array, start: mx.array | int) -> mx.array:
-        """Rotates (B, heads, L, head width); `start` is each row's first position."""
+        """Rotates (B, heads, L, head width).
+
+        `start` is each row's first position, (B,) or one for all, or all positions, (B or 1, L).
+        """
+        if isinstance(start, mx.array) and start.ndim == 2:
+            B, heads, L, _ = x.shape
+            tokens = x.swapaxes(1, 2).flatten(0, 1)[:, :, None]  # (B L, heads, 1, head width)
+            tokens = self.rope(tokens, mx.broadcast_to(start, (B, L)).flatten())
+            return tokens.reshape(B, L, heads, self.head_dim).swapaxes(1, 2)
         dims, freqs = self.head_dim, self._periods
         return mx.fast.rope(
             x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
@@ -169,14 +178,22 @@ class LanguageModel(nn.Module):
         return make_cache(self.config)
 
     def _positions(
-        self, L: int, cache: LayerCache | BatchLayer | None, attention_mask: mx.array | None
+        self,
+        L: int,
+        cache: LayerCache | BatchLayer | None,
+        attention_mask: mx.array | None,
+        positions: Ids | None,
     ) -> tuple[mx.array | int, Mask | list[Mask]]:
-        """The first position of the new tokens, and what they may see."""
+        """The first position of the new tokens, or all of them, and what they may see."""
         window = self.config.sliding_window
         if isinstance(cache, BatchLayer):
             return cache.starts, cache.mask(window)
         offset = cache.offset if cache is not None else 0
-        mask = attention_mask_of(L, offset, window, attention_mask)
+        if positions is None:
+            positions = positions_of(cache).jumping(offset + L)
+        mask = attention_mask_of(L, offset, window, attention_mask, positions)
+        if positions is not None:
+            return _start(positions[:, offset:]), mask
         if attention_mask is None:
             return offset, mask
         # Each row counts its positions from its first real token.
@@ -189,6 +206,7 @@ class LanguageModel(nn.Module):
         input_embeddings: mx.array | None = None,
         attention_mask: mx.array | None = None,
         last_only: bool = False,
+        positions: Ids | None = None,
     ) -> mx.array:
         """Decodes new tokens.
 
@@ -201,6 +219,8 @@ class LanguageModel(nn.Module):
             attention_mask (mx.array, optional): (B, T), 0 for padding, which must be on the
                 left or on the right of each row.
             last_only (bool): Gives the logits of the last token alone.
+            positions (array, optional): (B or 1, T), of a prompt in which some are left out; a
+                cache knows those of what it stores, and of what follows.
 
         Returns:
             mx.array: Logits (B, L, V), or (B, 1, V).
@@ -208,7 +228,8 @@ class LanguageModel(nn.Module):
         if input_embeddings is None:
             assert input_ids is not None
             input_embeddings = self.embed(input_ids)
-        (x,) = deque(self.hidden_states(input_embeddings, cache, attention_mask), maxlen=1)
+        states = self.hidden_states(input_embeddings, cache, attention_mask, positions)
+        (x,) = deque(states, maxlen=1)
         return self.logits(x[:, -1:] if last_only else x)  # (B, L or 1, V)
 
     def hidden_states(
@@ -216,9 +237,11 @@ class LanguageModel(nn.Module):
         x: mx.array,
         cache: Sequence[LayerCache | BatchLayer] | None = None,
         attention_mask: mx.array | None = None,
+        positions: Ids | None = None,
     ) -> Iterator[mx.array]:
         """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
-        start, mask = self._positions(x.shape[1], cache[0] if cache else None, attention_mask)
+        first = cache[0] if cache else None
+        start, mask = self._positions(x.shape[1], first, attention_mask, positions)
         yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
@@ -234,3 +257,10 @@ class LanguageModel(nn.Module):
         if "lm_head" in self:
             return self.lm_head(x)
         return self.model.embed_tokens.as_linear(x)
+
+
+def _start(positions: Ids) -> mx.array | int:
+    """Positions (B or 1, L), or the first of them where all others follow it."""
+    first, last = int(positions[0, 0]), int(positions[0, -1])
+    in_order = len(positions) == 1 and last - first == positions.shape[1] - 1
+    return first if in_order else mx.array(positions)

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_llava.model import clip, siglip
 from mlx_llava.model.anyres import Size
 from mlx_llava.model.cache import LayerCache
 from mlx_llava.model.clip import VisionTower
 from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.image_tokens import ShownImage, positions_after, show
 from mlx_llava.model.layers import AnyArray
 from mlx_llava.model.layout import lay_out
 from mlx_llava.model.llama import LanguageModel
+from mlx_llava.model.positions import Ids
 from mlx_llava.model.projector import Projector
 from mlx_llava.model.vision_config import VisionConfig
 
@@ -99,6 +102,18 @@ class Llava(nn.Module):
                     mx.eval(chunks[-1])
             return self.project(mx.concatenate(chunks), image_sizes)
 
+    def show_images(
+        self,
+        pixel_values: AnyArray,
+        image_sizes: Sequence[Size] | None,
+        image_tokens: Sequence[int],
+    ) -> list[ShownImage]:
+        """What `encode_images` gives, each image in as many features as it has tokens."""
+        features = self.encode_images(pixel_values, image_sizes)
+        sizes = [None] * len(features) if image_sizes is None else image_sizes
+        images = zip(features, image_tokens, sizes, strict=True)
+        return [show(*image, self.config) for image in images]
+
     def select(self, hidden_states: Sequence[mx.array]) -> mx.array:
         """The chosen hidden states side by side, and of their tokens the chosen ones."""
         chosen = [hidden_states[layer] for layer in self.config.feature_layers]
@@ -120,8 +135,9 @@ class Llava(nn.Module):
         image_sizes: Sequence[Size] | None = None,
         attention_mask: AnyArray | None = None,  # noqa: ARG002 - so that **inputs fits
         image_features: Sequence[mx.array] | None = None,
+        image_tokens: Sequence[int] | None = None,
     ) -> mx.array:
-        """Embeds a prompt and its images.
+        """Embeds a prompt and its images, which have to be whole.
 
         Args:
             input_ids (array): Of MLX or NumPy, (B, L), with one placeholder id for every image
@@ -131,13 +147,21 @@ class Llava(nn.Module):
             attention_mask (array, optional): Not needed here.
             image_features (list of mx.array, optional): What `encode_images` gave, instead of
                 pixels.
+            image_tokens (sequence of int, optional): Refused: where images are shown in part,
+                tokens stand where embeddings alone do not say.
 
         Returns:
             mx.array: Embeddings (B, L, D).
 
         Raises:
-            ValueError: There are more or fewer placeholders than features.
+            ValueError: There are more or fewer placeholders than features, or images are shown
+                in part.
         """
+        if image_tokens is not None:
+            raise ValueError(
+                f"The images are shown in {sum(image_tokens)} tokens, whose positions are not in "
+                "embeddings; call the model, or stream_generate."
+            )
         input_ids = mx.array(input_ids)
         is_image = input_ids == self.config.image_token_index  # (B, L)
         # The placeholder's id may lie outside the embedding table.
@@ -157,12 +181,39 @@ class Llava(nn.Module):
         image_sizes: Sequence[Size] | None = None,
         attention_mask: AnyArray | None = None,
         cache: Sequence[LayerCache] | None = None,
+        image_tokens: Sequence[int] | None = None,
     ) -> mx.array:
         """Runs the whole model; ``model(**processor(prompt, images))``.
 
         Returns:
             mx.array: Logits (B, L, V).
         """
-        embeddings = self.embed(input_ids, pixel_values, image_sizes)  # (B, L, D)
         mask = None if attention_mask is None else mx.array(attention_mask)
-        return self.language_model(input_embeddings=embeddings, attention_mask=mask, cache=cache)
+        if pixel_values is None or image_tokens is None:
+            embeddings = self.embed(input_ids, pixel_values, image_sizes)  # (B, L, D)
+            positions = None
+        else:
+            images = self.show_images(pixel_values, image_sizes, image_tokens)
+            features = [image.features for image in images]
+            embeddings = self.embed(input_ids, image_features=features)  # (B, L, D)
+            positions = self._positions(input_ids, mask, images)
+        return self.language_model(
+            input_embeddings=embeddings, attention_mask=mask, cache=cache, positions=positions
+        )
+
+    def _positions(
+        self, input_ids: AnyArray, mask: mx.array | None, images: Sequence[ShownImage]
+    ) -> Ids | None:
+        """Those of padded rows, (B, L), or None where all images are whole."""
+        if all(len(image.kept) == image.total for image in images):
+            return None
+        remaining, rows = iter(images), []
+        for i, ids in enumerate(np.array(input_ids)):
+            placeholders = np.flatnonzero(ids == self.config.image_token_index)
+            shown = []
+            while len(placeholders):
+                shown.append((int(placeholders[0]), next(remaining)))
+                placeholders = placeholders[len(shown[-1][1].kept) :]
+            padding = 0 if mask is None else int(mx.argmax(mask[i] > 0))
+            rows.append(positions_after(shown).of(len(ids)) - padding)
+        return np.stack(rows)

@@ -79,6 +79,7 @@ def test_json_is_one_object(capsys):
         "tokens",
         "prompt_tokens",
         "image_tokens",
+        "whole_image_tokens",
         "cached_tokens",
         "generation_tokens",
         "finish_reason",
