@@ -258,7 +258,13 @@ def multiply_back(y: Array, weight: Weight) -> Array:
     """``y @ weight``, the gradient of the inputs: (..., N) -> (..., I)."""
     N, inputs = weight.shape
     rows = np.ascontiguousarray(y).reshape(-1, N)
-    x = np.zeros((len(rows), inputs), np.float32)
-    for own, block in _blocks(weight, 0, N):
-        x += rows[:, own] @ block
+    sums: dict[int, Array] = {}
+
+    def part(start: int, stop: int) -> None:
+        sums[start] = np.zeros((len(rows), inputs), np.float32)
+        for own, block in _blocks(weight, start, stop):
+            sums[start] += rows[:, own] @ block
+
+    parallel(part, N, rows.size * inputs)
+    x = np.add.reduce([sums[start] for start in sorted(sums)])
     return weight.restore(x).reshape(*y.shape[:-1], inputs)

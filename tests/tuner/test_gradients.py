@@ -16,6 +16,7 @@ tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
 from mlx_llava.checkpoint.tensors import PATCH_EMBEDDING, canonical_name  # noqa: E402
+from mlx_llava.model import linux_cpu  # noqa: E402
 from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
 from mlx_llava.tuner.lora import Adapter  # noqa: E402
@@ -140,7 +141,7 @@ def test_loss_and_gradients_of_a_stage(name, stage, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_gradients_of_lora(bits, tmp_path):
+def test_gradients_of_lora(bits, machine, tmp_path):
     """By the chain rule from the gradient of the merged weight W + scale A B."""
     theirs = tiny.save(
         tiny.Case("wide", text={"hidden_size": 32, "intermediate_size": 64}), tmp_path
@@ -154,6 +155,7 @@ def test_gradients_of_lora(bits, tmp_path):
             bits=bits,
             class_predicate=lambda path, m: isinstance(m, nn.Linear) and "layers" in path,
         )
+        linux_cpu.adopt(model)
     prepare(model, TrainingOptions("lora"), LORA)
     weights = dict(theirs.named_parameters())
     layers = {}
