@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_llava.arguments import add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapters import read_adapter
 from mlx_llava.checkpoint.convert import make_plan
+from mlx_llava.checkpoint.fused import split_lora
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import make_processor
 from mlx_llava.checkpoint.open import open_checkpoint
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = open_checkpoint(Source(args.model, **source_options(args)))
         keep += checkpoint.contents.read_from
         check_target(target, "model", args.force, keep)
-        changed = checkpoint.contents.merge(read_adapter(Path(args.adapter_path)))
+        lora = split_lora(read_adapter(Path(args.adapter_path)), checkpoint.config.text_config)
+        changed = checkpoint.contents.merge(lora)
         if args.requantize and not changed:
             raise ValueError("--requantize: the adapter changed no quantised layer.")
         plan = make_plan(checkpoint, again=changed if args.requantize else ())

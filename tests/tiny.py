@@ -236,6 +236,8 @@ LLAMA3 = {
     "high_freq_factor": 3.5,
     "original_max_position_embeddings": 48,
 }
+#: Whose own id lies outside a small vocabulary.
+PHI_3 = {"pad_token_id": 3}
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}
 
 CASES = (
@@ -257,6 +259,8 @@ CASES = (
     Case("mistral_no_window", family="mistral", text={"sliding_window": None, "head_dim": 12}),
     Case("qwen2", family="qwen2"),
     Case("qwen2_tied", family="qwen2", text={"tie_word_embeddings": True, "head_dim": 12}),
+    Case("phi3", family="phi3", text={**PHI_3, "num_key_value_heads": None}),
+    Case("phi3_window", family="phi3", text={**PHI_3, "sliding_window": 11}, images=(1, 2)),
     Case("layer_last", top={"vision_feature_layer": -1}),
     Case("layer_first", top={"vision_feature_layer": 1}),
     Case("layer_positive", top={"vision_feature_layer": 3}),
@@ -288,6 +292,7 @@ CASES = (
     Case("next_three_images", next=True, images=(3, 1)),
     Case("next_mistral", next=True, family="mistral", text={"sliding_window": 40}),
     Case("next_qwen2", next=True, family="qwen2", text={"num_key_value_heads": 4}),
+    Case("next_phi3", next=True, family="phi3", text={**PHI_3, "sliding_window": 37}),
     Case("next_layers", next=True, top={"vision_feature_layer": [1, -2]}),
     Case("next_llama3", next=True, text={"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
     Case("next_uneven", next=True, vision={"image_size": 25, "patch_size": 6}),

@@ -9,9 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_llava.checkpoint import fused
 from mlx_llava.checkpoint.adapters import Lora, merge_lora
 from mlx_llava.checkpoint.tensors import EMBEDDINGS, LM_HEAD, LazyTensor
 from mlx_llava.inputs.tokenizer import Tokenizer
+from mlx_llava.model.text_config import TextConfig
 
 
 @dataclass
@@ -55,6 +57,16 @@ class Contents:
             source = self.tensors.pop(LM_HEAD + part).source
             self.dropped[source] = "is the embedding (tie_word_embeddings)"
         self.settings |= {key: tied, "text_config": {**text, key: tied}}
+
+    def split_fused(self) -> None:
+        """Splits what is stored of several layers together, as Phi-3's are."""
+        if not any(map(fused.is_fused, self.tensors)):
+            return
+        text = TextConfig.from_dict(self.settings.get("text_config"))
+        self.tensors = fused.split(self.tensors, text)
+        for key in ("quantization", "quantization_config"):
+            if isinstance(layers := self.settings.get(key), dict):
+                self.settings[key] = fused.split_settings(layers, text)
 
     def merge(self, lora: Lora, beside: Container[str] = ()) -> list[str]:
         """Adds an adapter, see `merge_lora`; gives the quantised layers that became plain."""

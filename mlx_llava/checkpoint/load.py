@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.adapters import LowRank, low_rank_layers, put_beside, read_adapter
+from mlx_llava.checkpoint.fused import split_lora
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
@@ -78,6 +79,7 @@ def load(
         beside: dict[str, LowRank] = {}
         if adapter_path is not None:
             lora = read_adapter(where.find(adapter_path))
+            lora = split_lora(lora, checkpoint.config.text_config)
             beside = low_rank_layers(lora)
             checkpoint.contents.merge(lora, beside)
         model, processor = load_opened(checkpoint, image_mode, template)

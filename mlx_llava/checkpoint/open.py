@@ -46,6 +46,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     path = find_checkpoint(source.model, source.revision, source.offline)
     contents = _read(path, source)
     contents.read_from.insert(0, path)
+    contents.split_fused()
     eos_ids = read_ends(contents.eos_ids, "generation_config.json")
     config, doubt = LlavaConfig.from_dict(contents.settings), ""
     if contents.names is not None:

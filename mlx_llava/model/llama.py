@@ -1,4 +1,4 @@
-"""The decoder: Vicuna, LLaMA 1-3, Yi, Mistral and Qwen2, which differ in numbers only.
+"""The decoder: Vicuna, LLaMA 1-3, Yi, Mistral, Phi-3 and Qwen2, which differ in numbers only.
 
 B rows, L new tokens, T = cached + new tokens, D width, V vocabulary. Touvron et al. 2023
 (arXiv:2302.13971); sliding window: Jiang et al. 2023 (arXiv:2310.06825).

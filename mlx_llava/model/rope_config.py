@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": _FACTORS,
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -35,7 +36,8 @@ def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in _NEEDED:
         refuse_value("text_config", "rope_type", kind, ", ".join(_NEEDED))
     needed = _NEEDED[kind]
-    _ROPE.check({key: value for key, value in rope.items() if key not in needed})
+    read = _FACTORS if kind == "longrope" else needed
+    _ROPE.check({key: value for key, value in rope.items() if key not in read})
     theta = rope.get("rope_theta") or data.get("rope_theta") or _THETA
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}
@@ -46,7 +48,16 @@ def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
         key = "original_max_position_embeddings"  # the outer one wins, as in transformers 5
         context = data.get("max_position_embeddings") or _CONTEXT
         scaling[key] = data.get(key) or rope.get(key) or context
+    if kind == "longrope":
+        factor = rope.get("factor") or context / scaling[key]
+        own = _attention_factor(factor, scaling[key])
+        scaling["attention_factor"] = rope.get("attention_factor") or own
     return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def _attention_factor(factor: float, context: int) -> float:
+    """What LongRoPE multiplies rotated queries and keys with, where no file says so."""
+    return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
 
 
 def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:

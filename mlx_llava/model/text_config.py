@@ -24,7 +24,8 @@ class _Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: By ``model_type``. Qwen2's window is used with ``use_sliding_window``, which is refused.
+#: By ``model_type``. Qwen2's window is used with ``use_sliding_window``, which is refused. Phi-3 is
+#: Mistral, once its fused layers are split (checkpoint/fused.py).
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family(fixed={"sliding_window": None}),
     "mistral": _Family(
@@ -44,12 +45,23 @@ _FAMILIES: Mapping[str, _Family] = {
         },
         fixed={"sliding_window": None, "attention_bias": True, "mlp_bias": False},
     ),
+    "phi3": _Family(
+        {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"model_type": "mistral"},
+    ),
 }
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder (transformers' LlamaConfig, MistralConfig or Qwen2Config)."""
+    """The decoder (transformers' LlamaConfig, MistralConfig, Qwen2Config or Phi3Config)."""
 
     model_type: str = "llama"
     vocab_size: int = 32000

@@ -112,7 +112,7 @@ def test_an_empty_config_is_the_default_model():
     assert config.image_grid_pinpoints[:2] == ((336, 672), (672, 336))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
 def test_defaults_are_those_of_transformers(family):
     hf = pytest.importorskip("transformers")
     theirs = hf.AutoConfig.for_model(family)
@@ -186,6 +186,11 @@ ROPES["llama3_original_outside"] = {
     "max_position_embeddings": 131072,
     "original_max_position_embeddings": 64,
     "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192},
+}
+ROPES["longrope_of_one_length"] = {
+    **ROPES["longrope"],
+    "max_position_embeddings": 2048,
+    "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "attention_factor": None},
 }
 ROPES["llama3_original_nowhere"] = {"max_position_embeddings": 512, "rope_scaling": LLAMA3}
 ROPES["original_without_scaling"] = {"original_max_position_embeddings": 64, "rope_scaling": None}
@@ -282,6 +287,20 @@ REFUSED = {
             }
         },
         "longrope.* 64 factors, the same for short and long prompts",
+    ),
+    "phi_3_128k": (
+        {
+            "text_config": {
+                "model_type": "phi3",
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 48,
+                    "long_factor": [1.0] * 48,
+                },
+            }
+        },
+        "longrope.* 48 factors, .*attention_factor=1",
     ),
     "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
     "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),

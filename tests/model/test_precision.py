@@ -146,10 +146,16 @@ GQA = tiny.Case("gqa", text=TEXT, vision=TOWER)
 TIED = tiny.Case("biases_tied", text={**TEXT, **BIASES}, vision=TOWER)
 NEXT = tiny.Case("next", True, "mistral", text={**TEXT, "sliding_window": 40}, vision=TOWER)
 
+QWEN_TEXT = {**TEXT, "tie_word_embeddings": True}
+QWEN = tiny.Case("qwen2", family="qwen2", text=QWEN_TEXT, vision=TOWER)
+PHI = tiny.Case("phi3", family="phi3", text={**TEXT, **tiny.PHI_3}, vision=TOWER)
+
 
 @pytest.mark.parametrize(
     ("case", "bits", "dtype"),
     [
+        (QWEN, 4, "float32"),
+        (PHI, 4, "float32"),
         (GQA, 4, "float32"),
         (TIED, 8, "float32"),
         (NEXT, 4, "float32"),
