@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_image_tokens_argument,
     add_model_arguments,
     answer_options,
     command,
@@ -178,6 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--resume", action="store_true", help="go on where an earlier run has ended")
     add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
+    add_image_tokens_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
     add_model_arguments(parser)
     return parser
@@ -238,7 +240,8 @@ def caption_all(
     def read(image: str) -> dict[str, Any]:
         return {"prompt": args.prompt, "images": [image]}
 
-    answers = answer_prompts(images, read, generator, options, system=args.system)
+    asked = {"system": args.system, "image_tokens": args.image_tokens}
+    answers = answer_prompts(images, read, generator, options, **asked)
     yield from zip(images, in_order(answers), strict=True)
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_image_tokens_argument,
     add_model_arguments,
     answer_options,
     command,
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
     add("--system", help="replaces the template's system text")
+    add_image_tokens_argument(parser)
     add_answer_arguments(parser)
     return parser
 
@@ -229,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = [Picture.read(image) for image in args.image]
     say_if_embedded(args)
     model, processor = load_model(args)
-    session = Session(model, processor, system=args.system, **vars(answer_options(args)))
+    options = {"image_tokens": args.image_tokens, **vars(answer_options(args))}
+    session = Session(model, processor, system=args.system, **options)
     run(Chat(session, pictures))
 
 

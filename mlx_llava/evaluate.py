@@ -18,6 +18,7 @@ from typing import Any
 from mlx_llava.analysis.scores import SCORERS
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_image_tokens_argument,
     add_model_arguments,
     answer_options,
     command,
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-chunks", type=int, default=1, help="parts of the questions (default: 1)")
     add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
+    add_image_tokens_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
     return parser
 
@@ -157,7 +159,8 @@ def answer_all(
 
     generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
     model_id = Path(args.model or EMBEDDED).name
-    answers = in_order(answer_prompts(questions, read, generator, options))
+    asked = {"image_tokens": args.image_tokens}
+    answers = in_order(answer_prompts(questions, read, generator, options, **asked))
     shown = tqdm(answers, total=len(questions), desc="answering", disable=None)
     failed = 0
     file.mend()

@@ -256,6 +256,7 @@ class ChatRequest(AnswerRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: Format | None = None
+    image_tokens: int | None = Field(None, ge=1)  # not OpenAI's
 
     def request(self, defaults: Options) -> Request:
         """Of two lengths, the newer parameter's is taken."""
@@ -276,6 +277,7 @@ class ChatRequest(AnswerRequest):
             [arrange([message.turn() for message in self.messages])],
             options,
             images=[url for message in self.messages for url in message.images()],
+            image_tokens=self.image_tokens,
             n=self.n,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             stream=self.stream,

@@ -21,6 +21,7 @@ class Request:
         prompts: conversations, or texts as the model reads them.
         options: how to answer.
         images: the URLs of the images of a conversation, in reading order.
+        image_tokens: how many features of each the model is shown at most; None for all.
         n: how many answers each prompt gets.
         top_logprobs: how many of the likeliest tokens are reported at the position of each, or
             None for no tokens at all.
@@ -31,6 +32,7 @@ class Request:
     prompts: Sequence[str | Sequence[Message]]
     options: Options
     images: Sequence[str] = ()
+    image_tokens: int | None = None
     n: int = 1
     top_logprobs: int | None = None
     stream: bool = False
@@ -58,7 +60,10 @@ class Request:
             processor (Processor): Makes them.
             images (list): What the URLs of its images stand for.
         """
-        inputs = [processor(text, images, raw=isinstance(text, str)) for text in self.prompts]
+        inputs = [
+            processor(text, images, raw=isinstance(text, str), image_tokens=self.image_tokens)
+            for text in self.prompts
+        ]
         return [(one, options) for one in inputs for options in self.seeded()]
 
 

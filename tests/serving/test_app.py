@@ -63,6 +63,17 @@ class TestChat:
         assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (length, 2)
         assert reply.usage.total_tokens == length + 2
 
+    def test_pictures_are_shown_in_as_many_tokens_as_are_asked_for(self, client, tiny):
+        where = "Where is the triangle?"
+        for count in (None, 4, 36):
+            reply = ask(client, PICTURE, where, extra_body={"image_tokens": count})
+            expected = generate(*tiny, where, PICTURE, image_tokens=count)
+            assert reply.choices[0].message.content == expected
+            length = tiny[1](where, PICTURE, image_tokens=count).input_ids.shape[1]
+            assert reply.usage.prompt_tokens == length
+        with pytest.raises(openai.BadRequestError, match="image_tokens: .* greater than or equal"):
+            ask(client, PICTURE, where, extra_body={"image_tokens": 0})
+
     def test_stream_is_the_whole_answer_in_openais_chunks(self, client):
         whole = ask(client, PICTURE, "Describe the picture.")
         usage = {"stream_options": {"include_usage": True}}
