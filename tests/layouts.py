@@ -153,7 +153,7 @@ def write_folder(
 
 
 def write_clip(folder: Path, tensors: dict[str, torch.Tensor], model: Any) -> Path:
-    """OpenAI's repository for the tower of a reference model: both halves of CLIP."""
+    """The repository for the tower of a reference model: both halves of CLIP, or of SigLIP."""
     folder.mkdir(parents=True)
     tower = {
         key.removeprefix("vision_tower."): tensor
@@ -162,11 +162,12 @@ def write_clip(folder: Path, tensors: dict[str, torch.Tensor], model: Any) -> Pa
     }
     tower["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     tower["text_model.final_layer_norm.weight"] = torch.ones(8)
-    tower["logit_scale"] = torch.tensor(4.6)
+    tower["logit_scale"] = tower["logit_bias"] = torch.tensor(4.6)
     tower["visual_projection.weight"] = torch.ones(8, 128)
     torch.save(tower, folder / "pytorch_model.bin")
     vision = model.config.vision_config.to_dict()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    kind = vision["model_type"].removesuffix("_vision_model")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "vision_config": vision}))
     return folder
 
 

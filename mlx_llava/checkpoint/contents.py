@@ -12,8 +12,12 @@ import mlx.core as mx
 from mlx_llava.checkpoint import fused
 from mlx_llava.checkpoint.adapters import Lora, merge_lora
 from mlx_llava.checkpoint.tensors import EMBEDDINGS, LM_HEAD, LazyTensor
+from mlx_llava.inputs.image_processor import HALF
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.model.text_config import TextConfig
+
+#: Whose images are made tiles in another way than the tower's own.
+_PROCESSORS = {"pad": "Llava", "anyres": "LlavaNext"}
 
 
 @dataclass
@@ -109,15 +113,19 @@ class Contents:
         return padded
 
 
-def preprocessing(mode: str, side: int) -> dict[str, Any]:
-    """The preprocessor_config.json of CLIP with tiles of `side` pixels, for ``crop`` and so on."""
-    names = {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}
-    return {
-        "image_processor_type": names.get(mode, "LlavaNextImageProcessor"),
+def preprocessing(mode: str, side: int, is_siglip: bool = False) -> dict[str, Any]:
+    """The preprocessor_config.json of a tower with tiles of `side` pixels, for ``crop`` and so on.
+
+    SigLIP's images are squashed, and its colours others.
+    """
+    crop, square = "Siglip" if is_siglip else "CLIP", {"height": side, "width": side}
+    settings = {
+        "image_processor_type": f"{_PROCESSORS.get(mode, crop)}ImageProcessor",
         "do_pad": mode != "crop",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
+        "size": square if is_siglip else {"shortest_edge": side},
+        "crop_size": square,
     }
+    return {**settings, "image_mean": HALF, "image_std": HALF} if is_siglip else settings
 
 
 def _same(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:

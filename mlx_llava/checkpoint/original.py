@@ -1,13 +1,12 @@
 """The original LLaVA's checkpoints (haotian-liu/LLaVA v0 to v1.6): config, tower, vocabulary.
 
 Their config.json is a LLaMA's with keys that begin with ``mm_``; the vision tower is inside
-(v1.6, tuned) or must be fetched from CLIP's own repository (v1.5 and before); the vocabulary
+(v1.6, tuned) or must be fetched from its own repository (v1.5 and before; tower.py); the vocabulary
 has no placeholder for pictures.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -23,18 +22,17 @@ from mlx_llava.checkpoint.hub import Source, checkpoint_name
 from mlx_llava.checkpoint.tensors import (
     EMBEDDINGS,
     LM_HEAD,
-    PATCH_EMBEDDING,
     PROJECTOR,
-    TOWER,
     LazyTensor,
     canonical_tensors,
     combine,
 )
+from mlx_llava.checkpoint.tower import read_tower
 from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 from mlx_llava.model.config_checks import refuse_value, unknown_warning
-from mlx_llava.model.vision_config import VisionConfig
+from mlx_llava.model.vision_config import SIGLIP, VisionConfig
 
 #: Keys that are not the decoder's: LLaVA's, and llava-hf's, which some files have too and the
 #: original does not read. The decoder's sizes stand in text_config alone where a file was
@@ -63,10 +61,7 @@ _OTHER_LLAVAS = {
     "mm_video_tower": "Video-LLaVA, whose towers are not supported",
     "geochat": "GeoChat, which stretches its tower to pictures of 504 pixels",
 }
-#: CLIPs that are not OpenAI's, most of which have an exact GELU.
-_OTHER_TOWERS = re.compile(r"laion|datacomp|dfn|\beva")
-#: What a tower's shapes do not say.
-_HABITS = ("num_attention_heads", "model_type")
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
 
 
@@ -99,8 +94,9 @@ def read_original(
         base = canonical_tensors(*read_folder(read_from[0])).tensors
         weights = _apply_delta(base, weights)
         layout += ", delta applied"
-    vision, warnings, folder = _read_tower(weights, data, source)
-    read_from += [folder] if folder else []
+    tower = read_tower(weights, data, source)
+    vision, warnings = tower.settings, tower.warnings
+    read_from += [tower.folder] if tower.folder else []
     rows = weights[EMBEDDINGS + "weight"].shape[0]
     settings = translate(data, vision, rows)
     warnings += unknown_warning(unknown_keys(settings))
@@ -110,6 +106,7 @@ def read_original(
             "it answers noise without that LLaMA: --base."
         )
     side = vision.get("image_size") or VisionConfig.image_size
+    images = preprocessing(_MODES[data.get("image_aspect_ratio")], side, tower.is_siglip)
     vocabulary = tokenizer_folder or path
     placeholder = find_image_token(vocabulary)
     if placeholder is not None:
@@ -123,11 +120,11 @@ def read_original(
         settings=settings,
         tensors=weights,
         tokenizer=partial(Tokenizer.from_folder, vocabulary, prefer_sentencepiece=True),
-        image_processor=preprocessing(_MODES[data.get("image_aspect_ratio")], side),
+        image_processor=images,
         eos_ids=read_json(path / "generation_config.json").get("eos_token_id"),
         names=" ".join([*map(checkpoint_name, (path, vocabulary)), str(data.get("_name_or_path"))]),
         has_placeholder=bool(found.layers) or (placeholder is not None and placeholder < rows),
-        dropped=found.dropped,
+        dropped=found.dropped | tower.dropped,
         warnings=warnings,
         read_from=read_from,
     )
@@ -171,80 +168,6 @@ def _add(arrays: list[mx.array]) -> mx.array:
     return delta.at[tuple(slice(n) for n in base.shape)].add(base)
 
 
-def _read_tower(
-    weights: dict[str, LazyTensor], data: Mapping[str, Any], source: Source
-) -> tuple[dict[str, Any], list[str], Path | None]:
-    """Adds a tower where none, which may be tuned, is inside.
-
-    Gives its ``vision_config``, warnings, and the folder that was read.
-    """
-    named = str(data.get("mm_vision_tower"))
-    inside = {name: tensor for name, tensor in weights.items() if name.startswith(TOWER)}
-    if inside and source.vision_tower is None:
-        vision = _tower_of_openai(inside)
-        doubt = (
-            f"The vision tower inside was {named}, but is read as OpenAI's CLIP "
-            f"({vision['num_attention_heads']} heads, quick_gelu); if it is another, give the "
-            "repository that it came from with --vision-tower."
-        )
-        return vision, [doubt] if _OTHER_TOWERS.search(named.lower()) else [], None
-    folder = _find_tower(source.vision_tower or data.get("mm_vision_tower"), source)
-    settings = read_json(folder / "config.json")
-    if inside:  # a repository of its kind says what its shapes do not
-        vision = _tower_of_openai(inside)
-        told = tower_settings(settings)
-        if told.get("hidden_size", VisionConfig.hidden_size) == vision["hidden_size"]:
-            shapes = {key: value for key, value in vision.items() if key not in _HABITS}
-            vision = {**told, **shapes}
-        unused = f"The checkpoint has a vision tower inside; the weights of {folder} are not used."
-        return vision, [unused], folder
-    found = canonical_tensors(*read_folder(folder)).tensors
-    tower = {name: tensor for name, tensor in found.items() if name.startswith(TOWER)}
-    if not tower:
-        raise ValueError(f"{folder} has no CLIP vision tower.")
-    weights |= tower
-    return tower_settings(settings) if settings else _tower_of_openai(tower), [], folder
-
-
-def _find_tower(where: str | Path | None, source: Source) -> Path:
-    if not where:
-        raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
-    try:
-        return source.find(where)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"The vision tower {where} is needed; give it with --vision-tower. {error}"
-        ) from error
-
-
-def tower_settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``vision_config`` of a CLIP repository's config.json: of a whole CLIP or of its tower.
-
-    As in CLIPConfig, ``vision_config_dict`` wins.
-    """
-    parts = (data.get("vision_config") or {}, data.get("vision_config_dict") or {})
-    vision = {**parts[0], **parts[1]} or dict(data)
-    if vision.get("model_type") in (None, "", "clip"):
-        vision["model_type"] = "clip_vision_model"
-    return vision
-
-
-def _tower_of_openai(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """The ``vision_config`` of a tower without one, from its shapes and OpenAI CLIP's habits."""
-    width = tensors[f"{TOWER}embeddings.class_embedding"].shape[0]
-    patch = tensors[PATCH_EMBEDDING].shape[1]
-    positions = tensors[f"{TOWER}embeddings.position_embedding.weight"].shape[0]
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": tensors[f"{TOWER}encoder.layers.0.mlp.fc1.bias"].shape[0],
-        "num_hidden_layers": len({n.split(".")[4] for n in tensors if ".encoder.layers." in n}),
-        "num_attention_heads": width // 64,  # every OpenAI CLIP has heads of 64
-        "patch_size": patch,
-        "image_size": patch * math.isqrt(positions - 1),
-    }
-
-
 def translate(
     data: Mapping[str, Any], vision: Mapping[str, Any], vocabulary: int
 ) -> dict[str, Any]:
@@ -268,7 +191,12 @@ def translate(
     is_anyres = mode == "anyres"
     merge = data.get("mm_patch_merge_type") or "flat" if is_anyres else "spatial_unpad"
     selected = data.get("mm_vision_select_feature") or "patch"
-    strategy = {"patch": "default", "cls_patch": "full"}.get(selected, selected)
+    seen = {
+        "vision_feature_layer": data.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": _STRATEGIES.get(selected, selected),
+    }
+    if vision.get("model_type") == SIGLIP:  # whatever config.json says (siglip_encoder.py)
+        seen = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     return {
         "model_type": "llava_next" if is_anyres else "llava",
         "vision_config": dict(vision),
@@ -279,8 +207,7 @@ def translate(
         },
         "image_token_index": vocabulary,
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
-        "vision_feature_layer": data.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": strategy,
+        **seen,
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
         "mm_projector_type": data.get("mm_projector_type") or "linear",
         "mm_patch_merge_type": merge,

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_llava.model.config_checks import Section, names_of
 from mlx_llava.model.known_keys import VISION_CHANGES
 
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 #: The names of what layers.py has.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 #: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
@@ -22,8 +23,8 @@ _CLIP_L_336 = {
 }
 #: What the defaults of a tower's class are instead of `VisionConfig`'s.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {
+    CLIP: {},
+    SIGLIP: {
         "patch_size": 16,
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
@@ -35,7 +36,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 class VisionConfig:
     """The vision tower (transformers' CLIPVisionConfig or SiglipVisionConfig); sizes in pixels."""
 
-    model_type: str = "clip_vision_model"
+    model_type: str = CLIP
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -63,7 +64,7 @@ class VisionConfig:
     @property
     def is_siglip(self) -> bool:
         """Whether it is SigLIP's, not CLIP's."""
-        return self.model_type == "siglip_vision_model"
+        return self.model_type == SIGLIP
 
     @property
     def has_class_token(self) -> bool:

@@ -6,11 +6,15 @@ import json
 import warnings
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_llava import LlavaConfig
-from mlx_llava.checkpoint import original
+from mlx_llava.checkpoint import original, tensors
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.tower import read_tower
+from mlx_llava.model.vision_config import VisionConfig
 from tests.conftest import load_as_stored as load
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
@@ -210,6 +214,85 @@ def test_a_tower_inside_that_was_no_openai_clip_is_read_by_its_own_settings(tmp_
     inputs = layouts.inputs_of(processor)
     logits = np.array(found(**inputs))[..., : layouts.VOCABULARY]
     assert np.abs(logits - layouts.reference_logits(model, inputs)).max() < 1e-4
+
+
+#: 5 layers, of which the original drops the last and reads what the fourth gives.
+SIGLIP = {**layouts.VISION, **tiny.SIGLIP, "num_hidden_layers": 5, "layer_norm_eps": 1e-6}
+FULL = {"vision_feature_select_strategy": "full"}
+
+
+def siglip_case(**vision):
+    case = layouts.case()
+    return replace(case, vision={**SIGLIP, **vision}, top={**case.top, **FULL})
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_siglip_is_fetched_from_its_own_repository(aspect, tmp_path):
+    case = siglip_case(vision_use_head=True)
+    model = tiny.make_model(case)
+    siglip = layouts.write_clip(tmp_path / "siglip", layouts.state_dict(model), model)
+    tower = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_aspect_ratio": aspect}
+    config = layouts.original_config(model, **tower)
+    folder = layouts.write_folder(tmp_path / "llava", bare(model), config)
+    same_logits(folder, model, vision_tower=siglip)
+    _, processor = load(folder, vision_tower=siglip)
+    colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    square = {"height": 31, "width": 31}
+    theirs = tiny.LlavaImageProcessorPil(
+        size=square, crop_size=square, do_pad=aspect == "pad", **colours
+    )(tiny.picture(50, 31))["pixel_values"]
+    ours = processor("What?", tiny.picture(50, 31)).pixel_values
+    assert np.array_equal(ours, np.array(theirs).transpose(0, 2, 3, 1))
+
+
+def without_last_layer(model):
+    """As the original saves a tower that it has trained."""
+    tensors = layouts.to_original(layouts.state_dict(model))
+    return {key: t for key, t in tensors.items() if "vision_model.encoder.layers.4." not in key}
+
+
+def test_siglip_inside_is_read_by_its_shapes(tmp_path):
+    model = tiny.make_model(siglip_case(image_size=28))
+    config = layouts.original_config(model, mm_vision_tower="google/siglip-so400m-patch14-384")
+    same_logits(layouts.write_folder(tmp_path / "llava", without_last_layer(model), config), model)
+
+
+def test_siglip_inside_is_read_by_the_settings_of_its_repository(tmp_path):
+    model = tiny.make_model(siglip_case(num_attention_heads=4, layer_norm_eps=0.2))
+    config = layouts.original_config(model, mm_vision_tower="google/siglip-base-patch16-224")
+    folder = layouts.write_folder(tmp_path / "llava", without_last_layer(model), config)
+    siglip = layouts.write_clip(tmp_path / "siglip", layouts.state_dict(model), model)
+    with pytest.warns(UserWarning, match="the weights of .*siglip are not used"):
+        found, processor = load(folder, vision_tower=siglip)
+    assert found.config.vision_config.image_size == 31
+    inputs = layouts.inputs_of(processor)
+    logits = np.array(found(**inputs))[..., : layouts.VOCABULARY]
+    assert np.abs(logits - layouts.reference_logits(model, inputs)).max() < 1e-4
+
+
+def test_the_tower_of_a_published_siglip_is_told_by_its_shapes():
+    """so400m's heads are of 72, and 27 patches of 14 pixels leave 6 of its 384."""
+    shapes = {
+        "embeddings.position_embedding.weight": (729, 1152),
+        "embeddings.patch_embedding.weight": (1152, 14, 14, 3),
+        **{f"encoder.layers.{i}.mlp.fc1.bias": (4304,) for i in range(26)},
+    }
+    weights = {
+        tensors.TOWER + name: tensors.LazyTensor(name, shape, mx.float16, None)
+        for name, shape in shapes.items()
+    }
+    tower = read_tower(weights, {"mm_vision_tower": "google/siglip-so400m-patch14-384"}, Source())
+    hf = pytest.importorskip("transformers")
+    theirs = hf.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    for key, value in vars(VisionConfig.from_dict(tower.settings)).items():
+        assert value == getattr(theirs, key), key
 
 
 def test_unknown_keys_are_named_in_one_warning(reference, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava.checkpoint import original
+from mlx_llava.checkpoint.tower import tower_settings
 from mlx_llava.model.config import LlavaConfig, unknown_keys
 from tests.conftest import shared_data
 
@@ -85,7 +86,7 @@ def test_what_trainers_and_converters_wrote_is_read_as_it_was_meant():
         data = json.loads(path.read_text())
         read[path.parent.name] = kind = data["model_type"]
         if kind == "clip":
-            settings = original.tower_settings(data)
+            settings = tower_settings(data)
             theirs = hf.CLIPConfig.from_dict(data).vision_config
             ours = LlavaConfig.from_dict({"model_type": "llava", "vision_config": settings})
             assert values(ours.vision_config, VISION) == values(theirs, VISION)
