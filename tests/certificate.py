@@ -39,7 +39,7 @@ from tests.published.row import CLIP_336, FILES, KNOWLEDGE, Published, Settings
 TOLERANCE = 3e-5
 LAST = 8  # at so many places logits are compared; all of them see the picture
 
-HEADS = {32: 2, 40: 3, 56: 4}
+HEADS = {32: 2, 40: 3, 56: 4, 64: 4}
 TOWER: Settings = {
     "hidden_size": 64,  # one head: CLIP's have 64 each, which originals do not say
     "intermediate_size": 96,

@@ -53,9 +53,10 @@ SPECIAL: dict[str, dict[str, int]] = {
         "<|end|>": 32007,
         "<|user|>": 32010,
     },
+    "qwen2": {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|im_start|>": 151644},
 }
 SIZES = {"llama": 32000, "LLaMA": 32000, "small": layouts.VOCABULARY, "yi": 64000}
-BOS = {family: family != "yi" for family in SPECIAL}
+BOS = {family: family not in ("yi", "qwen2") for family in SPECIAL}
 
 
 @cache
@@ -171,7 +172,8 @@ def ids_of_transformers(folder: Any, row: Published, picture: Any) -> Any:
         text = processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-    is_whole = text.startswith(processor.tokenizer.bos_token)
+    bos = processor.tokenizer.bos_token
+    is_whole = bos is not None and text.startswith(bos)
     return processor(
         text=text, images=picture, add_special_tokens=not is_whole, return_tensors="pt"
     )

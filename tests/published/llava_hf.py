@@ -75,6 +75,26 @@ LLAMA_3: Settings = {
     "vocab_size": 128320,
 }
 
+QWEN_72B: Settings = {
+    "_name_or_path": "Qwen/Qwen1.5-72B-Chat",
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_size": 8192,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 70,
+    "model_type": "qwen2",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 64,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152128,
+}
+
 
 def hf(text: Settings, image_token: int = 32000, **more: Any) -> Settings:
     """A config.json of LlavaForConditionalGeneration, as transformers 4.36 wrote it."""
@@ -198,6 +218,12 @@ HF = (
         tokenizer_config={"eos_token": "<|eot_id|>"},
         mode="anyres", tokens=1464,
         real="dumps/4.45.2",
+    ),
+    Published(
+        "llava-hf/llava-next-72b-hf", KNOWLEDGE, hf_next(QWEN_72B, 151646), "hf",
+        vocabulary="qwen2", chat_template=OWN_YI, template="own", ends=(151645,),
+        tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>"},
+        mode="anyres", tokens=1464,
     ),
     Published(
         "xtuner/llava-llama-3-8b-v1_1-transformers", FILES,

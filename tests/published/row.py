@@ -28,8 +28,8 @@ class Published:
         layout: a way to write it, see `tests.certificate.WRITERS`.
         container: how its tensors are stored: ``safetensors``, ``zip`` for PyTorch's files, or
             the type of a GGUF's matrices.
-        vocabulary: whose tokenizer it has: ``llama``, ``yi``, ``llama3``, ``phi3``. ``LLaMA`` is
-            the real one, where it is at hand; ``small`` has a few hundred pieces.
+        vocabulary: whose tokenizer it has: ``llama``, ``yi``, ``llama3``, ``phi3``, ``qwen2``.
+            ``LLaMA`` is the real one, where it is at hand; ``small`` has a few hundred pieces.
         chat_template: its own Jinja template, where it has one.
         added_tokens: its added_tokens.json.
         tokenizer_config: what else its tokenizer_config.json says.
