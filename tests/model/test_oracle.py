@@ -11,7 +11,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
 tiny = pytest.importorskip("tests.tiny")
 
+from mlx_llava import stream_generate  # noqa: E402
 from mlx_llava.generate import main  # noqa: E402
+from mlx_llava.generation.prompt_cache import PromptCache  # noqa: E402
 from mlx_llava.generation.steps import generate_step  # noqa: E402
 from mlx_llava.model.batch_cache import make_batch_cache  # noqa: E402
 from tests.conftest import MACHINES, as_on, shared_data  # noqa: E402
@@ -97,15 +99,35 @@ def check_states(model, inputs, expected: list[np.ndarray]) -> None:
         assert max_error(ours, state) < TOLERANCE
 
 
-def reference_tokens(reference, case) -> list[int]:
-    """What transformers says to the first prompt."""
+def reference_tokens(reference, case, more: str = "") -> list[int]:
+    """What transformers says to the first prompt, or to one that goes on."""
     prompts, pictures = tiny.rows(case)
     images = pictures[0] or None
-    batch = tiny.make_processor(case)(text=prompts[0], images=images, return_tensors="pt")
+    batch = tiny.make_processor(case)(text=prompts[0] + more, images=images, return_tensors="pt")
     batch.pop("token_type_ids", None)
     with torch.no_grad():
         theirs = reference.generate(**batch, max_new_tokens=32, do_sample=False)
     return theirs[0, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "phi3_window", "next_qwen2", "next_phi3"])
+def test_what_is_kept_of_a_prompt_answers_the_next_one(name, tmp_path):
+    case = next(case for case in tiny.CASES if case.name == name)
+    reference = tiny.save(case, tmp_path)
+    model, processor = load(tmp_path)
+    prompts, pictures = tiny.rows(case)
+    cache = PromptCache(model)
+    for more in ("", " A cat. USER: Why? ASSISTANT:", " A dog. USER: Where? ASSISTANT:"):
+        stream = stream_generate(
+            *(model, processor, prompts[0] + more, pictures[0]),
+            raw=True,
+            max_tokens=32,
+            prompt_cache=cache,
+        )
+        *parts, last = stream
+        ours = [part.token for part in (*parts, last)]
+        assert ours == reference_tokens(reference, case, more)[: len(ours)]
+        assert bool(more) == (last.cached_tokens > last.image_tokens)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
