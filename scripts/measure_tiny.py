@@ -39,15 +39,21 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return centre - spread, centre + spread
 
 
-def measure(model: Path, folder: Path, split: str, questions: int, seed: int) -> Counts:
-    """Draws pictures, asks about them, and counts right answers and questions by type."""
+def measure(
+    model: Path, folder: Path, split: str, questions: int, seed: int, *more: str, name: str = ""
+) -> Counts:
+    """Draws pictures, asks about them, and counts right answers and questions by type.
+
+    More arguments of `evaluate` go with a name for their answers.
+    """
     if not (folder / "question.jsonl").exists():
         shapes.write_split(folder, split, questions, seed)
-    answers = folder / f"{model.name}.jsonl"
+    answers = folder / f"{model.name}{name}.jsonl"
     arguments = [
         *("--model", str(model), "--questions", str(folder / "question.jsonl")),
         *("--image-folder", str(folder), "--answers", str(answers)),
         *("--batch-size", "50", "--max-tokens", "64", "--dtype", "float32", "--score", "exact"),
+        *more,
     ]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         if evaluate.main(arguments):
