@@ -233,10 +233,13 @@ def test_save_then_load_is_the_identity(golden, tmp_path, monkeypatch):
     assert mx.array_equal(again(**other), model(**inputs))
 
 
-def test_transformers_reads_what_we_save(golden, tmp_path):
+@pytest.mark.parametrize("name", ["gqa", "next", "siglip_head"])
+def test_transformers_reads_what_we_save(name, tmp_path):
     hf = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    model, processor = load(golden)
+    tiny = pytest.importorskip("tests.tiny")
+    tiny.save(next(case for case in tiny.CASES if case.name == name), tmp_path / "theirs")
+    model, processor = load(tmp_path / "theirs")
     save(model, processor, tmp_path / "saved")
     reference, report = hf.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "saved", output_loading_info=True
