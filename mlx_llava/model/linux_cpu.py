@@ -11,7 +11,13 @@ import mlx.nn as nn
 from mlx_llava.model import clip, layers, linux_functions, llama
 from mlx_llava.model.blas import set_blas_threads
 from mlx_llava.model.linux_decoder import DecoderLayer
-from mlx_llava.model.linux_functions import Function, attention, quick_gelu, swiglu
+from mlx_llava.model.linux_functions import (
+    Function,
+    attention,
+    gelu_tanh,
+    quick_gelu,
+    swiglu,
+)
 from mlx_llava.model.linux_layers import (
     Embedding,
     Linear,
@@ -36,6 +42,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 _FUNCTIONS: dict[Function, Function] = {
     mx.fast.scaled_dot_product_attention: attention,
     layers.quick_gelu: quick_gelu,
+    layers.gelu_tanh: gelu_tanh,
     layers.swiglu: swiglu,
 }
 

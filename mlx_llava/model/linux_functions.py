@@ -10,6 +10,7 @@ B rows, H heads, L queries, T keys, D head width.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -145,19 +146,24 @@ def quick_gelu(x: mx.array) -> mx.array:
     return _gated(layers.quick_gelu, 1.702, x)
 
 
+def gelu_tanh(x: mx.array) -> mx.array:
+    """As `layers.gelu_tanh`."""
+    return _gated(layers.gelu_tanh, math.sqrt(8 / math.pi), x, cubic=0.044715)
+
+
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """As `layers.swiglu`."""
     return _gated(layers.swiglu, 1, gate, up)
 
 
-def _gated(mlx: Function, slope: float, *arrays: mx.array) -> mx.array:
+def _gated(mlx: Function, slope: float, *arrays: mx.array, cubic: float = 0.0) -> mx.array:
     if fits(EXP * arrays[0].size, *arrays):
-        return by_numpy(partial(gated, slope), mlx, *arrays)
+        return by_numpy(partial(gated, slope, cubic=cubic), mlx, *arrays)
     return mlx(*arrays)
 
 
-def gated(slope: float, *arrays: Array) -> Array:
-    """x sigmoid(slope x), times another array if there is one; in blocks."""
+def gated(slope: float, *arrays: Array, cubic: float = 0.0) -> Array:
+    """x sigmoid(slope (x + cubic x^3)), times another array if there is one; in blocks."""
     outputs = np.empty(arrays[0].shape, np.float32)
     flat = [array.reshape(-1) for array in (outputs, *arrays)]
 
@@ -167,6 +173,8 @@ def gated(slope: float, *arrays: Array) -> Array:
             output, x, *factors = (array[own] for array in flat)
             np.multiply(x, np.float32(-slope), out=output)
             with np.errstate(over="ignore"):  # x / inf is the right 0
+                if cubic:
+                    output *= 1 + np.float32(cubic) * (x * x)
                 np.exp(output, out=output)
             output += 1
             np.divide(x, output, out=output)

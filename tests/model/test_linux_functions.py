@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import linux_cpu, linux_layers
+from mlx_llava.model import layers, linux_cpu, linux_layers
 from mlx_llava.model import linux_functions as kernels
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
@@ -70,6 +70,7 @@ def test_attention_to_a_part_of_a_cache():
 FUNCTIONS = {
     "matmul": (kernels.matmul, lambda x, w: x @ w.T, [(2, 3, 17), (5, 17)]),
     "one row": (kernels.matmul, lambda x, w: x @ w.T, [(1, 17), (5, 17)]),
+    "tanh gelu": (kernels.gelu_tanh, nn.gelu_approx, [(3, 211)]),
     "quick gelu": (kernels.quick_gelu, lambda x: x * mx.sigmoid(1.702 * x), [(3, 211)]),
     "swiglu": (kernels.swiglu, lambda g, u: nn.silu(g) * u, [(3, 2, 111), (3, 2, 111)]),
     "attention": (
@@ -95,7 +96,8 @@ def test_values_gradients_and_compilation(name):
 
 def test_gates_of_large_numbers_are_finite():
     x = mx.array([-1e4, -200.0, -88.0, 0.0, 88.0, 1e4])
-    assert mx.allclose(kernels.quick_gelu(x), mx.maximum(x, 0), atol=1e-6)
+    for function in (kernels.quick_gelu, kernels.gelu_tanh, layers.gelu_tanh):
+        assert mx.allclose(function(x), mx.maximum(x, 0), atol=1e-6)
     assert mx.allclose(kernels.swiglu(x, mx.ones_like(x)), mx.maximum(x, 0), atol=1e-6)
 
 
@@ -104,7 +106,8 @@ def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "by_numpy", None)
     x = mx.ones((2, 8), dtype)
     assert kernels.matmul(x, x).dtype == dtype
-    assert kernels.quick_gelu(x).dtype == kernels.swiglu(x, x).dtype == dtype
+    results = kernels.quick_gelu(x), kernels.gelu_tanh(x), kernels.swiglu(x, x)
+    assert {result.dtype for result in results} == {dtype}
 
 
 @pytest.mark.parametrize("size", [28, 30])

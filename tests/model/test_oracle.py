@@ -132,7 +132,7 @@ def test_what_is_kept_of_a_prompt_answers_the_next_one(name, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", ["gqa", "mistral_window", "llama3_rope", "layer_list", "next_one_image"]
+    "name", ["gqa", "mistral_window", "llama3_rope", "layer_list", "siglip", "next_one_image"]
 )
 def test_half_precision_is_close(name, dtype, tmp_path: Path) -> None:
     case = next(case for case in tiny.CASES if case.name == name)
