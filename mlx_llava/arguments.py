@@ -71,6 +71,25 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
+def add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what videos to show, and how many frames of each."""
+    add = parser.add_argument
+    add(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a film, an animation, or a folder of frames; may be given several times",
+    )
+    add_frames_argument(parser)
+
+
+def add_frames_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds how many frames are taken of a video."""
+    how_many = "how many frames are taken of a video (default: as the model was trained, or 8)"
+    parser.add_argument("--frames", type=int, metavar="N", help=how_many)
+
+
 def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Processor]:
     """Loads what was asked for, by all flags that are named as options of `load`.
 

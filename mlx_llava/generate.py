@@ -21,6 +21,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
+    add_video_arguments,
     answer_options,
     command,
     load_model,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # what --help does not wait for
     from mlx_llava import GenerationResponse, Llava, Processor
 
 STDIN = "standard input"
-_PROMPT_OPTIONS = ("raw", "system", "image_position", "image_tokens")
+_PROMPT_OPTIONS = ("frames", "raw", "system", "image_position", "image_tokens")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,12 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a path, an http(s) or data: URL, or - for stdin; may be given several times",
     )
+    add_video_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", "-p", help="what to ask, or - to read it from stdin")
     what.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help='lines of {"prompt": ..., "images": [...]}, or -; prints a line of JSON for each',
+        help='lines of {"prompt": ..., "images": [...], "videos": [...]}, or -; prints a line of '
+        "JSON for each",
     )
     add("--system", help="replaces the template's system text")
     add("--raw", action="store_true", help="the prompt is the whole text, with <image> marks")
@@ -88,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that would not be read."""
-    single = ("image", "json", "show_prompt", "prompt_cache_file", "max_kv_size")
+    single = ("image", "video", "json", "show_prompt", "prompt_cache_file", "max_kv_size")
     given = [f"--{name.replace('_', '-')}" for name in single if getattr(args, name)]
     if args.prompts_file and given:
         raise ValueError(f"--prompts-file does not go with {', '.join(given)}.")
@@ -96,8 +99,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--batch-size is for --prompts-file.")
     if args.prompt_cache_file and args.max_kv_size:
         raise ValueError("--prompt-cache-file does not go with --max-kv-size.")
-    if [args.prompt, *args.image].count("-") > 1:
-        raise ValueError("Only one of --prompt and --image can be read from stdin.")
+    if [args.prompt, *args.image, *args.video].count("-") > 1:
+        raise ValueError("Only one of --prompt, --image and --video can be read from stdin.")
 
 
 def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,8 +137,11 @@ def _answer(
     from mlx_llava.model.cache import make_cache
 
     prompt = args.prompt if args.prompt != "-" else decode(sys.stdin.buffer.read(), STDIN).strip()
-    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
-    inputs = processor(prompt, images, **_prompt_options(args))
+    images, videos = (
+        [sys.stdin.buffer.read() if name == "-" else name for name in names]
+        for names in (args.image, args.video)
+    )
+    inputs = processor(prompt, images, video=videos, **_prompt_options(args))
     if args.show_prompt:
         print(*inputs.prompts, sep="\n", file=sys.stderr)
     cache, path = None, args.prompt_cache_file
@@ -160,7 +166,7 @@ def _answer(
     if cache is not None:
         cache.save(path)
     if not args.quiet:
-        print(_report(part, load, len(images)), file=sys.stderr)
+        print(_report(part, load), file=sys.stderr)
 
 
 def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load: float) -> str:
@@ -171,12 +177,16 @@ def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load: flo
     return json.dumps(answer, ensure_ascii=False)
 
 
-def _report(last: GenerationResponse, load: float, images: int) -> str:
+def _report(last: GenerationResponse, load: float) -> str:
     """The lines of timings for people."""
     from mlx_llava.inputs.processor import in_part
 
     shown = in_part(last.whole_image_tokens, last.image_tokens)
-    lines = [f"images: {images}, {shown} tokens"] if images else []
+    videos = last.inputs.videos
+    images = len(last.inputs.image_tokens) - sum(video.images for video in videos)
+    pixels = [f"images: {images}"] if images else []
+    pixels += [f"video: {v.frames} frames, {v.frame_tokens} tokens each" for v in videos]
+    lines = [f"{' | '.join(pixels)}, {shown} tokens"] if pixels else []
     lines += [
         f"load {load:.2f} s | preprocess {last.preprocess_seconds:.2f} s | "
         f"encode {last.encode_seconds:.2f} s",

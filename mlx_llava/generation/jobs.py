@@ -18,7 +18,7 @@ from mlx_llava.json_files import Place, decode, field, parse
 from mlx_llava.model.llava import Llava
 
 _OPTIONS = {field.name for field in fields(Options)}
-_KEYS = {"prompt", "images", "id", *_OPTIONS}
+_KEYS = {"prompt", "images", "videos", "id", *_OPTIONS}
 
 T = TypeVar("T")
 #: Makes what a `BatchGenerator` takes.
@@ -47,7 +47,7 @@ def batch_generate(
         images (list, optional): For each prompt, its pictures or None.
         batch_size (int): How many are answered at a time.
         prompt_cache (PromptCache, optional): What to reuse.
-        prompt_options (dict, optional): ``raw``, ``system``, ``image_position``,
+        prompt_options (dict, optional): ``frames``, ``raw``, ``system``, ``image_position``,
             ``image_tokens`` of `Processor`.
         **options: Of `Options`: for all rows one value, or a list with one for each.
 
@@ -126,11 +126,12 @@ def answer_prompts(
 
     Args:
         prompts (iterable): What is to be answered.
-        read (callable): One of them -> ``prompt``, and perhaps ``images`` (a list), ``id``, and
-            fields of `Options` for it alone.
+        read (callable): One of them -> ``prompt``, and perhaps ``images`` and ``videos`` (lists),
+            ``id``, and fields of `Options` for it alone.
         generator (BatchGenerator): Answers them.
         defaults (Options): For what one does not say.
-        **prompt_options: ``raw``, ``system``, ``image_position``, ``image_tokens`` of `Processor`.
+        **prompt_options: ``frames``, ``raw``, ``system``, ``image_position``, ``image_tokens`` of
+            `Processor`.
 
     Yields:
         dict: ``index`` of the prompt from 0, its ``id`` if it has one, and either the answer with
@@ -143,8 +144,8 @@ def answer_prompts(
         data = read(prompt)
         records[index] |= {"id": data["id"]} if "id" in data else {}
         options = replace(defaults, **{k: data[k] for k in data.keys() & _OPTIONS})
-        inputs = generator.processor(data["prompt"], data.get("images"), **prompt_options)
-        return inputs, options
+        images, videos = data.get("images"), data.get("videos")
+        return generator.processor(data["prompt"], images, video=videos, **prompt_options), options
 
     requests = (partial(prepare, *numbered) for numbered in enumerate(prompts))
     for index, outcome in _answer_each(generator, requests):
@@ -185,8 +186,9 @@ def read_line(name: str, numbered: tuple[int, bytes]) -> dict[str, Any]:
         raise ValueError(f"{place} has unknown keys {', '.join(unknown):.200}; known: {keys}.")
     if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
         raise ValueError(f"{place} has a list as prompt that holds more than messages.")
-    images = field(data, "images", (str, list, type(None)), place, default=None)
-    if isinstance(images, list) and not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{place} has a list as images that holds more than texts.")
+    for key in ("images", "videos"):
+        names = field(data, key, (str, list, type(None)), place, default=None)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{place} has a list as {key} that holds more than texts.")
     field(data, "id", (str, int, float, bool, type(None)), place, default=None)
     return data

@@ -27,6 +27,14 @@ class ContextError(ValueError):
     """A prompt is longer than the model's context."""
 
 
+def _fewer_frames(inputs: Inputs, context_length: int) -> str:
+    """How many frames of each video would fit, as advice."""
+    each = sum(video.frame_tokens for video in inputs.videos)
+    taken = sum(video.frames * video.frame_tokens for video in inputs.videos)
+    room = context_length - 1 - (inputs.positions - taken)
+    return f"--frames {room // each}, " if each and room >= each else ""
+
+
 def check_request(
     model: Llava,
     inputs: Inputs,
@@ -44,9 +52,10 @@ def check_request(
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1.")
     if inputs.positions >= context_length:
+        advice = _fewer_frames(inputs, context_length) + "fewer or smaller images"
         raise ContextError(
             f"The prompt has {inputs.positions} tokens and the model's context is "
-            f"{context_length}; use fewer or smaller images, or a shorter text."
+            f"{context_length}; use {advice}, or a shorter text."
         )
     max_tokens = min(max_tokens, context_length - inputs.positions)
     vision, text = model.config.vision_config, model.config.text_config

@@ -65,10 +65,15 @@ class GenerationResponse:
 
     def figures(self) -> dict[str, Any]:
         """What there is to say of an answer when it is complete, for JSON."""
+        videos = [
+            {"frames": video.frames, "frame_tokens": video.frame_tokens}
+            for video in self.inputs.videos
+        ]
         return {
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
             "whole_image_tokens": self.whole_image_tokens,
+            **({"videos": videos} if videos else {}),
             "cached_tokens": self.cached_tokens,
             "generation_tokens": self.generation_tokens,
             "finish_reason": self.finish_reason,

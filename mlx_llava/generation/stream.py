@@ -42,7 +42,8 @@ def stream_generate(
             ones of the answer.
         prompt_cache (PromptCache, optional): What was read before, of which nothing is read
             again; keeps this prompt and its answer.
-        **options: ``raw``, ``system``, ``image_position``, ``image_tokens`` of `Processor`.
+        **options: ``video``, ``frames``, ``raw``, ``system``, ``image_position``,
+            ``image_tokens`` of `Processor`.
 
     Yields:
         GenerationResponse: The last one has a ``finish_reason``.

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_llava.inputs.messages import Message, check_turns
-from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN
+from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, VIDEO_TOKEN
 
 if TYPE_CHECKING:
     import jinja2
@@ -72,12 +72,14 @@ class ChatTemplate:
         return "".join(segment.text for segment in self.segments(messages))
 
     def images_first(self, message: Message) -> str:
-        """The text of a turn with its unmarked images before it."""
-        return (IMAGE_TOKEN + self.image_joint) * message.images + message.text
+        """The text of a turn with its unmarked images and videos before it."""
+        images = (IMAGE_TOKEN + self.image_joint) * message.images
+        return images + (VIDEO_TOKEN + self.image_joint) * message.videos + message.text
 
     def images_last(self, message: Message) -> Message:
-        """A turn with marks for its unmarked images after its text."""
+        """A turn with marks for its unmarked images and videos after its text."""
         marks = (self.image_joint + IMAGE_TOKEN) * message.images
+        marks += (self.image_joint + VIDEO_TOKEN) * message.videos
         return Message(message.role, message.text + marks)
 
 
@@ -224,8 +226,8 @@ class JinjaTemplate(ChatTemplate):
     def _as_dict(self, message: Message) -> dict[str, Any]:
         if not self._reads_parts:
             return {"role": message.role, "content": self.images_first(message)}
-        images = [{"type": "image"}] * message.images
-        return {"role": message.role, "content": [*images, {"type": "text", "text": message.text}]}
+        shown = [{"type": "image"}] * message.images + [{"type": "video"}] * message.videos
+        return {"role": message.role, "content": [*shown, {"type": "text", "text": message.text}]}
 
 
 def _end_of(prompt: str, whole: str) -> int | None:

@@ -97,10 +97,10 @@ def load_image(
         is_plain = type(source) is Image.Image and "transparency" not in source.info
         if is_plain and source.mode == "RGB":
             return source
-        with _naming("The image"):
+        with naming("The image"):
             return to_rgb(source)
-    image, file, name = _open(source, max_pixels, formats)
-    with _naming(name):
+    image, file, name = open_image(source, max_pixels, formats)
+    with naming(name):
         image.load()
         held = file.orientation or orientation(_bytes(image, "exif"), _bytes(image, "xmp"))
         image = to_rgb(image, file.levels, name)
@@ -111,33 +111,35 @@ def image_size(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> tuple[int, int]:
     """The (width, height) that a file says; nothing is decoded. See `load_image`."""
-    return _open(source, max_pixels, formats)[0].size
+    return open_image(source, max_pixels, formats)[0].size
 
 
-def _open(source: Any, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, Essence, str]:
+def open_image(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[Image.Image, Essence, str]:
     """An image that is not decoded yet, what is known of its file, and its name in errors."""
-    content, name = _read(source)
+    content, name = read_source(source)
     format = _format(content, name, formats)
     try:
         file = essence(content, format, max_pixels)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
     decoder = _decoder(format, name)
-    with _naming(name):
+    with naming(name):
         image = decoder(io.BytesIO(file.content), "")
     check_pixels(image.size, max_pixels, name)
     return image, file, name
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Decoders raise anything on a broken file."""
+def naming(name: str, kind: str = "image") -> Iterator[None]:
+    """Makes a ValueError of whatever decoders raise on a broken file."""
     try:
         yield
     except Exception as error:
         is_clear = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
         why = str(error) if is_clear else f"{type(error).__name__} {error}"
-        raise ValueError(f"{name} is a broken image: {' '.join(why.split())}") from error
+        raise ValueError(f"{name} is a broken {kind}: {' '.join(why.split())}") from error
 
 
 def _bytes(image: Image.Image, key: str) -> bytes:
@@ -174,13 +176,14 @@ def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ValueError(f"{name} is empty ({width}x{height} pixels).")
 
 
-def _read(source: Any) -> tuple[bytes, str]:
+def read_source(source: Any, kind: str = "image") -> tuple[bytes, str]:
+    """The bytes of an image, or of a file of another kind, and its name in errors."""
     if isinstance(source, bytes):
-        return source, f"The image ({len(source):,} bytes)"
+        return source, f"The {kind} ({len(source):,} bytes)"
     if hasattr(source, "read"):
         if hasattr(source, "seekable") and source.seekable():
             source.seek(0)
-        return _read_open(source, str(getattr(source, "name", "The image")))
+        return _read_open(source, str(getattr(source, "name", f"The {kind}")))
     if not isinstance(source, (str, Path)):
         kinds = "a path, URL, bytes, file, PIL image or array"
         raise ValueError(f"An image must be {kinds}, not {type(source).__name__}.")
@@ -191,16 +194,26 @@ def _read(source: Any) -> tuple[bytes, str]:
         from mlx_llava.inputs.fetch import download
 
         return download(text), text
+    with find_file(text, kind).open("rb") as file:
+        return _read_open(file, text)
+
+
+def find_file(text: str, kind: str = "image") -> Path:
+    """The path of a file that can be read to its end.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is something else.
+    """
     path = expand_home(text)
     if path.is_dir():
         raise ValueError(f"{text} is a folder, not an image.")
     if not path.exists():
-        raise FileNotFoundError(f"There is no image {text}.")
+        raise FileNotFoundError(f"There is no {kind} {text}.")
     # Opening another pipe would wait for its writer, and a device may never end.
     if not path.is_file() and not (path.is_fifo() and path.parent in _OPEN_FILES):
         raise ValueError(f"{text} is a pipe, a socket or a device, not an image file.")
-    with path.open("rb") as file:
-        return _read_open(file, text)
+    return path
 
 
 def _read_open(file: BinaryIO, name: str) -> tuple[bytes, str]:
@@ -212,10 +225,19 @@ def _read_open(file: BinaryIO, name: str) -> tuple[bytes, str]:
     return content, name
 
 
+def has_image_beginning(content: bytes) -> bool:
+    """Whether a file begins as an image does."""
+    return _find_format(content, FORMATS) is not None
+
+
+def _find_format(content: bytes, formats: Sequence[str]) -> str | None:
+    begins = (f for f in formats if re.match(_BEGINNINGS[f], content[:64], re.DOTALL))
+    return next(begins, None)
+
+
 def _format(content: bytes, name: str, formats: Sequence[str]) -> str:
-    for format in formats:
-        if re.match(_BEGINNINGS[format], content[:64], re.DOTALL):
-            return format
+    if (format := _find_format(content, formats)) is not None:
+        return format
     what = f"not an image ({', '.join(formats)})" if content else "empty, not an image"
     for beginning, other in _OTHERS.items():
         if re.match(beginning, content[:1000], re.DOTALL | re.IGNORECASE):

@@ -1,4 +1,4 @@
-"""Prompt and images -> what the model reads.
+"""Prompt, images and videos -> what the model reads.
 
 B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N tiles.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any, TypeAlias
+from functools import partial
+from itertools import islice, takewhile
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,30 @@ from PIL import Image
 
 from mlx_llava.inputs import html as display
 from mlx_llava.inputs.chat_template import ChatTemplate, Segment
-from mlx_llava.inputs.image import ImageSource, load_image
+from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
-from mlx_llava.inputs.messages import Conversation, Message, read_messages
+from mlx_llava.inputs.messages import Conversation, Message, Reading, Shown, read_messages
 from mlx_llava.inputs.templates import choose_template, get_template
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, Tokenizer
+from mlx_llava.inputs.video import FRAMES, Video, is_ready, load_video
 from mlx_llava.model.anyres import Size
 from mlx_llava.model.config import LlavaConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
+
+
+class FramesTaken(NamedTuple):
+    """What was taken of a video.
+
+    Attributes:
+        frames: how many frames.
+        frame_tokens: how many tokens each of them takes, in all of its features.
+        images: how many images they are for a model that knows no video.
+    """
+
+    frames: int
+    frame_tokens: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,7 @@ class Inputs:
         image_tokens: how many placeholders each image takes.
         whole_image_tokens: how many it would take with all of its features.
         image_tiles: how many of the tiles are each image's.
+        videos: what was taken of each video.
         seconds: how long all of this took to prepare.
         image_processor: what cut the images.
     """
@@ -55,6 +72,7 @@ class Inputs:
     image_tokens: tuple[int, ...]
     whole_image_tokens: tuple[int, ...]
     image_tiles: tuple[int, ...]
+    videos: tuple[FramesTaken, ...]
     seconds: float
     image_processor: ImageProcessor = field(repr=False)
 
@@ -130,8 +148,10 @@ class Processor:
     def __call__(
         self,
         prompt: Conversation | Sequence[Conversation],
-        images: ImageSource | Sequence[Any] | None = None,
+        images: Shown | Sequence[Any] | None = None,
         *,
+        video: Any = None,
+        frames: int | None = None,
         raw: bool = False,
         system: str | None = None,
         image_position: str = "start",
@@ -143,10 +163,15 @@ class Processor:
             prompt: A question, a conversation in OpenAI's shape, or a list of prompts for a batch.
             images: Images as `load_image` takes them. For a batch, one list (or None) for each
                 prompt.
+            video: A video as `load_video` takes it, or several in a list; for a batch, as images.
+                A model that knows no video sees its frames as images.
+            frames: How many frames are taken of each video. Default: as many as the model was
+                trained with, or 8.
             raw: The prompt is the whole text already, with its ``<image>`` marks and special
                 tokens; no template is applied.
             system: Replaces the template's system text.
-            image_position: ``start`` or ``end``: where images without a mark go in their turn.
+            image_position: ``start`` or ``end``: where images and videos without a mark go in
+                their turn.
             image_tokens: Shows at most so many of the features of each image, those that differ
                 most (DivPrune); an image is read the faster, and seen less well.
 
@@ -154,7 +179,7 @@ class Processor:
             For ``model(**inputs)`` or ``model.embed(**inputs)``.
 
         Raises:
-            ValueError: Marks and images do not match, or an image cannot be read.
+            ValueError: Marks and images do not match, or an image or a video cannot be read.
         """
         if image_position not in ("start", "end"):
             raise ValueError(f"image_position is {image_position!r}; known: start, end.")
@@ -162,12 +187,15 @@ class Processor:
             raise ValueError(f"image_tokens is {image_tokens}; it must be at least 1.")
         started = time.perf_counter()
         texts: list[str] = []
-        sources: list[ImageSource] = []
-        for conversation, beside in _rows(prompt, images):
-            text, ordered = self._render(conversation, beside, raw, system, image_position)
+        sources: list[Shown] = []
+        take_frames = partial(self._load_video, frames=frames)
+        for conversation, beside, films in _rows(prompt, images, video):
+            beside = [*beside, *map(take_frames, films)]
+            reading = Reading(self.tokenizer.protect, take_frames)
+            text, ordered = self._render(conversation, beside, reading, raw, system, image_position)
             texts.append(text)
             sources += ordered
-        loaded = [load_image(source) for source in sources]
+        loaded = [image for source in sources for image in _images_of(source)]
         sizes = tuple((image.height, image.width) for image in loaded)
         whole = tuple(map(self.image_processor.num_tokens, sizes))
         counts = tuple(min(count, image_tokens or count) for count in whole)
@@ -183,46 +211,55 @@ class Processor:
             image_tokens=counts,
             whole_image_tokens=whole,
             image_tiles=tuple(map(self.image_processor.num_tiles, sizes)),
+            videos=tuple(_frames_taken(sources, whole)),
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
         )
 
     def count_tokens(
-        self, conversation: Conversation, images: ImageSource | Sequence[ImageSource] | None = None
+        self, conversation: Conversation, images: Shown | Sequence[Shown] | None = None
     ) -> int:
         """How many tokens a prompt takes; its images are read, but not made pixels."""
-        text, sources = self._render(conversation, as_list(images))
-        sizes = ((image.height, image.width) for image in map(load_image, sources))
+        reading = Reading(self.tokenizer.protect, self._load_video)
+        text, sources = self._render(conversation, as_list(images), reading)
+        loaded = (image for source in sources for image in _images_of(source))
+        sizes = ((image.height, image.width) for image in loaded)
         ids, _ = self._ids([text], map(self.image_processor.num_tokens, sizes))
         return ids.shape[1]
 
     def _render(
         self,
         conversation: Conversation,
-        images: Sequence[ImageSource],
+        images: Sequence[Shown],
+        reading: Reading,
         raw: bool = False,
         system: str | None = None,
         image_position: str = "start",
-    ) -> tuple[str, Sequence[ImageSource]]:
+    ) -> tuple[str, Sequence[Shown]]:
         """The prompt's text, and what its marks stand for."""
         if raw:
             if not isinstance(conversation, str):
                 raise ValueError("A raw prompt must be a text.")
             text = conversation
         else:
-            messages, images = read_messages(conversation, images, self.tokenizer.protect)
+            messages, images = read_messages(conversation, images, reading)
             if system is not None:
                 messages = [message for message in messages if message.role != "system"]
                 messages.insert(0, Message("system", self.tokenizer.protect(system)))
             if image_position == "end":
                 messages = [*map(self.template.images_last, messages)]
             text = self._wrapped(self.template.render(messages))
-        marks = text.count(IMAGE_TOKEN)
-        if marks != len(images):
+        needed = sum(len(reading.marks_of(source)) for source in images)
+        if (marks := text.count(IMAGE_TOKEN)) != needed:
             raise ValueError(
-                f"The prompt has {marks} {IMAGE_TOKEN} marks but {len(images)} images were given."
+                f"The prompt has {marks} {IMAGE_TOKEN} marks but {needed} images were given."
             )
         return text, images
+
+    def _load_video(self, source: Any, frames: int | None = None) -> Video:
+        if frames is None and not is_ready(source):
+            frames = FRAMES
+        return load_video(source, frames)
 
     def _wrapped(self, text: str) -> str:
         """With LLaVA v0's marks around every image."""
@@ -283,14 +320,15 @@ class Processor:
         return self.tokenizer.unprotect(bos + first + folded)
 
 
-def _rows(prompt: Any, images: Any) -> list[tuple[Conversation, list[ImageSource]]]:
-    """Each prompt with its own images: one, or the rows of a batch."""
+def _rows(prompt: Any, *shown: Any) -> list[tuple[Any, ...]]:
+    """Each prompt with its own images and videos: one, or the rows of a batch."""
     if isinstance(prompt, str) or all(isinstance(turn, (Mapping, Message)) for turn in prompt):
-        return [(prompt, as_list(images))]
-    per_row = [None] * len(prompt) if images is None else as_list(images)
-    if len(per_row) != len(prompt):
-        raise ValueError(f"There are {len(prompt)} prompts but images for {len(per_row)}.")
-    return [(row, as_list(beside)) for row, beside in zip(prompt, per_row, strict=True)]
+        return [(prompt, *map(as_list, shown))]
+    columns = [[None] * len(prompt) if one is None else as_list(one) for one in shown]
+    for column in columns:
+        if len(column) != len(prompt):
+            raise ValueError(f"There are {len(prompt)} prompts but images for {len(column)}.")
+    return [(row, *map(as_list, rest)) for row, *rest in zip(prompt, *columns, strict=True)]
 
 
 def in_part(whole: int, shown: int) -> str:
@@ -298,7 +336,21 @@ def in_part(whole: int, shown: int) -> str:
     return f"{whole}" if shown == whole else f"{whole} -> {shown}"
 
 
-def as_list(images: Any) -> list[ImageSource]:
+def _frames_taken(sources: Iterable[Shown], image_tokens: Iterable[int]) -> Iterator[FramesTaken]:
+    """What was taken of videos, with the tokens of all images in reading order."""
+    tokens = iter(image_tokens)
+    for source in sources:
+        count = len(source.frames) if isinstance(source, Video) else 1
+        total = sum(islice(tokens, count))
+        if isinstance(source, Video):
+            yield FramesTaken(count, total // count, images=count)
+
+
+def _images_of(source: Shown) -> list[Image.Image]:
+    return [*source.frames] if isinstance(source, Video) else [load_image(source)]
+
+
+def as_list(images: Any) -> list[Any]:
     """One image, several or none, as a list."""
     if images is None:
         return []

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from mlx_llava.inputs.vocabulary import spec_from_qwen2, spec_from_sentencepiece
 from mlx_llava.json_files import read_json, read_text
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 IM_START, IM_END = "<im_start>", "<im_end>"
 
 #: A Unicode noncharacter, which no text holds; it breaks up special tokens in users' text.

@@ -18,7 +18,7 @@ from mlx_llava.generation.batch import BatchGenerator, run
 from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.stops import Answer
 from mlx_llava.inputs.chat_template import JinjaTemplate
-from mlx_llava.inputs.messages import Message, read_messages
+from mlx_llava.inputs.messages import Message, Reading, read_messages
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import TEMPLATES, choose_template, get_template, guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
@@ -242,7 +242,7 @@ def test_openai_messages_keep_each_picture_in_its_turn():
             ],
         },
     ]
-    messages, images = read_messages(conversation, ["b.png"], lambda text, keep=(): text)
+    messages, images = read_messages(conversation, ["b.png"], Reading(lambda text, keep=(): text))
     assert images == ["a.png", "b.png", "c.png"]
     assert [message.images for message in messages] == [0, 1, 0, 2]
     assert [message.text for message in messages] == ["S", "Q", "A", "Q2"]
@@ -257,7 +257,7 @@ def test_marks_choose_the_place_and_loose_pictures_go_to_the_first_turn():
         {"role": "assistant", "content": "A"},
         {"role": "user", "content": "and <image>?"},
     ]
-    messages, images = read_messages(marked, ["a", "b"], identity)
+    messages, images = read_messages(marked, ["a", "b"], Reading(identity))
     assert images == ["b", "a"]  # the mark takes the first, the other belongs to turn one
     assert [message.images for message in messages] == [1, 0, 0]
 
@@ -267,13 +267,14 @@ def test_marks_choose_the_place_and_loose_pictures_go_to_the_first_turn():
     [
         ([{"role": "user"}], "role and content"),
         (["hello"], "role and content"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "text, image or image_url"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "text, image, image_url, video"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "more video parts than videos"),
         ([{"role": "user", "content": [{"type": "image"}]}], "more image parts than images"),
     ],
 )
 def test_malformed_messages_are_named(conversation, message):
     with pytest.raises(ValueError, match=message):
-        read_messages(conversation, [], lambda text, keep=(): text)
+        read_messages(conversation, [], Reading(lambda text, keep=(): text))
 
 
 CHATML = (

@@ -17,7 +17,7 @@ import pytest
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image import data_url
-from mlx_llava.inputs.messages import Message, read_messages
+from mlx_llava.inputs.messages import Message, Reading, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
@@ -304,7 +304,7 @@ def test_turns(messages, expected):
 def test_every_template_writes_them(template):
     for messages, _ in ORDERS.values():
         request = read(messages)
-        turns, _ = read_messages(request.prompts[0], (), lambda text, **_: text)
+        turns, _ = read_messages(request.prompts[0], (), Reading(lambda text, **_: text))
         written = template.render(turns)
         assert all(line in written for turn in turns for line in turn.text.split("\n"))
 
