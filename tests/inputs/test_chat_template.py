@@ -549,8 +549,8 @@ def test_an_answer_is_learned_from_the_prompt_that_asks_for_it():
     asked = [Message("user", "Q", images=2)]
     prompt = template.render(asked)
     assert prompt == "<|im_start|>user <image><image>\nQ<|im_end|><|im_start|>assistant\n"
-    segments = template.segments([*asked, Message("assistant", "m <|im|>")])
-    assert segments[:2] == [(prompt, False), ("m <|im|><|im_end|>", True)]
+    segments = template.segments([*asked, Message("assistant", "end")])  # as its mark has
+    assert segments[:2] == [(prompt, False), ("end<|im_end|>", True)]
     assert "".join(text for text, _ in segments[2:]) == ""
 
 
