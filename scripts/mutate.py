@@ -163,7 +163,6 @@ MUTATIONS = (
     ("what begins a turn ends answers", "inputs/chat_template", "mark.match(between[:opening])", "mark.match(between)"),
     ("Mistral called LLaMA is a Vicuna", "inputs/templates", '== "mistral" or has_mistral_sizes', '== "mistral"'),
     ("Qwen's vocabulary taken for Llama 3's", "inputs/templates", 'if text.model_type == "qwen2":', "if False:"),
-    ("answers sought from the end", "inputs/chat_template", "whole.index(text, start)", "whole.rindex(text, start)"),
     ("Qwen2's text not normalised", "inputs/vocabulary", '{**spec, "normalizer": {"type": "NFC"}}', "spec"),
     ("pictures left where they are", "tuner/samples", 'text.replace(IMAGE_TOKEN, "").strip()', "text"),
     ("system texts not learned", "tuner/samples", "[*_system(texts), *messages]", "messages"),
