@@ -49,12 +49,18 @@ class Case:
 
     name: str
     next: bool = False
+    vip: bool = False
     family: str = "llama"
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
     images: tuple[int, ...] = (1, 2, 0)
     do_pad: bool = False
+
+    @property
+    def kind(self) -> str:
+        """How transformers' classes for it begin."""
+        return "LlavaNext" if self.next else "VipLlava" if self.vip else "Llava"
 
     def config(self) -> hf.PreTrainedConfig:
         vision = {
@@ -86,8 +92,7 @@ class Case:
             side = vision["image_size"]
             grid = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
             top = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grid], **top}
-        config_class = hf.LlavaNextConfig if self.next else hf.LlavaConfig
-        return config_class(
+        return getattr(hf, f"{self.kind}Config")(
             vision_config=hf.AutoConfig.for_model(**vision),
             text_config=hf.AutoConfig.for_model(**text),
             **top,
@@ -116,12 +121,9 @@ def _trained_tokenizer() -> str:
 def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Any:
     """A reference model with noise of 0.2 on every weight."""
     torch.manual_seed(0)
-    model_class = (
-        hf.LlavaNextForConditionalGeneration if case.next else hf.LlavaForConditionalGeneration
-    )
     config = case.config()
     config._attn_implementation = "eager"
-    model = model_class(config).eval()
+    model = getattr(hf, f"{case.kind}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -165,7 +167,7 @@ def make_processor(case: Case) -> Any:
         image_processor=images,
         tokenizer=fast,
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_select_strategy=getattr(config, "vision_feature_select_strategy", "default"),
         num_additional_image_tokens=int(not is_siglip),
         chat_template=TEMPLATE,
     )
@@ -287,6 +289,14 @@ CASES = (
         top={**INTERLEAVE, "vision_feature_layer": [2, -2]},
     ),
     Case("siglip_default_strategy", vision=SIGLIP, images=(3,)),
+    Case("vip", vip=True, vision={"num_hidden_layers": 11}, top={"projector_layernorm_eps": 0.1}),
+    Case(
+        "vip_layers",
+        vip=True,
+        family="qwen2",
+        top={"vision_feature_layer": [3, -2], "projector_layernorm_eps": 0.02},
+        images=(3, 1),
+    ),
     Case("next", next=True),
     Case("next_one_image", next=True, images=(1,)),
     Case("next_three_images", next=True, images=(3, 1)),

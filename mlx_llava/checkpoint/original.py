@@ -27,7 +27,7 @@ from mlx_llava.checkpoint.tensors import (
     canonical_tensors,
     combine,
 )
-from mlx_llava.checkpoint.tower import read_tower
+from mlx_llava.checkpoint.tower import VIP_TOWER, read_tower
 from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
@@ -197,8 +197,9 @@ def translate(
     }
     if vision.get("model_type") == SIGLIP:  # whatever config.json says (siglip_encoder.py)
         seen = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    is_vip = data.get("mm_vision_tower") == VIP_TOWER
     return {
-        "model_type": "llava_next" if is_anyres else "llava",
+        "model_type": "llava_next" if is_anyres else "vipllava" if is_vip else "llava",
         "vision_config": dict(vision),
         "text_config": {
             **text,
@@ -207,7 +208,7 @@ def translate(
         },
         "image_token_index": vocabulary,
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
-        **seen,
+        **({} if is_vip else seen),
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
         "mm_projector_type": data.get("mm_projector_type") or "linear",
         "mm_patch_merge_type": merge,

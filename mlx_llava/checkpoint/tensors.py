@@ -36,6 +36,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^language_model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", TOWER),
     (r"^vision_model\.", TOWER),
+    (r"^(model\.)?mm_projector\.clip_layernorm\.", f"{PROJECTOR}projector_layernorm."),
+    (r"^(model\.)?mm_projector\.final_linear\.", "mm_projector."),
     (r"^(model\.)?mm_projector\.(?=weight$|bias$)", f"{PROJECTOR}linear_1."),
     *((rf"^(model\.)?mm_projector\.{2 * n}\.", f"{PROJECTOR}linear_{n + 1}.") for n in range(8)),
     (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model.model."),

@@ -22,6 +22,8 @@ _HABITS = {
     CLIP: ("num_attention_heads", "model_type"),
     SIGLIP: ("num_attention_heads", "model_type", "image_size", "num_hidden_layers"),
 }
+#: The name that ViP-LLaVA's files have for a tower of which five layers are read, and whose it is.
+VIP_TOWER, _VIP_CLIP = "clip_4layers_336", "openai/clip-vit-large-patch14-336"
 #: How many layers Google's SigLIPs have, by width.
 _SIGLIP_DEPTHS = {768: 12, 1024: 24, 1152: 27}
 
@@ -91,6 +93,7 @@ def _find(weights: dict[str, LazyTensor], data: Mapping[str, Any], source: Sourc
 def _find_folder(where: str | Path | None, source: Source) -> Path:
     if not where:
         raise ValueError("The checkpoint has no vision tower inside and names none: --vision-tower")
+    where = _VIP_CLIP if where == VIP_TOWER else where
     try:
         return source.find(where)
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
@@ -23,15 +23,43 @@ from mlx_llava.model.vision_config import ACTIVATIONS, VISION, VisionConfig
 _EXTENSIONS = frozenset(
     """
     anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
-    quantization
+    quantization projector_layernorm_eps
     """.split()
 )
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 @dataclass(frozen=True)
+class _Class:
+    """A class of transformers.
+
+    Attributes:
+        name: how the names of its config, its model and its processors begin.
+        defaults: what it has instead of `LlavaConfig`'s.
+        fixed: what it has whatever config.json says, which it ignores.
+    """
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_NO_NORM = {"projector_layernorm_eps": None}
+#: By ``model_type``.
+_CLASSES: Mapping[str, _Class] = {
+    "llava": _Class("Llava", fixed=_NO_NORM),
+    "llava_next": _Class("LlavaNext", fixed=_NO_NORM),
+    "vipllava": _Class(
+        "VipLlava",
+        {"vision_feature_layer": (-2, -5, -8, -11, 6), "projector_layernorm_eps": 1e-5},
+        fixed={"vision_feature_select_strategy": "default", "multimodal_projector_bias": True},
+    ),
+}
+
+
+@dataclass(frozen=True)
 class LlavaConfig:
-    """A whole LLaVA (transformers' LlavaConfig and LlavaNextConfig).
+    """A whole LLaVA (transformers' LlavaConfig, LlavaNextConfig and VipLlavaConfig).
 
     Attributes:
         vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
@@ -40,6 +68,7 @@ class LlavaConfig:
             token; ``full`` keeps all.
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
         anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
+        projector_layernorm_eps: of ViP-LLaVA's layer norm before the projector; None is none.
         mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
         mm_patch_merge_type: how anyres tiles become a sequence, ``spatial_unpad`` (LLaVA 1.6),
             ``spatial`` or ``flat``.
@@ -55,6 +84,7 @@ class LlavaConfig:
     image_token_index: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    projector_layernorm_eps: float | None = None
     vision_feature_layer: int | tuple[int, ...] = -2
     vision_feature_select_strategy: str = "default"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
@@ -74,8 +104,11 @@ class LlavaConfig:
         Raises:
             ValueError: The config names a model, a value or a key that is not supported.
         """
-        data = {**data, "model_type": str(data.get("model_type"))}
+        data = _read_vip({**data, "model_type": str(data.get("model_type"))})
         _TOP.check(data)
+        kind = _CLASSES[data["model_type"]]
+        given = {key: value for key, value in data.items() if value is not None}
+        data = {**kind.defaults, **given, **kind.fixed}
         ends = data.get("eos_token_id")
         if ends is None:
             ends = (data.get("text_config") or {}).get("eos_token_id")
@@ -107,6 +140,11 @@ class LlavaConfig:
     def is_anyres(self) -> bool:
         """Whether images are cut into tiles (LLaVA 1.6)."""
         return self.model_type == "llava_next"
+
+    @property
+    def class_name(self) -> str:
+        """How the names of transformers' classes for this model begin."""
+        return _CLASSES[self.model_type].name
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -150,11 +188,10 @@ class LlavaConfig:
         data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
         if self.vision_config.is_siglip:
             data["vision_config"]["vision_use_head"] = False  # transformers would want its weights
-        name = "LlavaNext" if self.is_anyres else "Llava"
-        data["architectures"] = [f"{name}ForConditionalGeneration"]
-        for field in fields(self):
-            if field.name in _EXTENSIONS and getattr(self, field.name) == field.default:
-                del data[field.name]
+        data["architectures"] = [f"{self.class_name}ForConditionalGeneration"]
+        for part in fields(self):
+            if part.name in _EXTENSIONS and getattr(self, part.name) == part.default:
+                del data[part.name]
         if not self.is_anyres:
             del data["image_grid_pinpoints"]
         return data
@@ -166,7 +203,7 @@ _TOP = Section(
     | {"image_token_id", "quantization_config", "use_image_newline_parameter"},
     CHANGES,
     {
-        "model_type": ("llava", "llava_next"),
+        "model_type": tuple(_CLASSES),
         "projector_hidden_act": ACTIVATIONS,
         "vision_feature_select_strategy": ("default", "full"),
         "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
@@ -208,6 +245,20 @@ def read_pinpoints(
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no list of pairs.") from error
     return tuple((int(height), int(width)) for height, width in pairs)
+
+
+def _read_vip(data: dict[str, Any]) -> dict[str, Any]:
+    """The layers of a ViP-LLaVA under the key that LLaVA's have.
+
+    Version 4 of transformers wrote and read ``vision_feature_layers``; what the other key says in
+    its files (llava-hf/vip-llava-7b-hf: -2) it did not read.
+    """
+    if data["model_type"] != "vipllava":
+        return data
+    layers = data.pop("vision_feature_layers", None)
+    if layers is not None or str(data.get("transformers_version")).startswith("4."):
+        data["vision_feature_layer"] = layers
+    return data
 
 
 def _image_token(data: Mapping[str, Any]) -> int:

@@ -233,7 +233,7 @@ def test_save_then_load_is_the_identity(golden, tmp_path, monkeypatch):
     assert mx.array_equal(again(**other), model(**inputs))
 
 
-@pytest.mark.parametrize("name", ["gqa", "next", "siglip_head"])
+@pytest.mark.parametrize("name", ["gqa", "next", "siglip_head", "vip"])
 def test_transformers_reads_what_we_save(name, tmp_path):
     hf = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

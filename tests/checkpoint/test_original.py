@@ -245,6 +245,26 @@ def test_siglip_is_fetched_from_its_own_repository(aspect, tmp_path):
     assert np.array_equal(ours, np.array(theirs).transpose(0, 2, 3, 1))
 
 
+def test_vip_llava_reads_five_layers_of_openais_clip(tmp_path):
+    case = layouts.case()
+    deep = {**case.vision, "num_hidden_layers": 11}
+    model = tiny.make_model(replace(case, vip=True, vision=deep))
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(model), model)
+    names = {
+        "multi_modal_projector.projector_layernorm": "model.mm_projector.clip_layernorm",
+        "model.mm_projector.": "model.mm_projector.final_linear.",
+    }
+    original_names = {}
+    for key, tensor in bare(model).items():
+        old = next((old for old in names if key.startswith(old)), "")
+        original_names[names.get(old, "") + key.removeprefix(old)] = tensor
+    config = layouts.original_config(model, mm_vision_tower="clip_4layers_336")
+    folder = layouts.write_folder(tmp_path / "llava", original_names, config)
+    with pytest.raises(FileNotFoundError, match="openai/clip-vit-large-patch14-336 is needed"):
+        load(folder, offline=True)
+    same_logits(folder, model, vision_tower=clip)
+
+
 def without_last_layer(model):
     """As the original saves a tower that it has trained."""
     tensors = layouts.to_original(layouts.state_dict(model))

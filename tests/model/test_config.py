@@ -145,6 +145,34 @@ def test_transformers_reads_what_we_write():
         assert replace(again, eos_token_id=()) == ours  # theirs spells LlamaConfig's 2 out
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        # llava-hf/vip-llava-13b-hf and -7b-hf, whose linear_1 both read five layers
+        ({"vision_feature_layers": [-2, -5, -8, -11, 6]}, (23, 20, 17, 14, 6)),
+        ({"vision_feature_layer": -2, "projector_layernorm": False}, (23, 20, 17, 14, 6)),
+        ({"transformers_version": "5.24.0", "vision_feature_layer": [4, -2]}, (4, 23)),
+        ({"transformers_version": "5.24.0", "vision_feature_layer": 3}, (3,)),
+    ],
+)
+def test_layers_of_vip_llava(keys, expected):
+    data = {**LLAVA_15, "model_type": "vipllava", "transformers_version": "4.36.0.dev0", **keys}
+    config = LlavaConfig.from_dict({**data, "vision_feature_select_strategy": "full"})
+    assert config.feature_layers == expected
+    assert (config.projector_layernorm_eps, config.tokens_per_tile) == (1e-5, 576)
+    assert unknown_keys(data) == {}
+    assert LlavaConfig.from_dict(config.to_dict()) == config
+    hf = pytest.importorskip("transformers")
+    written = hf.VipLlavaConfig.from_dict(config.to_dict())
+    assert written.architectures == ["VipLlavaForConditionalGeneration"]
+    assert LlavaConfig.from_dict(written.to_dict()).feature_layers == expected
+
+
+def test_a_llava_has_no_norm_before_its_projector():
+    data = {**LLAVA_15, "projector_layernorm_eps": 1e-5}
+    assert LlavaConfig.from_dict(data).projector_layernorm_eps is None
+
+
 ROPES = {
     "default": {},
     "theta": {"rope_theta": 5e5},

@@ -118,7 +118,7 @@ def assert_equal(found: dict, expected: dict) -> None:
     "name",
     [
         *("vicuna", "gqa", "tied_head", "mistral_window", "qwen2"),
-        *("layer_list", "pad", "next", "siglip"),
+        *("layer_list", "pad", "next", "siglip", "vip"),
     ],
 )
 def test_loss_and_gradients_of_a_stage(name, stage, tmp_path):
