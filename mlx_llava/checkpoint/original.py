@@ -45,12 +45,14 @@ _NOT_THE_DECODERS = frozenset(
     vision_feature_select_strategy
     """.split()
 )
-#: Decoders that are not LLaMA's; the tensors of some have the same names and other maths.
+#: Decoders that are read, by a word of their names. All have RMSNorm; Qwen 1, Phi 1 and 2 have not.
+_DECODERS = {"mistral": "mistral", "qwen": "qwen2", "phi": "phi3"}
+#: Others; the tensors of some have the same names and other maths.
 _OTHER_DECODERS = frozenset(
     """
     apertus baichuan bloom chatglm cohere dbrx ernie exaone falcon gemma glm gpt granite helium
-    hunyuan internlm jamba mamba minicpm mixtral mpt nemotron olmo opt persimmon phi qwen smollm
-    stablelm starcoder
+    hunyuan internlm jamba mamba minicpm mixtral moe mpt nemotron olmo opt persimmon smollm stablelm
+    starcoder
     """.split()
 )
 #: LLaVAs with much the same config.json and other parts: a key or class of theirs, and what differs
@@ -61,6 +63,7 @@ _OTHER_LLAVAS = {
     "mm_video_tower": "Video-LLaVA, whose towers are not supported",
     "geochat": "GeoChat, which stretches its tower to pictures of 504 pixels",
 }
+_CLASSES = ("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt", "LlavaPhi", "LlavaQwen")
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
 
@@ -69,8 +72,7 @@ def is_original(data: Mapping[str, Any]) -> bool:
     """Whether config.json is the original LLaVA's; ``model_type`` alone does not tell."""
     classes = data.get("architectures")
     return bool(data.get("mm_vision_tower")) or any(
-        str(name).startswith(("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt"))
-        for name in (classes if isinstance(classes, list) else ())
+        str(name).startswith(_CLASSES) for name in (classes if isinstance(classes, list) else ())
     )
 
 
@@ -184,8 +186,7 @@ def translate(
         refuse_value("config.json", "image_aspect_ratio", mode, "'square', 'pad' and 'anyres'")
     if data.get("mm_resampler_type"):
         refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
-    text = {**(data.get("text_config") or {}), **data}
-    text = {key: value for key, value in text.items() if key not in _NOT_THE_DECODERS}
+    text = {k: value for k, value in _settings(data).items() if k not in _NOT_THE_DECODERS}
     if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
         del text["eos_token_id"]  # Lightning's ids are wrong; 1 is <s>
     is_anyres = mode == "anyres"
@@ -203,7 +204,7 @@ def translate(
         "vision_config": dict(vision),
         "text_config": {
             **text,
-            "model_type": "mistral" if "mistral" in _kind(data).lower() else "llama",
+            "model_type": _decoder(data),
             "vocab_size": vocabulary,
         },
         "image_token_index": vocabulary,
@@ -215,6 +216,11 @@ def translate(
         "anyres_convention": "original",
         "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
     }
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys; a text_config that was written beside them is the weaker."""
+    return {**(data.get("text_config") or {}), **data}
 
 
 def _kind(data: Mapping[str, Any]) -> str:
@@ -245,12 +251,24 @@ def _refuse_others(data: Mapping[str, Any]) -> None:
     for mark, what in _OTHER_LLAVAS.items():
         if data.get(mark) or mark in kind.lower():
             raise ValueError(f"config.json ({kind}) is that of {what}.")
+    _decoder(data)
+
+
+def _decoder(data: Mapping[str, Any]) -> str:
+    """The decoder's ``model_type``; raises ValueError for one that is not supported."""
+    kind = _kind(data)
     words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", kind)}
-    if others := words & _OTHER_DECODERS:
+    named = [word for word in _DECODERS if word in words]
+    others = words & _OTHER_DECODERS
+    if named and "rms_norm_eps" not in _settings(data):
+        others |= {*named} - {"mistral"}
+    others |= {*re.findall(r"qwen_?[3-9]", kind.lower())}
+    if others:
         raise ValueError(
             f"config.json says {kind}: the decoder {', '.join(sorted(others))} is not supported, "
-            "only LLaMA and Mistral."
+            "only LLaMA, Mistral, Qwen2 and Phi-3."
         )
+    return _DECODERS[named[0]] if named else "llama"
 
 
 def unknown_keys(settings: Mapping[str, Any]) -> dict[str, Any]:

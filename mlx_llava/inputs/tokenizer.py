@@ -99,8 +99,7 @@ class Tokenizer:
             return cls(read_json(fast), config, image_token_id, template)
         if not slow.exists():
             return cls(_read_qwen2(folder, config), config, image_token_id, template)
-        added = read_json(folder / "added_tokens.json")
-        spec = spec_from_sentencepiece(slow.read_bytes(), added)
+        spec = spec_from_sentencepiece(slow.read_bytes(), _read_added(folder, config))
         ends = {key: config.get(key) for key in ("bos_token", "eos_token")}
         if not all(ends.values()) or ends["bos_token"] == ends["eos_token"]:
             # LLaMA's first conversions to Hugging Face name no ends, or the wrong ones.
@@ -208,8 +207,14 @@ def _read_qwen2(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder} has the vocab.json of a {kind}; mlx_llava reads Qwen2Tokenizer's, and any "
             "tokenizer.json (save_pretrained of transformers writes one)."
         )
+    return spec_from_qwen2(read_json(vocabulary), read_text(merges), _read_added(folder, config))
+
+
+def _read_added(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """What added_tokens.json adds to the tokens of tokenizer_config.json, which have flags."""
     added = read_json(folder / "added_tokens.json")
-    return spec_from_qwen2(read_json(vocabulary), read_text(merges), added)
+    flagged = {token["content"] for token in (config.get("added_tokens_decoder") or {}).values()}
+    return {text: i for text, i in added.items() if text not in flagged}
 
 
 def find_image_token(folder: Path) -> int | None:
@@ -225,11 +230,12 @@ def _added_tokens(spec: Mapping[str, Any], config: Mapping[str, Any]) -> list[di
     tokens = [dict(token) for token in spec.get("added_tokens", [])]
     listed = {token["content"] for token in tokens}
     flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
-    return tokens + [
+    tokens += [
         {"id": int(i), "content": token["content"], **{key: token.get(key, False) for key in flags}}
         for i, token in config.get("added_tokens_decoder", {}).items()
         if token["content"] not in listed
     ]
+    return sorted(tokens, key=lambda token: int(token["id"]))
 
 
 def token_text(token: Any) -> str | None:

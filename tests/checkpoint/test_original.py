@@ -84,6 +84,9 @@ def test_a_renamed_class_is_read_by_its_keys_and_tensors(reference, name, tmp_pa
         {"architectures": None, "model_type": "llava_granite"},
         {"architectures": ["LlavaQwen2ForCausalLM"]},
         {"model_type": "llava_phi3"},
+        {"architectures": ["LlavaQwenMoeForCausalLM"], "rms_norm_eps": 1e-6},
+        {"model_type": "llava_qwen3", "rms_norm_eps": 1e-6},
+        {"architectures": ["LlavaQwen3ForCausalLM"], "rms_norm_eps": 1e-6},
         {"architectures": ["LlavaMixtralForCausalLM"]},
         {"architectures": ["LlavaErnie4_5ForCausalLM"]},
         {"architectures": ["LlavaGptForCausalLM"], "model_type": "llava-jp"},
@@ -91,10 +94,30 @@ def test_a_renamed_class_is_read_by_its_keys_and_tensors(reference, name, tmp_pa
     ],
 )
 def test_another_decoder_is_refused_by_name(names):
-    name = "Gemma granite Qwen phi Mixtral Ernie gpt helium".split()
+    name = "Gemma granite Qwen Qwen3 llava_qwen3 moe phi Mixtral Ernie gpt helium".split()
     data = {"hidden_size": 64, "num_attention_heads": 4, **names}
     with pytest.raises(ValueError, match=f"(?i)the decoder ({'|'.join(name)}) is not supported"):
         LlavaConfig.from_dict(original.translate(data, {}, 99))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("qwen2", {"architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen"}),
+        ("qwen2", {"architectures": ["LlavaQwen2ForCausalLM"], "model_type": "llava"}),
+        ("phi3", {"architectures": ["LlavaPhiForCausalLM"], "model_type": "llava_phi"}),
+        ("mistral", {"architectures": ["LlavaMistralForCausalLM"], "sliding_window": 7}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_decoders_are_told_by_their_names(family, names, tmp_path):
+    window = names.get("sliding_window")
+    case = layouts.case(**tiny.PHI_3, head_dim=16, sliding_window=window)
+    model = tiny.make_model(replace(case, family=family))
+    clip = layouts.write_clip(tmp_path / "clip", layouts.state_dict(model), model)
+    folder = tmp_path / "llava"
+    layouts.write_folder(folder, bare(model), layouts.original_config(model, **names))
+    same_logits(folder, model, vision_tower=clip)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,24 @@ def test_added_tokens_may_be_in_tokenizer_config_only(llama_tokenizer_model, tmp
     assert tokenizer.encode("<pad>") == [1, IMAGE + 1]
 
 
+def test_added_tokens_have_the_flags_of_tokenizer_config(llama_tokenizer_model, tmp_path):
+    """Phi-3's marks of turns swallow the line's end behind them."""
+    import sentencepiece
+
+    (tmp_path / "tokenizer.model").write_bytes(llama_tokenizer_model)
+    added = {"<|end|>": 32001, "<|user|>": 32002, "<|assistant|>": 32000}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    decoder = {str(i): {"content": t, "rstrip": True, "special": True} for t, i in added.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    ours = Tokenizer.from_folder(tmp_path, IMAGE + 9)
+    words = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model).encode
+    ids = ours.encode("<|user|>\nWhat is this?<|end|>\n<|assistant|>\n A dog.<|end|>\n")
+    question, answer = words("What is this?"), words("A dog.")
+    assert ids == [1, 32002, *question, 32001, 32000, *answer, 32001]
+    assert ours.bytes_of(32001) == b"<|end|>"
+    assert ours.decode(ids) == "What is this? A dog."
+
+
 @pytest.mark.parametrize("config", [{}, {"bos_token": "<s>"}, {"bos_token": "<unk>"}])
 def test_without_other_settings_the_begin_of_text_is_that_of_tokenizer_json(
     llama, config, tmp_path
