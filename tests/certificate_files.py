@@ -107,15 +107,25 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
         "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": 336},
     }
+    is_siglip = config["vision_config"]["model_type"] == "siglip_vision_model"
+    if is_siglip:
+        del images["crop_size"], images["do_center_crop"]
+        images |= {
+            "do_convert_rgb": None,
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "SiglipImageProcessor",
+            "image_std": [0.5] * 3,
+            "size": {"height": 384, "width": 384},
+        }
     if is_next:
         images |= {"aspect_ratio_setting": "anyres", "image_grid_pinpoints": PINPOINTS}
     write_json(folder / "preprocessor_config.json", images)
     processor = {
         "image_token": "<image>",
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(not is_siglip),
         "patch_size": config["vision_config"]["patch_size"],
         "processor_class": images["processor_class"],
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": "full" if is_siglip else "default",
     }
     write_json(folder / "processor_config.json", processor)
     for path in (SHARED / "published" / row.real).glob("*") if row.real else ():

@@ -38,6 +38,7 @@ class Published:
         ends: the ids that must end an answer.
         mode: how pictures must be cut.
         tokens: how many a picture of 300 x 200 must take.
+        layer: which of the tower's hidden states must be read.
         real: the folder of its files in the test data, or the dump of transformers that has it.
     """
 
@@ -55,6 +56,7 @@ class Published:
     ends: tuple[int, ...] = (2,)
     mode: str = "pad"
     tokens: int = 576
+    layer: int | tuple[int, ...] = -2
     real: str = ""
 
     def read_published(self, folder: Path) -> Settings:
