@@ -115,6 +115,7 @@ class Processor:
         template: writes conversations as prompts, and knows the texts that end an answer.
         eos_ids: token ids that end an answer.
         context_length: how many tokens the decoder can read and write in all.
+        frames: how many frames are taken of a video, where nothing says it.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Processor:
         self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
         self.template = template or choose_template(config, tokenizer)
         self.context_length = config.text_config.context_length
+        self.frames = FRAMES
         ends = {tokenizer.special_tokens.get(stop) for stop in self.template.stops}
         ends |= {*eos_ids, *config.eos_token_id, tokenizer.eos_id}
         self.eos_ids = frozenset(end for end in ends if end is not None)
@@ -258,7 +260,7 @@ class Processor:
 
     def _load_video(self, source: Any, frames: int | None = None) -> Video:
         if frames is None and not is_ready(source):
-            frames = FRAMES
+            frames = self.frames
         return load_video(source, frames)
 
     def _wrapped(self, text: str) -> str:

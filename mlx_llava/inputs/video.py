@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,7 @@ class Limits:
         seconds: how long it may last.
         size: of its file, in bytes.
         containers: what a file may be, by FFmpeg's names.
+        codecs: how a film may be encoded, by the names of FFmpeg's decoders; () for all.
         images: what an animation may be, by Pillow's names.
     """
 
@@ -79,6 +81,7 @@ class Limits:
     seconds: float = 4 * 3600
     size: int = 100_000_000_000
     containers: Sequence[str] = CONTAINERS
+    codecs: Sequence[str] = ()
     images: Sequence[str] = FORMATS
 
 
@@ -131,16 +134,19 @@ def load_video(source: VideoSource, frames: int | None = None, limits: Limits = 
     if isinstance(source, (str, Path)) and expand_home(source).is_dir():
         names = sorted(find_images([str(source)]), key=_by_number)
         return _stills(names, str(source), count, limits)
-    with _opened(source) as (file, name):
-        if (size := file.seek(0, io.SEEK_END)) > limits.size:
-            raise ValueError(f"{name} has {size:,} bytes; the limit is {limits.size:,}.")
-        file.seek(0)
-        head = file.read(_HEAD)
-        file.seek(0)
-        if has_image_beginning(head):
-            return Video(tuple(_animation(file.read(), name, count, limits)))
-        container = _container(head, name, limits)
-        return Video(tuple(_film(file, container, name, count, limits)))
+    with _opened(source, limits) as moving:
+        moving.check(count, limits)
+        return Video(tuple(moving.take(count)))
+
+
+def video_pixels(source: VideoSource, frames: int, limits: Limits = LIMITS) -> int:
+    """How many pixels so many frames of a film or an animation have; nothing is decoded.
+
+    Raises:
+        ValueError: As `load_video`.
+    """
+    with _opened(source, limits) as moving:
+        return moving.check(frames, limits)
 
 
 def _by_number(name: str) -> list[str]:
@@ -157,20 +163,55 @@ def _stills(images: Stills, name: str, count: int, limits: Limits) -> Video:
     return Video(tuple(taken[i] for i in chosen))
 
 
-def _check_pixels(size: tuple[int, int], count: int, total: int, name: str, limits: Limits) -> None:
-    width, height = size
-    if not total:
-        raise ValueError(f"{name} has no frames.")
-    for frames, limit in ((count, limits.pixels), (total, limits.decoded)):
-        if width * height * frames > limit:
-            raise ValueError(
-                f"{name} has {total:,} frames of {width}x{height}, of which {count} are taken; "
-                f"{frames:,} have {width * height * frames:,} pixels, and the limit is {limit:,}."
-            )
+class _Moving(NamedTuple):
+    """A film or an animation that is open."""
+
+    name: str
+    size: tuple[int, int]  # (width, height)
+    total: int
+    some: Callable[[set[int]], tuple[dict[int, Image.Image], int]]  # frames, and how many were seen
+
+    def check(self, count: int, limits: Limits) -> int:
+        """How many pixels so many frames have, where they and what is decoded are not too many."""
+        width, height = self.size
+        if not self.total:
+            raise ValueError(f"{self.name} has no frames.")
+        for frames, limit in ((count, limits.pixels), (self.total, limits.decoded)):
+            if (pixels := width * height * frames) > limit:
+                raise ValueError(
+                    f"{self.name} has {self.total:,} frames of {width}x{height}, of which {count} "
+                    f"are taken; {frames:,} have {pixels:,} pixels, and the limit is {limit:,}."
+                )
+        return width * height * count
+
+    def take(self, count: int) -> Iterator[Image.Image]:
+        """So many frames, evenly from the first to the last that can be seen."""
+        with naming(self.name, "video"):
+            chosen = sample(self.total, count)
+            taken, seen = self.some({*chosen})
+            if 0 < seen < self.total:  # a film that is cut off, say
+                chosen = sample(seen, count)
+                taken, _ = self.some({*chosen})
+            return iter([taken[i] for i in chosen])
 
 
 @contextmanager
-def _opened(source: Any) -> Iterator[tuple[BinaryIO, str]]:
+def _opened(source: Any, limits: Limits) -> Iterator[_Moving]:
+    with _file(source) as (file, name):
+        if (size := file.seek(0, io.SEEK_END)) > limits.size:
+            raise ValueError(f"{name} has {size:,} bytes; the limit is {limits.size:,}.")
+        file.seek(0)
+        head = file.read(_HEAD)
+        file.seek(0)
+        if has_image_beginning(head):
+            yield _animation(file.read(), name, limits)
+        else:
+            with _film(file, _container(head, name, limits), name, limits) as film:
+                yield film
+
+
+@contextmanager
+def _file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
     """A file that can be read and searched, and its name in errors."""
     text = str(source)
     is_url = is_data_url(text) or text.startswith(("http://", "https://"))
@@ -190,27 +231,30 @@ def _container(head: bytes, name: str, limits: Limits) -> str:
     raise ValueError(f"{name} is {what}.")
 
 
-def _animation(content: bytes, name: str, count: int, limits: Limits) -> list[Image.Image]:
+def _animation(content: bytes, name: str, limits: Limits) -> _Moving:
     image, file, _ = open_image(content, limits.pixels, limits.images)
     with naming(name, "video"):
         total = getattr(image, "n_frames", 1)
-    _check_pixels(image.size, count, total, name, limits)
-    chosen, taken = sample(total, count), dict[int, Image.Image]()
-    with naming(name, "video"):
-        for i in dict.fromkeys(chosen):
+
+    def some(chosen: set[int]) -> tuple[dict[int, Image.Image], int]:
+        taken = {}
+        for i in sorted(chosen):
             image.seek(i)
             taken[i] = to_rgb(image.copy(), file.levels, name)
-    return [taken[i] for i in chosen]
+        return taken, total
+
+    return _Moving(name, image.size, total, some)
 
 
-def _film(
-    file: BinaryIO, container: str, name: str, count: int, limits: Limits
-) -> list[Image.Image]:
+@contextmanager
+def _film(file: BinaryIO, container: str, name: str, limits: Limits) -> Iterator[_Moving]:
     try:
         import av
     except ImportError as error:
         raise ValueError(f"{name} is a film: pip install 'mlx_llava[video]' to read it.") from error
-    options = {"max_pixels": str(limits.pixels)}
+    options = {"max_pixels": str(limits.pixels), "format_whitelist": container}
+    if limits.codecs:
+        options["codec_whitelist"] = ",".join(limits.codecs)
     with naming(name, "video"):
         opened = av.open(
             *(file, "r"),
@@ -223,26 +267,24 @@ def _film(
         if not opened.streams.video:
             raise ValueError(f"{name} has no pictures.")
         stream = opened.streams.video[0]
+        if (seconds := (opened.duration or 0) / av.time_base) > limits.seconds:
+            raise ValueError(f"{name} lasts {seconds:.0f} s; the limit is {limits.seconds:g} s.")
         with naming(name, "video"):
             packets = opened.demux(stream)
             total = sum(bool(packet.size) and not packet.is_discard for packet in packets)
-        if (seconds := (opened.duration or 0) / av.time_base) > limits.seconds:
-            raise ValueError(f"{name} lasts {seconds:.0f} s; the limit is {limits.seconds:g} s.")
-        _check_pixels((stream.width, stream.height), count, total, name, limits)
-        stream.thread_type = "AUTO"
-        with naming(name, "video"):
-            taken, seen = _take(opened, stream, {*sample(total, count)})
-            if 0 < seen < total:  # a file that is cut off, say
-                total = seen
-                taken, _ = _take(opened, stream, {*sample(total, count)})
-            return [taken[i] for i in sample(total, count)]
+        coded = stream.codec_context.codec.name
+        if limits.codecs and coded not in limits.codecs:
+            raise ValueError(f"{name} is encoded as {coded}; use {', '.join(limits.codecs)}.")
+        stream.codec_context.options, stream.thread_type = options, "AUTO"
+        some = partial(_decoded, opened, stream)
+        yield _Moving(name, (stream.width, stream.height), total, some)
 
 
 def _refuse(url: str, *_: Any) -> NoReturn:
     raise ValueError(f"it leads to another file, {url!r:.80}")
 
 
-def _take(
+def _decoded(
     opened: InputContainer, stream: VideoStream, chosen: set[int]
 ) -> tuple[dict[int, Image.Image], int]:
     """Some frames by their number, and how many were seen for it."""

@@ -176,7 +176,8 @@ class Api:
             await self._compiling.run(compile)
         prepare = partial(request.prepare, self.engine.processor)
         if request.images:
-            return await self._images.use(request.images, prepare)
+            frames = request.frames or self.engine.processor.frames
+            return await self._images.use(request.images, frames, prepare)
         return await self._reading.run(partial(prepare, ()))
 
 

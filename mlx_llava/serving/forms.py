@@ -96,7 +96,7 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _path(location: Sequence[int | str]) -> str:
     """Where something is, without the kinds of parts and formats that pydantic puts between."""
-    kinds = {"text", "image_url"}
+    kinds = {"text", "image_url", "video_url"}
     return ".".join(
         str(step)
         for before, step in zip((None, *location), location, strict=False)

@@ -8,22 +8,33 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mlx_llava.inputs.image import decode_data_url, image_size, is_data_url, load_image
+from mlx_llava.inputs.video import Limits, load_video, video_pixels
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.requests import VideoUrl
 from mlx_llava.serving.settings import MEGA, Settings
 from mlx_llava.serving.workers import Workers
 
-#: Of a picture that is elsewhere, or a file.
+#: Of a picture or a video that is elsewhere, or a file.
 MAX_BYTES = 20_000_000
 #: How JPEG, PNG, GIF and WebP begin in base64, which some clients send without data: before it.
 _BARE = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 #: What browsers and cameras make; each further decoder is one more that strangers can feed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: What telephones and browsers film; ten minutes of it, or five in 1920 x 1080.
+FILMS = Limits(
+    decoded=20_000_000_000,
+    seconds=600,
+    containers=("mov", "matroska"),
+    codecs=("h264", "hevc", "vp8", "vp9", "libdav1d", "av1"),
+    images=("GIF", "WEBP"),
+)
 #: Pixels of a request up to which its pictures are small, as those of most telephones are.
 SMALL_PIXELS = 16_000_000
 #: So many requests have pictures fetched at a time, and keep them until they are decoded.
@@ -47,20 +58,21 @@ class Images:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._max_pixels = settings.max_pixels * MEGA
+        self._films = replace(FILMS, pixels=self._max_pixels)
         self._decoding, self._decoding_small, self._measuring = Workers(1), Workers(1), Workers(2)
         self._holding = asyncio.Semaphore(FETCHES)
 
-    async def use(self, urls: Sequence[str], work: Callable[[list[Any]], T]) -> T:
-        """Does some work with images, in the thread that decodes them.
+    async def use(self, urls: Sequence[str], frames: int, work: Callable[[list[Any]], T]) -> T:
+        """Does some work with images and so many frames of videos, in the thread that decodes them.
 
         Raises:
             ApiError: An image is not allowed, cannot be read, or they are too large together.
         """
         async with self._holding if any(map(is_remote, urls)) else nullcontext():
             files = await self._fetch_all(urls)
-            pixels = await self._measuring.run(partial(self._pixels, urls, files))
+            pixels = await self._measuring.run(partial(self._pixels, urls, files, frames))
             workers = self._decoding if pixels > SMALL_PIXELS else self._decoding_small
-            return await workers.run(partial(self._decode, urls, files, work))
+            return await workers.run(partial(self._decode, urls, files, frames, work))
 
     async def _fetch_all(self, urls: Sequence[str]) -> dict[str, bytes]:
         """The images that are elsewhere; all of a request together have one deadline."""
@@ -119,13 +131,17 @@ class Images:
                 file = files[url] if url in files else self.read(url)
             yield file
 
-    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes]) -> int:
+    def _pixels(self, urls: Sequence[str], files: Mapping[str, bytes], frames: int) -> int:
         """How many pixels the images of a request have, which may not be too many."""
         limit, pixels = self._max_pixels, 0
-        for count, file in enumerate(self._files(urls, files), 1):
+        contents = zip(urls, self._files(urls, files), strict=True)
+        for count, (url, file) in enumerate(contents, 1):
             with _refusing("invalid_image"):
-                width, height = image_size(file, limit, FORMATS)
-            pixels += width * height
+                if isinstance(url, VideoUrl):
+                    pixels += video_pixels(file, frames, self._films)
+                else:
+                    width, height = image_size(file, limit, FORMATS)
+                    pixels += width * height
             if pixels > limit:
                 message = (
                     f"The first {count} pictures have {pixels:,} pixels together; the limit of a "
@@ -135,11 +151,19 @@ class Images:
         return pixels
 
     def _decode(
-        self, urls: Sequence[str], files: Mapping[str, bytes], work: Callable[[list[Any]], T]
+        self,
+        urls: Sequence[str],
+        files: Mapping[str, bytes],
+        frames: int,
+        work: Callable[[list[Any]], T],
     ) -> T:
         with _refusing("invalid_image"):
-            contents = self._files(urls, files)
-            images = [load_image(content, self._max_pixels, FORMATS) for content in contents]
+            images = [
+                load_video(content, frames, self._films)
+                if isinstance(url, VideoUrl)
+                else load_image(content, self._max_pixels, FORMATS)
+                for url, content in zip(urls, self._files(urls, files), strict=True)
+            ]
         return work(images)
 
 

@@ -34,12 +34,13 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import Form, parameter
 from mlx_llava.serving.parameters import check_parameters
 from mlx_llava.serving.replies import Piece, Reply, Token
-from mlx_llava.serving.requests import Request, arrange, as_seed
+from mlx_llava.serving.requests import Request, VideoUrl, arrange, as_seed
 
 MAX_MESSAGES = MAX_PARTS = 1000
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_PROMPTS = 64
+MAX_FRAMES = 64
 MAX_SCHEMA_LENGTH = 100_000
 DEFAULT_COMPLETION_TOKENS = 16
 #: What templates leave out of earlier answers, like the field `reasoning_content`.
@@ -82,7 +83,7 @@ class _TextPart(Form):
 
 
 class _ImageUrl(Form):
-    """Where an image is. Whatever `detail` is asked for, the model sees all that it can."""
+    """Where an image or a video is; whatever `detail` is asked for, all that can be is seen."""
 
     url: str
 
@@ -92,7 +93,14 @@ class _UrlPart(Form):
     image_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
 
 
-Part: TypeAlias = Annotated[_TextPart | _UrlPart, Field(discriminator="type")]
+class _VideoPart(Form):
+    """Not OpenAI's; as vLLM, SGLang and OpenRouter have it."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
+
+
+Part: TypeAlias = Annotated[_TextPart | _UrlPart | _VideoPart, Field(discriminator="type")]
 
 
 class ChatMessage(Form):
@@ -129,8 +137,12 @@ class ChatMessage(Form):
         return role, texts, len(self.images())
 
     def images(self) -> list[str]:
-        """The URLs of its images in order."""
-        return [part.image_url.url for part in self.content if isinstance(part, _UrlPart)]
+        """The URLs of its images and videos in order."""
+        return [
+            part.image_url.url if isinstance(part, _UrlPart) else VideoUrl(part.video_url.url)
+            for part in self.content
+            if not isinstance(part, _TextPart)
+        ]
 
 
 class _TextFormat(Form):
@@ -256,7 +268,9 @@ class ChatRequest(AnswerRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: Format | None = None
-    image_tokens: int | None = Field(None, ge=1)  # not OpenAI's
+    # not OpenAI's
+    image_tokens: int | None = Field(None, ge=1)
+    frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
 
     def request(self, defaults: Options) -> Request:
         """Of two lengths, the newer parameter's is taken."""
@@ -278,6 +292,7 @@ class ChatRequest(AnswerRequest):
             options,
             images=[url for message in self.messages for url in message.images()],
             image_tokens=self.image_tokens,
+            frames=self.frames,
             n=self.n,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             stream=self.stream,

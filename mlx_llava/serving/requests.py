@@ -12,6 +12,12 @@ from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.serving.errors import ApiError
 
 
+class VideoUrl(str):
+    """The URL of a video, among those of images."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be answered, and how.
@@ -20,7 +26,8 @@ class Request:
         model: the model's name.
         prompts: conversations, or texts as the model reads them.
         options: how to answer.
-        images: the URLs of the images of a conversation, in reading order.
+        images: the URLs of the images and videos of a conversation, in reading order.
+        frames: how many frames are taken of each video; None for as many as the model knows.
         image_tokens: how many features of each the model is shown at most; None for all.
         n: how many answers each prompt gets.
         top_logprobs: how many of the likeliest tokens are reported at the position of each, or
@@ -32,6 +39,7 @@ class Request:
     prompts: Sequence[str | Sequence[Message]]
     options: Options
     images: Sequence[str] = ()
+    frames: int | None = None
     image_tokens: int | None = None
     n: int = 1
     top_logprobs: int | None = None

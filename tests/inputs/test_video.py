@@ -12,7 +12,7 @@ from PIL import Image
 
 av = pytest.importorskip("av", reason="videos: pip install '.[video]'")
 
-from mlx_llava.inputs.video import Limits, Video, load_video, sample  # noqa: E402
+from mlx_llava.inputs.video import Limits, Video, load_video, sample, video_pixels  # noqa: E402
 from tests.films import SIZE, decoded, drawn, film  # noqa: E402
 
 
@@ -149,9 +149,25 @@ def test_sound_alone_is_no_video():
 )
 def test_bounds_are_kept_before_anything_is_decoded(limits, message, monkeypatch):
     content = film()
-    monkeypatch.setattr("mlx_llava.inputs.video._take", None)  # which decodes
-    with pytest.raises(ValueError, match=message):
-        load_video(content, 8, limits)
+    monkeypatch.setattr("mlx_llava.inputs.video._decoded", lambda *_: pytest.fail("it decodes"))
+    for reader in (load_video, video_pixels):
+        with pytest.raises(ValueError, match=message):
+            reader(content, 8, limits)
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "decoder"), [("libx264", "mp4", "h264"), ("libvpx-vp9", "webm", "vp9")]
+)
+def test_only_named_decoders_are_used(codec, container, decoder):
+    content = film(codec, container, frames=3)
+    assert len(load_video(content, 2, Limits(codecs=(decoder, "hevc"))).frames) == 2
+    with pytest.raises(ValueError, match="is encoded as .*; use hevc"):
+        load_video(content, 2, Limits(codecs=("hevc",)))
+
+
+def test_pixels_are_counted_without_decoding(monkeypatch):
+    monkeypatch.setattr("mlx_llava.inputs.video._decoded", lambda *_: pytest.fail("it decodes"))
+    assert video_pixels(film(frames=3), 5) == 5 * SIZE[0] * SIZE[1]
 
 
 def test_an_animation_and_a_list_have_the_same_bounds(tmp_path: Path):

@@ -11,6 +11,7 @@ from playwright.sync_api import expect
 from mlx_llava.inputs.image import data_url
 from tests import browser
 from tests.conftest import ROOT
+from tests.films import film
 from tests.servers import serving
 
 pytestmark = pytest.mark.skipif(
@@ -166,7 +167,7 @@ def test_errors_are_shown_and_the_question_comes_back(page):
 def test_files_that_are_no_pictures(page, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     page.get_by_label("Add pictures").set_input_files(str(tmp_path / "a.txt"))
-    expect(page.get_by_role("alert")).to_have_text("Only pictures can be added.")
+    expect(page.get_by_role("alert")).to_have_text("Only pictures and videos can be added.")
 
 
 def test_again_and_settings(page):
@@ -289,3 +290,19 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(page):
         "send",
     } <= reached
     assert page.get_by_role("log").get_attribute("aria-live") == "polite"
+
+
+def test_a_video_that_is_chosen(page, tmp_path):
+    path = tmp_path / "film.webm"
+    path.write_bytes(film("libvpx-vp9", "webm", frames=3))
+    page.get_by_label("Add pictures").set_input_files([str(path), str(SHAPES)])
+    expect(page.get_by_role("button", name="Remove video 1")).to_be_visible()
+    expect(page.get_by_role("button", name="Remove picture 2")).to_be_visible()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        ask(page, QUESTION)
+    parts = asked.value.post_data_json["messages"][-1]["content"]
+    assert [part["type"] for part in parts] == ["video_url", "image_url", "text"]
+    assert len(answered(page)) == 1
+    shown = page.get_by_role("article").get_by_label("Video 1")
+    assert shown.evaluate("video => video.error === null")
+    page.wait_for_function("() => document.querySelector('.shown video').videoWidth === 64")

@@ -7,7 +7,7 @@ const SETTINGS = ["system", "temperature", "top_p", "max_tokens", "seed", "shown
 
 let model = null;
 let conversation = empty();
-let pending = []; // pictures that go with the next question, as data: URLs
+let pending = []; // pictures and videos that go with the next question, as data: URLs
 let running = null; // the AbortController of the answer that is being made
 
 // conversation: {id, turns: [{text, pictures, answer, figures}]}
@@ -56,7 +56,7 @@ function messages() {
   const said = $("system").value ? [{ role: "system", content: $("system").value }] : [];
   for (const turn of conversation.turns) {
     const shown = $("shown").value === "all" || turn === last ? turn.pictures : [];
-    const parts = shown.map((url) => ({ type: "image_url", image_url: { url } }));
+    const parts = shown.map((url) => (isVideo(url) ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
     said.push({ role: "user", content: [...parts, { type: "text", text: turn.text }] });
     if (turn !== conversation.turns.at(-1)) {
       said.push({ role: "assistant", content: turn.answer });
@@ -190,7 +190,7 @@ function drawQuestion(turn) {
   article.append(make("p", "who", "You"));
   if (turn.pictures.length) {
     const shown = make("div", "shown");
-    shown.append(...turn.pictures.map((url, i) => picture(url, `Picture ${i + 1}`)));
+    shown.append(...turn.pictures.map((url, i) => picture(url, `${kind(url)} ${i + 1}`)));
     article.append(shown);
   }
   article.append(make("p", "text", turn.text));
@@ -210,11 +210,19 @@ function drawAnswer(turn, isLast) {
   return article;
 }
 
-function picture(url, alt) {
-  const image = make("img");
-  image.src = url;
-  image.alt = alt;
-  return image;
+function isVideo(url) {
+  return url.startsWith("data:video/");
+}
+
+function kind(url) {
+  return isVideo(url) ? "Video" : "Picture";
+}
+
+function picture(url, name) {
+  if (!isVideo(url)) return Object.assign(make("img"), { src: url, alt: name });
+  const video = Object.assign(make("video"), { src: url, muted: true, controls: true, preload: "metadata" });
+  video.setAttribute("aria-label", name);
+  return video;
 }
 
 function addText(turn, shown, text) {
@@ -229,8 +237,8 @@ function showPending() {
   const items = pending.map((url, i) => {
     const item = make("li");
     const remove = button("×", () => { pending.splice(i, 1); showPending(); });
-    remove.setAttribute("aria-label", `Remove picture ${i + 1}`);
-    item.append(picture(url, `Picture ${i + 1}`), remove);
+    remove.setAttribute("aria-label", `Remove ${kind(url).toLowerCase()} ${i + 1}`);
+    item.append(picture(url, `${kind(url)} ${i + 1}`), remove);
     return item;
   });
   $("pictures").replaceChildren(...items);
@@ -267,8 +275,8 @@ function asDataUrl(file) {
 }
 
 async function add(files) {
-  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
-  if (files.length && !pictures.length) showError("Only pictures can be added.");
+  const pictures = [...files].filter((file) => /^(image|video)\//.test(file.type));
+  if (files.length && !pictures.length) showError("Only pictures and videos can be added.");
   try {
     pending.push(...await Promise.all(pictures.map(asDataUrl)));
   } catch (error) {
