@@ -29,7 +29,7 @@ TESTS = (
     ),
     *(
         *(
-            f"tests/model/test_linux_{name}.py"
+            f"tests/model/linux/test_{name}.py"
             for name in ("functions", "weights", "layers", "decoder")
         ),
         "tests/model/test_batch_cache.py",
@@ -209,17 +209,17 @@ MUTATIONS = (
     ("what an adapter made plain is quantised again", "checkpoint/convert", "for path in again}", "for path in ()}"),
     ("an adapter of another model put on", "checkpoint/contents", "        if wrong:\n", "        if False:\n"),
     ("PiSSA on the base itself", "checkpoint/adapters", '"gaussian", "eva"', '"pissa_niter_4", "gaussian", "eva"'),
-    ("codes cut out of the next word wrongly", "model/linux_weights", "np.uint32(32 - shift)", "np.uint32(31 - shift)"),
-    ("sums of inputs not by group", "model/linux_weights", "row.reshape(C, G, -1).sum(axis=(0, 2))", "row.reshape(G, C, -1).sum(axis=(1, 2))"),
-    ("permutation not undone", "model/linux_weights", "np.argsort(self.permutation)", "self.permutation"),
-    ("weight of 16 bits not trained", "model/linux_layers", "return back, rows.astype(own.dtype)", "return back, mx.zeros_like(own)"),
-    ("an old weight multiplied with", "model/linux_layers", "found is None or found.array is not layer.weight", "found is None"),
-    ("another kind of layer taken for ours", "model/linux_decoder", "all(type(one) in _LINEAR for one in layers)", "True"),
+    ("codes cut out of the next word wrongly", "model/linux/weights", "np.uint32(32 - shift)", "np.uint32(31 - shift)"),
+    ("sums of inputs not by group", "model/linux/weights", "row.reshape(C, G, -1).sum(axis=(0, 2))", "row.reshape(G, C, -1).sum(axis=(1, 2))"),
+    ("permutation not undone", "model/linux/weights", "np.argsort(self.permutation)", "self.permutation"),
+    ("weight of 16 bits not trained", "model/linux/layers", "return back, rows.astype(own.dtype)", "return back, mx.zeros_like(own)"),
+    ("an old weight multiplied with", "model/linux/layers", "found is None or found.array is not layer.weight", "found is None"),
+    ("another kind of layer taken for ours", "model/linux/decoder", "all(type(one) in _LINEAR for one in layers)", "True"),
     ("projector left in 16 bits", "checkpoint/precision", "(model.vision_tower, model.language_model)", "(model,)"),
-    ("future seen within a block", "model/linux_functions", "where=later[:rows, :rows]", "where=False"),
-    ("scores not scaled", "model/linux_functions", "queries[i] * scale", "queries[i]"),
-    ("tanh GELU without its cube", "model/linux_functions", "if cubic:", "if False:"),
-    ("quick GELU of another slope", "model/linux_functions", "quick_gelu, 1.702, x", "quick_gelu, 1.7, x"),
+    ("future seen within a block", "model/linux/functions", "where=later[:rows, :rows]", "where=False"),
+    ("scores not scaled", "model/linux/functions", "queries[i] * scale", "queries[i]"),
+    ("tanh GELU without its cube", "model/linux/functions", "if cubic:", "if False:"),
+    ("quick GELU of another slope", "model/linux/functions", "quick_gelu, 1.702, x", "quick_gelu, 1.7, x"),
     ("pictures not told apart", "generation/prompt_cache", "self.keys[position] = image.digest", "pass"),
     ("size not part of a picture", "generation/prompt_cache", "repr((size, pixels.shape))", "repr(pixels.shape)"),
     ("nothing left to read", "generation/prompt_cache", "zip(self.keys[:-1], keys", "zip(self.keys, keys"),

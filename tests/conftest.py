@@ -13,7 +13,7 @@ from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import mlx.core as mx
 import pytest
 
-from mlx_llava.model import linux_functions
+from mlx_llava.model.linux import functions
 from tests.sites import internet, tls  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +83,8 @@ def as_on(machine: str) -> Iterator[None]:
     """
     is_mac = machine == "mac"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linux_functions, "NUMPY", linux_functions.NUMPY and not is_mac)
-        patch.setattr(linux_functions, "SMALLEST", 0)
+        patch.setattr(functions, "NUMPY", functions.NUMPY and not is_mac)
+        patch.setattr(functions, "SMALLEST", 0)
         for module in ("generation.steps", "generation.batch"):
             patch.setattr(f"mlx_llava.{module}.queues_ahead", lambda: is_mac)
         patch.setattr("mlx_llava.model.batch_cache.on_cpu", lambda: not is_mac)

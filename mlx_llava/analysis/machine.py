@@ -20,10 +20,10 @@ from mlx.utils import tree_map_with_path
 
 from mlx_llava.analysis.random_model import random_array
 from mlx_llava.checkpoint.precision import arrays_of
-from mlx_llava.model import linux_cpu
 from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import available_memory, on_cpu, total_memory
-from mlx_llava.model.linux_functions import NUMPY
+from mlx_llava.model.linux.adopt import adopt
+from mlx_llava.model.linux.functions import NUMPY
 from mlx_llava.model.quantized import float_dtype, is_quantized, plain_weight
 
 _GB = 1e9
@@ -92,7 +92,7 @@ def _with_random_weights(layer: nn.Module) -> nn.Module:
         twin = twin.to_quantized(layer.group_size, bits, layer.mode)
     draw = partial(random_array, 0, dtype=float_dtype(layer, mx.float32), bits=bits)
     twin.update(tree_map_with_path(draw, twin.parameters()))
-    linux_cpu.adopt(twin)
+    adopt(twin)
     mx.eval(twin.parameters())
     return twin
 

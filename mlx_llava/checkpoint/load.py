@@ -23,9 +23,9 @@ from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.json_files import sensible_values
-from mlx_llava.model import linux_cpu
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import check_weights, configure_device
+from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import PermutedQuantizedLinear, layer_settings
 from mlx_llava.signatures import takes
@@ -94,7 +94,7 @@ def load(
     cast(model.multi_modal_projector, projector_dtype or dtype)
     cast(model.language_model, dtype)
     model.vision_device = _device(vision_device)
-    linux_cpu.adopt(model)
+    adopt(model)
     if not lazy:
         mx.eval(model.state)  # all of it: what is lazy cannot be used in another thread
     return model, processor

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_llava.model.device import DTYPES, available_memory, on_cpu
-from mlx_llava.model.linux_layers import is_read_fast
+from mlx_llava.model.linux.layers import is_read_fast
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import dequantize, is_quantized
 
@@ -45,7 +45,7 @@ def suit_device(model: Llava) -> None:
 
     A GPU takes the weights as they are. Of a CPU's matmuls only float32's is fast, so there all
     is computed in it. Matrices of few bits stay as they are where that is how they are read
-    fastest (linux_layers.py); others become float32, if there is memory for it. The log says so.
+    fastest (linux/layers.py); others become float32, if there is memory for it. The log says so.
     """
     if not on_cpu():
         return

@@ -19,8 +19,8 @@ from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import suit_device
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import sensible_values
-from mlx_llava.model import linux_cpu
 from mlx_llava.model.device import configure_device
+from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
 from mlx_llava.signatures import takes
@@ -59,7 +59,7 @@ def verify(path_or_repo: str | Path | None = None, **source: Any) -> Iterator[tu
         model, processor = load_opened(checkpoint)
         configure_device()
         suit_device(model)
-        linux_cpu.adopt(model)
+        adopt(model)
         mx.eval(model.state)
     yield from _describe_processor(checkpoint, processor)
     with _check("prompt"):

@@ -4,7 +4,7 @@ The CPU wheel of MLX for Linux links a reference BLAS that reaches 2-3 GFLOP/s. 
 that exports the same ``cblas_*`` names and is loaded globally *before* ``mlx.core`` takes
 its place. macOS (Accelerate, Metal) and CUDA need nothing of this.
 
-Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone (also by the linux_* files), or to the path of a
+Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone (also by linux/), or to the path of a
 library to load that one.
 """
 

@@ -19,7 +19,7 @@ from mlx_llava.checkpoint import safetensors as files
 from mlx_llava.checkpoint.adapters import is_adapter
 from mlx_llava.checkpoint.save import save
 from mlx_llava.checkpoint.tensors import canonical_name, canonical_tensors, from_array
-from mlx_llava.model import linux_cpu
+from mlx_llava.model.linux.adopt import adopt
 from tests.conftest import GOLDENS, PICTURE
 from tests.conftest import load_as_stored as load
 
@@ -181,7 +181,7 @@ def test_mlx_quantised_with_overrides(tower, tmp_path):
         return {"group_size": 32, "bits": 8} if path == down else {"group_size": 32, "bits": 4}
 
     nn.quantize(model, class_predicate=settings)
-    linux_cpu.adopt(model)  # as `load` does, so that not a bit differs
+    adopt(model)  # as `load` does, so that not a bit differs
     tensors = dict(tree_flatten(model.parameters()))
     folder = write(source, tmp_path / "quantised", tensors, metadata="mlx")
     config = json.loads((folder / "config.json").read_text())

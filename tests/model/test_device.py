@@ -17,8 +17,9 @@ from mlx_llava.analysis import machine
 from mlx_llava.checkpoint import precision
 from mlx_llava.checkpoint.convert import Quantization
 from mlx_llava.generation import memory
-from mlx_llava.model import device, linux_layers, linux_weights
+from mlx_llava.model import device
 from mlx_llava.model.cache import make_cache, nbytes
+from mlx_llava.model.linux import layers, weights
 from mlx_llava.model.quantized import is_quantized
 from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
 
@@ -82,7 +83,9 @@ def test_a_blas_that_came_before_ours_is_not_said_to_be_ours():
 
 @on_linux_cpu
 def test_importing_settles_nothing_in_the_process():
-    settled = "from mlx_llava.model import linux_cpu as l; print(l._settle_process.cache_info()[3])"
+    settled = (
+        "from mlx_llava.model.linux import adopt as l; print(l._settle_process.cache_info()[3])"
+    )
     assert blas_in("from mlx_llava import load; " + settled) == "0"
 
 
@@ -93,7 +96,7 @@ def dtypes(model) -> set[mx.Dtype]:
 @pytest.fixture
 def no_numba(monkeypatch):
     """Nothing reads few bits fast."""
-    for module in (linux_layers, linux_weights):
+    for module in (layers, weights):
         monkeypatch.setattr(module, "kernels", lambda: None)
 
 

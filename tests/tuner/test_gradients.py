@@ -16,7 +16,7 @@ tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
 from mlx_llava.checkpoint.tensors import PATCH_EMBEDDING, canonical_name  # noqa: E402
-from mlx_llava.model import linux_cpu  # noqa: E402
+from mlx_llava.model.linux.adopt import adopt  # noqa: E402
 from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
 from mlx_llava.tuner.lora import Adapter  # noqa: E402
@@ -158,7 +158,7 @@ def test_gradients_of_lora(bits, machine, tmp_path):
             bits=bits,
             class_predicate=lambda path, m: isinstance(m, nn.Linear) and "layers" in path,
         )
-        linux_cpu.adopt(model)
+        adopt(model)
     prepare(model, TrainingOptions("lora"), LORA)
     weights = dict(theirs.named_parameters())
     layers = {}

@@ -23,8 +23,8 @@ import numpy as np
 
 from mlx_llava.model import layers
 from mlx_llava.model.layers import Mask
-from mlx_llava.model.linux_threads import parallel, threads
-from mlx_llava.model.linux_weights import Array, Plain, multiply
+from mlx_llava.model.linux.threads import parallel, threads
+from mlx_llava.model.linux.weights import Array, Plain, multiply
 
 Function: TypeAlias = "Callable[..., mx.array]"
 

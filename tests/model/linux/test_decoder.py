@@ -8,15 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import linux_cpu, linux_decoder, linux_functions
 from mlx_llava.model.batch_cache import RaggedCache
 from mlx_llava.model.cache import RollingKVCache, make_cache
 from mlx_llava.model.config import TextConfig
 from mlx_llava.model.device import on_cpu
+from mlx_llava.model.linux import decoder, functions
+from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.llama import LanguageModel
 
 pytestmark = pytest.mark.skipif(
-    not linux_functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
+    not functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
 )
 CONFIG = TextConfig.from_dict(
     {
@@ -31,7 +32,7 @@ CONFIG = TextConfig.from_dict(
 )
 
 
-def decoder(**settings) -> LanguageModel:
+def random_decoder(**settings) -> LanguageModel:
     model = LanguageModel(replace(CONFIG, **settings))
     model.eval()
     return model
@@ -57,23 +58,23 @@ CACHES = {
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 4}, {"attention_bias": True}], ids=str)
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_step(cache, settings, monkeypatch):
-    model = decoder(**settings)
+    model = random_decoder(**settings)
     lengths = (7, 1, 1, 1) if cache == "rolling" else (7, 1, 1, 3)
     if cache == "rolling" and "sliding_window" in settings:
         pytest.skip("a sliding window has no other limit")
     expected = steps(model, CACHES[cache](model.config), lengths)
-    linux_cpu.adopt(model)
-    assert type(model.layers[0]) is linux_decoder.DecoderLayer
+    adopt(model)
+    assert type(model.layers[0]) is decoder.DecoderLayer
     calls = []
-    apply = linux_decoder.apply
-    monkeypatch.setattr(linux_decoder, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = decoder.apply
+    monkeypatch.setattr(decoder, "apply", lambda *args: calls.append(1) or apply(*args))
     assert mx.allclose(steps(model, CACHES[cache](model.config), lengths), expected, atol=1e-4)
     assert len(calls) == 4 * 2 * 7
 
 
 def test_rows_of_unequal_length():
-    model = decoder()
-    linux_cpu.adopt(model)
+    model = random_decoder()
+    adopt(model)
     ids = mx.random.randint(0, 50, (2, 9))
     single, batch = [], RaggedCache()
     for row, length in enumerate((8, 5)):
@@ -87,14 +88,14 @@ def test_rows_of_unequal_length():
 
 
 def test_padded_rows():
-    model = decoder()
+    model = random_decoder()
     ids, mask = mx.random.randint(0, 50, (2, 9)), mx.array([[1] * 9, [0] * 3 + [1] * 6])
     results = []
     for _ in range(2):
         cache = make_cache(CONFIG)
         model(ids[:, :8], cache=cache, attention_mask=mask[:, :8])
         results.append(model(ids[:, 8:], cache=cache, attention_mask=mask))
-        linux_cpu.adopt(model)
+        adopt(model)
     assert mx.allclose(*results, atol=1e-5)
 
 
@@ -104,17 +105,17 @@ class Doubled(nn.Linear):
 
 
 def test_a_layer_of_another_kind_does_its_own():
-    model = decoder()
+    model = random_decoder()
     for layer in model.layers:
         layer.self_attn.q_proj.__class__ = Doubled
     expected = steps(model, make_cache(CONFIG))
-    linux_cpu.adopt(model)
+    adopt(model)
     assert mx.allclose(steps(model, make_cache(CONFIG)), expected, atol=1e-4)
 
 
 def test_a_step_that_is_compiled():
-    model = decoder()
-    linux_cpu.adopt(model)
+    model = random_decoder()
+    adopt(model)
     cache = make_cache(CONFIG)
     model(mx.array([[1, 2]]), cache=cache)
     states = [layer.state for layer in cache]

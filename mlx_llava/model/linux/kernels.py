@@ -3,7 +3,7 @@
 They run in one thread, without the interpreter's lock. What is compiled is kept on disk, where
 there is a folder to write to.
 
-N outputs, W words of codes of each, G groups; U units of C codes, see `linux_weights.UNITS`.
+N outputs, W words of codes of each, G groups; U units of C codes, see `weights.UNITS`.
 """
 
 from __future__ import annotations

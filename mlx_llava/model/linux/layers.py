@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy.typing as npt
 
-from mlx_llava.model import clip, linux_functions
-from mlx_llava.model.linux_functions import EXP, Function, by_numpy, fits, matmul, view
-from mlx_llava.model.linux_weights import (
+from mlx_llava.model import clip
+from mlx_llava.model.linux import functions
+from mlx_llava.model.linux.functions import EXP, Function, by_numpy, fits, matmul, view
+from mlx_llava.model.linux.weights import (
     UNITS,
     Affine,
     Array,
@@ -66,7 +67,7 @@ def is_coded(layer: nn.Module) -> bool:
 
 def is_read_fast(layer: nn.Module) -> bool:
     """Whether decoding reads a weight of less than 32 bits faster as it is than as float32."""
-    if not linux_functions.NUMPY or kernels() is None:
+    if not functions.NUMPY or kernels() is None:
         return False
     if is_quantized(layer):
         return is_coded(layer) and layer.bits in kernels().DOT_WORDS

@@ -7,19 +7,20 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_llava.model import linux_cpu, linux_functions, linux_layers
 from mlx_llava.model.device import on_cpu
+from mlx_llava.model.linux import functions, layers
+from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.quantized import PermutedQuantizedLinear
 
 pytestmark = pytest.mark.skipif(
-    not linux_functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
+    not functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
 )
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """NumPy does even what is small."""
-    monkeypatch.setattr(linux_functions, "SMALLEST", 0)
+    monkeypatch.setattr(functions, "SMALLEST", 0)
 
 
 def permuted(layer):
@@ -44,7 +45,7 @@ LAYERS = {
 def adopted(layer):
     container = nn.Module()
     container.layer = layer
-    linux_cpu.adopt(container)
+    adopt(container)
     return layer
 
 
@@ -54,11 +55,11 @@ def test_linear_layers(name, monkeypatch):
     x, cotangent = mx.random.normal((2, 3, 64)), mx.random.normal((2, 3, 24))
     expected, gradient = layer(x), mx.vjp(layer, [x], [cotangent])[1][0]
     adopted(layer)
-    assert type(layer).__module__ == linux_layers.__name__
+    assert type(layer).__module__ == layers.__name__
     assert mx.allclose(layer(x), expected, atol=1e-5)
     assert mx.allclose(mx.vjp(layer, [x], [cotangent])[1][0], gradient, atol=1e-5)
     assert mx.allclose(mx.compile(layer)(x), expected, atol=1e-5)
-    monkeypatch.setattr(linux_functions, "NUMPY", False)
+    monkeypatch.setattr(functions, "NUMPY", False)
     assert mx.array_equal(layer(x), expected)
 
 

@@ -6,10 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_llava.model import layers, linux_cpu, linux_layers
-from mlx_llava.model import linux_functions as kernels
+from mlx_llava.model import layers
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
+from mlx_llava.model.linux import functions as kernels
+from mlx_llava.model.linux.adopt import adopt
+from mlx_llava.model.linux.layers import Embedding, Linear, PatchEmbedding
 from mlx_llava.model.llava import Llava
 
 pytestmark = pytest.mark.skipif(
@@ -112,7 +114,7 @@ def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
 
 @pytest.mark.parametrize("size", [28, 30])
 def test_patches_are_a_convolution(size):
-    embedding = linux_layers.PatchEmbedding(7, 12)
+    embedding = PatchEmbedding(7, 12)
     embedding.weight = mx.random.normal(embedding.weight.shape)
     pixels = mx.random.normal((2, size, size, 3))
     convolved = mx.conv2d(pixels, embedding.weight, stride=7).flatten(1, 2)
@@ -130,13 +132,13 @@ def test_a_model_is_plain_until_it_adopts_them(monkeypatch):
         plain.setattr(kernels, "by_numpy", None)
         expected = model(*inputs)
     names = [name for name, _ in model.named_modules()]
-    linux_cpu.adopt(model)
+    adopt(model)
     assert mx.allclose(model(*inputs), expected, atol=1e-5)
     assert [name for name, _ in model.named_modules()] == names
     layer, tower = model.language_model.layers[0], model.vision_tower.vision_model
-    assert type(layer.mlp.up_proj) is linux_layers.Linear
-    assert type(model.language_model.model.embed_tokens) is linux_layers.Embedding
-    assert type(tower.embeddings.patch_embedding) is linux_layers.PatchEmbedding
+    assert type(layer.mlp.up_proj) is Linear
+    assert type(model.language_model.model.embed_tokens) is Embedding
+    assert type(tower.embeddings.patch_embedding) is PatchEmbedding
     assert layer.self_attn.attention is kernels.attention
     assert tower.encoder.layers[0].self_attn.attention is kernels.attention
     assert layer.mlp.gate is kernels.swiglu

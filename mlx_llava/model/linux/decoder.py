@@ -16,9 +16,9 @@ from mlx_llava.model import llama
 from mlx_llava.model.batch_cache import BatchLayer
 from mlx_llava.model.cache import LayerCache, attend
 from mlx_llava.model.layers import Mask
-from mlx_llava.model.linux_functions import SMALLEST, fits, gated, swiglu, view
-from mlx_llava.model.linux_layers import Linear, PermutedLinear, QuantizedLinear, apply
-from mlx_llava.model.linux_weights import SOME, Array
+from mlx_llava.model.linux.functions import SMALLEST, fits, gated, swiglu, view
+from mlx_llava.model.linux.layers import Linear, PermutedLinear, QuantizedLinear, apply
+from mlx_llava.model.linux.weights import SOME, Array
 
 _LINEAR = (Linear, QuantizedLinear, PermutedLinear)
 
@@ -64,7 +64,7 @@ class DecoderLayer(llama.DecoderLayer):
         return mx.array(hidden + apply(mlp.down_proj, inner))
 
     def _is_plain(self, x: mx.array) -> bool:
-        """Whether all of it is what `linux_cpu.adopt` has left, and in float32."""
+        """Whether all of it is what `adopt` has left, and in float32."""
         attention, mlp = self.self_attn, self.mlp
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         layers = [attention[name] for name in names]

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.model.linux_threads import parallel
+from mlx_llava.model.linux.threads import parallel
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -33,9 +33,9 @@ UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 5: (32, 5), 6: (16, 3), 8: (4, 1)}
 
 @cache
 def kernels() -> Any:
-    """linux_kernels.py, or None where there is no numba."""
+    """linux/kernels.py, or None where there is no numba."""
     try:
-        return import_module("mlx_llava.model.linux_kernels")
+        return import_module("mlx_llava.model.linux.kernels")
     except ImportError:
         return None
 
@@ -197,7 +197,7 @@ class Affine:
         return block
 
     def _unpack(self, codes: Any, scales: Array, biases: Array, block: Array) -> None:
-        """As `linux_kernels.unpack`, into (n, C, U)."""
+        """As `kernels.unpack`, into (n, C, U)."""
         words = codes.reshape(len(codes), -1, UNITS[self.bits][1])
         units = block.shape[2] // scales.shape[1]
         scales, biases = scales.repeat(units, axis=1), biases.repeat(units, axis=1)

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.model import linux_weights
-from mlx_llava.model.linux_functions import NUMPY, view
-from mlx_llava.model.linux_weights import Affine, Half, Plain, multiply, multiply_back
+from mlx_llava.model.linux import weights
+from mlx_llava.model.linux.functions import NUMPY, view
+from mlx_llava.model.linux.weights import Affine, Half, Plain, multiply, multiply_back
 
 pytestmark = pytest.mark.skipif(not NUMPY, reason="NumPy multiplies on Linux only")
-HAS_NUMBA = NUMPY and linux_weights.kernels() is not None
+HAS_NUMBA = NUMPY and weights.kernels() is not None
 ROWS = (1, 3, 4, 5, 16, 600)
 OUTPUTS, INPUTS = 37, 384
 
@@ -24,7 +24,7 @@ OUTPUTS, INPUTS = 37, 384
 def kernels(request, monkeypatch):
     """What numba compiles, and what NumPy does in its place."""
     if request.param == "numpy":
-        monkeypatch.setattr(linux_weights, "kernels", lambda: None)
+        monkeypatch.setattr(weights, "kernels", lambda: None)
     elif not HAS_NUMBA:
         pytest.skip("takes numba")
 
@@ -98,9 +98,9 @@ def test_float32():
 
 
 def test_parts_of_several_threads_and_blocks(kernels, monkeypatch):
-    monkeypatch.setattr("mlx_llava.model.linux_threads.threads", lambda: 3)
-    monkeypatch.setattr("mlx_llava.model.linux_threads.SMALLEST", 0)
-    monkeypatch.setattr(linux_weights, "BLOCK", 5 * INPUTS)
+    monkeypatch.setattr("mlx_llava.model.linux.threads.threads", lambda: 3)
+    monkeypatch.setattr("mlx_llava.model.linux.threads.SMALLEST", 0)
+    monkeypatch.setattr(weights, "BLOCK", 5 * INPUTS)
     check(*affine(4, 64))
     check(Plain(values := normal(OUTPUTS, INPUTS)), values)
 
@@ -113,7 +113,7 @@ def test_kernels_are_kept_where_a_folder_can_be_written(tmp_path, can_write):
     code = (
         "import numba.core.caching as c, numpy as np\n"
         f"{'' if can_write else forbid}"
-        "from mlx_llava.model.linux_kernels import dot_bfloat16 as dot\n"
+        "from mlx_llava.model.linux.kernels import dot_bfloat16 as dot\n"
         "x = np.ones(32, 'f4')\n"
         "dot(np.full((2, 32), 0x3F80, 'u2'), x, output := np.zeros(2, 'f4'))\n"
         "print(output, sum(dot.stats.cache_hits.values()))"

@@ -8,17 +8,18 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_llava.model import clip, layers, linux_functions, llama
+from mlx_llava.model import clip, layers, llama
 from mlx_llava.model.blas import set_blas_threads
-from mlx_llava.model.linux_decoder import DecoderLayer
-from mlx_llava.model.linux_functions import (
+from mlx_llava.model.linux import functions
+from mlx_llava.model.linux.decoder import DecoderLayer
+from mlx_llava.model.linux.functions import (
     Function,
     attention,
     gelu_tanh,
     quick_gelu,
     swiglu,
 )
-from mlx_llava.model.linux_layers import (
+from mlx_llava.model.linux.layers import (
     Embedding,
     Linear,
     PatchEmbedding,
@@ -27,7 +28,7 @@ from mlx_llava.model.linux_layers import (
     QuantizedLinear,
     is_coded,
 )
-from mlx_llava.model.linux_threads import threads
+from mlx_llava.model.linux.threads import threads
 from mlx_llava.model.quantized import PermutedQuantizedLinear, is_quantized
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -48,11 +49,11 @@ _FUNCTIONS: dict[Function, Function] = {
 
 
 def adopt(model: nn.Module) -> None:
-    """Swaps a model's layers, and the functions that they hold, for those of the linux_* files.
+    """Swaps a model's layers, and the functions that they hold, for those of this folder.
 
     Does nothing on other systems, or where ``MLX_LLAVA_BLAS=off`` is set.
     """
-    if not linux_functions.NUMPY:
+    if not functions.NUMPY:
         return
     _settle_process()
     for module in model.modules():
