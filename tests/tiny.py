@@ -20,6 +20,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 CORPUS = (
@@ -49,6 +52,7 @@ class Case:
 
     name: str
     next: bool = False
+    onevision: bool = False
     vip: bool = False
     family: str = "llama"
     text: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +64,8 @@ class Case:
     @property
     def kind(self) -> str:
         """How transformers' classes for it begin."""
-        return "LlavaNext" if self.next else "VipLlava" if self.vip else "Llava"
+        kinds = {"LlavaNext": self.next, "LlavaOnevision": self.onevision, "VipLlava": self.vip}
+        return next((kind for kind, is_it in kinds.items() if is_it), "Llava")
 
     def config(self) -> hf.PreTrainedConfig:
         vision = {
@@ -88,10 +93,14 @@ class Case:
             **self.text,
         }
         top = {"image_token_index": tokenizer().token_to_id("<image>"), **self.top}
+        side = vision["image_size"]
         if self.next:
-            side = vision["image_size"]
             grid = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
             top = {"image_grid_pinpoints": [[h * side, w * side] for h, w in grid], **top}
+        if self.onevision:
+            sides = (side, 2 * side, 3 * side)
+            grid = [[height, width] for height in sides for width in sides]
+            top = {"image_grid_pinpoints": grid, "vision_aspect_ratio": "anyres_max_2", **top}
         return getattr(hf, f"{self.kind}Config")(
             vision_config=hf.AutoConfig.for_model(**vision),
             text_config=hf.AutoConfig.for_model(**text),
@@ -157,6 +166,8 @@ def make_processor(case: Case) -> Any:
     if case.next:
         pinpoints = config.image_grid_pinpoints
         images = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **size)
+    elif case.onevision:
+        return onevision_processor(config, fast)
     elif is_siglip:
         colours = {"image_mean": [0.45, 0.5, 0.6], "image_std": [0.5, 0.4, 0.55]}
         images = SiglipImageProcessorPil(size={"height": side, "width": side}, **colours)
@@ -169,6 +180,47 @@ def make_processor(case: Case) -> Any:
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=getattr(config, "vision_feature_select_strategy", "default"),
         num_additional_image_tokens=int(not is_siglip),
+        chat_template=TEMPLATE,
+    )
+
+
+class LlavaOnevisionProcessor(hf.LlavaOnevisionProcessor):
+    """transformers' own without the part for videos, which wants torchvision."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        vision_aspect_ratio: str = "anyres_max_9",
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.vision_aspect_ratio = vision_aspect_ratio
+        self.image_token = "<image>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        self.video_token, self.video_token_id = "<video>", None
+        hf.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def onevision_processor(config: Any, words: Any) -> Any:
+    """OneVision's reference processor, with other colours than its class has."""
+    vision = config.vision_config
+    has_class_token = vision.model_type == "clip_vision_model"
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": vision.image_size, "width": vision.image_size},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=[0.45, 0.5, 0.6],
+        image_std=[0.5, 0.4, 0.55],
+    )
+    return LlavaOnevisionProcessor(
+        images,
+        words,
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2 + has_class_token,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=TEMPLATE,
     )
 
@@ -208,8 +260,9 @@ def reference_inputs(case: Case) -> Any:
     """What transformers' processor makes of `rows`."""
     prompts, pictures = rows(case)
     flat = [image for row in pictures for image in row]
+    images = pictures if case.onevision else flat  # which reads several of one prompt otherwise
     batch = make_processor(case)(
-        text=prompts, images=flat or None, padding=True, return_tensors="pt"
+        text=prompts, images=images if flat else None, padding=True, return_tensors="pt"
     )
     batch.pop("token_type_ids", None)
     return batch
@@ -305,5 +358,29 @@ CASES = (
     Case("next_phi3", next=True, family="phi3", text={**PHI_3, "sliding_window": 37}),
     Case("next_layers", next=True, top={"vision_feature_layer": [1, -2]}),
     Case("next_llama3", next=True, text={"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
+    Case("onevision", onevision=True, family="qwen2", vision=SIGLIP, top=INTERLEAVE),
+    Case(
+        "onevision_cut",
+        onevision=True,
+        family="qwen2",
+        vision=SIGLIP,
+        top=INTERLEAVE,
+        images=(1, 1, 0, 1),
+    ),
+    Case(
+        "onevision_tied_padded",
+        onevision=True,
+        family="qwen2",
+        text={"tie_word_embeddings": True},
+        vision={**SIGLIP, "patch_size": 5},
+        top={**INTERLEAVE, "vision_aspect_ratio": "anyres_max_1"},
+        images=(2, 1, 3),
+    ),
+    Case(
+        "onevision_clip",
+        onevision=True,
+        top={"vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+        images=(1, 2),
+    ),
     Case("next_uneven", next=True, vision={"image_size": 25, "patch_size": 6}),
 )

@@ -111,13 +111,14 @@ def explain(
     length = inputs.input_ids.shape[1]
     positions = np.flatnonzero(inputs.input_ids[0] == model.config.image_token_index)
     sizes = [(one.height, one.width) for one in images]
+    reader = processor.image_processor.among(len(images))
     return Explanation(
         images=images,
         inputs=inputs,
         tokens=tuple(tokens),
         words=tuple(processor.tokenizer.text_of(token) for token in tokens),
         trace=trace(model, inputs, tokens, range(length - 1, length - 1 + len(tokens))),
-        boxes=tuple(feature_boxes(processor.image_processor, size) for size in sizes),
+        boxes=tuple(feature_boxes(reader, size) for size in sizes),
         positions=tuple(np.split(positions, np.cumsum(inputs.image_tokens))[:-1]),
         tile_patches=model.config.vision_config.patches_per_side**2,
     )
@@ -213,7 +214,8 @@ def mask_effect(
         ValueError: `window` is below 1.
     """
     image = explanation.images[picture]
-    patches = patch_boxes(processor.image_processor, (image.height, image.width))[0]
+    reader = processor.image_processor.among(len(explanation.images))
+    patches = patch_boxes(reader, (image.height, image.width))[0]
     window = -(-len(patches) // MOST_PARTS) if window is None else window
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1.")
@@ -224,7 +226,7 @@ def mask_effect(
     drops = []
     for start in range(0, len(boxes), MASKED_AT_ONCE):
         some = boxes[start : start + MASKED_AT_ONCE]
-        pixels = [processor.image_processor([_masked(image, box, median)]) for box in some]
+        pixels = [reader([_masked(image, box, median)]) for box in some]
         drops.append(_drops(model, explanation, picture, pixels))
         progress(start + len(some), len(boxes))
     return MaskEffect(np.concatenate(drops), boxes)

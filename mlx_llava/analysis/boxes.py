@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.model.anyres import Size
+from mlx_llava.model.anyres import Size, laid_grid, unpadded_grid
+from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.layout import lay_out
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
@@ -50,7 +51,19 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     sizes = [size] if image_processor.mode == "anyres" else None
     no_box = mx.full((4,), np.nan) if config.has_newline else None
     (laid,) = lay_out(mx.array(boxes, mx.float32), no_box, sizes, config)
-    return np.array(laid)
+    found = np.array(laid)
+    if sizes and config.has_newline:  # scaling moves boxes and leaves them as small as patches
+        _grow(found[config.tokens_per_tile :], size, config)
+    return found
+
+
+def _grow(boxes: Array, size: Size, config: LlavaConfig) -> None:
+    """Makes the boxes of a grid that was scaled down touch each other."""
+    shown, laid = unpadded_grid(size, config), laid_grid(size, config)
+    down, across = ((part.stop - part.start) / n for part, n in zip(shown, laid, strict=True))
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2 * [across, down]
+    boxes[:, :2], boxes[:, 2:] = middle - half, middle + half
 
 
 def heat_map(values: Array, boxes: Array, size: Size, longest: int = LONGEST) -> Array:

@@ -67,7 +67,7 @@ def write_model(
     write_json(
         folder / "processor_config.json",
         {
-            "processor_class": "LlavaNextProcessor" if config.is_anyres else "LlavaProcessor",
+            "processor_class": f"{config.class_name}Processor",
             "patch_size": config.vision_config.patch_size,
             "num_additional_image_tokens": int(config.vision_config.has_class_token),
             "vision_feature_select_strategy": config.vision_feature_select_strategy,

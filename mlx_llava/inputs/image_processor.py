@@ -9,8 +9,8 @@ tests/inputs/test_image_processor.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs.image import MAX_PIXELS, check_pixels
-from mlx_llava.model.anyres import MODES, Size, canvas_size, num_tokens
+from mlx_llava.model.anyres import MODES, ImageSizes, Size, canvas_size, num_tokens
 from mlx_llava.model.config import LlavaConfig, read_pinpoints
 
 Pixels: TypeAlias = npt.NDArray[np.float32]
@@ -43,6 +43,15 @@ class View(NamedTuple):
     frame: Size  # the image's, with what is padded around it before it is resized
     size: Size  # what the frame is resized to
     corners: Sequence[tuple[int, int]]  # of squares in that, (top, left); beyond it all is black
+
+
+class Tiles(NamedTuple):
+    """The tiles of several images in order, as `Inputs` has them."""
+
+    pixel_values: Pixels | None
+    image_sizes: ImageSizes
+    whole_image_tokens: tuple[int, ...]
+    image_tiles: tuple[int, ...]
 
 
 def _shortest_edge(size: Size, side: int) -> Size:
@@ -177,7 +186,7 @@ class ImageProcessor:
         if self.mode != "anyres":
             return
         if not self.config.is_anyres:
-            raise ValueError("Image mode anyres needs a LLaVA 1.6 (llava_next) model.")
+            raise ValueError("Image mode anyres needs a model of LLaVA 1.6 or OneVision.")
         pinpoints = self.config.image_grid_pinpoints
         if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints, side) != pinpoints:
             raise ValueError("image_grid_pinpoints of the image processor and config.json differ.")
@@ -192,7 +201,8 @@ class ImageProcessor:
         """The preprocessor_config.json that says the same."""
         side, size = self.config.vision_config.image_size, self.size
         stretches = self.config.vision_config.is_siglip and size == (side, side)
-        names = {"crop": "Siglip" if stretches else "CLIP", "pad": "Llava", "anyres": "LlavaNext"}
+        crop, cut = "Siglip" if stretches else "CLIP", self.config.class_name
+        names = {"crop": crop, "pad": "Llava", "anyres": cut}
         data: dict[str, Any] = {
             "image_processor_type": f"{names[self.mode]}ImageProcessor",
             "size": {"shortest_edge": size}
@@ -211,8 +221,31 @@ class ImageProcessor:
 
     def __call__(self, images: Sequence[Image.Image]) -> Pixels:
         """Cuts RGB images and normalises them: the tiles of all in order, (N, S, S, 3)."""
-        tiles = [tile for image in images for tile in self.tiles(image)]
+        return self._stack([tile for image in images for tile in self.tiles(image)])
+
+    def _stack(self, tiles: Sequence[Image.Image]) -> Pixels:
         return self.normalize(np.stack([np.asarray(tile) for tile in tiles]))
+
+    def among(self, count: int) -> ImageProcessor:
+        """What reads each of so many images of one prompt: OneVision pads several, and cuts one."""
+        pads = count > 1 and self.mode == "anyres" and self.config.pads_several
+        return replace(self, mode="pad") if pads else self
+
+    def batch(self, rows: Iterable[Sequence[Image.Image]]) -> Tiles:
+        """Cuts the RGB images of several prompts and normalises them."""
+        tiles, counts, tokens, sizes = list[Image.Image](), list[int](), list[int](), []
+        for row in rows:
+            reader = self.among(len(row))
+            for image in row:
+                size = image.height, image.width
+                cut = reader.tiles(image)
+                tiles += cut
+                counts.append(len(cut))
+                tokens.append(reader.num_tokens(size))
+                sizes.append(size if reader.mode == "anyres" else None)
+        pixel_values = self._stack(tiles) if tiles else None
+        image_sizes = tuple(sizes) if any(sizes) else None
+        return Tiles(pixel_values, image_sizes, tuple(tokens), tuple(counts))
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """One S x S tile, or for anyres the squashed whole image and then its tiles."""

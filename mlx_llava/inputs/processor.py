@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from mlx_llava.inputs.messages import Conversation, Message, Reading, Shown, rea
 from mlx_llava.inputs.templates import choose_template, get_template
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, Tokenizer
 from mlx_llava.inputs.video import FRAMES, Video, is_ready, load_video
-from mlx_llava.model.anyres import Size
+from mlx_llava.model.anyres import ImageSizes
 from mlx_llava.model.config import LlavaConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -53,7 +53,8 @@ class Inputs:
     Attributes:
         input_ids: int32 (B, L), one placeholder id for each image feature.
         pixel_values: float32 (N, S, S, 3), all tiles of all images in reading order.
-        image_sizes: the (height, width) of each image, where the model cuts into tiles.
+        image_sizes: the (height, width) of each image that is cut into tiles, None for another;
+            None where none is.
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
         prompts: the texts as the model reads them, each image as ``<image x COUNT>``.
         image_tokens: how many placeholders each image takes.
@@ -66,7 +67,7 @@ class Inputs:
 
     input_ids: Ids
     pixel_values: Pixels | None
-    image_sizes: tuple[Size, ...] | None
+    image_sizes: ImageSizes
     attention_mask: Ids | None
     prompts: tuple[str, ...]
     image_tokens: tuple[int, ...]
@@ -189,31 +190,26 @@ class Processor:
             raise ValueError(f"image_tokens is {image_tokens}; it must be at least 1.")
         started = time.perf_counter()
         texts: list[str] = []
-        sources: list[Shown] = []
+        rows: list[Sequence[Shown]] = []
         take_frames = partial(self._load_video, frames=frames)
         for conversation, beside, films in _rows(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
             reading = Reading(self.tokenizer.protect, take_frames)
             text, ordered = self._render(conversation, beside, reading, raw, system, image_position)
             texts.append(text)
-            sources += ordered
-        loaded = [image for source in sources for image in _images_of(source)]
-        sizes = tuple((image.height, image.width) for image in loaded)
-        whole = tuple(map(self.image_processor.num_tokens, sizes))
+            rows.append(ordered)
+        tiles = self.image_processor.batch(map(_images_of, rows))
+        whole = tiles.whole_image_tokens
         counts = tuple(min(count, image_tokens or count) for count in whole)
         ids, mask = self._ids(texts, counts)
-        is_cut = self.image_processor.mode == "anyres"
         folded = iter(counts)
         return Inputs(
             input_ids=ids,
-            pixel_values=self.image_processor(loaded) if loaded else None,
-            image_sizes=sizes if loaded and is_cut else None,
+            **tiles._asdict(),
             attention_mask=None if mask.all() else mask,
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
-            whole_image_tokens=whole,
-            image_tiles=tuple(map(self.image_processor.num_tiles, sizes)),
-            videos=tuple(_frames_taken(sources, whole)),
+            videos=tuple(_frames_taken([*chain(*rows)], whole)),
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
         )
@@ -224,9 +220,8 @@ class Processor:
         """How many tokens a prompt takes; its images are read, but not made pixels."""
         reading = Reading(self.tokenizer.protect, self._load_video)
         text, sources = self._render(conversation, as_list(images), reading)
-        loaded = (image for source in sources for image in _images_of(source))
-        sizes = ((image.height, image.width) for image in loaded)
-        ids, _ = self._ids([text], map(self.image_processor.num_tokens, sizes))
+        sizes = [(image.height, image.width) for image in _images_of(sources)]
+        ids, _ = self._ids([text], map(self.image_processor.among(len(sizes)).num_tokens, sizes))
         return ids.shape[1]
 
     def _render(
@@ -348,8 +343,11 @@ def _frames_taken(sources: Iterable[Shown], image_tokens: Iterable[int]) -> Iter
             yield FramesTaken(count, total // count, images=count)
 
 
-def _images_of(source: Shown) -> list[Image.Image]:
-    return [*source.frames] if isinstance(source, Video) else [load_image(source)]
+def _images_of(sources: Iterable[Shown]) -> list[Image.Image]:
+    images: list[Image.Image] = []
+    for source in sources:
+        images += source.frames if isinstance(source, Video) else [load_image(source)]
+    return images
 
 
 def as_list(images: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Anyres (LLaVA 1.6) in numbers: which canvas, which grid, which part of it is image.
+"""Anyres (LLaVA 1.6, OneVision) in numbers: which canvas, which grid, which part of it is image.
 
 Processor and model must agree: the one counts the placeholders, the other fills them (layout.py).
 All sizes are (height, width). LLaVA-NeXT: mm_utils.py and llava_arch.py.
@@ -7,11 +7,14 @@ All sizes are (height, width). LLaVA-NeXT: mm_utils.py and llava_arch.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from mlx_llava.model.config import LlavaConfig
 
 Size: TypeAlias = tuple[int, int]
+#: The own size of each image that is cut into tiles; None for one that is a tile.
+ImageSizes: TypeAlias = "Sequence[Size | None] | None"
 
 #: How images become tiles: the middle, padded to a square, or several of each.
 MODES = ("crop", "pad", "anyres")
@@ -59,6 +62,19 @@ def unpadded_grid(size: Size, config: LlavaConfig) -> tuple[slice, slice]:
     return slice(0, rows), middle(columns, width * (rows / height))
 
 
+def laid_grid(size: Size, config: LlavaConfig) -> Size:
+    """Rows and columns of an anyres grid as they stand in the prompt: of what shows image.
+
+    Far more of them than of `max_tiles` tiles are scaled down to about as many (anyres_max_9).
+    """
+    rows, columns = (part.stop - part.start for part in unpadded_grid(size, config))
+    if config.max_tiles is None:
+        return rows, columns
+    patches = config.vision_config.patches_per_side**2
+    ratio = math.sqrt(rows * columns / (config.max_tiles * patches))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
 def num_tiles(size: Size, config: LlavaConfig) -> int:
     """How many tiles an image of (height, width) is cut into, beside the whole."""
     rows, columns = grid_size(size, config)
@@ -70,5 +86,5 @@ def num_tokens(size: Size, config: LlavaConfig) -> int:
     tile = config.tokens_per_tile
     if config.mm_patch_merge_type != "spatial_unpad":
         return tile * (1 + num_tiles(size, config))
-    rows, columns = unpadded_grid(size, config)
-    return tile + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
+    rows, columns = laid_grid(size, config)
+    return tile + rows * (columns + 1)

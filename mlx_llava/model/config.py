@@ -17,13 +17,19 @@ from typing import Any
 from mlx_llava.model.config_checks import Section, names_of, refuse_value
 from mlx_llava.model.known_keys import CHANGES
 from mlx_llava.model.text_config import TextConfig, unknown_text_keys
-from mlx_llava.model.vision_config import ACTIVATIONS, VISION, VisionConfig
+from mlx_llava.model.vision_config import (
+    ACTIVATIONS,
+    CLIP_L_336,
+    SIGLIP_SO400M,
+    VISION,
+    VisionConfig,
+)
 
 #: Keys that transformers does not know; written only where they say something.
 _EXTENSIONS = frozenset(
     """
     anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
-    quantization projector_layernorm_eps
+    quantization projector_layernorm_eps vision_aspect_ratio
     """.split()
 )
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -37,11 +43,15 @@ class _Class:
         name: how the names of its config, its model and its processors begin.
         defaults: what it has instead of `LlavaConfig`'s.
         fixed: what it has whatever config.json says, which it ignores.
+        tower: its ``vision_config`` where there is none, and the kind of one that names none.
+        decoder: the kind of a ``text_config`` that names none.
     """
 
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    tower: Mapping[str, Any] = field(default_factory=lambda: CLIP_L_336)
+    decoder: str = "llama"
 
 
 _NO_NORM = {"projector_layernorm_eps": None}
@@ -49,6 +59,19 @@ _NO_NORM = {"projector_layernorm_eps": None}
 _CLASSES: Mapping[str, _Class] = {
     "llava": _Class("Llava", fixed=_NO_NORM),
     "llava_next": _Class("LlavaNext", fixed=_NO_NORM),
+    "llava_onevision": _Class(
+        "LlavaOnevision",
+        {
+            "image_token_index": 151646,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": tuple(product(range(384, 2305, 384), repeat=2)),
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+        fixed=_NO_NORM,
+        tower=SIGLIP_SO400M,
+        decoder="qwen2",
+    ),
     "vipllava": _Class(
         "VipLlava",
         {"vision_feature_layer": (-2, -5, -8, -11, 6), "projector_layernorm_eps": 1e-5},
@@ -59,7 +82,7 @@ _CLASSES: Mapping[str, _Class] = {
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A whole LLaVA (transformers' LlavaConfig, LlavaNextConfig and VipLlavaConfig).
+    """A whole LLaVA (transformers' LlavaConfig, and those of its `_CLASSES`).
 
     Attributes:
         vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
@@ -67,6 +90,7 @@ class LlavaConfig:
         vision_feature_select_strategy: ``default`` drops the first token, which is CLIP's class
             token; ``full`` keeps all.
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
+        vision_aspect_ratio: OneVision's ``anyres_max_N``, see `max_tiles`.
         anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
         projector_layernorm_eps: of ViP-LLaVA's layer norm before the projector; None is none.
         mm_projector_type: ``mlpNx_gelu`` (N layers), ``linear`` or ``identity``.
@@ -88,6 +112,7 @@ class LlavaConfig:
     vision_feature_layer: int | tuple[int, ...] = -2
     vision_feature_select_strategy: str = "default"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
+    vision_aspect_ratio: str | None = None
     anyres_convention: str = "hf"
     mm_projector_type: str = "mlp2x_gelu"
     mm_patch_merge_type: str = "spatial_unpad"
@@ -108,20 +133,19 @@ class LlavaConfig:
         _TOP.check(data)
         kind = _CLASSES[data["model_type"]]
         given = {key: value for key, value in data.items() if value is not None}
-        data = {**kind.defaults, **given, **kind.fixed}
+        data = {**kind.defaults, **given, **_image_token(given), **kind.fixed}
         ends = data.get("eos_token_id")
         if ends is None:
             ends = (data.get("text_config") or {}).get("eos_token_id")
-        vision = VisionConfig.from_dict(data.get("vision_config"))
-        text = TextConfig.from_dict(data.get("text_config"))
+        vision = VisionConfig.from_dict(_part(data.get("vision_config"), kind.tower))
+        text = TextConfig.from_dict(_part(data.get("text_config"), {"model_type": kind.decoder}))
         layers = data.get("vision_feature_layer")
-        pinpoints = data.get("image_grid_pinpoints") or _ANYRES_PINPOINTS
+        pinpoints = data.get("image_grid_pinpoints") or cls.image_grid_pinpoints
         data |= {
             "eos_token_id": read_ends(ends, _TOP.where),
             "vision_config": vision,
             "text_config": text,
             "quantization": _mlx_quantization(data),
-            "image_token_index": _image_token(data),
             "vision_feature_layer": tuple(layers) if isinstance(layers, list) else layers,
             "image_grid_pinpoints": read_pinpoints(pinpoints, vision.image_size),
             "tie_word_embeddings": text.tie_word_embeddings or data.get("tie_word_embeddings"),
@@ -133,13 +157,30 @@ class LlavaConfig:
             _TOP.refuse("vision_feature_select_strategy", how, expected)
         if config.is_anyres and data.get("use_image_newline_parameter", True) is not True:
             _TOP.refuse("use_image_newline_parameter", False, "True")
-        _ = config.projector_layers, config.feature_layers  # which may refuse their keys
+        # These may refuse their keys.
+        _ = config.projector_layers, config.feature_layers, config.max_tiles
         return config
 
     @property
     def is_anyres(self) -> bool:
-        """Whether images are cut into tiles (LLaVA 1.6)."""
-        return self.model_type == "llava_next"
+        """Whether images are cut into tiles (LLaVA 1.6, OneVision)."""
+        return self.model_type in ("llava_next", "llava_onevision")
+
+    @property
+    def pads_several(self) -> bool:
+        """Whether several images of one prompt are padded to a tile each (OneVision)."""
+        return self.model_type == "llava_onevision"
+
+    @property
+    def max_tiles(self) -> int | None:
+        """How many tiles' features an image may have about, before they are scaled down."""
+        if self.vision_aspect_ratio is None:
+            return None
+        match = re.fullmatch(r"anyres_max_([1-9]\d*)", self.vision_aspect_ratio)
+        if not match or not self.pads_several:
+            expected = "'anyres_max_N' with llava_onevision"
+            _TOP.refuse("vision_aspect_ratio", self.vision_aspect_ratio, expected)
+        return int(match[1])
 
     @property
     def class_name(self) -> str:
@@ -261,12 +302,17 @@ def _read_vip(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _image_token(data: Mapping[str, Any]) -> int:
-    """The placeholder's id, under its old or its new name."""
+def _part(given: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part of config.json: all of the default, or what is given and the default's kind."""
+    return default if given is None else {"model_type": default["model_type"], **given}
+
+
+def _image_token(data: Mapping[str, Any]) -> dict[str, int]:
+    """The placeholder's id, under its old or its new name, if there is one."""
     given = {data[key] for key in ("image_token_index", "image_token_id") if data.get(key)}
     if len(given) > 1:
         raise ValueError(f"config.json gives the image token two ids: {sorted(given)}.")
-    return int(given.pop()) if given else LlavaConfig.image_token_index
+    return {"image_token_index": int(given.pop())} if given else {}
 
 
 def read_ends(ids: object, where: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.model.anyres import Size, grid_size, unpadded_grid
+from mlx_llava.model.anyres import Size, grid_size, laid_grid, unpadded_grid
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.positions import IN_ORDER, Ids, Part, Positions
 
@@ -86,16 +86,21 @@ def areas_of(features: int, size: Size | None, config: LlavaConfig) -> list[Ids]
     if config.mm_patch_merge_type == "flat":
         tiles = np.arange(features) // whole
     else:
-        rows, columns = grid_size(size, config)
-        lines, line = slice(0, rows), slice(0, columns)
+        rows, columns = laid = grid_size(size, config)
+        shown = slice(0, rows), slice(0, columns)
         if config.has_newline:
-            lines, line = unpadded_grid(size, config)
-        ends = [line.stop - 1] if config.has_newline else []
-        across = np.array([*range(line.start, line.stop), *ends]) // side
-        down = np.arange(lines.start, lines.stop) // side
+            shown, laid = unpadded_grid(size, config), laid_grid(size, config)
+        down, across = (_places(*pair) // side for pair in zip(shown, laid, strict=True))
+        across = np.append(across, across[-1:]) if config.has_newline else across
         grid = 1 + down[:, None] * (columns // side) + across
         tiles = np.concatenate([np.zeros(whole, int), grid.flatten()])
     return [np.flatnonzero(tiles == tile).astype(np.int32) for tile in np.unique(tiles)]
+
+
+def _places(shown: slice, count: int) -> Ids:
+    """Where in a grid so many rows or columns lie, which may be fewer than are shown."""
+    steps = (np.arange(count) + 0.5) * ((shown.stop - shown.start) / count)
+    return (shown.start + steps).astype(np.int32)
 
 
 def spread(count: int, sizes: Sequence[int]) -> list[int]:

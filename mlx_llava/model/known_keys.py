@@ -115,7 +115,7 @@ CHANGES = {
         multi_modal_projector_bias o_bias projector_bias q_bias use_bias v_bias""",
     "another way to read pictures": """*_resampler *_resampler_* *_token_merg* *perceiver* *qformer*
         downsample_ratio mm_projector mm_vision_tower_aux* pixel_shuffle* s2 spatial_merge_size
-        temporal_merge_size temporal_patch_size vision_aspect_ratio vision_feature_layers
+        temporal_merge_size temporal_patch_size vision_feature_layers
         vision_tower_aux*""",
 }
 #: The same for the decoder alone, which rotates positions and looks back only.

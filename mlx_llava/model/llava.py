@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_llava.model import clip, siglip
-from mlx_llava.model.anyres import Size
+from mlx_llava.model.anyres import ImageSizes
 from mlx_llava.model.cache import LayerCache
 from mlx_llava.model.clip import VisionTower
 from mlx_llava.model.config import LlavaConfig
@@ -79,14 +79,14 @@ class Llava(nn.Module):
             self.image_newline = mx.zeros((config.text_config.hidden_size,))
 
     def encode_images(
-        self, pixel_values: AnyArray, image_sizes: Sequence[Size] | None = None
+        self, pixel_values: AnyArray, image_sizes: ImageSizes = None
     ) -> list[mx.array]:
         """Encodes and projects images, some tiles at a time to bound memory.
 
         Args:
             pixel_values (array): The tiles of all images in order, (N, H, W, 3).
-            image_sizes (sequence of (height, width), optional): The images' own sizes, for
-                anyres; without them every tile is an image.
+            image_sizes (sequence of (height, width), optional): The own sizes of images that are
+                cut into tiles, None for one that is a tile; without them every tile is an image.
 
         Returns:
             list[mx.array]: The features of each image, (tokens, D).
@@ -105,7 +105,7 @@ class Llava(nn.Module):
     def show_images(
         self,
         pixel_values: AnyArray,
-        image_sizes: Sequence[Size] | None,
+        image_sizes: ImageSizes,
         image_tokens: Sequence[int],
     ) -> list[ShownImage]:
         """What `encode_images` gives, each image in as many features as it has tokens."""
@@ -120,9 +120,7 @@ class Llava(nn.Module):
         features = mx.concatenate(chosen, axis=-1)  # (N, tokens, width)
         return features[:, 1:] if self.config.drops_first else features  # (N, P, width)
 
-    def project(
-        self, features: mx.array, image_sizes: Sequence[Size] | None = None
-    ) -> list[mx.array]:
+    def project(self, features: mx.array, image_sizes: ImageSizes = None) -> list[mx.array]:
         """What `encode_images` gives, from what `select` gives."""
         newline = self.image_newline if self.config.has_newline else None
         features = self.multi_modal_projector(features)  # (N, P, D)
@@ -132,7 +130,7 @@ class Llava(nn.Module):
         self,
         input_ids: AnyArray,
         pixel_values: AnyArray | None = None,
-        image_sizes: Sequence[Size] | None = None,
+        image_sizes: ImageSizes = None,
         attention_mask: AnyArray | None = None,  # noqa: ARG002 - so that **inputs fits
         image_features: Sequence[mx.array] | None = None,
         image_tokens: Sequence[int] | None = None,
@@ -178,7 +176,7 @@ class Llava(nn.Module):
         self,
         input_ids: AnyArray,
         pixel_values: AnyArray | None = None,
-        image_sizes: Sequence[Size] | None = None,
+        image_sizes: ImageSizes = None,
         attention_mask: AnyArray | None = None,
         cache: Sequence[LayerCache] | None = None,
         image_tokens: Sequence[int] | None = None,

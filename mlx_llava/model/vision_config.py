@@ -12,14 +12,25 @@ from mlx_llava.model.known_keys import VISION_CHANGES
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 #: The names of what layers.py has.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-#: LlavaConfig's vision tower where config.json has no vision_config: CLIP ViT-L/14-336.
-_CLIP_L_336 = {
+#: The towers of transformers' classes where config.json has no vision_config: LLaVA's and
+#: OneVision's, which lacks the last of SigLIP's layers.
+CLIP_L_336 = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "patch_size": 14,
     "image_size": 336,
+}
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 384,
 }
 #: What the defaults of a tower's class are instead of `VisionConfig`'s.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -47,11 +58,10 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any] | None) -> VisionConfig:
-        """Reads ``vision_config``; None stands for LLaVA's own default tower."""
-        found: Mapping[str, Any] = _CLIP_L_336 if data is None else data
-        VISION.check(found)
-        given = {key: value for key, value in found.items() if value is not None}
+    def from_dict(cls, data: Mapping[str, Any]) -> VisionConfig:
+        """Reads ``vision_config``, filled with the defaults of its own class."""
+        VISION.check(data)
+        given = {key: value for key, value in data.items() if value is not None}
         config = VISION.read(cls, {**_DEFAULTS[given.get("model_type", cls.model_type)], **given})
         if config.hidden_size % (heads := config.num_attention_heads):
             expected = f"multiples of {heads} heads"

@@ -20,7 +20,7 @@ from PIL import Image
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Processor
-from mlx_llava.model.anyres import Size
+from mlx_llava.model.anyres import ImageSizes
 from mlx_llava.tuner.samples import LeftOut, Sample, UnusableError
 
 #: What a token that is not learned has for a label, as in PyTorch.
@@ -39,13 +39,13 @@ class Batch:
         input_ids: int32 (B, L), one placeholder for each image feature.
         labels: int32 (B, L), the ids to be learned, else -100.
         pixel_values: float32 (N, S, S, 3), or None without images.
-        image_sizes: the (height, width) of each image, where the model cuts into tiles.
+        image_sizes: the (height, width) of each image that is cut into tiles, None for another.
     """
 
     input_ids: mx.array
     labels: mx.array
     pixel_values: mx.array | None
-    image_sizes: tuple[Size, ...] | None
+    image_sizes: ImageSizes
 
 
 class Examples:
@@ -88,7 +88,7 @@ class Examples:
         except (ValueError, OSError) as error:
             raise UnusableError("image is broken", str(error)) from error
         sizes = [(image.height, image.width) for image in images]
-        counts = [processor.image_processor.num_tokens(size) for size in sizes]
+        counts = [*map(processor.image_processor.among(len(images)).num_tokens, sizes)]
         try:
             segments = processor.template.segments(self._messages(sample))
             ids, learned = processor.learnable(segments, counts)
@@ -116,7 +116,7 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> Batch | None:
         """The rows of some samples; None if none of them can be used."""
         rows: list[tuple[list[int], list[int]]] = []
-        images: list[Image.Image] = []
+        images: list[list[Image.Image]] = []
         for index in indices:
             try:
                 ids, labels, row_images = self.row(self.samples[index])
@@ -124,18 +124,17 @@ class Examples:
                 self._leave_out(index, error)
                 continue
             rows.append((ids, labels))
-            images += row_images
+            images.append(row_images)
         if not rows:
             return None
         longest = max(len(ids) for ids, _ in rows)
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        image_processor = self.processor.image_processor
-        sizes = tuple((image.height, image.width) for image in images)
+        tiles = self.processor.image_processor.batch(images)
         return Batch(
             input_ids=mx.array(_padded([ids for ids, _ in rows], length, 0)),
             labels=mx.array(_padded([labels for _, labels in rows], length, IGNORED)),
-            pixel_values=mx.array(image_processor(images)) if images else None,
-            image_sizes=sizes if images and image_processor.mode == "anyres" else None,
+            pixel_values=None if tiles.pixel_values is None else mx.array(tiles.pixel_values),
+            image_sizes=tiles.image_sizes,
         )
 
     def _leave_out(self, index: int, error: UnusableError) -> None:

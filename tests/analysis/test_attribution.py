@@ -31,7 +31,8 @@ TOLERANCE = 3e-5
 CASES = (
     "vicuna", "gqa", "mqa_one_row", "tied_head", "linear_rope", "llama3_rope", "head_dim",
     "attention_bias", "mistral_window", "layer_list", "keep_class_token", "pad", "next",
-    "next_one_image", "next_mistral", "next_uneven", "text_only",
+    "next_one_image", "next_mistral", "next_uneven", "text_only", "onevision_cut",
+    "onevision_tied_padded",
 )  # fmt: skip
 
 
@@ -65,10 +66,13 @@ def test_states_attention_and_logits_are_transformers(name, tmp_path):
     check(ours.logits[None], [theirs.logits])
     if pictures:
         features = np.concatenate(ours.image_features)
-        expected = np.concatenate([array.numpy() for array in theirs.image_hidden_states])
+        expected = (
+            theirs.image_outputs.pooler_output if case.onevision else theirs.image_hidden_states
+        )
+        expected = np.concatenate([array.numpy() for array in expected])
         assert np.abs(features - expected.reshape(features.shape)).max() < TOLERANCE
         pixels = batch["pixel_values"]
-        if case.next:
+        if case.next or case.onevision:
             pixels = torch.cat([tiles[tiles.flatten(1).any(1)] for tiles in pixels])
         states = tiny.torch_hidden_states(reference, pixels)
         assert np.abs(ours.vision_states - np.stack(states)).max() < TOLERANCE
@@ -160,6 +164,16 @@ MODES = {
     "squashed": image_processor("crop", size=(SIDE, SIDE)),
     "pad": image_processor("pad"),
     "anyres": image_processor("anyres"),
+    "anyres, scaled down": image_processor(
+        "anyres",
+        config={
+            "model_type": "llava_onevision",
+            "vision_aspect_ratio": "anyres_max_1",
+            "vision_feature_select_strategy": "default",
+            "vision_feature_layer": -2,
+        },
+        vision={"model_type": "clip_vision_model"},
+    ),
     "uneven patches": image_processor("pad", vision={"image_size": 28, "patch_size": 9}),
 }
 
@@ -216,6 +230,14 @@ def test_lines_and_class_tokens_have_no_place():
     boxes = feature_boxes(full, (28, 28))
     assert np.isnan(boxes[0]).all()
     assert boxes[1].tolist() == [0, 0, 7, 7]
+
+
+def test_boxes_of_a_grid_that_was_scaled_down_touch():
+    processor = MODES["anyres, scaled down"]
+    size = (56, 56)  # 8 rows of 8 patches become 4 of 4 where one tile is the most
+    boxes = feature_boxes(processor, size)[16:]
+    boxes = boxes[~np.isnan(boxes[:, 0])]
+    assert np.allclose(boxes, feature_boxes(MODES["pad"], size), atol=1e-4)
 
 
 def test_every_feature_of_siglip_has_its_place():

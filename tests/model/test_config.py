@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -110,6 +111,32 @@ def test_an_empty_config_is_the_default_model():
     assert config.vision_config == VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 336, 14)
     assert config.text_config == TextConfig(num_key_value_heads=32, head_dim=128)
     assert config.image_grid_pinpoints[:2] == ((336, 672), (672, 336))
+
+
+def test_an_empty_onevision_is_that_of_transformers():
+    hf = pytest.importorskip("transformers")
+    theirs = hf.LlavaOnevisionConfig()
+    config = LlavaConfig.from_dict({"model_type": "llava_onevision"})
+    for key in "image_token_index vision_feature_layer vision_feature_select_strategy".split():
+        assert getattr(config, key) == getattr(theirs, key), key
+    assert [*map(list, config.image_grid_pinpoints)] == theirs.image_grid_pinpoints
+    assert config.vision_aspect_ratio == theirs.vision_aspect_ratio == "anyres_max_9"
+    for key, value in vars(config.vision_config).items():
+        assert value == getattr(theirs.vision_config, key), key
+    assert config.text_config == text(model_type="qwen2")
+    assert (config.max_tiles, config.tokens_per_tile, config.has_newline) == (9, 729, True)
+    again = hf.LlavaOnevisionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert replace(LlavaConfig.from_dict(again.to_dict()), eos_token_id=()) == config
+
+
+def test_parts_of_onevision_that_name_no_kind_are_siglip_and_qwen2():
+    data = {"text_config": {"hidden_size": 64}, "vision_config": {"image_size": 56}}
+    config = LlavaConfig.from_dict({"model_type": "llava_onevision", "image_token_id": 7, **data})
+    assert config.vision_config == VisionConfig.from_dict(
+        {"model_type": "siglip_vision_model", "image_size": 56}
+    )
+    assert config.text_config.model_type == "qwen2"
+    assert config.image_token_index == 7
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3"])
@@ -364,6 +391,18 @@ REFUSED = {
     "pinpoints": ({"image_grid_pinpoints": "(1x1)"}, "no range of grids"),
     "pinpoint_text": ({"image_grid_pinpoints": "[[1, 2"}, "no list of pairs"),
     "ends": ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+    "ratio": (
+        {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres"},
+        "vision_aspect_ratio='anyres'; .*'anyres_max_N' with llava_onevision",
+    ),
+    "no_tiles": (
+        {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres_max_0"},
+        "vision_aspect_ratio='anyres_max_0'",
+    ),
+    "ratio_of_another": (
+        {"model_type": "llava_next", "vision_aspect_ratio": "anyres_max_9"},
+        "vision_aspect_ratio='anyres_max_9'; .* with llava_onevision",
+    ),
     "convention": ({"anyres_convention": "mine"}, "anyres_convention='mine'"),
 }
 

@@ -75,11 +75,15 @@ def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
     if batch.image_sizes is not None:
         from mlx_llava.model.anyres import num_tiles
 
-        counts = [1 + num_tiles(size, config) for size in batch.image_sizes]
+        sizes = [size or (1, 1) for size in batch.image_sizes]  # of a tile, no one reads it
+        whole = [size is None for size in batch.image_sizes]
+        counts = [1 if n else 1 + num_tiles(s, config) for s, n in zip(sizes, whole, strict=True)]
         padded = torch.zeros(len(counts), max(counts), *pixels.shape[1:]).double()
         for row, tiles in zip(padded, torch.split(pixels, counts), strict=True):
             row[: len(tiles)] = tiles
-        inputs = {"pixel_values": padded, "image_sizes": torch.tensor(batch.image_sizes)}
+        inputs = {"pixel_values": padded, "image_sizes": torch.tensor(sizes)}
+        if config.pads_several:  # all of them are one prompt's, and then one alone
+            inputs["batch_num_images"] = torch.tensor([sum(whole), 1])
     ids = torch.tensor(np.array(batch.input_ids)).long()
     mask = torch.zeros_like(ids)
     for row, labels in zip(mask, np.array(batch.labels), strict=True):
@@ -118,7 +122,7 @@ def assert_equal(found: dict, expected: dict) -> None:
     "name",
     [
         *("vicuna", "gqa", "tied_head", "mistral_window", "qwen2"),
-        *("layer_list", "pad", "next", "siglip", "vip"),
+        *("layer_list", "pad", "next", "siglip", "vip", "onevision"),
     ],
 )
 def test_loss_and_gradients_of_a_stage(name, stage, tmp_path):
