@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, LazyTensor], text: TextConfig) -> dict[str, Lazy
     for name, tensor in tensors.items():
         parts = _parts(name, text)
         if parts and not name.endswith(".input_permutation"):  # which all of them have
-            result |= {part: _rows(tensor, own, parts) for part, own in parts.items()}
+            result |= _split(tensor, parts)
         else:
             result |= dict.fromkeys(parts or [name], tensor)
     return result
@@ -71,28 +71,38 @@ def split_lora(lora: Lora, text: TextConfig) -> Lora:
     changes: dict[str, LowRank] = {}
     for name, change in lora.changes.items():
         parts = _parts(name, text)
-        changes |= {part: _change(change, own, parts) for part, own in parts.items()}
-        changes |= {} if parts else {name: change}
+        if not parts:
+            changes[name] = change
+            continue
+        ups, lengths = (
+            _split(change.up, parts),
+            change.magnitude and _split(change.magnitude, parts),
+        )
+        changes |= {
+            part: replace(change, up=up, magnitude=lengths and lengths[part])
+            for part, up in ups.items()
+        }
     return replace(lora, changes=changes, trained=split(lora.trained, text))
 
 
-def _change(change: LowRank, own: slice, parts: Mapping[str, slice]) -> LowRank:
-    magnitude = change.magnitude and _rows(change.magnitude, own, parts)
-    return replace(change, up=_rows(change.up, own, parts), magnitude=magnitude)
-
-
-def _rows(tensor: LazyTensor, own: slice, parts: Mapping[str, slice]) -> LazyTensor:
-    (rows, *others), expected = tensor.shape, max(part.stop for part in parts.values())
-    if rows != expected:
+def _split(tensor: LazyTensor, parts: Mapping[str, slice]) -> dict[str, LazyTensor]:
+    """A tensor's rows by the names that they get; it is read once for all of them."""
+    expected = max(own.stop for own in parts.values())
+    if tensor.shape[0] != expected:
         raise ValueError(
-            f"{tensor.source} has {rows} rows, where text_config says {expected}: those of "
-            f"{', '.join(parts)}."
+            f"{tensor.source} has {tensor.shape[0]} rows, where text_config says {expected}: "
+            f"those of {', '.join(parts)}."
         )
-    shape = (own.stop - own.start, *others)
-    return replace(tensor, shape=shape, read=partial(_read_rows, tensor, own))
+    unread: dict[str, mx.array] = {}
 
+    def read(part: str) -> mx.array:
+        if part not in unread:
+            whole = tensor.read()
+            unread.update({name: whole[own] for name, own in parts.items()})
+        return unread.pop(part)
 
-def _read_rows(tensor: LazyTensor, own: slice) -> mx.array:
-    rows = mx.contiguous(tensor.read()[own])
-    mx.eval(rows)  # now, so that the whole is not kept for them
-    return rows
+    sizes = {part: own.stop - own.start for part, own in parts.items()}
+    return {
+        part: replace(tensor, shape=(rows, *tensor.shape[1:]), read=partial(read, part))
+        for part, rows in sizes.items()
+    }
