@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.processor import Inputs, in_part
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class GenerationResponse:
     def _repr_html_(self) -> str:
         """What Jupyter shows: the pictures, the answer, the timings."""
         figures = self.figures()
+        figures["image_tokens"] = in_part(figures.pop("whole_image_tokens"), self.image_tokens)
         seconds = {name: f"{value:.3f} s" for name, value in figures.pop("timings").items()}
         figures["peak_memory"] = f"{self.peak_memory:.2f} GB"
         pictures = display.pictures(self.inputs.tiles())

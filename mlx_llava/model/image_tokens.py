@@ -47,9 +47,10 @@ def show(features: mx.array, count: int, size: Size | None, config: LlavaConfig)
     if count >= len(features):
         every = np.arange(len(features), dtype=np.int32)
         return ShownImage(features, every, len(features))
+    vectors = np.array(features.astype(mx.float32))
     areas = areas_of(len(features), size, config)
     kept = [
-        area[most_diverse(cosine_distances(features[mx.array(area)]), share)]
+        area[most_diverse(cosine_distances(vectors[area]), share)]
         for area, share in zip(areas, spread(count, [*map(len, areas)]), strict=True)
         if share
     ]
@@ -113,11 +114,11 @@ def spread(count: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def cosine_distances(features: mx.array) -> npt.NDArray[Any]:
-    """Of each feature from each other: (F, D) -> float32 (F, F)."""
-    features = features.astype(mx.float32)
-    features /= mx.maximum(mx.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-    return np.array(1 - features @ features.T)
+def cosine_distances(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of each feature from each other: float32 (F, D) -> (F, F)."""
+    lengths = np.linalg.norm(features, axis=-1, keepdims=True)
+    directions = features / np.maximum(lengths, np.float32(1e-12))
+    return 1 - directions @ directions.T
 
 
 def most_diverse(distances: npt.NDArray[Any], count: int) -> Ids:
