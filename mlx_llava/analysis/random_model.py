@@ -23,10 +23,12 @@ from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.vision_config import CLIP, SIGLIP
 
 #: The bits that MLX's codes can have, and how many of these share a scale.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP = 64
+Settings: TypeAlias = "dict[str, Any]"
 Unsigned: TypeAlias = "type[np.unsignedinteger[Any]]"
 _UNSIGNED: dict[mx.Dtype, Unsigned] = {mx.uint8: np.uint8, mx.uint32: np.uint32}
 #: Of each dtype, an unsigned one as wide, and the bits behind a number's point.
@@ -37,8 +39,9 @@ _FLOATS: dict[mx.Dtype, tuple[Unsigned, int]] = {
 }
 
 
-def _clip(width: int, layers: int, heads: int, hidden: int, side: int) -> dict[str, int]:
+def _clip(width: int, layers: int, heads: int, hidden: int, side: int) -> Settings:
     return {
+        "model_type": CLIP,
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -48,8 +51,12 @@ def _clip(width: int, layers: int, heads: int, hidden: int, side: int) -> dict[s
     }
 
 
-def _llama(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, int]:
+def _llama(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> Settings:
     return {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -59,10 +66,22 @@ def _llama(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> d
 
 
 _CLIP_L_336 = _clip(1024, 24, 16, 4096, 336)
-#: Name -> vision tower and decoder: CLIP ViT-L/14-336 below TinyLlama's and Vicuna's shapes.
-SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+_SIGLIP_SO400M = {**_clip(1152, 26, 16, 4304, 384), "model_type": SIGLIP}
+_QWEN_05B = {
+    **_llama(1024, 24, 16, 16, 2816),
+    "model_type": "qwen2",
+    "vocab_size": 152000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+#: Name -> vision tower and decoder: CLIP ViT-L/14-336 below TinyLlama's and Vicuna's shapes, and
+#: llava-interleave-qwen-0.5b's.
+SHAPES: dict[str, tuple[Settings, Settings]] = {
     "tiny": (_clip(64, 3, 2, 128, 56), _llama(64, 2, 4, 2, 160)),
     "300m": (_CLIP_L_336, _llama(1024, 16, 16, 4, 2816)),
+    "0.5b": (_SIGLIP_SO400M, _QWEN_05B),
     "1b": (_CLIP_L_336, _llama(2048, 22, 32, 4, 5632)),
     "7b": (_CLIP_L_336, _llama(4096, 32, 32, 32, 11008)),
 }
@@ -73,19 +92,14 @@ def random_config(shape: str, image_token_index: int) -> LlavaConfig:
     if shape not in SHAPES:
         raise ValueError(f"There is no shape {shape!r}; known: {', '.join(SHAPES)}.")
     vision, text = SHAPES[shape]
+    is_siglip = vision["model_type"] == SIGLIP
     data: dict[str, Any] = {
         "model_type": "llava",
         "image_token_index": image_token_index,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vision_config": {"model_type": "clip_vision_model", **vision},
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": 32064,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            **text,
-        },
+        "vision_feature_layer": -1 if is_siglip else -2,
+        "vision_feature_select_strategy": "full" if is_siglip else "default",
+        "vision_config": vision,
+        "text_config": text,
     }
     return LlavaConfig.from_dict(data)
 
@@ -105,8 +119,7 @@ def write_random_model(shape: str, folder: Path, dtype: str, bits: int | None = 
     """
     _, embedded = load(embedded_model(), lazy=True, as_stored=True)
     config = random_config(shape, embedded.config.image_token_index)
-    side = config.vision_config.image_size
-    images = replace(ImageProcessor.from_config(None, config), size=side)
+    images = ImageProcessor.from_config(None, config)
     mx.random.seed(0)
     model = Llava(config)  # its large arrays are never computed
     if bits is not None:

@@ -17,6 +17,7 @@ from mlx_llava.benchmark import main
 from mlx_llava.files import check_output
 from mlx_llava.model.cache import nbytes
 from mlx_llava.model.quantized import is_quantized, plain_weight
+from mlx_llava.model.vision_config import CLIP, SIGLIP
 from tests.conftest import ROOT
 
 SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
@@ -80,8 +81,14 @@ def test_wrong_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
-    model, processor = load(tiny, dtype="float32")
+@pytest.mark.parametrize("kind", [CLIP, SIGLIP])
+def test_counts_of_multiplications_and_bytes(kind, tmp_path, monkeypatch):
+    vision, text = random_model.SHAPES["tiny"]
+    shape = {**vision, "model_type": kind, "image_size": 60}, text
+    monkeypatch.setitem(random_model.SHAPES, "tiny", shape)
+    random_model.write_random_model("tiny", tmp_path / "tiny", "float32")
+    model, processor = load(tmp_path / "tiny", dtype="float32")
+    assert type(model.vision_tower.vision_model).__module__.endswith(kind.split("_")[0])
     counted = 0
     layers = [module for module in model.modules() if hasattr(module, "attention")]
     attention = layers[0].attention
@@ -107,7 +114,7 @@ def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
     count_calls(type(model.language_model.lm_head), "__call__")
     for layer in layers:
         monkeypatch.setattr(layer, "attention", count_attention)
-    inputs = processor("<image>What? <image>", draw_pictures(tiny.parent, 2))
+    inputs = processor("<image>What? <image>", draw_pictures(tmp_path, 2))
     embeddings = model.embed(**inputs)
     assert counted == pytest.approx(encode_flops(model.config, 2), rel=1e-6)
     counted, cache = 0, model.language_model.make_cache()
@@ -121,8 +128,8 @@ def test_counts_of_multiplications_and_bytes(tiny, monkeypatch):
 @pytest.mark.parametrize("shape", random_model.SHAPES)
 def test_shapes_are_configs(shape):
     config = random_model.random_config(shape, 3)
-    assert config.vision_config.patches_per_side in (4, 24)
-    with pytest.raises(ValueError, match="no shape '13b'; known: tiny, 300m, 1b, 7b"):
+    assert config.vision_config.patches_per_side in (4, 24, 27)
+    with pytest.raises(ValueError, match="no shape '13b'; known: tiny, 300m, 0.5b, 1b, 7b"):
         random_model.random_config("13b", 3)
 
 
