@@ -74,13 +74,10 @@ def split_lora(lora: Lora, text: TextConfig) -> Lora:
         if not parts:
             changes[name] = change
             continue
-        ups, lengths = (
-            _split(change.up, parts),
-            change.magnitude and _split(change.magnitude, parts),
-        )
+        ups, magnitude = _split(change.up, parts), change.magnitude
+        lengths = _split(magnitude, parts) if magnitude else {}
         changes |= {
-            part: replace(change, up=up, magnitude=lengths and lengths[part])
-            for part, up in ups.items()
+            part: replace(change, up=up, magnitude=lengths.get(part)) for part, up in ups.items()
         }
     return replace(lora, changes=changes, trained=split(lora.trained, text))
 
