@@ -10,8 +10,9 @@ import pytest
 
 from mlx_llava.analysis.random_model import random_config
 from mlx_llava.model.batch_cache import BatchCache, RaggedCache, SlotCache, make_batch_cache
-from mlx_llava.model.cache import KVCache, make_cache, nbytes
+from mlx_llava.model.cache import Cache, KVCache, make_cache, nbytes, set_positions
 from mlx_llava.model.llama import LanguageModel
+from mlx_llava.model.positions import Part, Positions
 
 CONFIG = replace(random_config("tiny", 3).text_config, vocab_size=97)
 FORMS = pytest.mark.parametrize("form", [RaggedCache, SlotCache])
@@ -28,12 +29,17 @@ class Rows:
         self.model, self.batch = model, batch
         self.random = np.random.default_rng(seed)
         self.ids: list[list[int]] = []
+        self.positions: list[Positions] = []
 
     def draw(self, count: int) -> list[int]:
         return self.random.integers(0, CONFIG.vocab_size, count).tolist()
 
-    def join(self, length: int) -> None:
+    def join(self, length: int, skipped: int = 0) -> None:
+        """A row whose first token is all that is left of an image of some tokens more."""
         cache = self.model.make_cache()
+        part = Part(0, np.zeros(1, np.int32), 1 + skipped)
+        self.positions.append(Positions((part,) if skipped else ()))
+        set_positions(cache, self.positions[-1])
         self.ids.append(self.draw(length))
         self.model(mx.array([self.ids[-1]]), cache=cache)
         self.batch.join(cache)
@@ -41,8 +47,9 @@ class Rows:
     def leave(self, row: int) -> None:
         self.assert_stored(row)
         self.batch.leave(row)
-        self.ids[row] = self.ids[-1]
-        self.ids.pop()
+        for rows in (self.ids, self.positions):
+            rows[row] = rows[-1]
+            rows.pop()
 
     def step(self, counts: list[int]) -> None:
         new = [self.draw(count) for count in counts]
@@ -50,13 +57,18 @@ class Rows:
         logits = mx.split(self.model(ids, cache=self.batch.step(counts)), np.cumsum(counts)[:-1])
         for row, one in enumerate(new):
             self.ids[row] += one
-            alone = self.model(mx.array([self.ids[row]]))[0, -len(one) :]
+            alone = self.alone(row)[0, -len(one) :]
             assert mx.abs(logits[row][:, 0] - alone).max() < 3e-5
+
+    def alone(self, row: int, cache: Cache | None = None) -> mx.array:
+        ids = self.ids[row]
+        positions = self.positions[row].jumping(len(ids))
+        return self.model(mx.array([ids]), cache=cache, positions=positions)
 
     def assert_stored(self, row: int) -> None:
         """What a row would leave behind is what reading its ids stores."""
         cache = self.model.make_cache()
-        self.model(mx.array([self.ids[row]]), cache=cache)
+        self.alone(row, cache)
         for ours, theirs in zip(self.batch.extract(row), cache, strict=True):
             assert ours.offset == theirs.offset
             for a, b in zip(ours.state, theirs.state, strict=True):
@@ -72,7 +84,7 @@ def test_rows_that_come_and_go_are_what_they_are_alone(form, text, seed):
     for _ in range(25):
         chance = random.random()
         if not rows.ids or (chance < 0.3 and len(rows.ids) < 6):
-            rows.join(int(random.choice([1, 7, 40, 255])))
+            rows.join(int(random.choice([1, 7, 40, 255])), int(random.choice([0, 0, 4])))
         elif chance < 0.45:
             rows.leave(int(random.integers(len(rows.ids))))
         elif chance < 0.6:
