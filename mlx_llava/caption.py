@@ -1,4 +1,4 @@
-"""Caption folders of pictures, in batches, with nothing lost when it is interrupted.
+"""Caption folders of pictures and films, in batches, with nothing lost when it is interrupted.
 
 python -m mlx_llava.caption photos --recursive --out captions.jsonl --resume
 """
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
     answer_options,
@@ -28,6 +29,7 @@ from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.image_paths import find_images
+from mlx_llava.inputs.video import ENDINGS, is_film
 from mlx_llava.json_files import JsonLines, read_bytes
 
 PROMPT = "Describe the picture."
@@ -169,6 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("pictures", nargs="+", metavar="PLACE", help='folders, files, or patterns: "photos/*.jpg"')
     add("--recursive", action="store_true", help="look into the folders of folders")
+    add("--videos", action="store_true", help="films of folders and patterns too")
+    add_frames_argument(parser)
     add("--prompt", "-p", default=PROMPT, help="what to ask (default: %(default)s)")
     add("--system", help="replaces the template's system text")
     add(
@@ -193,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     options = answer_options(args)
     others: set[Path] = set()
-    images = find_images(args.pictures, args.recursive, others)
+    images = find_images(args.pictures, args.recursive, others, ENDINGS if args.videos else ())
     captions = open_captions(args.out, images)
     out = Path("captions" if args.out == BESIDE else args.out)
     errors = Lines(out.with_suffix(".errors.jsonl"), "error")
@@ -238,9 +242,9 @@ def caption_all(
     generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
 
     def read(image: str) -> dict[str, Any]:
-        return {"prompt": args.prompt, "images": [image]}
+        return {"prompt": args.prompt, "videos" if is_film(image) else "images": [image]}
 
-    asked = {"system": args.system, "image_tokens": args.image_tokens}
+    asked = {name: getattr(args, name) for name in ("frames", "system", "image_tokens")}
     answers = answer_prompts(images, read, generator, options, **asked)
     yield from zip(images, in_order(answers), strict=True)
 

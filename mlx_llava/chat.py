@@ -12,11 +12,15 @@ import io
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+
+from PIL import Image
 
 from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
+    add_video_arguments,
     answer_options,
     command,
     load_model,
@@ -32,11 +36,12 @@ from mlx_llava.inputs.mentions import (
     pasted_files,
     split_line,
 )
+from mlx_llava.inputs.video import Video, is_film
 
 CLIPBOARD = "clipboard"
 COMMANDS = (
-    *("/image", "/images", "/system", "/template", "/regenerate", "/undo", "/save", "/load"),
-    *("/reset", "/help", "/exit", "/quit", "/bye"),
+    *("/image", "/images", "/video", "/system", "/template", "/regenerate", "/undo"),
+    *("/save", "/load", "/reset", "/help", "/exit", "/quit", "/bye"),
 )
 
 
@@ -49,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
+    add_video_arguments(parser)
     add("--system", help="replaces the template's system text")
     add_image_tokens_argument(parser)
     add_answer_arguments(parser)
@@ -62,8 +68,10 @@ class Chat:
     what it does.
     """
 
-    def __init__(self, session: Session, pictures: Sequence[Picture] = ()) -> None:
-        self.session = session
+    def __init__(
+        self, session: Session, pictures: Sequence[Picture] = (), frames: int | None = None
+    ) -> None:
+        self.session, self.frames = session, frames
         self.pending = list(pictures)
         self.has_ended = False
 
@@ -80,7 +88,7 @@ class Chat:
         if name.startswith("/") and (question == line or question.startswith(name)):
             kind = "picture" if "/" in name[1:] else "command"
             raise ValueError(f"There is no {kind} {name}; /help lists what can be typed.")
-        self.show([Picture.read(path) for path in paths])
+        self.show([self.film(path) if is_film(path) else Picture.read(path) for path in paths])
         if question:
             for path in missing_paths(question):
                 note(f"note: there is no file {path}")
@@ -117,7 +125,7 @@ class Chat:
         """Keeps pictures for the next question."""
         self.pending += pictures
         for picture in pictures:
-            note(f"picture {picture.image.width} x {picture.image.height}; ask about it")
+            note(f"{_described(picture.image)}; ask about it")
 
     def image(self, rest: str) -> None:
         """FILE ...: show pictures with the next question; or clipboard"""
@@ -127,6 +135,17 @@ class Chat:
         self.show(
             [Picture.of(from_clipboard()) if n == CLIPBOARD else Picture.read(n) for n in names]
         )
+
+    def video(self, rest: str) -> None:
+        """FILE ...: show frames of films, GIFs or folders with the next question"""
+        names = image_names(rest)
+        if not names:
+            raise ValueError("/video needs a file, a folder, or a URL.")
+        self.show([self.film(name) for name in names])
+
+    def film(self, name: str) -> Picture:
+        """Frames of a video."""
+        return Picture.film(name, partial(self.session.processor.load_video, frames=self.frames))
 
     def images(self, rest: str) -> None:
         """all|last: let the model see all pictures, or only those shown last"""
@@ -184,6 +203,13 @@ class Chat:
     quit = bye = exit
 
 
+def _described(image: Image.Image | Video) -> str:
+    if isinstance(image, Video):
+        first = image.frames[0]
+        return f"video {first.width} x {first.height}, {len(image.frames)} frames"
+    return f"picture {image.width} x {image.height}"
+
+
 def _file(rest: str, command: str) -> str:
     if not rest:
         raise ValueError(f"{command} needs a file.")
@@ -233,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, processor = load_model(args)
     options = {"image_tokens": args.image_tokens, **vars(answer_options(args))}
     session = Session(model, processor, system=args.system, **options)
-    run(Chat(session, pictures))
+    chat = Chat(session, pictures, args.frames)
+    chat.pending += map(chat.film, args.video)
+    run(chat)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import data_url, load_image, png
 from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.video import Video, VideoSource
 from mlx_llava.json_files import read_json, sensible_values, write_json
 from mlx_llava.model.llava import Llava
 
@@ -24,21 +26,37 @@ SHOWN = ("all", "last")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, and where it came from: a path, a URL, or itself as a data: URL."""
+    """A picture or a video, and where it came from: a path, a URL, or itself as a data: URL."""
 
     source: str
-    image: Image.Image = field(repr=False)
+    image: Image.Image | Video = field(repr=False)
 
     @classmethod
     def read(cls, source: str) -> Picture:
         """Reads a path or a URL; see `load_image`."""
-        is_url = source.startswith(("http://", "https://", "data:"))
-        return cls(source if is_url else str(real_path(expand_home(source))), load_image(source))
+        return cls(_lasting(source), load_image(source))
+
+    @classmethod
+    def film(cls, source: str, load_video: Callable[[VideoSource], Video]) -> Picture:
+        """Reads a video from a path or a URL; see `Processor.load_video`."""
+        return cls(_lasting(source), load_video(source))
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
         """A picture that came from nowhere."""
         return cls(data_url(png(image)), image)
+
+    @property
+    def kind(self) -> str:
+        """As messages name their parts."""
+        return "video" if isinstance(self.image, Video) else "image"
+
+    @property
+    def saved(self) -> Any:
+        """What `Session.save` keeps of it."""
+        if isinstance(self.image, Video):
+            return {"video": self.source, "frames": len(self.image.frames)}
+        return self.source
 
 
 @dataclass
@@ -79,7 +97,7 @@ class Session:
         last = next((turn for turn in reversed(turns) if turn.pictures), None)
         for turn in turns:
             pictures = turn.pictures if self.shown == "all" or turn is last else ()
-            content = [{"type": "image", "image": picture.image} for picture in pictures]
+            content = [{"type": one.kind, one.kind: one.image} for one in pictures]
             text = {"type": "text", "text": turn.text}
             messages.append({"role": "user", "content": [*content, text]})
             if turn is not turns[-1]:
@@ -132,7 +150,7 @@ class Session:
         if path.exists() and not _is_conversation(path):
             raise FileExistsError(f"{path} is no conversation that was saved; it stays as it is.")
         turns = [
-            {"text": t.text, "images": [p.source for p in t.pictures], "answer": t.answer}
+            {"text": t.text, "images": [p.saved for p in t.pictures], "answer": t.answer}
             for t in self.turns
         ]
         with whole_file(path) as beside:
@@ -151,10 +169,23 @@ class Session:
         data = read_json(path)
         with sensible_values(path):
             system, shown = data["system"], data["shown"]
-            turns = [_read_turn(turn) for turn in data["turns"]]
+            turns = [self._read_turn(turn) for turn in data["turns"]]
         if shown not in SHOWN or not isinstance(system, (str, type(None))):
             raise ValueError(f"{path} is not a conversation that was saved.")
         self.system, self.shown, self.turns = system, shown, turns
+
+    def _read_turn(self, data: dict[str, Any]) -> Turn:
+        pictures = tuple(map(self._read_picture, data["images"]))
+        if not isinstance(data["text"], str) or not isinstance(data["answer"], str):
+            raise TypeError("a text is no text")
+        return Turn(data["text"], pictures, data["answer"])
+
+    def _read_picture(self, saved: Any) -> Picture:
+        if isinstance(saved, str):
+            return Picture.read(saved)
+        return Picture.film(
+            saved["video"], partial(self.processor.load_video, frames=saved["frames"])
+        )
 
 
 def _is_conversation(path: Path) -> bool:
@@ -164,8 +195,7 @@ def _is_conversation(path: Path) -> bool:
         return False
 
 
-def _read_turn(data: dict[str, Any]) -> Turn:
-    pictures = tuple(Picture.read(source) for source in data["images"])
-    if not isinstance(data["text"], str) or not isinstance(data["answer"], str):
-        raise TypeError("a text is no text")
-    return Turn(data["text"], pictures, data["answer"])
+def _lasting(source: str) -> str:
+    """A name that means the same in another folder."""
+    is_url = source.startswith(("http://", "https://", "data:"))
+    return source if is_url else str(real_path(expand_home(source)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,10 @@ from mlx_llava.inputs.image import FORMATS
 
 
 def find_images(
-    places: Sequence[str], recursive: bool = False, skipped: set[Path] | None = None
+    places: Sequence[str],
+    recursive: bool = False,
+    skipped: set[Path] | None = None,
+    others: Collection[str] = (),
 ) -> list[str]:
     """The images of folders, files and patterns as ``photos/**/*.jpg``, of each by their names.
 
@@ -29,6 +32,7 @@ def find_images(
         recursive: Looks into the folders of folders.
         skipped: Takes the files that are no images by their names, links that lead nowhere, and
             folders that cannot be read.
+        others: What the names of files end in that are found too.
 
     Raises:
         ValueError: A place has no image, or is a folder that cannot be read.
@@ -37,7 +41,8 @@ def find_images(
     skipped = set() if skipped is None else skipped
     for place in places:
         path = expand_home(place)
-        files = [path] if path.is_file() else _find_files(path, recursive, skipped)
+        endings = {*image_endings(), *others}
+        files = [path] if path.is_file() else _find_files(path, recursive, skipped, endings)
         new = _name_once(files)
         if not new and path in skipped and path.is_dir():
             raise ValueError(f"The folder {place} cannot be read; see its permissions.")
@@ -69,13 +74,15 @@ def _links_to(folder: Path) -> tuple[int, Path]:
     return sum(part.is_symlink() for part in (folder, *folder.parents)), real_path(folder)
 
 
-def _find_files(path: Path, recursive: bool, skipped: set[Path]) -> Iterator[Path]:
+def _find_files(
+    path: Path, recursive: bool, skipped: set[Path], endings: Collection[str]
+) -> Iterator[Path]:
     start, parts = Path(path.anchor), path.parts[bool(path.anchor) :]
     if path.is_dir():
         start, parts = path, ("**", "*") if recursive else ("*",)
     for file in _match(start, parts, skipped):
         mode = _mode(file)
-        if _has_image_name(file) and stat.S_ISREG(mode):
+        if _has_ending(file, endings) and stat.S_ISREG(mode):
             yield file
         elif not stat.S_ISDIR(mode):
             skipped.add(file)
@@ -138,6 +145,6 @@ def image_endings() -> set[str]:
     return {ending for ending in endings if endings[ending] in FORMATS} | {".heic", ".heif"}
 
 
-def _has_image_name(file: Path) -> bool:
+def _has_ending(file: Path, endings: Collection[str]) -> bool:
     """macOS writes ``._`` files beside real ones."""
-    return file.suffix.lower() in image_endings() and not file.name.startswith(".")
+    return file.suffix.lower() in endings and not file.name.startswith(".")

@@ -1,4 +1,4 @@
-"""Which images a typed line names: as terminals paste and quote paths, and within a sentence."""
+"""Which images and films a typed line names: as terminals quote paths, and in a sentence."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from mlx_llava.files import is_file
 from mlx_llava.inputs.image_paths import image_endings
+from mlx_llava.inputs.video import ENDINGS, is_film
 
 #: Longer lines are text.
 MAX_LENGTH = 32768
@@ -37,12 +38,12 @@ class Mention(NamedTuple):
 
 
 def split_line(line: str) -> tuple[list[str], str]:
-    """The images that a line names, each once, and the question without them, which may be "".
+    """The images and films that a line names, each once, and the question without them.
 
-    A path before or after the question is left out of it; one within a sentence becomes "this
-    picture", or "picture 1" and so on where there are several.
+    That may be "". A path before or after the question is left out of it; one within a sentence
+    becomes "this picture" or "this video", or "picture 1" and so on where there are several.
     """
-    found = list(_mentions(line, _is_image))
+    found = list(_mentions(line, _is_shown))
     paths = list(dict.fromkeys(mention.path for mention in found))
     if not found:
         return [], line.strip()
@@ -57,7 +58,8 @@ def split_line(line: str) -> tuple[list[str], str]:
     text = first
     for mention, following in zip(found, [*between, last], strict=True):
         number = paths.index(mention.path) + 1
-        text += f"picture {number}" if paths[1:] else "this picture"
+        kind = "video" if is_film(mention.path) else "picture"
+        text += f"{kind} {number}" if paths[1:] else f"this {kind}"
         text += following
     return paths, text.strip()
 
@@ -89,9 +91,9 @@ def image_names(arguments: str) -> list[str]:
 
 
 def missing_paths(line: str) -> list[str]:
-    """What looks like the path of an image and is no file, so that it stays text."""
+    """What looks like the path of an image or a film and is no file, so that it stays text."""
     words = [word.rstrip(_AFTER) for word in _MISSING.findall(line)]
-    return [word for word in words if Path(word).suffix.lower() in image_endings()]
+    return [word for word in words if _has_ending(word)]
 
 
 def _other_names(text: str) -> Iterator[str]:
@@ -104,7 +106,7 @@ def _other_names(text: str) -> Iterator[str]:
 def _mentions(line: str, accepts: Callable[[str], bool]) -> Iterator[Mention]:
     if len(line) > MAX_LENGTH:
         return
-    endings = "|".join(re.escape(ending) for ending in sorted(image_endings()))
+    endings = "|".join(re.escape(ending) for ending in sorted(image_endings() | ENDINGS))
     pattern = rf"(?i:{endings})(?![A-Za-z0-9_/\\-]|\.[A-Za-z0-9])"
     ends = [match.end() for match in re.finditer(pattern, line)]
     start = 0
@@ -172,8 +174,12 @@ def _is_path(path: str) -> bool:
     return ("/" in path or "." in path) and _is_file(path)
 
 
-def _is_image(path: str) -> bool:
-    return Path(path).suffix.lower() in image_endings() and _is_file(path)
+def _has_ending(path: str) -> bool:
+    return Path(path).suffix.lower() in image_endings() or is_film(path)
+
+
+def _is_shown(path: str) -> bool:
+    return _has_ending(path) and _is_file(path)
 
 
 def _is_mark(letter: str, marks: str) -> bool:

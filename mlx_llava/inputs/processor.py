@@ -23,7 +23,7 @@ from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.messages import Conversation, Message, Reading, Shown, read_messages
 from mlx_llava.inputs.templates import choose_template, get_template
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, Tokenizer
-from mlx_llava.inputs.video import FRAMES, Video, is_ready, load_video
+from mlx_llava.inputs.video import FRAMES, Video, VideoSource, is_ready, load_video
 from mlx_llava.model.anyres import ImageSizes
 from mlx_llava.model.config import LlavaConfig
 
@@ -191,7 +191,7 @@ class Processor:
         started = time.perf_counter()
         texts: list[str] = []
         rows: list[Sequence[Shown]] = []
-        take_frames = partial(self._load_video, frames=frames)
+        take_frames = partial(self.load_video, frames=frames)
         for conversation, beside, films in _rows(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
             reading = Reading(self.tokenizer.protect, take_frames)
@@ -218,7 +218,7 @@ class Processor:
         self, conversation: Conversation, images: Shown | Sequence[Shown] | None = None
     ) -> int:
         """How many tokens a prompt takes; its images are read, but not made pixels."""
-        reading = Reading(self.tokenizer.protect, self._load_video)
+        reading = Reading(self.tokenizer.protect, self.load_video)
         text, sources = self._render(conversation, as_list(images), reading)
         sizes = [(image.height, image.width) for image in _images_of(sources)]
         ids, _ = self._ids([text], map(self.image_processor.among(len(sizes)).num_tokens, sizes))
@@ -253,7 +253,8 @@ class Processor:
             )
         return text, images
 
-    def _load_video(self, source: Any, frames: int | None = None) -> Video:
+    def load_video(self, source: VideoSource, frames: int | None = None) -> Video:
+        """Takes frames of a video, by default as many as the model knows; see `load_video`."""
         if frames is None and not is_ready(source):
             frames = self.frames
         return load_video(source, frames)

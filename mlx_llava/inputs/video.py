@@ -58,8 +58,8 @@ _TURNS = {
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
 }
-#: How the names of videos end, as folders and typed lines are searched for them.
-ENDINGS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .ts .mts .mpg .mpeg .flv .gif".split())
+#: How the names of films end, as folders and typed lines are searched for them.
+ENDINGS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .ts .mts .mpg .mpeg .flv".split())
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ VideoSource: TypeAlias = "str | Path | bytes | BinaryIO | Stills | Video"
 def is_ready(source: VideoSource) -> bool:
     """Whether a source is frames, rather than what has to be decoded."""
     return isinstance(source, (Video, list, tuple, np.ndarray))
+
+
+def is_film(path: str | Path) -> bool:
+    """Whether a file is a film by its name."""
+    return Path(path).suffix.lower() in ENDINGS
 
 
 def sample(total: int, frames: int) -> list[int]:
