@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from mlx_llava.analysis.random_model import random_config
 from mlx_llava.generation.sampling import greedy, make_sampler
 from mlx_llava.generation.steps import Chooser, generate_step
 from mlx_llava.model.batch_cache import SlotCache
-from mlx_llava.model.cache import Cache
+from mlx_llava.model.cache import Cache, set_positions
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.positions import Part, Positions
 from mlx_llava.model.vision_config import CLIP, SIGLIP
 from tests.graphs import dtypes, launches, on_metal
 
@@ -91,6 +93,23 @@ def test_a_layer_launches_17_kernels_as_mlx_lms(text, bits, length):
 
     assert per_layer(ours).total() == 17 + biases
     assert per_layer(theirs).total() == 17
+
+
+@pytest.mark.parametrize(("stored", "length"), [(20, 1), (3, 7)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_positions_that_jump_add_no_kernel_to_a_layer(text, stored, length):
+    part = Part(2, np.array([0, 3, 6], np.int32), 9)
+
+    def ours(layers: int) -> Counter[str]:
+        model = decoder(layers, **TEXTS[text])
+        cache = model.make_cache()
+        set_positions(cache, Positions((part,)))
+        ids = mx.zeros((1, length), mx.int32)
+        mx.eval(ids)
+        with on_metal(model):
+            return launches(model(ids, cache=filled(model, cache, stored)))
+
+    assert per_layer(ours).total() == 17
 
 
 @pytest.mark.parametrize(("dtype", "kernels"), [(mx.float32, 6), (mx.float16, 7)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from mlx_llava.generation.batch import BatchGenerator, run  # noqa: E402
 from mlx_llava.generation.prompt_cache import PromptCache  # noqa: E402
 from mlx_llava.generation.sampling import Options  # noqa: E402
 from mlx_llava.generation.stream import stream_generate  # noqa: E402
-from mlx_llava.model.anyres import grid_size, unpadded_grid  # noqa: E402
-from mlx_llava.model.image_tokens import most_diverse, show, spread  # noqa: E402
+from mlx_llava.model.anyres import grid_size, num_tiles, unpadded_grid  # noqa: E402
+from mlx_llava.model.image_tokens import areas_of, most_diverse, show, spread  # noqa: E402
+from mlx_llava.model.layout import lay_out  # noqa: E402
 from tests.conftest import MACHINES, as_on  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
 
@@ -183,3 +186,18 @@ def test_features_without_a_direction_are_chosen_once_each(loaded):
 )
 def test_a_count_is_spread_by_area(count, sizes, shares):
     assert spread(count, sizes) == shares
+
+
+@pytest.mark.parametrize("kind", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("size", [(50, 41), (20, 64), (90, 30), (28, 28)])
+def test_areas_are_the_tiles_that_features_come_from(kind, size, loaded_next):
+    config = replace(loaded_next[0].config, mm_patch_merge_type=kind)
+    tiles = 1 + num_tiles(size, config)
+    numbered = np.broadcast_to(np.arange(tiles)[:, None, None], (tiles, config.tokens_per_tile, 1))
+    newline = mx.array([-1.0]) if config.has_newline else None
+    (features,) = lay_out(mx.array(numbered, mx.float32), newline, [size], config)
+    areas = areas_of(len(features), size, config)
+    assert sorted(np.concatenate(areas).tolist()) == [*range(len(features))]
+    assert len(areas) == tiles
+    for tile, area in enumerate(areas):
+        assert {*np.array(features)[area, 0].tolist()} <= {tile, -1}
