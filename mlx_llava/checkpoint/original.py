@@ -30,6 +30,7 @@ from mlx_llava.checkpoint.tensors import (
 from mlx_llava.checkpoint.tower import VIP_TOWER, read_tower
 from mlx_llava.inputs.tokenizer import Tokenizer, find_image_token
 from mlx_llava.json_files import read_json
+from mlx_llava.model.config import projector_layers
 from mlx_llava.model.config import unknown_keys as unknown_hf_keys
 from mlx_llava.model.config_checks import refuse_value, unknown_warning
 from mlx_llava.model.vision_config import SIGLIP, VisionConfig
@@ -63,9 +64,25 @@ _OTHER_LLAVAS = {
     "mm_video_tower": "Video-LLaVA, whose towers are not supported",
     "geochat": "GeoChat, which stretches its tower to pictures of 504 pixels",
 }
+#: Towers that are neither CLIP's nor SigLIP's, by a part of their names in lower case.
+_OTHER_TOWERS = {
+    "aimv2": "AIMv2",
+    "convnext": "ConvNeXt",
+    "dino": "DINO",
+    "imagebind": "ImageBind",
+    "internvit": "InternViT",
+    "languagebind": "LanguageBind",
+    "mlcd-vit-bigg": "MLCD's largest, which rotates positions",
+    "open_clip": "one of OpenCLIP's own",
+    "oryx": "Oryx's, whose pictures have any size",
+    "radio": "RADIO",
+    "siglip2": "SigLIP 2",
+}
 _CLASSES = ("LlavaLlama", "LlavaMistral", "LlavaMPT", "LlavaMpt", "LlavaPhi", "LlavaQwen")
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _MODES = {"square": "crop", "pad": "pad", "anyres": "anyres", None: "crop"}
+#: OneVision's, whose grids are scaled down where they have far more tiles than these.
+_ANYRES_MAX = re.compile(r"anyres_max_\d+")
 
 
 def is_original(data: Mapping[str, Any]) -> bool:
@@ -108,14 +125,14 @@ def read_original(
             "it answers noise without that LLaMA: --base."
         )
     side = vision.get("image_size") or VisionConfig.image_size
-    images = preprocessing(_MODES[data.get("image_aspect_ratio")], side, tower.is_siglip)
+    images = preprocessing(_image_mode(data), side, tower.is_siglip)
     vocabulary = tokenizer_folder or path
     placeholder = find_image_token(vocabulary)
     if placeholder is not None:
         settings["image_token_index"] = placeholder
     if found.layers:
         settings["quantization"] = found.quantization()
-    if settings["model_type"] != "llava_next" or settings["mm_patch_merge_type"] != "spatial_unpad":
+    if _image_mode(data) != "anyres" or settings["mm_patch_merge_type"] != "spatial_unpad":
         weights.pop("image_newline", None)
     contents = Contents(
         layout=layout,
@@ -181,15 +198,10 @@ def translate(
         vocabulary (int): How many rows the embedding has, whatever config.json says.
     """
     _refuse_others(data)
-    mode = data.get("image_aspect_ratio")
-    if mode not in _MODES:
-        refuse_value("config.json", "image_aspect_ratio", mode, "'square', 'pad' and 'anyres'")
-    if data.get("mm_resampler_type"):
-        refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     text = {k: value for k, value in _settings(data).items() if k not in _NOT_THE_DECODERS}
     if (data.get("bos_token_id"), text.get("eos_token_id")) in ((0, 1), (0, [1])):
         del text["eos_token_id"]  # Lightning's ids are wrong; 1 is <s>
-    is_anyres = mode == "anyres"
+    is_anyres, ratio = _image_mode(data) == "anyres", str(data.get("image_aspect_ratio"))
     merge = data.get("mm_patch_merge_type") or "flat" if is_anyres else "spatial_unpad"
     selected = data.get("mm_vision_select_feature") or "patch"
     seen = {
@@ -199,8 +211,10 @@ def translate(
     if vision.get("model_type") == SIGLIP:  # whatever config.json says (siglip_encoder.py)
         seen = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     is_vip = data.get("mm_vision_tower") == VIP_TOWER
+    kind = "llava_next" if is_anyres else "vipllava" if is_vip else "llava"
+    is_onevision = bool(_ANYRES_MAX.fullmatch(ratio))
     return {
-        "model_type": "llava_next" if is_anyres else "vipllava" if is_vip else "llava",
+        "model_type": "llava_onevision" if is_onevision else kind,
         "vision_config": dict(vision),
         "text_config": {
             **text,
@@ -210,12 +224,24 @@ def translate(
         "image_token_index": vocabulary,
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
         **({} if is_vip else seen),
+        "vision_aspect_ratio": ratio if is_onevision else None,
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
         "mm_projector_type": data.get("mm_projector_type") or "linear",
         "mm_patch_merge_type": merge,
         "anyres_convention": "original",
         "mm_use_im_start_end": bool(data.get("mm_use_im_start_end", False)),
     }
+
+
+def _image_mode(data: Mapping[str, Any]) -> str:
+    """How images are cut; raises ValueError for a way that is not supported."""
+    ratio = data.get("image_aspect_ratio")
+    if ratio in _MODES:
+        return _MODES[ratio]
+    if not _ANYRES_MAX.fullmatch(str(ratio)):
+        expected = "'square', 'pad', 'anyres' and 'anyres_max_N'"
+        refuse_value("config.json", "image_aspect_ratio", ratio, expected)
+    return "anyres"
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +277,22 @@ def _refuse_others(data: Mapping[str, Any]) -> None:
     for mark, what in _OTHER_LLAVAS.items():
         if data.get(mark) or mark in kind.lower():
             raise ValueError(f"config.json ({kind}) is that of {what}.")
-    _decoder(data)
+    _ = _decoder(data), _image_mode(data)
+    named = str(data.get("mm_vision_tower"))
+    for mark, tower in _OTHER_TOWERS.items():
+        if mark in named.lower():
+            raise ValueError(
+                f"config.json has mm_vision_tower={named!r}: the tower is {tower}, which is not "
+                "supported, only CLIP and SigLIP."
+            )
+    if data.get("mm_resampler_type"):
+        refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
+    projector_layers(data.get("mm_projector_type") or "linear")
+    if data.get("quantization"):
+        raise ValueError(
+            "config.json is the original LLaVA's, but its weights are quantised by MLX; take the "
+            "repository that it was made from, and quantise that with mlx_llava.convert."
+        )
 
 
 def _decoder(data: Mapping[str, Any]) -> str:

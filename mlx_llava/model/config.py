@@ -201,13 +201,7 @@ class LlavaConfig:
     @property
     def projector_layers(self) -> int:
         """How many linear layers the projector has, activations between them."""
-        if self.mm_projector_type in ("identity", "linear"):
-            return int(self.mm_projector_type == "linear")
-        match = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
-        if not match or not 0 < int(match[1]) <= 8:
-            expected = "'linear', 'identity' and 'mlpNx_gelu'"
-            _TOP.refuse("mm_projector_type", self.mm_projector_type, expected)
-        return int(match[1])
+        return projector_layers(self.mm_projector_type)
 
     @property
     def drops_first(self) -> bool:
@@ -264,6 +258,16 @@ def unknown_keys(data: Mapping[str, Any]) -> dict[str, Any]:
         **unknown_text_keys(text),
         **VISION.unknown(vision, "vision_config."),
     }
+
+
+def projector_layers(kind: str) -> int:
+    """How many linear layers ``mm_projector_type`` names; raises ValueError for others."""
+    if kind in ("identity", "linear"):
+        return int(kind == "linear")
+    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if not match or not 0 < int(match[1]) <= 8:
+        _TOP.refuse("mm_projector_type", kind, "'linear', 'identity' and 'mlpNx_gelu'")
+    return int(match[1])
 
 
 def read_pinpoints(

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava import LlavaConfig
+from mlx_llava import LlavaConfig, convert
 from mlx_llava.checkpoint import original, tensors
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.tower import read_tower
@@ -137,6 +137,30 @@ def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
         del config["mm_vision_tower"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"is that of {name}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"mm_vision_tower": "google/siglip2-so400m-patch14-384"}, "the tower is SigLIP 2, which"),
+        ({"mm_vision_tower": "facebook/dinov2-large"}, "the tower is DINO, which is not supported"),
+        ({"mm_vision_tower": "OpenGVLab/InternViT-6B-448px-V1-5"}, "the tower is InternViT"),
+        ({"mm_vision_tower": "DeepGlint-AI/mlcd-vit-bigG-patch14-448"}, "which rotates positions"),
+        ({"mm_projector_type": "ldpnetv2", "model_type": "mobilevlm"}, "type='ldpnetv2'; .*mlpNx"),
+        ({"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type='mlp2x_res2x_gelu'"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'; mlx_llava supports none"),
+        ({"image_aspect_ratio": "anyres_highres"}, "image_aspect_ratio='anyres_highres'; .*max_N"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised by MLX; take the repository"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_another_part_is_refused_by_name_before_anything_is_missed(
+    reference, keys, message, tmp_path
+):
+    config = layouts.original_config(reference, **keys)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 
@@ -311,6 +335,39 @@ def test_siglip_inside_is_read_by_the_settings_of_its_repository(tmp_path):
     inputs = layouts.inputs_of(processor)
     logits = np.array(found(**inputs))[..., : layouts.VOCABULARY]
     assert np.abs(logits - layouts.reference_logits(model, inputs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2"])
+def test_onevision_converts_to_what_it_says(decoder, tmp_path):
+    """Its own layout and llava-hf's give the same logits, for one image and for several."""
+    case = replace(siglip_case(image_size=28), onevision=True, family=decoder)
+    case = replace(case, text={**case.text, "head_dim": 16})
+    model = tiny.make_model(replace(case, top={**case.top, "vision_feature_layer": -2}))
+    names = "LlavaQwenForCausalLM" if decoder == "qwen2" else "LlavaLlamaForCausalLM"
+    config = layouts.original_config(
+        model,
+        architectures=[names],
+        model_type="llava",
+        mm_vision_tower="google/siglip-so400m-patch14-384",
+        mm_patch_merge_type="spatial_unpad",
+        mm_newline_position="one_token",
+        mm_spatial_pool_mode="bilinear",
+        image_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints="(1x1),...,(3x3)",
+    )
+    folder = layouts.write_folder(tmp_path / "llava", without_last_layer(model), config)
+    same_logits(folder, model)
+    found, processor = load(folder)
+    assert (found.config.model_type, found.config.max_tiles) == ("llava_onevision", 2)
+    assert found.config.image_grid_pinpoints[:4] == ((28, 28), (28, 56), (28, 84), (56, 28))
+    size = (500, 499)
+    assert processor.image_processor.num_tokens(size) < 16 * 9
+    inputs = layouts.inputs_of(processor, 3)
+    assert inputs.image_sizes is None
+    assert inputs.image_tokens == (17,) * 3
+    convert(folder, tmp_path / "hf")
+    again, _ = load(tmp_path / "hf")
+    assert np.abs(np.array(again(**inputs)) - np.array(found(**inputs))).max() < 1e-5
 
 
 def test_the_tower_of_a_published_siglip_is_told_by_its_shapes():
