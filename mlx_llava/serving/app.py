@@ -6,7 +6,7 @@ A request's way is that of `Api.complete`, and of the methods below it from top 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +29,10 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import read_form
+from mlx_llava.serving.forms import RequestForm, read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.metrics import Metrics
-from mlx_llava.serving.openai import AnswerRequest, ChatRequest, CompletionRequest
+from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.settings import Settings
@@ -89,17 +89,17 @@ class Api:
             ApiError: _refuse,
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
-            # A mistake of ours; the log has it.
-            Exception: lambda *_: ApiError(500, "The server made a mistake.").response(),
+            Exception: _mistake,
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def models(self, _: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [*map(_model, self.names)]})
 
     async def model(self, http: HttpRequest) -> Response:
-        self._check_model(http.path_params["name"])
-        return JSONResponse(self._model())
+        name = http.path_params["name"]
+        self.check_model(name)
+        return JSONResponse(_model(name))
 
     async def health(self, _: HttpRequest) -> Response:
         if self.engine.has_ended:
@@ -109,30 +109,43 @@ class Api:
     async def metric(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that the model is called; its own name first."""
+        return self.name, *self.settings.alias
 
-    def _check_model(self, name: str) -> None:
-        if name != self.name:
+    def check_model(self, name: str) -> None:
+        """Refuses what is no name of the model; after ``:`` may be a tag, as Ollama has it.
+
+        Raises:
+            ApiError: It is none.
+        """
+        untagged = name.partition(":")[0]
+        if name.removesuffix(":latest") not in self.names and untagged not in self.settings.alias:
             message = f"The model {name!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, "model_not_found", param="model")
 
-    async def complete(self, http: HttpRequest, kind: type[AnswerRequest]) -> Response:
-        """Answers a request, whole or as a stream."""
+    async def read(self, http: HttpRequest, read: Callable[[bytes], T]) -> T:
+        """What the body of a request says, read in another thread."""
         _check_content_type(http)
         body = await http.body()
         workers = self._parsing if len(body) > LONG_BODY else self._reading
-        form, request = await workers.run(partial(_read, body, kind, self.defaults))
+        return await workers.run(partial(read, body))
+
+    async def complete(self, http: HttpRequest, kind: type[RequestForm]) -> Response:
+        """Answers a request, whole or as a stream."""
+        form, request = await self.read(http, partial(_read, kind, self.defaults))
         self._check(request)
         reply = Reply(self._answer(request), request.n)
         if not request.stream:
-            return JSONResponse(await _while_connected(http, form.whole(reply)))
+            whole = await _while_connected(http, form.whole(reply))
+            return JSONResponse(whole, headers=form.headers())
         await _while_connected(http, reply.begin())
-        return _Stream(form.events(reply), media_type="text/event-stream")
+        return _Stream(form.events(reply), headers=form.headers(), media_type=form.media_type)
 
     def _check(self, request: Request) -> None:
         """Refuses what this server has not, and what cannot fit, before anything is made of it."""
-        self._check_model(request.model)
+        self.check_model(request.model)
         if request.answers > self.engine.capacity:
             message = f"{request.answers} answers were asked for, of {self.engine.capacity}."
             raise ApiError(400, message, param="n")
@@ -181,9 +194,11 @@ class Api:
         return await self._reading.run(partial(prepare, ()))
 
 
-def _read(
-    body: bytes, kind: type[AnswerRequest], defaults: Options
-) -> tuple[AnswerRequest, Request]:
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
+
+
+def _read(kind: type[RequestForm], defaults: Options, body: bytes) -> tuple[RequestForm, Request]:
     form = read_form(body, kind)
     return form, form.request(defaults)
 
@@ -222,9 +237,14 @@ async def _while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
         leaving.cancel()
 
 
-async def _refuse(_: HttpRequest, error: ApiError) -> Response:
+async def _refuse(http: HttpRequest, error: ApiError) -> Response:
     forget(error)  # here, where whatever has not ended still runs
-    return error.response()
+    return error.response(http.scope["path"])
+
+
+async def _mistake(http: HttpRequest, _: Exception) -> Response:
+    """Of ours; the log has it."""
+    return ApiError(500, "The server made a mistake.").response(http.scope["path"])
 
 
 def _context_error(message: str) -> ApiError:
@@ -234,4 +254,5 @@ def _context_error(message: str) -> ApiError:
 def _http_error(http: HttpRequest, error: HTTPException) -> Response:
     message = f"Invalid URL ({http.method} {http.url.path})"
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
-    return ApiError(error.status_code, message, code, headers=error.headers).response()
+    refusal = ApiError(error.status_code, message, code, headers=error.headers)
+    return refusal.response(http.scope["path"])

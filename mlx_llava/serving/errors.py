@@ -1,8 +1,8 @@
-"""What a server answers in place of an answer, in OpenAI's shape."""
+"""What a server answers in place of an answer, in the shape of the API that was asked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -27,14 +27,27 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
         usual = "server_error" if status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if status == 429 else usual
-        self._fields = {"message": message, "type": kind, "param": param, "code": code}
+        self.fields = {"message": message, "type": kind, "param": param, "code": code}
 
-    def body(self) -> dict[str, Any]:
-        """The object that clients read."""
-        return {"error": self._fields}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The object that clients of a path read: OpenAI's, unless it is another API's."""
+        shapes = (shape for prefix, shape in _SHAPES.items() if path.startswith(prefix))
+        return next(shapes, _openais)(self)
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        return JSONResponse(self.body(path), self.status, self.headers)
+
+
+def _openais(error: ApiError) -> dict[str, Any]:
+    return {"error": error.fields}
+
+
+def _ollamas(error: ApiError) -> dict[str, Any]:
+    return {"error": error.fields["message"]}
+
+
+#: How the APIs say it, by the beginnings of their paths.
+_SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {"/api/": _ollamas}
 
 
 def busy(message: str, headers: Mapping[str, str] | None = None) -> ApiError:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.replies import Reply
+from mlx_llava.serving.requests import Request
 
 MAX_TEXTS = MAX_BRACKETS = 100_000
 MAX_COMMAS = 250_000  # of which texts have many
@@ -26,6 +28,28 @@ class Form(BaseModel):
     """A request or a part of it; fields that it does not know ask nothing of the answer."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class RequestForm(Form):
+    """A request for answers, as an API has it."""
+
+    media_type: ClassVar[str] = "text/event-stream"
+
+    def request(self, defaults: Options) -> Request:
+        """What is asked, where the server's defaults are for what is not said."""
+        raise NotImplementedError
+
+    async def whole(self, reply: Reply) -> dict[str, Any]:
+        """All answers in one object."""
+        raise NotImplementedError
+
+    def events(self, reply: Reply) -> AsyncGenerator[str, None]:
+        """The answers as they are made, which end with an error where there is one."""
+        raise NotImplementedError
+
+    def headers(self) -> Mapping[str, str]:
+        """What the answer's head says beside the usual."""
+        return {}
 
 
 AnyForm = TypeVar("AnyForm", bound=Form)

@@ -67,7 +67,7 @@ class Guard:
         try:
             self.check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, guarded)
+            await error.response(scope["path"])(scope, receive, guarded)
             return
         # Where time is over, or the server ends, the connection is closed, and the answer cut off.
         with suppress(asyncio.CancelledError), anyio.move_on_after(self.seconds):

@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import Form, parameter
+from mlx_llava.serving.forms import Form, RequestForm, parameter
 from mlx_llava.serving.parameters import check_parameters
 from mlx_llava.serving.replies import Piece, Reply, Token
 from mlx_llava.serving.requests import Request, VideoUrl, arrange, as_seed
@@ -174,7 +174,7 @@ class _StreamOptions(Form):
     include_usage: bool | None = None
 
 
-class AnswerRequest(Form):
+class AnswerRequest(RequestForm):
     """What both kinds of requests have; `top_k` and what follows are not OpenAI's."""
 
     prefix: ClassVar[str]
@@ -206,12 +206,10 @@ class AnswerRequest(Form):
         return data
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
-        """All answers in one object."""
         choices = [self.whole_choice(answer) for answer in await reply.whole()]
         return {**self._head(self.whole_object), "choices": choices, **_figures(reply)}
 
     async def events(self, reply: Reply) -> AsyncGenerator[str, None]:
-        """The events of a stream, which ends with an error where there is one."""
         usage = {"usage": None} if self.stream_options.include_usage else {}
         head = {**self._head(self.chunk_object), **usage}
         try:
@@ -225,10 +223,6 @@ class AnswerRequest(Form):
         if usage:
             yield _event({**head, "choices": [], **_figures(reply)})
         yield "data: [DONE]\n\n"
-
-    def request(self, defaults: Options) -> Request:
-        """What is asked, where the server's defaults are for what is not said."""
-        raise NotImplementedError
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
         """A whole answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -59,7 +59,8 @@ class Reply:
 
     async def begin(self) -> None:
         """Waits for the first piece, before which errors have a status of HTTP's."""
-        self._first.append(await anext(self._pieces))
+        with suppress(StopAsyncIteration):  # there is none where nothing is asked
+            self._first.append(await anext(self._pieces))
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Those of all answers in turn."""

@@ -24,7 +24,7 @@ class Request:
 
     Attributes:
         model: the model's name.
-        prompts: conversations, or texts as the model reads them.
+        prompts: conversations, or texts as the model reads them; none asks for nothing.
         options: how to answer.
         images: the URLs of the images and videos of a conversation, in reading order.
         frames: how many frames are taken of each video; None for as many as the model knows.
@@ -52,7 +52,7 @@ class Request:
 
     def longest(self) -> int:
         """The characters of its longest prompt."""
-        return max(map(_length, self.prompts))
+        return max(map(_length, self.prompts), default=0)
 
     def seeded(self) -> list[Options]:
         """The options of each of the `n` answers, which a seed must not make equal."""

@@ -25,6 +25,12 @@ class Settings:
     model_id: str | None = option(
         None, str, "what clients call the model (default: its own name)", {"metavar": "NAME"}
     )
+    alias: Sequence[str] = option(
+        (),
+        str,
+        "another name of the model, as llava, with whatever :tag; repeatable",
+        {"action": "append", "default": [], "metavar": "NAME"},
+    )
     api_key: str | None = option(None, str, "what clients must send", {"metavar": "KEY"})
     api_key_file: str | None = option(None, str, "a file that holds it", {"metavar": "FILE"})
     allow_host: Sequence[str] = option(

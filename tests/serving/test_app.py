@@ -379,6 +379,23 @@ def test_models(client):
         client.models.retrieve("other/model")
 
 
+def test_other_names_of_the_model(served):
+    """With any tag, as Ollama's models have; the model's own name has one."""
+    with (
+        serving("--alias", "llava", "--alias", "bakllava:7b", engine=served.engine) as named,
+        named.client() as client,
+    ):
+        listed = [model.id for model in client.models.list().data]
+        assert listed == [MODEL, "llava", "bakllava:7b"]
+        for name in (*listed, f"{MODEL}:latest", "llava:7b", "llava:latest"):
+            assert client.models.retrieve(name).id == name
+            reply = client.chat.completions.create(model=name, messages=[user("Hi")], max_tokens=1)
+            assert reply.model == name
+        for name in ("llava-13b", "bakllava", "bakllava:13b", f"{MODEL}:7b", ":7b", ""):
+            with pytest.raises(openai.NotFoundError, match="does not exist"):
+                client.chat.completions.create(model=name, messages=[user("Hi")])
+
+
 def test_open_webui(served):
     """What Open WebUI was seen to send: models, a chat with a picture, titles, tags."""
     recorded = json.loads((ROOT / "tests" / "open_webui.json").read_text())
