@@ -30,7 +30,7 @@ import shapes
 TOLERANCE = 3e-5
 CASES = (
     "vicuna", "gqa", "mqa_one_row", "tied_head", "linear_rope", "llama3_rope", "head_dim",
-    "attention_bias", "mistral_window", "layer_list", "keep_class_token", "pad", "next",
+    "attention_bias", "mistral_window", "qwen2", "layer_list", "keep_class_token", "pad", "next",
     "next_one_image", "next_mistral", "next_uneven", "text_only", "onevision_cut",
     "onevision_tied_padded",
 )  # fmt: skip
