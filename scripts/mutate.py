@@ -369,7 +369,7 @@ MUTATIONS = (
     ("diversity begins with the first feature", "model/image_tokens", "chosen = [int(others.min(axis=1).argmax())]", "chosen = [0]"),
     ("features by dot products", "model/image_tokens", "features / np.maximum(lengths, np.float32(1e-12))", "features"),
     ("tiles by number, not by area", "model/image_tokens", "count * sizes[i] % total", "sizes[i]"),
-    ("newlines to the next tile", "model/image_tokens", "ends = [line.stop - 1]", "ends = [line.stop + side - 1]"),
+    ("newlines to the next tile", "model/image_tokens", "np.append(across, across[-1:])", "np.append(across, across[-1:] + 1)"),
     ("kept features side by side", "model/positions", "positions[start] + kept[: stop - start]", "positions[start:end]"),
     ("text moves up to kept features", "model/positions", "positions[end:] += total - len(kept)", "pass"),
     ("a prefix keeps what comes after it", "model/positions", "if part.start < length", "if True"),

@@ -167,9 +167,9 @@ class PromptCache:
         new = {h: image for h, image in requested.items() if h not in self._features}
         if new:
             pixels = np.concatenate([image.pixel_values for image in new.values()])
-            sizes = [image.size for image in new.values() if image.size is not None]
+            sizes = [image.size for image in new.values()]
             counts = [len(image.positions) for image in new.values()]
-            encoded = self.model.show_images(pixels, sizes or None, counts)
+            encoded = self.model.show_images(pixels, sizes, counts)
             mx.eval([image.features for image in encoded])
             self._features.update(zip(new, encoded, strict=True))
         found = {digest: self._features.pop(digest) for digest in requested}

@@ -15,7 +15,7 @@ from mlx_llava.generation.batch import BatchGenerator, run  # noqa: E402
 from mlx_llava.generation.prompt_cache import PromptCache  # noqa: E402
 from mlx_llava.generation.sampling import Options  # noqa: E402
 from mlx_llava.generation.stream import stream_generate  # noqa: E402
-from mlx_llava.model.anyres import grid_size, num_tiles, unpadded_grid  # noqa: E402
+from mlx_llava.model.anyres import grid_size, laid_grid, num_tiles, unpadded_grid  # noqa: E402
 from mlx_llava.model.image_tokens import areas_of, most_diverse, show, spread  # noqa: E402
 from mlx_llava.model.layout import lay_out  # noqa: E402
 from tests.conftest import MACHINES, as_on  # noqa: E402
@@ -23,7 +23,14 @@ from tests.conftest import load_as_stored as load  # noqa: E402
 
 TOLERANCE = 3e-5
 LENGTH = 8
-KEPT = {"vicuna": 7, "llama3_rope": 1, "mistral_window": 5, "next": 20, "next_mistral": 29}
+KEPT = {
+    "vicuna": 7,
+    "llama3_rope": 1,
+    "mistral_window": 5,
+    "next": 20,
+    "next_mistral": 29,
+    "onevision": 11,
+}
 
 
 def chosen_by_torch(features: torch.Tensor, count: int) -> list[int]:
@@ -45,12 +52,13 @@ def tiles_by_loops(size, config) -> list[int]:
     """The tile of each feature of a cut image, newline by newline."""
     side = config.vision_config.patches_per_side
     columns = grid_size(size, config)[1] // side
-    lines, line = unpadded_grid(size, config)
+    places = [
+        [part.start + int((i + 0.5) * (part.stop - part.start) / count) for i in range(count)]
+        for part, count in zip(unpadded_grid(size, config), laid_grid(size, config), strict=True)
+    ]
     tiles = [0] * config.tokens_per_tile
-    for row in range(lines.start, lines.stop):
-        row_tiles = [
-            1 + row // side * columns + column // side for column in range(line.start, line.stop)
-        ]
+    for row in places[0]:
+        row_tiles = [1 + row // side * columns + column // side for column in places[1]]
         tiles += [*row_tiles, row_tiles[-1]]
     return tiles
 
@@ -79,15 +87,17 @@ class Reference:
         self.model, self.case, self.count = tiny.make_model(case), case, count
 
     def row(self, prompt: str, pictures: list, config) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [pictures] if self.case.onevision else pictures
         batch = tiny.make_processor(self.case)(
-            text=prompt, images=pictures or None, return_tensors="pt"
+            text=prompt, images=images if pictures else None, return_tensors="pt"
         )
         inner, ids = self.model.model, batch["input_ids"]
         with torch.no_grad():
             embeddings = inner.get_input_embeddings()(ids.clamp(max=319))
             keep = np.ones(ids.shape[1], bool)
             if pictures:
-                sizes = {"image_sizes": batch["image_sizes"]} if self.case.next else {}
+                names = {"image_sizes", "batch_num_images"} & batch.keys()
+                sizes = {name: batch[name] for name in names}
                 features = inner.get_image_features(batch["pixel_values"], **sizes)
                 features = list(getattr(features, "pooler_output", features))
                 is_image = ids[0] == self.model.config.image_token_id
@@ -96,7 +106,8 @@ class Reference:
                 image_positions = np.flatnonzero(is_image.numpy())
                 keep[image_positions] = False
                 for one, image in zip(features, pictures, strict=True):
-                    size = image.size[::-1] if self.case.next else None
+                    is_cut = self.case.next or (self.case.onevision and len(pictures) == 1)
+                    size = image.size[::-1] if is_cut else None
                     kept = kept_by_reference(one, self.count, size, config)
                     keep[image_positions[start : start + len(one)][kept]] = True
                     start += len(one)
@@ -188,16 +199,25 @@ def test_a_count_is_spread_by_area(count, sizes, shares):
     assert spread(count, sizes) == shares
 
 
-@pytest.mark.parametrize("kind", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"mm_patch_merge_type": "flat"},
+        {"mm_patch_merge_type": "spatial"},
+        {},
+        {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres_max_1"},  # scaled down
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [(50, 41), (20, 64), (90, 30), (28, 28)])
-def test_areas_are_the_tiles_that_features_come_from(kind, size, loaded_next):
-    config = replace(loaded_next[0].config, mm_patch_merge_type=kind)
+def test_areas_are_the_tiles_that_features_come_from(layout, size, loaded_next):
+    config = replace(loaded_next[0].config, **layout)
     tiles = 1 + num_tiles(size, config)
-    numbered = np.broadcast_to(np.arange(tiles)[:, None, None], (tiles, config.tokens_per_tile, 1))
-    newline = mx.array([-1.0]) if config.has_newline else None
-    (features,) = lay_out(mx.array(numbered, mx.float32), newline, [size], config)
+    marked = mx.repeat(mx.eye(tiles)[:, None], config.tokens_per_tile, axis=1)
+    newline = -mx.ones(tiles) if config.has_newline else None
+    features = np.array(lay_out(marked, newline, [size], config)[0])
     areas = areas_of(len(features), size, config)
     assert sorted(np.concatenate(areas).tolist()) == [*range(len(features))]
     assert len(areas) == tiles
     for tile, area in enumerate(areas):
-        assert {*np.array(features)[area, 0].tolist()} <= {tile, -1}
+        assert (features[area, tile] == features[area].max(axis=1)).all()
