@@ -357,6 +357,7 @@ CASES = (
     Case("next_qwen2", next=True, family="qwen2", text={"num_key_value_heads": 4}),
     Case("next_phi3", next=True, family="phi3", text={**PHI_3, "sliding_window": 37}),
     Case("next_layers", next=True, top={"vision_feature_layer": [1, -2]}),
+    Case("next_siglip", next=True, vision=SIGLIP, top=INTERLEAVE, images=(1, 2)),
     Case("next_llama3", next=True, text={"rope_parameters": LLAMA3, "num_key_value_heads": 1}),
     Case("onevision", onevision=True, family="qwen2", vision=SIGLIP, top=INTERLEAVE),
     Case(

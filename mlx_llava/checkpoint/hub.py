@@ -36,7 +36,7 @@ class Source:
         None, str, "the model that a delta, a LoRA or a projector belongs to"
     )
     vision_tower: str | Path | None = option(
-        None, str, "CLIP, for checkpoints without a vision tower inside"
+        None, str, "CLIP or SigLIP, for checkpoints without a vision tower inside"
     )
     mmproj: str | Path | None = option(None, str, "the second file of a GGUF pair")
     revision: str | None = option(None, str, "branch, tag or commit of a hub repository")

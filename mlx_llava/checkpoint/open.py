@@ -79,9 +79,10 @@ def _read(path: Path, source: Source) -> Contents:
     if is_original or any("mm_projector." in key for key in tensors):
         return original.read_original(path, data, tensors, source)
     if "llava" not in str(data.get("model_type")):
-        is_clip = "clip" in str(data.get("model_type"))
-        kind = "a bare CLIP; give it as --vision-tower" if is_clip else "no LLaVA"
-        raise ValueError(f"{path} is {kind} (model_type={data.get('model_type')!r}).")
+        kind = str(data.get("model_type"))
+        tower = "SigLIP" if "siglip" in kind else "CLIP" if "clip" in kind else None
+        what = f"a bare {tower}; give it as --vision-tower" if tower else "no LLaVA"
+        raise ValueError(f"{path} is {what} (model_type={data.get('model_type')!r}).")
     for option, value in (("base", source.base), ("vision tower", source.vision_tower)):
         if value:
             raise ValueError(f"{path} is whole; the {option} {value} has no place in it.")

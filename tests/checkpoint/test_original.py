@@ -281,6 +281,8 @@ def test_siglip_is_fetched_from_its_own_repository(aspect, tmp_path):
     tower = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_aspect_ratio": aspect}
     config = layouts.original_config(model, **tower)
     folder = layouts.write_folder(tmp_path / "llava", bare(model), config)
+    with pytest.raises(ValueError, match="is a bare SigLIP; give it as --vision-tower"):
+        load(siglip)
     same_logits(folder, model, vision_tower=siglip)
     _, processor = load(folder, vision_tower=siglip)
     colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
