@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.model import clip
@@ -28,36 +29,52 @@ from mlx_llava.model.quantized import PermutedQuantizedLinear, is_quantized
 HALVES = (mx.float16, mx.bfloat16)
 
 
+#: What the product of a layer is made of.
+_PARTS = ("weight", "scales", "biases", "input_permutation")
+
+
 @dataclass(frozen=True)
 class _Found:
-    array: mx.array
+    """A weight, and the memory in which its parts are."""
+
+    memory: list[npt.NDArray[Any]]
     weight: Weight
 
 
 def stored(layer: nn.Module) -> Weight:
-    """The weight of a layer, its memory not copied; looked for once for each that it gets."""
+    """The weight of a layer, its memory not copied; looked for again where a part is another."""
+    parts = {name: layer[name] for name in _PARTS if name in layer}
     found = vars(layer).get("_found")
-    if found is None or found.array is not layer.weight:
-        found = layer._found = _Found(layer.weight, _find(layer))
+    if found is None or not all(
+        map(np.may_share_memory, map(_memory, parts.values()), found.memory)
+    ):
+        # Of our own: `layer.weight += 1` frees the memory of an object, and gives it other.
+        parts = {name: part[...] for name, part in parts.items()}
+        found = layer._found = _Found([*map(_memory, parts.values())], _find(layer, **parts))
     return cast("Weight", found.weight)
 
 
-def _find(layer: nn.Module) -> Weight:
+def _memory(array: mx.array) -> npt.NDArray[Any]:
+    """Where an array is; also of bfloat16, which NumPy does not know."""
+    return np.frombuffer(cast("Any", array), np.uint8)
+
+
+def _find(layer: nn.Module, weight: mx.array, **parts: mx.array) -> Weight:
     if is_quantized(layer):
-        scales, biases = (array.astype(mx.float32) for array in (layer.scales, layer.biases))
-        mx.eval(layer.weight, scales, biases)
-        order = layer.get("input_permutation")
+        scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
+        mx.eval(weight, scales, biases)
+        order = parts.get("input_permutation")
         return Affine(
-            cast("npt.NDArray[Any]", view(layer.weight)),
+            cast("npt.NDArray[Any]", view(weight)),
             view(scales),
             view(biases),
             layer.bits,
             None if order is None else cast("npt.NDArray[Any]", view(order)),
         )
-    if layer.weight.dtype in HALVES:
-        words = cast("npt.NDArray[Any]", view(layer.weight.view(mx.uint16)))
-        return Half(words, layer.weight.dtype == mx.bfloat16)
-    return Plain(view(layer.weight))
+    if weight.dtype in HALVES:
+        words = cast("npt.NDArray[Any]", view(weight.view(mx.uint16)))
+        return Half(words, weight.dtype == mx.bfloat16)
+    return Plain(view(weight))
 
 
 def is_coded(layer: nn.Module) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.linux import functions, layers
 from mlx_llava.model.linux.adopt import adopt
+from mlx_llava.model.linux.functions import view
 from mlx_llava.model.quantized import PermutedQuantizedLinear
 
 pytestmark = pytest.mark.skipif(
@@ -84,6 +86,33 @@ def test_a_new_weight_is_multiplied_with():
     other = LAYERS["4 bits"]()
     layer.update(other.parameters())
     assert mx.allclose(layer(x), other(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases", "input_permutation"])
+def test_a_part_of_a_weight_may_be_another_or_be_written_to(part):
+    layer, x = adopted(LAYERS["permuted"]()), mx.random.normal((1, 64))
+    other = LAYERS["permuted"]()
+    layer(x)
+    layer[part] = mx.array(other[part])
+    first = layer(x)
+    layer[part][...] = LAYERS["permuted"]()[part]
+    second = layer(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "NUMPY", False)
+        assert mx.allclose(second, layer(x), atol=1e-5)
+        layer[part] = other[part]
+        assert mx.allclose(first, layer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_weight_that_is_added_to(dtype):
+    layer = nn.Linear(64, 24, bias=False)
+    layer.weight = layer.weight.astype(dtype)
+    x = view(mx.random.normal((1, 64)))
+    layers.apply(adopted(layer), x)
+    layer.weight += 1
+    expected = view(layer.weight.astype(mx.float32)) @ x[0]
+    assert np.allclose(layers.apply(layer, x)[0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
