@@ -178,7 +178,7 @@ MISTAKES = {
     "a file": (["--model", "whole.jpg"], "whole.jpg is no checkpoint"),
     "no folder": (["--model", "no/such/folder"], "There is no folder no/such/folder."),
     "lying config": (["--model", "liar"], "where config.json says (48"),
-    "mode": (["--image-mode", "anyres"], "anyres needs a LLaVA 1.6"),
+    "mode": (["--image-mode", "anyres"], "anyres needs a model of LLaVA 1.6 or OneVision"),
     "tokens": (["--max-tokens", "-3"], "max_tokens is -3"),
     "context": (["--prompt", "x " * 500], "the model's context is 777"),
     "gpu": (["--vision-device", "gpu"], "This MLX has no GPU"),
