@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mlx_llava.inputs.tokenizer import Tokenizer
 
 
@@ -12,9 +14,10 @@ class StreamingDecoder:
     that is dropped at the start), so each id is decoded after those of the last word.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Sequence[int] = ()) -> None:
+        """Begins after some ids whose text is out."""
         self._tokenizer = tokenizer
-        self._shown: list[int] = []  # the last ids whose text is out
+        self._shown = [*shown]
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:

@@ -25,6 +25,7 @@ class GenerationResponse:
         generation_tps: tokens per second of decoding.
         peak_memory: the most memory that MLX held so far, in GB.
         finish_reason: None, or ``stop`` or ``length`` in the last response.
+        stop: the stop text that ended the answer, or "".
         image_tokens: how many of the prompt's tokens are pictures.
         whole_image_tokens: how many would be if pictures were shown in all their features.
         cached_tokens: how many of the prompt's tokens were known from before.
@@ -45,6 +46,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     finish_reason: str | None
+    stop: str
     image_tokens: int
     whole_image_tokens: int
     cached_tokens: int

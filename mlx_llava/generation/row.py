@@ -18,6 +18,9 @@ from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.cache import make_cache
 from mlx_llava.model.llava import Llava
 
+#: Last ids of a prompt after which an answer that it begins goes on; a character has at most 4.
+BEGUN = 4
+
 
 class Row:
     """What happens to one prompt: it is embedded, read, continued token by token, and kept.
@@ -78,7 +81,8 @@ class Row:
         self.length = len(ids) + self.max_tokens
         self.cached = 0
         stops = [*processor.template.stops, *options.stop]
-        self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens)
+        begun = ids[-BEGUN:].tolist() if inputs.prefill else ()
+        self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens, begun)
         self.encode_seconds = self.started = 0.0
         self._first: float | None = None
 
@@ -135,6 +139,7 @@ class Row:
             generation_tps=(len(self.tokens) - 1) / max(decode_seconds, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
+            stop=self._answer.stop,
             image_tokens=sum(self.inputs.image_tokens),
             whole_image_tokens=sum(self.inputs.whole_image_tokens),
             cached_tokens=self.cached,

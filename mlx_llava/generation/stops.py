@@ -9,18 +9,23 @@ from mlx_llava.inputs.tokenizer import Tokenizer
 
 
 class StopMatcher:
-    """Withholds text that is, or could become, one of the stop texts."""
+    """Withholds text that is, or could become, one of the stop texts.
+
+    Attributes:
+        found: the one that has come.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self._held = self.found = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """Takes new text; returns what may be shown, and whether a stop has come."""
         self._held += text
-        found = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
+        found = [(i, stop) for stop in self._stops if (i := self._held.find(stop)) >= 0]
         if found:
-            return self._held[: min(found)], True
+            start, self.found = min(found)
+            return self._held[:start], True
         starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
         withheld = max((len(start) for start in starts if self._held.endswith(start)), default=0)
         safe = len(self._held) - withheld
@@ -41,13 +46,24 @@ class Answer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, eos_ids: Collection[int], stops: Sequence[str], max_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        eos_ids: Collection[int],
+        stops: Sequence[str],
+        max_tokens: int,
+        begun: Sequence[int] = (),
     ) -> None:
-        self._decoder = StreamingDecoder(tokenizer)
+        """Goes on after ids that it begins with, which are no part of its text."""
+        self._decoder = StreamingDecoder(tokenizer, begun)
         self._matcher = StopMatcher(stops)
         self._eos_ids = eos_ids
         self._remaining = max_tokens
         self.text = ""
+
+    @property
+    def stop(self) -> str:
+        """The stop text that ended it, if one did."""
+        return self._matcher.found
 
     def add(self, token: int) -> tuple[str, str | None]:
         """The text that became readable, and ``stop`` or ``length`` if this is the end."""

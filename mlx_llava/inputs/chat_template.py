@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _QUESTION, _ANSWER = "Six times seven?", "Forty-two"
 #: What looks like an end mark, as text.
 _TEXT_MARK = r"(?:<[^\s<>]+>|\[[^\s\[\]]+\]|#{2,})"
+_REWRITES = (
+    "The checkpoint's chat template rewrites earlier turns, so its answers cannot be told from "
+    "the rest; choose another with --template."
+)
 _IMAGE_TOKENS = {IMAGE_TOKEN, IM_START, IM_END}
 
 
@@ -61,15 +65,29 @@ class ChatTemplate:
         """
         raise NotImplementedError
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], prefill: str = "") -> str:
         """The prompt: the text of `segments`, ending where the assistant's answer begins.
+
+        With `prefill` it has the beginning of that answer too, as `segments` writes it. Blanks at
+        its end are left out where the template does so (transformers' `continue_final_message`).
 
         Raises:
             ValueError: As `segments`, or the user does not have the last word.
         """
         if messages and messages[-1].role == "assistant":
             raise ValueError("A prompt must be user, assistant, ..., user; the last is assistant.")
-        return "".join(segment.text for segment in self.segments(messages))
+        if not (said := prefill.strip()):
+            return "".join(segment.text for segment in self.segments(messages))
+        before, answer = self._answered(messages, prefill)
+        start = answer.index(said)
+        kept = prefill if answer.startswith(prefill, start) else said
+        return before + answer[: start + len(kept)]
+
+    def _answered(self, messages: Sequence[Message], text: str) -> tuple[str, str]:
+        """What is read before an answer, and the answer as it is written."""
+        segments = self.segments([*messages, Message("assistant", text)])
+        last = max(i for i, segment in enumerate(segments) if segment.answer)
+        return "".join(segment.text for segment in segments[:last]), segments[last].text
 
     def images_first(self, message: Message) -> str:
         """The text of a turn with its unmarked images and videos before it."""
@@ -143,16 +161,9 @@ class JinjaTemplate(ChatTemplate):
         for i, message in enumerate(messages, 1):
             if message.role != "assistant":
                 continue
-            prompt, whole = (
-                self._write(messages[: i - 1], prompting=True),
-                self._write(messages[:i]),
-            )
-            start = _end_of(prompt, whole)
-            if start is None or not prompt.startswith(written):
-                raise ValueError(
-                    "The checkpoint's chat template rewrites earlier turns, so its answers "
-                    "cannot be told from the rest; choose another with --template."
-                )
+            prompt, whole, start = self._told_apart(messages[:i])
+            if not prompt.startswith(written):
+                raise ValueError(_REWRITES)
             segments.append(Segment(prompt[len(written) :].removeprefix(lent)))
             text, written = message.text.strip(), whole
             end = whole.index(text, start) + len(text)
@@ -163,6 +174,18 @@ class JinjaTemplate(ChatTemplate):
             segments.append(Segment(answer + (mark or lent), answer=True))
             segments.append(Segment(after[len(mark) :]))
         return segments
+
+    def _answered(self, messages: Sequence[Message], text: str) -> tuple[str, str]:
+        prompt, whole, start = self._told_apart([*messages, Message("assistant", text)])
+        return prompt, whole[start:]
+
+    def _told_apart(self, messages: Sequence[Message]) -> tuple[str, str, int]:
+        """The prompt before a last answer, the whole text, and where the answer begins in it."""
+        prompt, whole = self._write(messages[:-1], prompting=True), self._write(messages)
+        start = _end_of(prompt, whole)
+        if start is None:
+            raise ValueError(_REWRITES)
+        return prompt, whole, start
 
     def find_ends(self, special_tokens: Collection[str]) -> tuple[str, ...]:
         """The mark that the template writes after an answer: it ends one, whatever eos is.

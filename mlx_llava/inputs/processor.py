@@ -61,6 +61,7 @@ class Inputs:
         whole_image_tokens: how many it would take with all of its features.
         image_tiles: how many of the tiles are each image's.
         videos: what was taken of each video.
+        prefill: how the answer begins.
         seconds: how long all of this took to prepare.
         image_processor: what cut the images.
     """
@@ -74,6 +75,7 @@ class Inputs:
     whole_image_tokens: tuple[int, ...]
     image_tiles: tuple[int, ...]
     videos: tuple[FramesTaken, ...]
+    prefill: str
     seconds: float
     image_processor: ImageProcessor = field(repr=False)
 
@@ -157,6 +159,7 @@ class Processor:
         frames: int | None = None,
         raw: bool = False,
         system: str | None = None,
+        prefill: str = "",
         image_position: str = "start",
         image_tokens: int | None = None,
     ) -> Inputs:
@@ -173,6 +176,7 @@ class Processor:
             raw: The prompt is the whole text already, with its ``<image>`` marks and special
                 tokens; no template is applied.
             system: Replaces the template's system text.
+            prefill: How the answer begins; what is generated goes on from there.
             image_position: ``start`` or ``end``: where images and videos without a mark go in
                 their turn.
             image_tokens: Shows at most so many of the features of each image, those that differ
@@ -195,7 +199,9 @@ class Processor:
         for conversation, beside, films in _rows(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
             reading = Reading(self.tokenizer.protect, take_frames)
-            text, ordered = self._render(conversation, beside, reading, raw, system, image_position)
+            text, ordered = self._render(
+                *(conversation, beside, reading, raw, system, image_position), prefill=prefill
+            )
             texts.append(text)
             rows.append(ordered)
         tiles = self.image_processor.batch(map(_images_of, rows))
@@ -210,6 +216,7 @@ class Processor:
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
             videos=tuple(_frames_taken([*chain(*rows)], whole)),
+            prefill=prefill,
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
         )
@@ -232,12 +239,13 @@ class Processor:
         raw: bool = False,
         system: str | None = None,
         image_position: str = "start",
+        prefill: str = "",
     ) -> tuple[str, Sequence[Shown]]:
         """The prompt's text, and what its marks stand for."""
         if raw:
             if not isinstance(conversation, str):
                 raise ValueError("A raw prompt must be a text.")
-            text = conversation
+            text = conversation + prefill
         else:
             messages, images = read_messages(conversation, images, reading)
             if system is not None:
@@ -245,7 +253,8 @@ class Processor:
                 messages.insert(0, Message("system", self.tokenizer.protect(system)))
             if image_position == "end":
                 messages = [*map(self.template.images_last, messages)]
-            text = self._wrapped(self.template.render(messages))
+            text = self.template.render(messages, self.tokenizer.protect(prefill))
+            text = self._wrapped(text)
         needed = sum(len(reading.marks_of(source)) for source in images)
         if (marks := text.count(IMAGE_TOKEN)) != needed:
             raise ValueError(

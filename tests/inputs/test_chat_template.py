@@ -616,3 +616,29 @@ def test_what_the_template_puts_in_itself_is_not_learned():
         messages = [Message("user", "Q", images=1), Message("assistant", "A")]
         learned = [piece.text for piece in get_template(name).segments(messages) if piece.answer]
         assert learned == [" A###"]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_an_answer_that_has_begun_is_written_as_a_past_one(name):
+    prompt, after = RENDERED[name]
+    begun = get_template(name).render([Message("user", "Q")], "A")
+    assert begun == prompt + after[: after.index("A") + 1]
+
+
+@pytest.mark.parametrize("prefill", ["A", "s", "user", "Two  \nlines", "It is ", " \n"])
+def test_an_answer_that_has_begun_is_transformers(golden, prefill):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    _, processor = load(golden)
+    turns = [("user", "Q"), ("assistant", "A"), ("user", "Q2")]
+    parts = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in [*turns, ("assistant", prefill)][: 4 if prefill.strip() else 3]
+    ]
+    (expected,), _ = utils.render_jinja_template(
+        conversations=[parts],
+        chat_template=processor.template.source,
+        continue_final_message=bool(prefill.strip()),
+        add_generation_prompt=not prefill.strip(),
+    )
+    begun = processor.template.render([Message(*turn) for turn in turns], prefill)
+    assert begun == expected
