@@ -104,8 +104,8 @@ def make_app(engine: Engine, name: str, defaults: Options, settings: Settings) -
         app = CORSMiddleware(
             app,
             allow_origins=settings.allow_origin,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version"],
         )
     seconds = BODY_SECONDS + settings.timeout + GRACE_SECONDS
     return Guard(app, settings, OPEN_PATHS, seconds, api.metrics.count_request)

@@ -114,9 +114,13 @@ def endless() -> dict[str, Any]:
 
     It chooses every digit: what a schema forces is read together, which takes no time.
     """
-    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
-    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": endless_schema()}}
     return {"response_format": format, "max_tokens": 100_000}
+
+
+def endless_schema() -> dict[str, Any]:
+    """What no answer fills."""
+    return {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
 
 
 def waits_until(condition: Callable[[], bool], seconds: float = 60) -> bool:

@@ -6,8 +6,8 @@ A request's way is that of `Api.complete`, and of the methods below it from top 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mlx_llava.files import one_line
 from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs
+from mlx_llava.serving.anthropic import CountRequest, MessagesRequest
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import RequestForm, read_form
@@ -73,14 +74,17 @@ class Api:
         """The ASGI app; unguarded, see guard.py."""
         chat = partial(self.complete, kind=ChatRequest)
         completion = partial(self.complete, kind=CompletionRequest)
-        openai = [
+        messages = partial(self.complete, kind=MessagesRequest)
+        v1 = [
             Route("/chat/completions", chat, methods=["POST"]),
             Route("/completions", completion, methods=["POST"]),
+            Route("/messages", messages, methods=["POST"]),
+            Route("/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/models", self.models),
             Route("/models/{name:path}", self.model),
         ]
         routes = [
-            Mount("/v1", routes=openai),
+            Mount("/v1", routes=v1),
             Route("/health", self.health),
             Route("/metrics", self.metric),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
@@ -143,6 +147,15 @@ class Api:
         await _while_connected(http, reply.begin())
         return _Stream(form.events(reply), headers=form.headers(), media_type=form.media_type)
 
+    async def count_tokens(self, http: HttpRequest) -> Response:
+        """Tells how many tokens a prompt takes, as Anthropic has it."""
+        _, request = await self.read(http, partial(_read, CountRequest, self.defaults))
+        self._check(request)
+        with _refusals(self.settings.timeout), self.engine.place(request.answers):
+            with anyio.fail_after(self.settings.timeout):
+                prompts = await self._prepare(request)
+        return JSONResponse({"input_tokens": sum(inputs.input_ids.size for inputs, _ in prompts)})
+
     def _check(self, request: Request) -> None:
         """Refuses what this server has not, and what cannot fit, before anything is made of it."""
         self.check_model(request.model)
@@ -163,24 +176,16 @@ class Api:
     async def _answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers to a request, as they are made."""
         seconds = self.settings.timeout
-        try:
-            with self.engine.place(request.answers):
-                deadline = anyio.current_time() + seconds
-                with anyio.fail_after(seconds):
-                    prompts = await self._prepare(request)
-                answers = self.engine.answer(prompts, request.top_logprobs, deadline)
-                async with aclosing(answers):
-                    async for piece in answers:
-                        if piece.finish_reason:
-                            self.metrics.count_answer(piece.figures)
-                        yield piece
-        except ContextError as error:
-            raise _context_error(str(error)) from error
-        except ValueError as error:
-            raise ApiError(400, one_line(error)) from error
-        except TimeoutError as error:
-            message = f"The answer took more than {seconds:g} s."
-            raise ApiError(503, message, "timeout") from error
+        with _refusals(seconds), self.engine.place(request.answers):
+            deadline = anyio.current_time() + seconds
+            with anyio.fail_after(seconds):
+                prompts = await self._prepare(request)
+            answers = self.engine.answer(prompts, request.top_logprobs, deadline)
+            async with aclosing(answers):
+                async for piece in answers:
+                    if piece.finish_reason:
+                        self.metrics.count_answer(piece.figures)
+                    yield piece
 
     async def _prepare(self, request: Request) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
@@ -192,6 +197,20 @@ class Api:
             frames = request.frames or self.engine.processor.frames
             return await self._images.use(request.images, frames, prepare)
         return await self._reading.run(partial(prepare, ()))
+
+
+@contextmanager
+def _refusals(seconds: float) -> Iterator[None]:
+    """Makes of what goes wrong with an answer what its client is told."""
+    try:
+        yield
+    except ContextError as error:
+        raise _context_error(str(error)) from error
+    except ValueError as error:
+        raise ApiError(400, one_line(error)) from error
+    except TimeoutError as error:
+        message = f"The answer took more than {seconds:g} s."
+        raise ApiError(503, message, "timeout") from error
 
 
 def _model(name: str) -> dict[str, Any]:

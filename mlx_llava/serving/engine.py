@@ -239,8 +239,12 @@ class Engine:
             tokens, reason = self._tokens(answer, response), response.finish_reason
             if response.text or reason:
                 start = len(response.answer) - len(response.text)
-                figures = response.figures() if reason else {}
-                answer.send(Piece(answer.index, start, response.text, tokens, reason, figures))
+                figures = response.figures() if reason or not start else {}
+                piece = Piece(
+                    *(answer.index, start, response.text, tokens, reason, figures),
+                    stop=response.stop if reason else "",
+                )
+                answer.send(piece)
             if reason:
                 del self._answers[uid]
 

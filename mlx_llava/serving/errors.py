@@ -46,8 +46,25 @@ def _ollamas(error: ApiError) -> dict[str, Any]:
     return {"error": error.fields["message"]}
 
 
+def _anthropics(error: ApiError) -> dict[str, Any]:
+    usual = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPICS_KINDS.get(error.status, usual)
+    return {"type": "error", "error": {"type": kind, "message": error.fields["message"]}}
+
+
+_ANTHROPICS_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 #: How the APIs say it, by the beginnings of their paths.
-_SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {"/api/": _ollamas}
+_SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {
+    "/api/": _ollamas,
+    "/v1/messages": _anthropics,
+}
 
 
 def busy(message: str, headers: Mapping[str, str] | None = None) -> ApiError:

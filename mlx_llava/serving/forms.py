@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import fields, replace
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from mlx_llava.generation.sampling import Options
@@ -17,7 +17,13 @@ from mlx_llava.serving.requests import Request
 
 MAX_TEXTS = MAX_BRACKETS = 100_000
 MAX_COMMAS = 250_000  # of which texts have many
+MAX_MESSAGES = MAX_PARTS = 1000
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_SCHEMA_LENGTH = 100_000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: Options that a request has under their own names, and as they are.
+_OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
 _BOUNDS = {option.name: option.metadata["bounds"] for option in fields(Options)}
 #: Tells what was found, of whatever length, by its beginning and its end.
 _BRIEF = reprlib.Repr()
@@ -34,6 +40,13 @@ class RequestForm(Form):
     """A request for answers, as an API has it."""
 
     media_type: ClassVar[str] = "text/event-stream"
+
+    def options(self, defaults: Options, stop: Sequence[str] = ()) -> Options:
+        """How to answer: by its fields of the same names, and as the server does otherwise."""
+        options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
+        if getattr(self, "top_p", None) == 0:  # the likeliest alone; for `Options` it is off
+            options = replace(options, temp=0)
+        return replace(options, stop=(*defaults.stop, *filter(None, stop)))
 
     def request(self, defaults: Options) -> Request:
         """What is asked, where the server's defaults are for what is not said."""
@@ -53,6 +66,38 @@ class RequestForm(Form):
 
 
 AnyForm = TypeVar("AnyForm", bound=Form)
+
+
+def short_schema(schema: Any) -> Any:
+    """A schema, unless it is longer than any answer needs.
+
+    Raises:
+        ValueError: It is.
+    """
+    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
+        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
+    return schema
+
+
+def as_list(value: Any) -> Any:
+    """Takes a text for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def as_parts(content: Any, kind: str = "text") -> Any:
+    """Takes texts for parts of a kind."""
+    parts = as_list(content)
+    if not isinstance(parts, list):
+        return parts
+    return [{"type": kind, "text": p} if isinstance(p, str) else p for p in parts]
+
+
+Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(short_schema)]
+Stops: TypeAlias = Annotated[
+    list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]],
+    BeforeValidator(as_list),
+    Field(max_length=MAX_STOPS),
+]
 
 
 def parameter(option: str, **others: Any) -> Any:

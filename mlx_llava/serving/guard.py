@@ -90,7 +90,7 @@ class Guard:
             raise ApiError(403, message, "origin_not_allowed")
         is_preflight = scope["method"] == "OPTIONS"  # a browser's own question, without the key
         if scope["path"] not in self.open_paths and not is_preflight:
-            self._check_key(headers.get("authorization", ""))
+            self._check_key(headers)
 
     def _knows(self, host: str) -> bool:
         """Whether a Host header names this server: no one else can choose an address."""
@@ -104,15 +104,17 @@ class Guard:
             return False
         return True
 
-    def _check_key(self, authorization: str) -> None:
+    def _check_key(self, headers: Headers) -> None:
         if self.settings.api_key is None:
             return
-        scheme, _, given = authorization.partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":  # it may be sent as Anthropic's clients do
+            given = headers.get("x-api-key", "")
         digests = [hashlib.sha256(key.encode()).digest() for key in (given, self.settings.api_key)]
-        if not hmac.compare_digest(*digests) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(*digests):
             message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(401, message, "invalid_api_key", headers=headers)
+            how = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, "invalid_api_key", headers=how)
 
 
 @dataclass

@@ -9,7 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from mlx_llava.serving.engine import Engine
 
-_PATHS = ("/", "/health", "/metrics", "/v1/chat/completions", "/v1/completions", "/v1/models")
+_PATHS = (
+    *("/", "/health", "/metrics", "/v1/chat/completions", "/v1/completions", "/v1/models"),
+    *("/v1/messages", "/v1/messages/count_tokens"),
+)
 _TOKENS = {
     "prompt_tokens": "Tokens of prompts.",
     "cached_tokens": "Those known from before.",

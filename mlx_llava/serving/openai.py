@@ -7,13 +7,12 @@ fields of their own, plain texts for parts and for images, answers without conte
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -31,22 +30,26 @@ from pydantic_core import PydanticCustomError
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import Form, RequestForm, parameter
+from mlx_llava.serving.forms import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    Form,
+    RequestForm,
+    Schema,
+    Stops,
+    as_list,
+    as_parts,
+    parameter,
+)
 from mlx_llava.serving.parameters import check_parameters
-from mlx_llava.serving.replies import Piece, Reply, Token
+from mlx_llava.serving.replies import Piece, Reply, Token, event
 from mlx_llava.serving.requests import Request, VideoUrl, arrange, as_seed
 
-MAX_MESSAGES = MAX_PARTS = 1000
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
 MAX_PROMPTS = 64
 MAX_FRAMES = 64
-MAX_SCHEMA_LENGTH = 100_000
 DEFAULT_COMPLETION_TOKENS = 16
 #: What templates leave out of earlier answers, like the field `reasoning_content`.
 THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
-#: Options that a request has under their own names, and as they are.
-_OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
 
 
 def _unless_limited(tokens: int) -> int:
@@ -59,22 +62,11 @@ def _unless_limited(tokens: int) -> int:
     return tokens
 
 
-def _short(schema: Any) -> Any:
-    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
-        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
-    return schema
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _as_object(image_url: Any) -> Any:
     return {"url": image_url} if isinstance(image_url, str) else image_url
 
 
 MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
-Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_short)]
 
 
 class _TextPart(Form):
@@ -125,10 +117,7 @@ class ChatMessage(Form):
     @field_validator("content", mode="before")
     @classmethod
     def _in_parts(cls, content: Any) -> Any:
-        parts = _as_list(content)
-        if not isinstance(parts, list):
-            return parts
-        return [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+        return as_parts(content)
 
     def turn(self) -> tuple[str, list[str], int]:
         """Its role, texts and number of images."""
@@ -186,9 +175,7 @@ class AnswerRequest(RequestForm):
     temp: float | None = parameter("temp", le=2, validation_alias="temperature")
     top_p: float | None = parameter("top_p")
     n: int = Field(1, ge=1, le=128)
-    stop: Annotated[
-        list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]], BeforeValidator(_as_list)
-    ] = Field([], max_length=MAX_STOPS)
+    stop: Stops = Field([])
     seed: Annotated[int, AfterValidator(as_seed)] | None = None
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
@@ -216,12 +203,12 @@ class AnswerRequest(RequestForm):
             async with aclosing(reply.pieces()) as pieces:
                 async for piece in pieces:
                     for choice in self.choices(piece):
-                        yield _event({**head, "choices": [choice]})
+                        yield event({**head, "choices": [choice]})
         except ApiError as error:
-            yield _event(error.body())
+            yield event(error.body())
             return
         if usage:
-            yield _event({**head, "choices": [], **_figures(reply)})
+            yield event({**head, "choices": [], **_figures(reply)})
         yield "data: [DONE]\n\n"
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
@@ -231,12 +218,6 @@ class AnswerRequest(RequestForm):
     def choices(self, piece: Piece) -> list[dict[str, Any]]:
         """What a stream tells of a piece."""
         return [self.whole_choice(piece)]
-
-    def _options(self, defaults: Options) -> Options:
-        options = replace(defaults, **self.model_dump(include=_OPTIONS, exclude_none=True))
-        if self.top_p == 0:  # the likeliest token alone; for `Options` it would be all tokens
-            options = replace(options, temp=0)
-        return replace(options, stop=(*defaults.stop, *filter(None, self.stop)))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -268,7 +249,7 @@ class ChatRequest(AnswerRequest):
 
     def request(self, defaults: Options) -> Request:
         """Of two lengths, the newer parameter's is taken."""
-        options = self._options(defaults)
+        options = self.options(defaults, self.stop)
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
         match self.response_format:
@@ -318,7 +299,7 @@ class CompletionRequest(AnswerRequest):
     prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    prompt: Annotated[list[str], BeforeValidator(as_list)] = Field(
         min_length=1, max_length=MAX_PROMPTS
     )
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -328,7 +309,7 @@ class CompletionRequest(AnswerRequest):
         return Request(
             self.model,
             self.prompt,
-            self._options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS)),
+            self.options(replace(defaults, max_tokens=DEFAULT_COMPLETION_TOKENS), self.stop),
             n=self.n,
             top_logprobs=self.logprobs,
             stream=self.stream,
@@ -373,7 +354,3 @@ def _figures(reply: Reply) -> dict[str, Any]:
         "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
     }
     return {"usage": usage, "timings": reply.timings}
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"

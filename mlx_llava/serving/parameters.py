@@ -80,12 +80,21 @@ def check_parameters(data: Mapping[str, Any]) -> None:
     Raises:
         ApiError: It names the first.
     """
-    for name in _said(data, UNSUPPORTED):
-        raise _unsupported(name, " or ".join(map(repr, UNSUPPORTED[name])) or "null")
+    refuse_said(data, UNSUPPORTED)
     messages = data.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         for name in _said(message if isinstance(message, dict) else {}, _OF_MESSAGES):
             raise _unsupported(f"messages.{index}.{name}", "null")
+
+
+def refuse_said(data: Mapping[str, Any], neutral: Neutral) -> None:
+    """Refuses parameters that are there and have none of their neutral values.
+
+    Raises:
+        ApiError: It names the first.
+    """
+    for name in _said(data, neutral):
+        raise _unsupported(name, " or ".join(map(repr, neutral[name])) or "null")
 
 
 def _said(data: Mapping[str, Any], neutral: Neutral) -> list[str]:

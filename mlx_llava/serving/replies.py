@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,9 @@ class Piece:
         text: what became readable.
         tokens: the tokens of that text, where they were requested.
         finish_reason: in the last piece.
-        figures: of the whole answer, in the last piece; see `GenerationResponse.figures`.
+        figures: of the answer so far, in the first piece and in the last; see
+            `GenerationResponse.figures`.
+        stop: the stop text that ended the answer, in the last piece.
     """
 
     index: int
@@ -38,6 +41,7 @@ class Piece:
     tokens: tuple[Token, ...]
     finish_reason: str | None
     figures: Mapping[str, Any]
+    stop: str = ""
 
 
 class Reply:
@@ -56,6 +60,11 @@ class Reply:
         self._first: list[Piece] = []
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.timings: Mapping[str, float] = {}
+
+    @property
+    def beginning(self) -> Mapping[str, Any]:
+        """The figures of an answer that has begun; see `Piece`."""
+        return next((piece.figures for piece in self._first), {})
 
     async def begin(self) -> None:
         """Waits for the first piece, before which errors have a status of HTTP's."""
@@ -87,6 +96,17 @@ class Reply:
             if piece.index == 0:
                 self.timings = piece.figures["timings"]
         return piece
+
+
+def event(data: Mapping[str, Any], name: str = "") -> str:
+    """An event of a stream, as browsers read them."""
+    named = f"event: {name}\n" if name else ""
+    return f"{named}data: {as_json(data)}\n\n"
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """The text of an object, laid out as constrained answers are."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)
 
 
 def _joined(pieces: list[Piece]) -> Piece:

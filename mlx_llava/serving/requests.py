@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeAlias
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Message
@@ -30,6 +31,7 @@ class Request:
         frames: how many frames are taken of each video; None for as many as the model knows.
         image_tokens: how many features of each the model is shown at most; None for all.
         n: how many answers each prompt gets.
+        prefill: how the answers to conversations begin.
         top_logprobs: how many of the likeliest tokens are reported at the position of each, or
             None for no tokens at all.
         stream: whether the answers are sent as they are made.
@@ -41,6 +43,7 @@ class Request:
     images: Sequence[str] = ()
     frames: int | None = None
     image_tokens: int | None = None
+    prefill: str = ""
     n: int = 1
     top_logprobs: int | None = None
     stream: bool = False
@@ -52,7 +55,7 @@ class Request:
 
     def longest(self) -> int:
         """The characters of its longest prompt."""
-        return max(map(_length, self.prompts), default=0)
+        return max(map(_length, self.prompts), default=0) + len(self.prefill)
 
     def seeded(self) -> list[Options]:
         """The options of each of the `n` answers, which a seed must not make equal."""
@@ -69,7 +72,13 @@ class Request:
             images (list): What the URLs of its images stand for.
         """
         inputs = [
-            processor(text, images, raw=isinstance(text, str), image_tokens=self.image_tokens)
+            processor(
+                text,
+                images,
+                raw=isinstance(text, str),
+                prefill=self.prefill,
+                image_tokens=self.image_tokens,
+            )
             for text in self.prompts
         ]
         return [(one, options) for one in inputs for options in self.seeded()]
@@ -84,7 +93,20 @@ def as_seed(number: int) -> int:
     return number % 2**64
 
 
-def arrange(turns: list[tuple[str, list[str], int]]) -> list[Message]:
+#: The role (system, user, assistant), texts and number of images of a turn.
+Turn: TypeAlias = "tuple[str, list[str], int]"
+
+
+def begun(turns: Sequence[Turn]) -> tuple[list[Turn], str]:
+    """Turns without an answer at their end that has begun, and its text so far."""
+    answers = [*takewhile(lambda turn: turn[0] == "assistant" and not turn[2], reversed(turns))]
+    before = [*turns[: len(turns) - len(answers)]]
+    if not any(role == "user" for role, _, _ in before):
+        return [*turns], ""
+    return before, "\n".join(text for _, texts, _ in reversed(answers) for text in texts)
+
+
+def arrange(turns: Sequence[Turn]) -> list[Message]:
     """Turns in any order -> messages in the order that every template has.
 
     All system texts become one message at the beginning. Turns of one role that follow each other
@@ -93,7 +115,7 @@ def arrange(turns: list[tuple[str, list[str], int]]) -> list[Message]:
     to the last. An answer that has not begun is left out.
 
     Args:
-        turns (list): The role (system, user, assistant), texts and number of images of each.
+        turns (list): What was said.
 
     Raises:
         ApiError: The last turn is not the user's.
