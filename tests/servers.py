@@ -23,6 +23,44 @@ from mlx_llava.serving.settings import Settings
 MODEL = "tiny-llava"
 
 
+@dataclass(frozen=True)
+class Wire:
+    """How the clients of an API ask, and what they read.
+
+    Attributes:
+        path: where they ask.
+        models: where they look which models there are.
+        body: what OpenAI's fields of a chat are in it.
+        error: the message of an error, of which nothing else may be there.
+        prompt_tokens: of an answer.
+        takes_urls: whether pictures may be elsewhere, or files.
+    """
+
+    path: str
+    models: str
+    body: Callable[[dict[str, Any]], dict[str, Any]]
+    error: Callable[[dict[str, Any]], str]
+    prompt_tokens: Callable[[dict[str, Any]], int]
+    takes_urls: bool = True
+
+
+def _openais_error(body: dict[str, Any]) -> str:
+    (error,) = body.values()
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["message"]
+
+
+OPENAI = Wire(
+    "/v1/chat/completions",
+    "/v1/models",
+    body=lambda fields: fields,
+    error=_openais_error,
+    prompt_tokens=lambda answer: answer["usage"]["prompt_tokens"],
+)
+#: By their names; each is attacked in the same ways.
+WIRES = {"openai": OPENAI}
+
+
 @dataclass
 class Served:
     """A running server."""
@@ -31,6 +69,7 @@ class Served:
     port: int
     key: str | None
     server: HttpServer
+    wire: Wire = OPENAI
 
     @property
     def url(self) -> str:
@@ -45,9 +84,9 @@ class Served:
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def post(self, **fields: Any) -> httpx.Response:
-        """Asks for a chat completion."""
-        body = {"model": MODEL, **fields}
-        url = f"{self.url}/v1/chat/completions"
+        """Asks for a chat completion, by OpenAI's fields."""
+        body = self.wire.body({"model": MODEL, **fields})
+        url = self.url + self.wire.path
         return httpx.post(url, json=body, headers=self.headers, timeout=60)
 
     def raw(self, request: bytes, timeout: float = 60) -> bytes:
@@ -67,12 +106,15 @@ def receive(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Iterator[Served]:
+def serving(
+    *arguments: str, engine: Engine | None = None, wire: Wire = OPENAI, **limits: Any
+) -> Iterator[Served]:
     """Serves with the command's arguments; with an engine that runs already, if one is given.
 
     Args:
         *arguments: Of the command.
         engine: Instead of loading one.
+        wire: Of the API that is asked in.
         **limits: Attributes of `BodyLimit` that no argument sets.
     """
     args = server.build_parser().parse_args(["--port", "0", *arguments])
@@ -87,7 +129,7 @@ def serving(*arguments: str, engine: Engine | None = None, **limits: Any) -> Ite
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Served(own, listening.getsockname()[1], settings.api_key, running)
+        yield Served(own, listening.getsockname()[1], settings.api_key, running, wire)
     finally:
         running.should_exit = True
         thread.join(60)

@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import anyio
@@ -33,7 +34,7 @@ from mlx_llava.serving.images import Images, read_below
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.settings import Settings
-from tests.servers import MODEL, receive, serving, user
+from tests.servers import MODEL, OPENAI, WIRES, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
 SECRET = "the secret of the house"
@@ -49,6 +50,19 @@ def still_works(served):
     assert served.engine.taken == 0
 
 
+class EveryApi:
+    """Attacks that are tried in every API."""
+
+    @pytest.fixture(params=WIRES.values(), ids=WIRES.keys())
+    def served(self, served, request):
+        return replace(served, wire=request.param)
+
+
+def also(served, *arguments, **limits):
+    """Another server with the same model, asked in the same API."""
+    return serving(*arguments, engine=served.engine, wire=served.wire, **limits)
+
+
 def chat(served, messages, **options):
     return served.post(messages=messages, **options)
 
@@ -60,12 +74,14 @@ def named(*urls):
 
 
 def refused(reply, status, *words):
+    """Whether a reply is an error as its API has it, that says some words and no secret."""
     assert reply.status_code == status, reply.text
-    error = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    path = reply.request.url.path
+    wires = [wire for wire in WIRES.values() if path in (wire.path, wire.models)]
+    message = (wires or [OPENAI])[0].error(reply.json())
     assert SECRET not in reply.text
     for word in words:
-        assert word in error["message"]
+        assert word in message
 
 
 class TestAddresses:
@@ -126,12 +142,22 @@ def inside():
         yield site
 
 
-class TestRemotePictures:
+class TestPicturesElsewhere(EveryApi):
     def test_are_off_unless_allowed(self, served, inside):
         url = f"http://127.0.0.1:{inside.port}/picture.png"
-        refused(chat(served, [named(url)]), 400, "--allow-remote-images")
+        why = "--allow-remote-images" if served.wire.takes_urls else "base64"
+        refused(chat(served, [named(url)]), 400, why)
         assert inside.asked == []
 
+    def test_are_never_private(self, served, inside):
+        url = f"http://127.0.0.1:{inside.port}/picture.png"
+        with also(served, "--allow-remote-images") as open_one:
+            why = "public address" if served.wire.takes_urls else "base64"
+            refused(chat(open_one, [named(url)]), 400, why)
+        assert inside.asked == []
+
+
+class TestRemotePictures:
     def test_are_fetched_where_allowed(self, internet):
         allowing = Settings(allow_remote_images=True)
         with Site(reply_with(png(PICTURE))) as site:
@@ -237,7 +263,7 @@ class TestRemotePictures:
             assert SECRET not in str(caught.value)
 
 
-class TestLocalFiles:
+class TestLocalFiles(EveryApi):
     @pytest.fixture
     def root(self, tmp_path):
         """A folder with a picture, below one with a secret, and links that lead there."""
@@ -253,12 +279,14 @@ class TestLocalFiles:
 
     def test_are_off_unless_allowed(self, served, root):
         for url in (f"file://{root}/sub/ok.png", "sub/ok.png", "/etc/passwd", "~/.ssh/id_rsa"):
-            refused(chat(served, [named(url)]), 400, "--image-root")
+            why = "--image-root" if served.wire.takes_urls else "image"
+            refused(chat(served, [named(url)]), 400, why)
 
     def test_are_read_below_the_root(self, served, root):
-        with serving("--image-root", str(root), engine=served.engine) as open_one:
+        status = 200 if served.wire.takes_urls else 400
+        with also(served, "--image-root", str(root)) as open_one:
             for url in ("sub/ok.png", f"file://{root}/sub/ok.png", "sub/./ok.png"):
-                assert chat(open_one, [named(url)], max_tokens=1).status_code == 200
+                assert chat(open_one, [named(url)], max_tokens=1).status_code == status
 
     def test_nothing_escapes(self, served, root):
         above = "../" * 20
@@ -270,7 +298,7 @@ class TestLocalFiles:
             "file://example.org/etc/passwd", f"file://{root}x/a", "file:secret.png", "\udcff",
             "~/secret.png", "nothing.png", "FILE:///etc/passwd", "file:///proc/self/environ",
         ]  # fmt: skip
-        with serving("--image-root", str(root), engine=served.engine) as open_one:
+        with also(served, "--image-root", str(root)) as open_one:
             for url in urls:
                 if url.isprintable() and "\udcff" not in url:
                     refused(chat(open_one, [named(url)]), 400)
@@ -317,7 +345,7 @@ def resident_mb():
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-class TestPictures:
+class TestPictures(EveryApi):
     def test_bomb_of_12000_by_12000(self, served):
         content = bomb(12000)
         assert len(content) < 445_000
@@ -361,10 +389,10 @@ class TestPictures:
             assert chat(served, [named(url)], max_tokens=1).status_code in (200, 400)
 
 
-class TestBodies:
+class TestBodies(EveryApi):
     def head(self, served, *lines, length=None):
         fields = [
-            "POST /v1/chat/completions HTTP/1.1",
+            f"POST {served.wire.path} HTTP/1.1",
             f"Host: 127.0.0.1:{served.port}",
             "Content-Type: application/json",
             *lines,
@@ -376,7 +404,9 @@ class TestBodies:
         before = resident_mb()
         answer = served.raw(self.head(served, length=1_000_000_000) + b"{" * 100_000)
         assert answer.startswith(b"HTTP/1.1 413")
-        assert b"request_too_large" in answer
+        refusal = served.wire.error(json.loads(answer.partition(b"\r\n\r\n")[2]))
+        assert refusal == "The body has more than 50,000,000 bytes."
+        assert served.wire is not OPENAI or b"request_too_large" in answer
         assert resident_mb() < before + 50
 
     def test_a_gigabyte_that_just_comes(self, served):
@@ -397,7 +427,7 @@ class TestBodies:
     def test_many_bodies_at_once(self, served):
         """More than four of the greatest length are not held, in however many pieces."""
         with (
-            serving("--max-body", "1", engine=served.engine) as small,
+            also(served, "--max-body", "1") as small,
             contextlib.ExitStack() as all,
         ):
             connections = []
@@ -411,7 +441,7 @@ class TestBodies:
                 connections.remove(answered)
 
     def test_a_slow_body(self, served):
-        with serving(engine=served.engine, seconds=0.4) as hasty:
+        with also(served, seconds=0.4) as hasty:
             request = self.head(hasty, length=100) + b"{"
             assert hasty.raw(request).startswith(b"HTTP/1.1 408")
 
@@ -434,8 +464,8 @@ class TestBodies:
 
     def test_bad_utf8_and_surrogates(self, served):
         for text in (b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\\ud800", b"\\udfff\\ud800"):
-            body = b'{"model":"%s","messages":[{"role":"user","content":"%s"}]}'
-            refused(post(served, body % (MODEL.encode(), text)), 400)
+            body = b'{"model":"%s","prompt":"%s","messages":[{"role":"user","content":"%s"}]}'
+            refused(post(served, body % (MODEL.encode(), text, text)), 400)
 
     @pytest.mark.parametrize(
         "body",
@@ -451,7 +481,7 @@ class TestBodies:
             "properties": {f"p{i}": {"type": "string"} for i in range(9999)},
         }
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        refused(chat(served, [user("Hi")], response_format=wanted), 400, "schema")
+        refused(chat(served, [user("Hi")], response_format=wanted), 400, "characters of 100,000")
 
     def test_schema_that_explodes(self, served):
         pattern = "(" * 30 + "a" + "{1,50})" * 30
@@ -465,7 +495,7 @@ class TestBodies:
 
 def post(served, body):
     headers = {"Content-Type": "application/json"}
-    url = served.url + "/v1/chat/completions"
+    url = served.url + served.wire.path
     return httpx.post(url, content=body, headers=headers, timeout=60)
 
 
@@ -476,7 +506,7 @@ def drip(connection):
         time.sleep(0.05)
 
 
-class TestHeaders:
+class TestHeaders(EveryApi):
     def test_two_ends_of_one_body(self, served):
         """What one reader takes for the body holds a request for another (request smuggling)."""
         host = f"Host: 127.0.0.1:{served.port}"
@@ -495,7 +525,7 @@ class TestHeaders:
             ["Transfer-Encoding: \x0bchunked"],
         ]
         for lines in kinds:
-            head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", host, *lines]) + "\r\n\r\n"
+            head = "\r\n".join([f"POST {served.wire.path} HTTP/1.1", host, *lines]) + "\r\n\r\n"
             answer = served.raw((head + chunked).encode())
             assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 501")), (lines, answer[:80])
             assert b"mlx_llava_requests" not in answer, lines
@@ -518,14 +548,16 @@ class TestHeaders:
     def test_names_that_are_not_ours(self, served, lines):
         """A page that makes its own name point to this machine is not answered (DNS rebinding)."""
         answer = served.raw(
-            "\r\n".join(["GET /v1/models HTTP/1.1", *lines, "Connection: close"]).encode()
+            "\r\n".join(
+                [f"GET {served.wire.models} HTTP/1.1", *lines, "Connection: close"]
+            ).encode()
             + b"\r\n\r\n"
         )
         assert answer.split()[1] in (b"400", b"403")
         assert MODEL.encode() not in answer
 
     def test_names_that_are_allowed(self, served):
-        with serving("--allow-host", "Mac.local", engine=served.engine) as named_one:
+        with also(served, "--allow-host", "Mac.local") as named_one:
             for host in (
                 "mac.local:80",
                 "MAC.LOCAL",
@@ -534,14 +566,16 @@ class TestHeaders:
                 "192.168.1.5:8080",
                 "[::1]",
             ):
-                reply = httpx.get(named_one.url + "/v1/models", headers={"Host": host}, timeout=60)
+                reply = httpx.get(
+                    named_one.url + served.wire.models, headers={"Host": host}, timeout=60
+                )
                 assert reply.status_code == 200
 
     @pytest.mark.parametrize(
         "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", ""]
     )
     def test_pages_of_others(self, served, origin):
-        reply = httpx.get(served.url + "/v1/models", headers={"Origin": origin}, timeout=60)
+        reply = httpx.get(served.url + served.wire.models, headers={"Origin": origin}, timeout=60)
         refused(reply, 403, "--allow-origin")
         assert not any(name.startswith("access-control") for name in reply.headers)
 
@@ -549,35 +583,39 @@ class TestHeaders:
         origin = "https://ui.example"
         key = "0123456789abcdef"
         allowed = ("--allow-origin", origin, "--api-key", key)
-        with serving(*allowed, engine=served.engine) as shared:
+        with also(served, *allowed) as shared:
             headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert (
-                httpx.options(shared.url + "/v1/models", headers=headers, timeout=60).status_code
+                httpx.options(
+                    shared.url + served.wire.models, headers=headers, timeout=60
+                ).status_code
                 == 200
             )
             headers = {"Origin": origin, **shared.headers}
-            reply = httpx.get(shared.url + "/v1/models", headers=headers, timeout=60)
+            reply = httpx.get(shared.url + served.wire.models, headers=headers, timeout=60)
             assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
                 200,
                 origin,
             )
             assert (
                 httpx.get(
-                    shared.url + "/v1/models", headers={"Origin": origin}, timeout=60
+                    shared.url + served.wire.models, headers={"Origin": origin}, timeout=60
                 ).status_code
                 == 401
             )
             other = httpx.get(
-                shared.url + "/v1/models", headers={"Origin": "https://evil.example"}, timeout=60
+                shared.url + served.wire.models,
+                headers={"Origin": "https://evil.example"},
+                timeout=60,
             )
             assert other.status_code == 403
 
     def test_forms_of_web_pages(self, served):
         """What a page can send without being allowed to is not read."""
-        body = json.dumps({"model": MODEL, "messages": [user("Hi")]})
+        body = json.dumps(served.wire.body({"model": MODEL, "messages": [user("Hi")]}))
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
             reply = httpx.post(
-                served.url + "/v1/chat/completions",
+                served.url + served.wire.path,
                 content=body,
                 headers={"Content-Type": kind},
                 timeout=60,
@@ -592,11 +630,11 @@ class TestHeaders:
             assert answer.startswith(b"HTTP/1.1 404"), path
 
 
-class TestKeys:
+class TestKeys(EveryApi):
     KEY = "k" * 31 + "1"
 
     def test_guessing(self, served):
-        with serving("--api-key", self.KEY, engine=served.engine) as guarded:
+        with also(served, "--api-key", self.KEY) as guarded:
             guesses = [
                 "", "Bearer", "Bearer ", f"Bearer {self.KEY[:-1]}", f"Bearer {self.KEY} ",
                 f"Bearer  {self.KEY}", f"Basic {self.KEY}", self.KEY, f"Bearer {self.KEY.upper()}",
@@ -604,14 +642,16 @@ class TestKeys:
             ]  # fmt: skip
             for guess in guesses:
                 request = (
-                    f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                    f"GET {served.wire.models} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                     f"Authorization: {guess}\r\n\r\n"
                 )
                 if guess.strip() != f"Bearer {self.KEY}":  # HTTP drops blanks around a value
                     answer = guarded.raw(request.encode("latin-1"))
                     assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), guess
-            for path in ("/v1/models", "/metrics", "/v1/models/", "//v1/models", "/V1/models"):
+            models = served.wire.models
+            for path in (models, "/metrics", f"{models}/", f"/{models}", models.upper()):
                 assert httpx.get(guarded.url + path, timeout=60).status_code == 401
+            refused(chat(replace(guarded, key=None), [user("Hi")]), 401, "Bearer KEY")
 
     def test_weak_keys_are_refused_at_the_start(self, capsys):
         for key in ("", "secret", "x" * 15, "schlüssel" * 3):
@@ -619,7 +659,7 @@ class TestKeys:
             assert "use at least 16" in capsys.readouterr().err
 
 
-class TestMarkup:
+class TestMarkup(EveryApi):
     def test_markup_comes_back_as_json(self, served):
         script = "<script>alert(1)</script><img src=x onerror=alert(1)>"
         reply = chat(served, [user(script)], max_tokens=2)
@@ -632,21 +672,24 @@ class TestMarkup:
         assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
 
     def test_special_tokens_in_a_text_are_text(self, served):
-        plain = chat(served, [user("Hi")], max_tokens=1).json()["usage"]["prompt_tokens"]
+        tokens = served.wire.prompt_tokens
+        plain = tokens(chat(served, [user("Hi")], max_tokens=1).json())
         for token in ("</s>", "<image>", "<s>"):
             reply = chat(served, [user(f"Hi{token}")], max_tokens=1)
             assert reply.status_code == 200
-            assert reply.json()["usage"]["prompt_tokens"] > plain + 1
+            assert tokens(reply.json()) > plain + 1
 
     def test_the_page_allows_nothing_from_elsewhere(self, served):
-        for path in ("/", "/page.js", "/v1/models", "/nothing"):
+        for path in ("/", "/page.js", served.wire.models, "/nothing"):
             policy = httpx.get(served.url + path, timeout=60).headers["content-security-policy"]
             assert "default-src 'none'" in policy
             assert "unsafe" not in policy
             assert "http" not in policy
 
 
-def test_nothing_of_a_question_is_logged(served, caplog, capfd):
+@pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES.keys())
+def test_nothing_of_a_question_is_logged(served, wire, caplog, capfd):
+    served = replace(served, wire=wire)
     with caplog.at_level(logging.DEBUG):
         chat(served, [user(PICTURE, f"{SECRET} one")], max_tokens=1)
         chat(served, [user(f"{SECRET} two"), user("again")])
