@@ -33,13 +33,14 @@ from tests import layouts, tiny
 from tests.certificate_files import WRITERS, Written, is_linear
 from tests.certificate_tokenizers import ids_of_original, ids_of_transformers
 from tests.published import ROWS
+from tests.published.family import SO400M
 from tests.published.row import CLIP_336, FILES, KNOWLEDGE, Published, Settings
 
 #: float32 against float64, of the largest logit.
 TOLERANCE = 3e-5
 LAST = 8  # at so many places logits are compared; all of them see the picture
 
-HEADS = {16: 2, 32: 2, 40: 3, 56: 4, 64: 4}
+HEADS = {14: 2, 16: 2, 28: 4, 32: 2, 40: 3, 56: 4, 64: 4}
 TOWER: Settings = {
     "hidden_size": 64,  # one head: CLIP's have 64 each, which originals do not say
     "intermediate_size": 96,
@@ -47,7 +48,11 @@ TOWER: Settings = {
     "num_attention_heads": 1,
     "patch_size": 56,  # instead of 14: a sixteenth of the tokens
 }
-TOWERS = {"openai/clip-vit-large-patch14": {**CLIP_336, **TOWER, "image_size": 224}}
+TOWERS = {
+    "openai/clip-vit-large-patch14": {**CLIP_336, **TOWER, "image_size": 224},
+    # Patches of 63 pixels leave 6 of 384, as those of 14 do, from which the size is told.
+    "google/siglip-so400m-patch14-384": {**SO400M, **TOWER, "patch_size": 63},
+}
 
 
 def scaled(row: Published) -> Settings:
@@ -90,23 +95,29 @@ LLAMA_KEYS = (
 
 def as_hf(config: Settings) -> Settings:
     """What an original config.json means, in llava-hf's words."""
-    is_next = config.get("image_aspect_ratio") == "anyres"
+    ratio = config.get("image_aspect_ratio")
+    is_next, is_onevision = ratio == "anyres", ratio == "anyres_max_9"
     text = {key: config[key] for key in LLAMA_KEYS if key in config}
-    is_mistral = "Mistral" in config["architectures"][0]
+    kinds = {"Mistral": "mistral", "Qwen": "qwen2"}
+    named = config["architectures"][0]
     text |= {
-        "model_type": "mistral" if is_mistral else "llama",
+        "model_type": next((kind for name, kind in kinds.items() if name in named), "llama"),
         "vocab_size": -(-(config["vocab_size"] + 2) // 64) * 64,
     }
     tower = {**CLIP_336, **TOWER}
+    seen = {
+        "vision_feature_layer": config["mm_vision_select_layer"],
+        "vision_feature_select_strategy": "default",
+    }
+    kind = "llava_onevision" if is_onevision else "llava_next" if is_next else "llava"
     return {
-        "model_type": "llava_next" if is_next else "llava",
+        "model_type": kind,
         "image_token_index": config["vocab_size"],
         "text_config": text,
         "vision_config": TOWERS.get(config["mm_vision_tower"], tower),
-        "vision_feature_layer": config["mm_vision_select_layer"],
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        **({"image_grid_pinpoints": config["image_grid_pinpoints"]} if is_next else {}),
+        **({} if is_onevision else seen),
+        "tie_word_embeddings": config["tie_word_embeddings"] if is_onevision else False,
+        **({"image_grid_pinpoints": config["image_grid_pinpoints"]} if kind != "llava" else {}),
     }
 
 

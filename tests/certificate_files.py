@@ -74,7 +74,7 @@ def cast(tensors: Tensors, row: Published) -> Tensors:
 
 def write_slow_tokenizer(folder: Path, row: Published) -> None:
     """The tokenizer files of an original checkpoint."""
-    if row.vocabulary == "llama3":
+    if row.vocabulary in ("llama3", "qwen2"):
         write_json(folder / "tokenizer.json", fast_tokenizer(row.vocabulary, None))
     else:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(row.vocabulary))
@@ -108,6 +108,7 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
         "size": {"shortest_edge": 336},
     }
     is_siglip = config["vision_config"]["model_type"] == "siglip_vision_model"
+    is_onevision = config["model_type"] == "llava_onevision"
     if is_siglip:
         del images["crop_size"], images["do_center_crop"]
         images |= {
@@ -119,6 +120,14 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
         }
     if is_next:
         images |= {"aspect_ratio_setting": "anyres", "image_grid_pinpoints": PINPOINTS}
+    if is_onevision:
+        images |= {
+            "do_convert_rgb": True,
+            "do_pad": True,
+            "image_grid_pinpoints": config["image_grid_pinpoints"],
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+        }
     write_json(folder / "preprocessor_config.json", images)
     processor = {
         "image_token": "<image>",
@@ -127,6 +136,11 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
         "processor_class": images["processor_class"],
         "vision_feature_select_strategy": "full" if is_siglip else "default",
     }
+    if is_onevision:
+        del processor["num_additional_image_tokens"], processor["patch_size"]
+        vision = config["vision_config"]
+        processor["num_image_tokens"] = (vision["image_size"] // vision["patch_size"]) ** 2
+        processor["video_token"] = "<video>"
     write_json(folder / "processor_config.json", processor)
     for path in (SHARED / "published" / row.real).glob("*") if row.real else ():
         if path.name not in ("README", "config.json", "processor_config.json", INDEX):

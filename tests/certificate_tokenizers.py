@@ -140,7 +140,7 @@ def ids_of_original(row: Published, tokens: int, image: int) -> list[int]:
     alone is kept; special tokens cut pieces as transformers' slow tokenizers do.
     """
     special = {**SPECIAL[row.vocabulary], **row.added_tokens}
-    if row.vocabulary == "llama3":
+    if row.vocabulary in ("llama3", "qwen2"):
         from tokenizers import Tokenizer
 
         backend = Tokenizer.from_str(json.dumps(fast_tokenizer(row.vocabulary, None)))
@@ -162,7 +162,10 @@ def ids_of_transformers(folder: Any, row: Published, picture: Any) -> Any:
     """What transformers' processor makes of a folder's own files: ids and pixels."""
     import transformers as hf
 
-    processor = hf.AutoProcessor.from_pretrained(folder)
+    if row.config["model_type"] == "llava_onevision":
+        processor = tiny.read_onevision_processor(folder)
+    else:
+        processor = hf.AutoProcessor.from_pretrained(folder)
     if row.template != "own":
         text = prompt_of(row)
     else:

@@ -6,6 +6,7 @@ in any of them shows (with default initialisation, exact and approximate GELU lo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -222,6 +223,17 @@ def onevision_processor(config: Any, words: Any) -> Any:
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=TEMPLATE,
+    )
+
+
+def read_onevision_processor(folder: Path) -> LlavaOnevisionProcessor:
+    """OneVision's of a folder's files, without the part for videos."""
+    settings = json.loads((folder / "processor_config.json").read_text())
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil.from_pretrained(folder),
+        hf.AutoTokenizer.from_pretrained(folder),
+        num_image_tokens=settings["num_image_tokens"],
+        vision_feature_select_strategy=settings["vision_feature_select_strategy"],
     )
 
 
