@@ -225,6 +225,8 @@ MUTATIONS = (
     ("weight of 16 bits not trained", "model/linux/layers", "return back, rows.astype(own.dtype)", "return back, mx.zeros_like(own)"),
     ("an old weight multiplied with", "model/linux/layers", "if found is None or not", "if found is None and not"),
     ("a weight's memory left to others", "model/linux/layers", "part[...] for name", "part for name"),
+    ("kernels need whole files", "model/linux/kernels", "except (OSError, EOFError, UnpicklingError):", "except ZeroDivisionError:"),
+    ("kernels of all bits in one file", "model/linux/kernels", '    dot_words.__qualname__ = f"dot_{bits}_bits"\n', ""),
     ("another kind of layer taken for ours", "model/linux/decoder", "all(type(one) in _LINEAR for one in layers)", "True"),
     ("projector left in 16 bits", "checkpoint/precision", "(model.vision_tower, model.language_model)", "(model,)"),
     ("future seen within a block", "model/linux/functions", "where=later[:rows, :rows]", "where=False"),

@@ -9,6 +9,8 @@ N outputs, W words of codes of each, G groups; U units of C codes, see `weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pickle import UnpicklingError
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -23,19 +25,30 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}  # no promise that there is no Na
 _float, _word, _int = np.float32, np.uint32, np.int32
 
 
+_jit = partial(njit, nogil=True, fastmath=_FAST)
+
+
 def _compiled(function: Function) -> Function:
     try:
-        compiled = njit(nogil=True, fastmath=_FAST, cache=True)(function)
+        compiled = _jit(cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written
-        compiled = njit(nogil=True, fastmath=_FAST)(function)
-    return cast("Function", compiled)
+        return cast("Function", _jit(function))
+
+    def call(*arguments: Any) -> None:
+        nonlocal compiled
+        try:
+            compiled(*arguments)
+        except (OSError, EOFError, UnpicklingError):  # a full disk, or a file that was cut off
+            compiled = _jit(function)
+            compiled(*arguments)
+
+    return call
 
 
 def _dot_words(bits: int) -> Function:
     """The product for codes of which a word holds a whole number: 2, 4 or 8 bits."""
     count, mask = 32 // bits, _word((1 << bits) - 1)
 
-    @_compiled
     def dot_words(
         codes: Words, scales: Floats, biases: Floats, x: Floats, sums: Floats, output: Floats
     ) -> None:
@@ -57,7 +70,9 @@ def _dot_words(bits: int) -> Function:
                 total += spread[j] * part
             output[n] = total
 
-    return dot_words
+    # A name is a file: of one for all, two processes could leave each other's code in it.
+    dot_words.__qualname__ = f"dot_{bits}_bits"
+    return _compiled(dot_words)
 
 
 #: For bits: (codes (N, W), scales (N, G), biases (N, G), x (C, U), its sums (G,), output (N,)).
@@ -103,7 +118,7 @@ def dot_bfloat16(weight: Halves, x: Floats, output: Floats) -> None:
         output[n] = total
 
 
-@_compiled
+@_jit
 def _widened(half: np.uint16) -> np.float32:
     """A finite float16, given as uint16, as float32.
 
