@@ -109,7 +109,7 @@ def explain(
     if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
-    positions = np.flatnonzero(inputs.input_ids[0] == model.config.image_token_index)
+    positions = np.flatnonzero(model.config.are_placeholders(inputs.input_ids[0]))
     sizes = [(one.height, one.width) for one in images]
     reader = processor.image_processor.among(len(images))
     return Explanation(

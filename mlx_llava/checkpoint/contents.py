@@ -31,6 +31,7 @@ class Contents:
     image_processor: dict[str, Any] | None  # its preprocessor_config.json
     eos_ids: object  # what generation_config.json says of them
     names: str | None = None  # all that it is known by, where they choose its template
+    video_processor: dict[str, Any] | None = None  # its video_preprocessor_config.json
     has_placeholder: bool = True  # the vocabulary has a row for it, or can have none
     dropped: dict[str, str] = field(default_factory=dict)  # tensors: source -> reason
     warnings: list[str] = field(default_factory=list)

@@ -118,10 +118,11 @@ def make_processor(
 ) -> Processor:
     """The processor of a checkpoint; says in the log where its template is a guess."""
     contents, config = checkpoint.contents, checkpoint.config
+    images = ImageProcessor.from_config(contents.image_processor, config, image_mode)
     processor = Processor(
         config,
         checkpoint.tokenizer,
-        ImageProcessor.from_config(contents.image_processor, config, image_mode),
+        images.with_frames(contents.video_processor),
         template=get_template(template) if template else None,
         eos_ids=checkpoint.eos_ids,
     )

@@ -100,13 +100,16 @@ def _read_hf(
             data[key] = {canonical_name(name): value for name, value in layers.items()}
     if found.layers:
         data["quantization"] = found.quantization()
-    nested = read_json(path / "processor_config.json").get("image_processor")
+    nested = read_json(path / "processor_config.json")
     contents = Contents(
         layout="llava-hf" + (", MLX" if is_mlx else ", GPTQ or AWQ" if found.layers else ""),
         settings=data,
         tensors=found.tensors,
         tokenizer=partial(Tokenizer.from_folder, path),
-        image_processor=read_json(path / "preprocessor_config.json") or nested,
+        image_processor=read_json(path / "preprocessor_config.json")
+        or nested.get("image_processor"),
+        video_processor=read_json(path / "video_preprocessor_config.json")
+        or nested.get("video_processor"),
         eos_ids=read_json(path / "generation_config.json").get("eos_token_id"),
         dropped=found.dropped,
         warnings=warnings,

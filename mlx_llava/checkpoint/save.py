@@ -63,7 +63,11 @@ def write_model(
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
     write_json(folder / "tokenizer.json", tokenizer.spec)
     write_json(folder / "tokenizer_config.json", tokenizer.config)
-    write_json(folder / "preprocessor_config.json", processor.image_processor.to_dict())
+    images = processor.image_processor
+    write_json(folder / "preprocessor_config.json", images.to_dict())
+    if images.frames:
+        kind = {"video_processor_type": f"{config.class_name}VideoProcessor"}
+        write_json(folder / "video_preprocessor_config.json", {**images.frames.to_dict(), **kind})
     write_json(
         folder / "processor_config.json",
         {

@@ -23,8 +23,9 @@ from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.files import whole_file
 from mlx_llava.inputs.image_processor import Pixels
 from mlx_llava.inputs.processor import Inputs
-from mlx_llava.model.anyres import Size
+from mlx_llava.model.anyres import Layout
 from mlx_llava.model.cache import Cache, fork, nbytes, set_positions
+from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.image_tokens import ShownImage, positions_after
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.positions import Part, Positions, positions_of
@@ -42,20 +43,20 @@ class _Image:
     Attributes:
         digest: the hash of its content, and of how many of its features are shown.
         pixel_values: its tiles, (n, S, S, 3).
-        size: its own (height, width), where the model cuts it into tiles.
+        size: its own (height, width), where the model cuts it into tiles; `Frames` of a video.
         positions: its placeholders' in the prompt.
     """
 
     digest: str
     pixel_values: Pixels
-    size: Size | None
+    size: Layout
     positions: range
 
 
-def _images(inputs: Inputs, image_token_index: int) -> Iterator[_Image]:
+def _images(inputs: Inputs, config: LlavaConfig) -> Iterator[_Image]:
     if inputs.pixel_values is None:
         return
-    placeholders = np.flatnonzero(inputs.input_ids[0] == image_token_index)
+    placeholders = np.flatnonzero(config.are_placeholders(inputs.input_ids[0]))
     sizes = inputs.image_sizes or [None] * len(inputs.image_tokens)
     tile = seen = 0
     images = zip(
@@ -80,9 +81,9 @@ class Prompt:
         keys: an id for each token, a hash for each placeholder.
     """
 
-    def __init__(self, inputs: Inputs, image_token_index: int) -> None:
+    def __init__(self, inputs: Inputs, config: LlavaConfig) -> None:
         self.input_ids = inputs.input_ids
-        self.images = list(_images(inputs, image_token_index))
+        self.images = list(_images(inputs, config))
         self.keys: list[Key] = inputs.input_ids[0].tolist()
         for image in self.images:
             for position in image.positions:
@@ -127,7 +128,7 @@ class PromptCache:
         Returns:
             The prompt, a cache to go on with, and how many of its positions that holds.
         """
-        prompt = Prompt(inputs, self.model.config.image_token_index)
+        prompt = Prompt(inputs, self.model.config)
         lengths = [
             prompt.shared_prefix(keys) if _kind(cache) == _kind(empty) else 0
             for keys, cache in self._entries

@@ -73,7 +73,7 @@ class Row:
             max_kv_size=max_kv_size,
         )
         ids = inputs.input_ids[0]
-        text_ids = mx.array(ids[ids != model.config.image_token_index])
+        text_ids = mx.array(ids[~model.config.are_placeholders(ids)])
         penalties = make_logits_processors(options.repetition_penalty)
         constraint = options.constraint(processor)
         self.choose = Chooser(options.sampler(), penalties, text_ids, constraint)

@@ -9,7 +9,7 @@ tests/inputs/test_image_processor.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +19,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs.image import MAX_PIXELS, check_pixels
-from mlx_llava.model.anyres import MODES, ImageSizes, Size, canvas_size, num_tokens
+from mlx_llava.inputs.video import Video
+from mlx_llava.model.anyres import (
+    MODES,
+    Frames,
+    ImageSizes,
+    Layout,
+    Size,
+    canvas_size,
+    num_tokens,
+)
 from mlx_llava.model.config import LlavaConfig, read_pinpoints
 
 Pixels: TypeAlias = npt.NDArray[np.float32]
@@ -43,6 +52,19 @@ class View(NamedTuple):
     frame: Size  # the image's, with what is padded around it before it is resized
     size: Size  # what the frame is resized to
     corners: Sequence[tuple[int, int]]  # of squares in that, (top, left); beyond it all is black
+
+
+class Cut(NamedTuple):
+    """How one image or video of a prompt is cut."""
+
+    reader: ImageProcessor
+    images: Sequence[Image.Image]  # itself, or its frames
+    layout: Layout
+
+    @property
+    def tokens(self) -> int:
+        """How many positions it takes in the prompt."""
+        return num_tokens(self.layout, self.reader.config)
 
 
 class Tiles(NamedTuple):
@@ -129,6 +151,7 @@ class ImageProcessor:
         mode: ``crop`` (shortest edge, centre crop; SigLIP's is squashed instead), ``pad`` (LLaVA
             1.5's square on the mean colour) or ``anyres`` (LLaVA 1.6's base image and tiles).
         size: what images are resized to: the shorter edge, or (height, width).
+        frames: what reads the frames of videos, in models that know videos.
     """
 
     config: LlavaConfig
@@ -138,6 +161,14 @@ class ImageProcessor:
     std: tuple[float, ...] = CLIP_STD
     rescale_factor: float = 1 / 255
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    frames: ImageProcessor | None = None
+
+    def with_frames(self, data: Mapping[str, Any] | None) -> ImageProcessor:
+        """The same, which reads frames as video_preprocessor_config.json says, or like images."""
+        if self.config.pooling is None:
+            return self
+        frames = replace(self, mode="crop")
+        return replace(self, frames=self.from_config(data, self.config, "crop") if data else frames)
 
     @classmethod
     def from_config(
@@ -201,7 +232,7 @@ class ImageProcessor:
         """The preprocessor_config.json that says the same."""
         side, size = self.config.vision_config.image_size, self.size
         stretches = self.config.vision_config.is_siglip and size == (side, side)
-        crop, cut = "Siglip" if stretches else "CLIP", self.config.class_name
+        crop, cut = "Siglip" if stretches else "CLIP", self.config.class_name.removesuffix("Video")
         names = {"crop": crop, "pad": "Llava", "anyres": cut}
         data: dict[str, Any] = {
             "image_processor_type": f"{names[self.mode]}ImageProcessor",
@@ -231,21 +262,27 @@ class ImageProcessor:
         pads = count > 1 and self.mode == "anyres" and self.config.pads_several
         return replace(self, mode="pad") if pads else self
 
-    def batch(self, rows: Iterable[Sequence[Image.Image]]) -> Tiles:
-        """Cuts the RGB images of several prompts and normalises them."""
-        tiles, counts, tokens, sizes = list[Image.Image](), list[int](), list[int](), []
-        for row in rows:
-            reader = self.among(len(row))
-            for image in row:
-                size = image.height, image.width
-                cut = reader.tiles(image)
-                tiles += cut
-                counts.append(len(cut))
-                tokens.append(reader.num_tokens(size))
-                sizes.append(size if reader.mode == "anyres" else None)
-        pixel_values = self._stack(tiles) if tiles else None
-        image_sizes = tuple(sizes) if any(sizes) else None
-        return Tiles(pixel_values, image_sizes, tuple(tokens), tuple(counts))
+    def read(self, row: Sequence[Image.Image | Video]) -> Iterator[Cut]:
+        """How the images and videos of one prompt are cut."""
+        reader = self.among(sum(not isinstance(one, Video) for one in row))
+        for one in row:
+            if not isinstance(one, Video):
+                size = (one.height, one.width) if reader.mode == "anyres" else None
+                yield Cut(reader, [one], size)
+            elif self.frames:
+                yield Cut(self.frames, one.frames, Frames(len(one.frames)))
+
+    def batch(self, rows: Iterable[Sequence[Image.Image | Video]]) -> Tiles:
+        """Cuts the RGB images and videos of several prompts and normalises them."""
+        read = [one for row in rows for one in self.read(row)]
+        pixels = [one.reader(one.images) for one in read]
+        sizes = tuple(one.layout for one in read)
+        return Tiles(
+            pixel_values=np.concatenate(pixels) if pixels else None,
+            image_sizes=sizes if any(sizes) else None,
+            whole_image_tokens=tuple(one.tokens for one in read),
+            image_tiles=tuple(map(len, pixels)),
+        )
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """One S x S tile, or for anyres the squashed whole image and then its tiles."""
@@ -314,7 +351,4 @@ class ImageProcessor:
 
     def num_tokens(self, size: Size) -> int:
         """How many positions an image of (height, width) takes in the prompt."""
-        if self.mode == "anyres":
-            return num_tokens(size, self.config)
-        # LLaVA 1.6 ends a lone tile with a newline.
-        return self.config.tokens_per_tile + self.config.has_newline
+        return num_tokens(size if self.mode == "anyres" else None, self.config)

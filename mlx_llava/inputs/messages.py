@@ -53,20 +53,20 @@ class Reading:
     Attributes:
         protect: `Tokenizer.protect`.
         load_video: takes frames of a video.
-        knows_video: whether a video has one mark, not one for each of its frames.
+        video_mark: what stands for a video in a prompt; None where each of its frames is an image.
         marks: what marks a position in a text.
     """
 
     protect: Callable[..., str]
     load_video: Callable[[VideoSource], Video] = load_video
-    knows_video: bool = False
+    video_mark: str | None = None
     marks: tuple[str, ...] = (IMAGE_TOKEN,)
 
     def marks_of(self, source: Shown) -> list[str]:
         """Those that stand for an image or a video in a prompt."""
         if not isinstance(source, Video):
             return [IMAGE_TOKEN]
-        return [VIDEO_TOKEN] if self.knows_video else [IMAGE_TOKEN] * len(source.frames)
+        return [self.video_mark] if self.video_mark else [IMAGE_TOKEN] * len(source.frames)
 
     def fill(self, text: str, beside: list[Shown]) -> tuple[str, list[Shown]]:
         """A text whose marks are those of what they stand for, which is taken from `beside`."""
@@ -108,7 +108,7 @@ def read_messages(
     is_question = isinstance(conversation, str)
     turns = [{"role": "user", "content": conversation}] if is_question else conversation
     beside = list(images)
-    if reading.knows_video or any(isinstance(source, Video) for source in beside):
+    if reading.video_mark == VIDEO_TOKEN or any(isinstance(source, Video) for source in beside):
         reading = replace(reading, marks=(IMAGE_TOKEN, VIDEO_TOKEN))
     read = [_read(turn, beside, reading) for turn in turns]
     messages, shown = [message for message, _ in read], [sources for _, sources in read]

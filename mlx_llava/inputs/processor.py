@@ -5,8 +5,9 @@ B prompts, L tokens (the longest prompt; shorter ones are padded on the left), N
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, takewhile
@@ -22,9 +23,9 @@ from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
 from mlx_llava.inputs.messages import Conversation, Message, Reading, Shown, read_messages
 from mlx_llava.inputs.templates import choose_template, get_template
-from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, Tokenizer
-from mlx_llava.inputs.video import FRAMES, Video, VideoSource, is_ready, load_video
-from mlx_llava.model.anyres import ImageSizes
+from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, VIDEO_TOKEN, Tokenizer
+from mlx_llava.inputs.video import FRAMES, KNOWN_FRAMES, Video, VideoSource, is_ready, load_video
+from mlx_llava.model.anyres import Frames, ImageSizes, Layout
 from mlx_llava.model.config import LlavaConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -36,7 +37,7 @@ class FramesTaken(NamedTuple):
     Attributes:
         frames: how many frames.
         frame_tokens: how many tokens each of them takes, in all of its features.
-        images: how many images they are for a model that knows no video.
+        images: how many they are of all images in the prompt.
     """
 
     frames: int
@@ -53,8 +54,8 @@ class Inputs:
     Attributes:
         input_ids: int32 (B, L), one placeholder id for each image feature.
         pixel_values: float32 (N, S, S, 3), all tiles of all images in reading order.
-        image_sizes: the (height, width) of each image that is cut into tiles, None for another;
-            None where none is.
+        image_sizes: the (height, width) of each image that is cut into tiles, `Frames` of a video
+            that is read as one, None for another; None where none is.
         attention_mask: int32 (B, L), 0 for padding; None where no row is padded.
         prompts: the texts as the model reads them, each image as ``<image x COUNT>``.
         image_tokens: how many placeholders each image takes.
@@ -136,7 +137,10 @@ class Processor:
         self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
         self.template = template or choose_template(config, tokenizer)
         self.context_length = config.text_config.context_length
-        self.frames = FRAMES
+        self.frames = KNOWN_FRAMES if config.pooling else FRAMES
+        # The original has one mark for all that is shown.
+        knows_mark = VIDEO_TOKEN in tokenizer.special_tokens
+        self._marks = [IMAGE_TOKEN, *([VIDEO_TOKEN] if config.pooling and knows_mark else [])]
         ends = {tokenizer.special_tokens.get(stop) for stop in self.template.stops}
         ends |= {*eos_ids, *config.eos_token_id, tokenizer.eos_id}
         self.eos_ids = frozenset(end for end in ends if end is not None)
@@ -179,8 +183,8 @@ class Processor:
             prefill: How the answer begins; what is generated goes on from there.
             image_position: ``start`` or ``end``: where images and videos without a mark go in
                 their turn.
-            image_tokens: Shows at most so many of the features of each image, those that differ
-                most (DivPrune); an image is read the faster, and seen less well.
+            image_tokens: Shows at most so many of the features of each image or frame, those that
+                differ most (DivPrune); an image is read the faster, and seen less well.
 
         Returns:
             For ``model(**inputs)`` or ``model.embed(**inputs)``.
@@ -198,15 +202,16 @@ class Processor:
         take_frames = partial(self.load_video, frames=frames)
         for conversation, beside, films in _rows(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
-            reading = Reading(self.tokenizer.protect, take_frames)
+            reading = self._reading(take_frames)
             text, ordered = self._render(
                 *(conversation, beside, reading, raw, system, image_position), prefill=prefill
             )
             texts.append(text)
             rows.append(ordered)
-        tiles = self.image_processor.batch(map(_images_of, rows))
+        tiles = self.image_processor.batch(map(self._images_of, rows))
         whole = tiles.whole_image_tokens
-        counts = tuple(min(count, image_tokens or count) for count in whole)
+        layouts = tiles.image_sizes or [None] * len(whole)
+        counts = tuple(map(partial(_shown, image_tokens), whole, layouts))
         ids, mask = self._ids(texts, counts)
         folded = iter(counts)
         return Inputs(
@@ -215,7 +220,7 @@ class Processor:
             attention_mask=None if mask.all() else mask,
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
-            videos=tuple(_frames_taken([*chain(*rows)], whole)),
+            videos=tuple(self._frames_taken([*chain(*rows)], whole)),
             prefill=prefill,
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
@@ -225,11 +230,15 @@ class Processor:
         self, conversation: Conversation, images: Shown | Sequence[Shown] | None = None
     ) -> int:
         """How many tokens a prompt takes; its images are read, but not made pixels."""
-        reading = Reading(self.tokenizer.protect, self.load_video)
+        reading = self._reading(self.load_video)
         text, sources = self._render(conversation, as_list(images), reading)
-        sizes = [(image.height, image.width) for image in _images_of(sources)]
-        ids, _ = self._ids([text], map(self.image_processor.among(len(sizes)).num_tokens, sizes))
+        read = self.image_processor.read(self._images_of(sources))
+        ids, _ = self._ids([text], (one.tokens for one in read))
         return ids.shape[1]
+
+    def _reading(self, load_video: Callable[[VideoSource], Video]) -> Reading:
+        mark = self._marks[-1] if self.config.pooling else None
+        return Reading(self.tokenizer.protect, load_video, mark)
 
     def _render(
         self,
@@ -255,12 +264,44 @@ class Processor:
                 messages = [*map(self.template.images_last, messages)]
             text = self.template.render(messages, self.tokenizer.protect(prefill))
             text = self._wrapped(text)
-        needed = sum(len(reading.marks_of(source)) for source in images)
-        if (marks := text.count(IMAGE_TOKEN)) != needed:
-            raise ValueError(
-                f"The prompt has {marks} {IMAGE_TOKEN} marks but {needed} images were given."
-            )
-        return text, images
+        needed = [mark for source in images for mark in reading.marks_of(source)]
+        for mark in self._marks:
+            if (found := text.count(mark)) != (count := needed.count(mark)):
+                given = f"{count} {mark.strip('<>')}s were given"
+                raise ValueError(f"The prompt has {found} {mark} marks but {given}.")
+        return text, self._in_order(text, images)
+
+    def _in_order(self, text: str, shown: Sequence[Shown]) -> Sequence[Shown]:
+        """What is shown, in the order of its marks."""
+        if VIDEO_TOKEN not in self._marks:
+            return shown
+        kinds = {
+            IMAGE_TOKEN: iter([one for one in shown if not isinstance(one, Video)]),
+            VIDEO_TOKEN: iter([one for one in shown if isinstance(one, Video)]),
+        }
+        return [next(kinds[mark]) for mark in re.findall("|".join(self._marks), text)]
+
+    def _images_of(self, shown: Iterable[Shown]) -> list[Image.Image | Video]:
+        """What is shown as it is read: videos whole, or as their frames."""
+        images = list[Image.Image | Video]()
+        for source in shown:
+            if not isinstance(source, Video):
+                images.append(load_image(source))
+            else:
+                images += [source] if self.config.pooling else source.frames
+        return images
+
+    def _frames_taken(
+        self, shown: Iterable[Shown], image_tokens: Iterable[int]
+    ) -> Iterator[FramesTaken]:
+        """What was taken of videos, with the tokens of all images in reading order."""
+        tokens = iter(image_tokens)
+        for source in shown:
+            frames = len(source.frames) if isinstance(source, Video) else 1
+            images = 1 if self.config.pooling else frames
+            total = sum(islice(tokens, images))
+            if isinstance(source, Video):
+                yield FramesTaken(frames, total // frames, images)
 
     def load_video(self, source: VideoSource, frames: int | None = None) -> Video:
         """Takes frames of a video, by default as many as the model knows; see `load_video`."""
@@ -316,15 +357,16 @@ class Processor:
 
     def _repeats(self, ids: list[int], counts: Iterator[int]) -> list[int]:
         """How often each token stands in the prompt: an image's once for each feature."""
-        return [next(counts) if i == self.config.image_token_index else 1 for i in ids]
+        shown = self.config.are_placeholders(np.array(ids))
+        return [next(counts) if is_shown else 1 for is_shown in shown]
 
     def _fold(self, text: str, counts: Iterator[int]) -> str:
         """A prompt as people read it, each image's placeholders as their count."""
         ids, special = self.tokenizer.bos_ids, self.tokenizer.special_tokens
         bos = "".join(token for token, i in special.items() if i in ids)
-        first, *rest = text.removeprefix(bos).split(IMAGE_TOKEN)
-        folded = "".join(f"<image x {next(counts)}>{segment}" for segment in rest)
-        return self.tokenizer.unprotect(bos + first + folded)
+        marks = re.compile("|".join(self._marks))
+        folded = marks.sub(lambda m: f"{m[0][:-1]} x {next(counts)}>", text.removeprefix(bos))
+        return self.tokenizer.unprotect(bos + folded)
 
 
 def _rows(prompt: Any, *shown: Any) -> list[tuple[Any, ...]]:
@@ -343,21 +385,11 @@ def in_part(whole: int, shown: int) -> str:
     return f"{whole}" if shown == whole else f"{whole} -> {shown}"
 
 
-def _frames_taken(sources: Iterable[Shown], image_tokens: Iterable[int]) -> Iterator[FramesTaken]:
-    """What was taken of videos, with the tokens of all images in reading order."""
-    tokens = iter(image_tokens)
-    for source in sources:
-        count = len(source.frames) if isinstance(source, Video) else 1
-        total = sum(islice(tokens, count))
-        if isinstance(source, Video):
-            yield FramesTaken(count, total // count, images=count)
-
-
-def _images_of(sources: Iterable[Shown]) -> list[Image.Image]:
-    images: list[Image.Image] = []
-    for source in sources:
-        images += source.frames if isinstance(source, Video) else [load_image(source)]
-    return images
+def _shown(most: int | None, tokens: int, layout: Layout) -> int:
+    """How many of its tokens an image is shown in, or a video, where `most` is for each frame."""
+    if most is None:
+        return tokens
+    return min(tokens, most * layout.frames if isinstance(layout, Frames) else most)
 
 
 def as_list(images: Any) -> list[Any]:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: How many frames are taken of a file, where nothing says it.
 FRAMES = 8
+#: Where the model was trained on videos (LLaVA-NeXT-Video, OneVision).
+KNOWN_FRAMES = 32
 #: Containers by FFmpeg's names, and how each begins. FFmpeg knows more, some of which are lists of
 #: other files or of addresses, which it would open.
 _BEGINNINGS = {

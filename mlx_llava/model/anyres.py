@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.config import BILINEAR, LlavaConfig
 
 Size: TypeAlias = tuple[int, int]
+
+
+class Frames(NamedTuple):
+    """What stands for the size of a video."""
+
+    frames: int
+
+
 #: The own size of each image that is cut into tiles; None for one that is a tile.
-ImageSizes: TypeAlias = "Sequence[Size | None] | None"
+Layout: TypeAlias = "Size | Frames | None"
+ImageSizes: TypeAlias = "Sequence[Layout] | None"
 
 #: How images become tiles: the middle, padded to a square, or several of each.
 MODES = ("crop", "pad", "anyres")
@@ -81,9 +90,14 @@ def num_tiles(size: Size, config: LlavaConfig) -> int:
     return rows * columns // config.vision_config.patches_per_side**2
 
 
-def num_tokens(size: Size, config: LlavaConfig) -> int:
-    """How many positions an image of (height, width) takes in the prompt when it is cut."""
+def num_tokens(size: Layout, config: LlavaConfig) -> int:
+    """How many positions an image or a video takes in the prompt."""
     tile = config.tokens_per_tile
+    if size is None:
+        return tile + config.has_newline  # which ends also a lone tile
+    if isinstance(size, Frames):
+        ends = config.has_newline and config.pooling == BILINEAR
+        return size.frames * config.frame_side**2 + ends
     if config.mm_patch_merge_type != "spatial_unpad":
         return tile * (1 + num_tiles(size, config))
     rows, columns = laid_grid(size, config)

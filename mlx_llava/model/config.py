@@ -29,7 +29,8 @@ from mlx_llava.model.vision_config import (
 _EXTENSIONS = frozenset(
     """
     anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
-    quantization projector_layernorm_eps vision_aspect_ratio
+    quantization projector_layernorm_eps vision_aspect_ratio video_token_index spatial_pool_mode
+    spatial_pool_stride
     """.split()
 )
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -45,6 +46,8 @@ class _Class:
         fixed: what it has whatever config.json says, which it ignores.
         tower: its ``vision_config`` where there is none, and the kind of one that names none.
         decoder: the kind of a ``text_config`` that names none.
+        pooling: how the features of a video's frames become fewer, one of `POOLINGS`; None where
+            frames are images.
     """
 
     name: str
@@ -52,17 +55,28 @@ class _Class:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     tower: Mapping[str, Any] = field(default_factory=lambda: CLIP_L_336)
     decoder: str = "llama"
+    pooling: str | None = None
 
 
+#: Averages of squares of the tower's features (LLaVA-NeXT-Video), or every grid of projected ones
+#: scaled to half of its side, with one newline behind all (OneVision).
+POOLINGS = AVERAGE, BILINEAR = "average", "bilinear"
 _NO_NORM = {"projector_layernorm_eps": None}
 #: By ``model_type``.
 _CLASSES: Mapping[str, _Class] = {
     "llava": _Class("Llava", fixed=_NO_NORM),
     "llava_next": _Class("LlavaNext", fixed=_NO_NORM),
+    "llava_next_video": _Class(
+        "LlavaNextVideo",
+        {"image_token_index": 32001, "video_token_index": 32000},
+        fixed=_NO_NORM,
+        pooling=AVERAGE,
+    ),
     "llava_onevision": _Class(
         "LlavaOnevision",
         {
             "image_token_index": 151646,
+            "video_token_index": 151647,
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
             "image_grid_pinpoints": tuple(product(range(384, 2305, 384), repeat=2)),
@@ -71,6 +85,7 @@ _CLASSES: Mapping[str, _Class] = {
         fixed=_NO_NORM,
         tower=SIGLIP_SO400M,
         decoder="qwen2",
+        pooling=BILINEAR,
     ),
     "vipllava": _Class(
         "VipLlava",
@@ -90,6 +105,8 @@ class LlavaConfig:
         vision_feature_select_strategy: ``default`` drops the first token, which is CLIP's class
             token; ``full`` keeps all.
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
+        video_token_index: the placeholder of videos, where frames are no images.
+        spatial_pool_stride: of LLaVA-NeXT-Video's averages.
         vision_aspect_ratio: OneVision's ``anyres_max_N``, see `max_tiles`.
         anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
         projector_layernorm_eps: of ViP-LLaVA's layer norm before the projector; None is none.
@@ -106,12 +123,15 @@ class LlavaConfig:
     text_config: TextConfig
     model_type: str = "llava"
     image_token_index: int = 32000
+    video_token_index: int | None = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     projector_layernorm_eps: float | None = None
     vision_feature_layer: int | tuple[int, ...] = -2
     vision_feature_select_strategy: str = "default"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
+    spatial_pool_mode: str = AVERAGE
+    spatial_pool_stride: int = 2
     vision_aspect_ratio: str | None = None
     anyres_convention: str = "hf"
     mm_projector_type: str = "mlp2x_gelu"
@@ -133,7 +153,7 @@ class LlavaConfig:
         _TOP.check(data)
         kind = _CLASSES[data["model_type"]]
         given = {key: value for key, value in data.items() if value is not None}
-        data = {**kind.defaults, **given, **_image_token(given), **kind.fixed}
+        data = {**kind.defaults, **given, **_placeholders(given), **kind.fixed}
         ends = data.get("eos_token_id")
         if ends is None:
             ends = (data.get("text_config") or {}).get("eos_token_id")
@@ -164,7 +184,18 @@ class LlavaConfig:
     @property
     def is_anyres(self) -> bool:
         """Whether images are cut into tiles (LLaVA 1.6, OneVision)."""
-        return self.model_type in ("llava_next", "llava_onevision")
+        return self.model_type in ("llava_next", "llava_next_video", "llava_onevision")
+
+    @property
+    def pooling(self) -> str | None:
+        """How the features of a video's frames become fewer; None where frames are images."""
+        return _CLASSES[self.model_type].pooling
+
+    @property
+    def frame_side(self) -> int:
+        """The side of the grid of a frame's features when they are pooled."""
+        side = self.vision_config.patches_per_side
+        return side // self.spatial_pool_stride if self.pooling == AVERAGE else -(-side // 2)
 
     @property
     def pads_several(self) -> bool:
@@ -218,6 +249,13 @@ class LlavaConfig:
         """How many positions one tile (or one LLaVA 1.5 image) takes in the prompt."""
         return self.vision_config.num_positions - self.drops_first
 
+    def are_placeholders(self, ids: Any) -> Any:
+        """Where ids, as an array of any kind, are those of images or videos."""
+        found = ids == self.image_token_index
+        if self.video_token_index is None:
+            return found
+        return found | (ids == self.video_token_index)
+
     def to_dict(self) -> dict[str, Any]:
         """The config.json that says the same, with every value spelled out."""
         data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
@@ -235,7 +273,7 @@ class LlavaConfig:
 _TOP = Section(
     "config.json",
     names_of(LlavaConfig)
-    | {"image_token_id", "quantization_config", "use_image_newline_parameter"},
+    | {"image_token_id", "video_token_id", "quantization_config", "use_image_newline_parameter"},
     CHANGES,
     {
         "model_type": tuple(_CLASSES),
@@ -243,6 +281,7 @@ _TOP = Section(
         "vision_feature_select_strategy": ("default", "full"),
         "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
         "anyres_convention": ("hf", "original"),
+        "spatial_pool_mode": (AVERAGE,),
     },
 )
 
@@ -311,12 +350,15 @@ def _part(given: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Mappin
     return default if given is None else {"model_type": default["model_type"], **given}
 
 
-def _image_token(data: Mapping[str, Any]) -> dict[str, int]:
-    """The placeholder's id, under its old or its new name, if there is one."""
-    given = {data[key] for key in ("image_token_index", "image_token_id") if data.get(key)}
-    if len(given) > 1:
-        raise ValueError(f"config.json gives the image token two ids: {sorted(given)}.")
-    return {"image_token_index": int(given.pop())} if given else {}
+def _placeholders(data: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of placeholders, under their old or their new names, if there are any."""
+    found: dict[str, int] = {}
+    for what in ("image", "video"):
+        given = {data[k] for k in (f"{what}_token_index", f"{what}_token_id") if data.get(k)}
+        if len(given) > 1:
+            raise ValueError(f"config.json gives the {what} token two ids: {sorted(given)}.")
+        found |= {f"{what}_token_index": int(i) for i in given}
+    return found
 
 
 def read_ends(ids: object, where: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.model.anyres import Size, grid_size, laid_grid, unpadded_grid
+from mlx_llava.model.anyres import Frames, Layout, grid_size, laid_grid, unpadded_grid
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.positions import IN_ORDER, Ids, Part, Positions
 
@@ -35,7 +35,7 @@ class ShownImage:
     total: int
 
 
-def show(features: mx.array, count: int, size: Size | None, config: LlavaConfig) -> ShownImage:
+def show(features: mx.array, count: int, size: Layout, config: LlavaConfig) -> ShownImage:
     """An image in at most so many of its features.
 
     Args:
@@ -70,7 +70,7 @@ def positions_after(
     return Positions((*before.parts, *parts)) if parts else before
 
 
-def areas_of(features: int, size: Size | None, config: LlavaConfig) -> list[Ids]:
+def areas_of(features: int, size: Layout, config: LlavaConfig) -> list[Ids]:
     """The features of an image by the tile that they show.
 
     A newline belongs to the tile that it ends a row of, and competes there like all others, as in
@@ -83,6 +83,9 @@ def areas_of(features: int, size: Size | None, config: LlavaConfig) -> list[Ids]
     """
     if size is None:
         return [np.arange(features, dtype=np.int32)]
+    if isinstance(size, Frames):
+        frames = np.minimum(np.arange(features) // config.frame_side**2, size.frames - 1)
+        return [np.flatnonzero(frames == i).astype(np.int32) for i in range(size.frames)]
     side, whole = config.vision_config.patches_per_side, config.tokens_per_tile
     if config.mm_patch_merge_type == "flat":
         tiles = np.arange(features) // whole

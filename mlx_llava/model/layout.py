@@ -5,20 +5,24 @@ N tiles, P patches of each, D width. LLaVA-NeXT: llava_arch.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_llava.model.anyres import (
+    Frames,
     ImageSizes,
+    Layout,
     Size,
     grid_size,
     laid_grid,
     num_tiles,
     unpadded_grid,
 )
-from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.config import AVERAGE, LlavaConfig
 
 
 def lay_out(
@@ -30,10 +34,10 @@ def lay_out(
     """Puts the features of tiles in the order that images have in the prompt.
 
     Args:
-        features: Of all tiles of all images, (N, P, D).
+        features: Of all tiles of all images, (N, P, D), or one after another, (R, D).
         newline: What ends a line, (D,), in models that have it.
         image_sizes: The (height, width) of each image that is cut into tiles, None for one that is
-            a tile; without them every tile is one.
+            a tile, `Frames` for a video; without them every tile is an image.
         config: How it is done.
 
     Returns:
@@ -42,23 +46,70 @@ def lay_out(
     Raises:
         ValueError: Tiles and sizes do not match.
     """
-    sizes = [None] * len(features) if image_sizes is None else image_sizes
-    counts = (1 + num_tiles(size, config) if size else 1 for size in sizes)
-    ends = list(accumulate(counts, initial=0))
-    if ends[-1] != len(features):
-        raise ValueError(
-            f"pixel_values have {len(features)} tiles but image_sizes need {ends[-1]}."
-        )
-    images = zip(mx.split(features, ends[1:-1]), sizes, strict=True)
-    return [_lay_out_tiles(tiles, newline, size, config) for tiles, size in images]
+    rows = features.flatten(0, -2)  # (R, D)
+    sizes = image_sizes or [None] * (len(rows) // config.tokens_per_tile)
+    tiles = [_num_tiles(size, config) for size in sizes]
+    counts = [n * _tile_features(size, config) for n, size in zip(tiles, sizes, strict=True)]
+    if sum(counts) != len(rows):
+        found, expected = (count // config.tokens_per_tile for count in (len(rows), sum(counts)))
+        raise ValueError(f"pixel_values have {found} tiles but image_sizes need {expected}.")
+    return [
+        _lay_out_tiles(image.reshape(n, -1, rows.shape[-1]), newline, size, config)
+        for image, n, size in zip(_split(rows, counts), tiles, sizes, strict=True)
+    ]
+
+
+def pool_first(features: mx.array, image_sizes: ImageSizes, config: LlavaConfig) -> mx.array:
+    """The tower's features (N, P, width) with those of frames averaged before they are projected.
+
+    Returns:
+        The same where there are none, or the features of all tiles one after another, (R, width).
+    """
+    sizes = image_sizes or ()
+    if config.pooling != AVERAGE or not any(isinstance(size, Frames) for size in sizes):
+        return features
+    images = _split(features, [_num_tiles(size, config) for size in sizes])
+    pooled = [
+        _average(tiles, config) if isinstance(size, Frames) else tiles
+        for tiles, size in zip(images, sizes, strict=True)
+    ]
+    return mx.concatenate([tiles.flatten(0, 1) for tiles in pooled])
+
+
+def _average(frames: mx.array, config: LlavaConfig) -> mx.array:
+    """(N, P, width) -> (N, side side, width), of squares that lie side by side."""
+    N, _, width = frames.shape
+    patches, k = config.vision_config.patches_per_side, config.spatial_pool_stride
+    side = config.frame_side
+    grid = frames.reshape(N, patches, patches, width)[:, : side * k, : side * k]
+    return grid.reshape(N, side, k, side, k, width).mean(axis=(2, 4)).flatten(1, 2)
+
+
+def _split(features: mx.array, counts: Sequence[int]) -> Sequence[mx.array]:
+    return cast("Sequence[mx.array]", mx.split(features, [*accumulate(counts)][:-1]))
+
+
+def _num_tiles(size: Layout, config: LlavaConfig) -> int:
+    """How many tiles an image or a video is."""
+    if size is None:
+        return 1
+    return size.frames if isinstance(size, Frames) else 1 + num_tiles(size, config)
+
+
+def _tile_features(size: Layout, config: LlavaConfig) -> int:
+    """How many features each of them has when it is projected."""
+    is_pooled = isinstance(size, Frames) and config.pooling == AVERAGE
+    return config.frame_side**2 if is_pooled else config.tokens_per_tile
 
 
 def _lay_out_tiles(
-    tiles: mx.array, newline: mx.array | None, size: Size | None, config: LlavaConfig
+    tiles: mx.array, newline: mx.array | None, size: Layout, config: LlavaConfig
 ) -> mx.array:
     """One image's tiles (1 + n, P, D) -> the whole, then its grid row by row."""
     if size is None:
         return tiles[0] if newline is None else _lines(tiles, newline)
+    if isinstance(size, Frames):
+        return _lay_out_frames(tiles, newline, config)
     if config.mm_patch_merge_type == "flat":
         return tiles.flatten(0, 1)
     patches = config.vision_config.patches_per_side
@@ -70,6 +121,16 @@ def _lay_out_tiles(
         return mx.concatenate([tiles[0], whole.flatten(0, 1)])
     shown = interpolate(whole[unpadded_grid(size, config)], laid_grid(size, config))
     return mx.concatenate([tiles[0], _lines(shown, newline)])  # (tokens, D)
+
+
+def _lay_out_frames(frames: mx.array, newline: mx.array | None, config: LlavaConfig) -> mx.array:
+    """The features of a video's frames one after another; with BILINEAR, fewer, and a newline."""
+    if config.pooling == AVERAGE:
+        return frames.flatten(0, 1)
+    patches = config.vision_config.patches_per_side
+    grids = frames.reshape(len(frames), patches, patches, -1)
+    pooled = interpolate(grids, (config.frame_side,) * 2).flatten(0, 2)  # (tokens, D)
+    return pooled if newline is None else _lines(pooled[None], newline)
 
 
 def _lines(grid: mx.array, newline: mx.array) -> mx.array:

@@ -20,7 +20,7 @@ from mlx_llava.model.clip import VisionTower
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.image_tokens import ShownImage, positions_after, show
 from mlx_llava.model.layers import AnyArray
-from mlx_llava.model.layout import lay_out
+from mlx_llava.model.layout import lay_out, pool_first
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.positions import Ids
 from mlx_llava.model.projector import Projector
@@ -86,7 +86,8 @@ class Llava(nn.Module):
         Args:
             pixel_values (array): The tiles of all images in order, (N, H, W, 3).
             image_sizes (sequence of (height, width), optional): The own sizes of images that are
-                cut into tiles, None for one that is a tile; without them every tile is an image.
+                cut into tiles, None for one that is a tile, `Frames` for a video; without them
+                every tile is an image.
 
         Returns:
             list[mx.array]: The features of each image, (tokens, D).
@@ -123,6 +124,7 @@ class Llava(nn.Module):
     def project(self, features: mx.array, image_sizes: ImageSizes = None) -> list[mx.array]:
         """What `encode_images` gives, from what `select` gives."""
         newline = self.image_newline if self.config.has_newline else None
+        features = pool_first(features, image_sizes, self.config)
         features = self.multi_modal_projector(features)  # (N, P, D)
         return lay_out(features, newline, image_sizes, self.config)
 
@@ -161,7 +163,7 @@ class Llava(nn.Module):
                 "embeddings; call the model, or stream_generate."
             )
         input_ids = mx.array(input_ids)
-        is_image = input_ids == self.config.image_token_index  # (B, L)
+        is_image = self.config.are_placeholders(input_ids)  # (B, L)
         # The placeholder's id may lie outside the embedding table.
         embeddings = self.language_model.embed(mx.where(is_image, 0, input_ids))  # (B, L, D)
         if pixel_values is not None:
@@ -207,7 +209,7 @@ class Llava(nn.Module):
             return None
         remaining, rows = iter(images), []
         for i, ids in enumerate(np.array(input_ids)):
-            placeholders = np.flatnonzero(ids == self.config.image_token_index)
+            placeholders = np.flatnonzero(self.config.are_placeholders(ids))
             shown = []
             while len(placeholders):
                 shown.append((int(placeholders[0]), next(remaining)))
