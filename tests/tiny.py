@@ -234,6 +234,7 @@ def read_onevision_processor(folder: Path) -> LlavaOnevisionProcessor:
         hf.AutoTokenizer.from_pretrained(folder),
         num_image_tokens=settings["num_image_tokens"],
         vision_feature_select_strategy=settings["vision_feature_select_strategy"],
+        vision_aspect_ratio=settings.get("vision_aspect_ratio", "anyres_max_9"),
     )
 
 

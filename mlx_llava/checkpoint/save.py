@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -71,12 +72,22 @@ def write_model(
     write_json(
         folder / "processor_config.json",
         {
-            "processor_class": f"{config.class_name}Processor",
+            # ViP-LLaVA has no processor of its own.
+            "processor_class": f"{config.class_name.removeprefix('Vip')}Processor",
             "patch_size": config.vision_config.patch_size,
             "num_additional_image_tokens": int(config.vision_config.has_class_token),
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            **_of_onevision(config),
         },
     )
     if tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(folder / "config.json", config.to_dict())
+
+
+def _of_onevision(config: LlavaConfig) -> dict[str, Any]:
+    """What its processor counts placeholders by."""
+    if config.vision_aspect_ratio is None:
+        return {}
+    tokens = config.vision_config.num_positions
+    return {"num_image_tokens": tokens, "vision_aspect_ratio": config.vision_aspect_ratio}

@@ -233,7 +233,7 @@ def test_save_then_load_is_the_identity(golden, tmp_path, monkeypatch):
     assert mx.array_equal(again(**other), model(**inputs))
 
 
-@pytest.mark.parametrize("name", ["gqa", "next", "siglip_head", "vip"])
+@pytest.mark.parametrize("name", ["gqa", "next", "siglip_head", "vip", "onevision"])
 def test_transformers_reads_what_we_save(name, tmp_path):
     hf = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -246,7 +246,10 @@ def test_transformers_reads_what_we_save(name, tmp_path):
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    batch = hf.AutoProcessor.from_pretrained(tmp_path / "saved")(
+    read = (
+        tiny.read_onevision_processor if name == "onevision" else hf.AutoProcessor.from_pretrained
+    )
+    batch = read(tmp_path / "saved")(
         text="USER: <image>\nWhat?", images=Image.open(PICTURE), return_tensors="pt"
     )
     batch.pop("token_type_ids", None)
