@@ -21,12 +21,19 @@ def drawn(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def film(
-    codec: str = "libx264", container: str = "mp4", frames: int = 23, size: tuple[int, int] = SIZE
+    codec: str = "libx264",
+    container: str = "mp4",
+    frames: int = 23,
+    size: tuple[int, int] = SIZE,
+    **options: str,
 ) -> bytes:
-    """A film of so many frames at 10 a second; with B-frames where the codec has them."""
+    """A film of so many frames at 10 a second; with B-frames where the codec has them.
+
+    Its options are the encoder's.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=10)
+        stream = output.add_stream(codec, rate=10, options=options)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 6

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
@@ -35,6 +35,7 @@ from mlx_llava.inputs.image_paths import find_images
 from mlx_llava.inputs.rgb import to_rgb
 
 if TYPE_CHECKING:
+    from av import VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -277,33 +278,78 @@ def _film(file: BinaryIO, container: str, name: str, limits: Limits) -> Iterator
         if (seconds := (opened.duration or 0) / av.time_base) > limits.seconds:
             raise ValueError(f"{name} lasts {seconds:.0f} s; the limit is {limits.seconds:g} s.")
         with naming(name, "video"):
-            packets = opened.demux(stream)
-            total = sum(bool(packet.size) and not packet.is_discard for packet in packets)
+            packets = [
+                (packet.pts, packet.is_keyframe)
+                for packet in opened.demux(stream)
+                if packet.size and not packet.is_discard
+            ]
         coded = stream.codec_context.codec.name
         if limits.codecs and coded not in limits.codecs:
             raise ValueError(f"{name} is encoded as {coded}; use {', '.join(limits.codecs)}.")
         stream.codec_context.options, stream.thread_type = options, "AUTO"
-        some = partial(_decoded, opened, stream)
-        yield _Moving(name, (stream.width, stream.height), total, some)
+
+        def some(chosen: set[int]) -> tuple[dict[int, Image.Image], int]:
+            taken = _sought(opened, stream, packets, chosen)
+            return (taken, len(packets)) if taken else _decoded(opened, stream, chosen)
+
+        yield _Moving(name, (stream.width, stream.height), len(packets), some)
 
 
 def _refuse(url: str, *_: Any) -> NoReturn:
     raise ValueError(f"it leads to another file, {url!r:.80}")
 
 
+def _sought(
+    opened: InputContainer,
+    stream: VideoStream,
+    packets: Sequence[tuple[int | None, bool]],
+    chosen: set[int],
+) -> dict[int, Image.Image] | None:
+    """Some frames by their number, each decoded from the last key frame but one before it.
+
+    From the last one alone, a film that is refreshed piece by piece would not be whole yet.
+
+    Returns:
+        None where times do not tell which frames they are: see `_decoded`.
+    """
+    times = sorted(time for time, _ in packets if time is not None)
+    keys = sorted(time for time, is_key in packets if is_key and time is not None)
+    if len(times) < len(packets) or len({*times}) < len(times):
+        return None
+    taken, reached = dict[int, Image.Image](), -1
+    frames: Iterator[VideoFrame] = iter(())
+    for i in sorted(chosen):
+        if not (before := bisect_right(keys, times[i])):
+            return None
+        key = keys[max(before - 2, 0)]
+        if not taken or key > reached:
+            opened.seek(key, stream=stream)
+            frames = opened.decode(stream)
+        later = (frame for frame in frames if frame.pts is None or frame.pts >= times[i])
+        frame = next(later, None)
+        if frame is None or frame.pts != times[i]:
+            return None
+        reached, taken[i] = times[i], _rgb(frame, stream)
+    return taken
+
+
 def _decoded(
     opened: InputContainer, stream: VideoStream, chosen: set[int]
 ) -> tuple[dict[int, Image.Image], int]:
-    """Some frames by their number, and how many were seen for it."""
+    """Some frames by their number, counted from the first, and how many were seen for it."""
     taken, seen, last = dict[int, Image.Image](), 0, max(chosen)
     opened.seek(0)
     for seen, frame in enumerate(opened.decode(stream), 1):
-        if (frame.width, frame.height) != (stream.width, stream.height):
-            raise ValueError(f"its frame {seen} is {frame.width}x{frame.height}, others are not")
         if seen - 1 in chosen:
-            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-            turn = _TURNS.get(frame.rotation % 360)
-            taken[seen - 1] = image if turn is None else image.transpose(turn)
+            taken[seen - 1] = _rgb(frame, stream)
         if seen > last:
             break
     return taken, seen
+
+
+def _rgb(frame: VideoFrame, stream: VideoStream) -> Image.Image:
+    if (frame.width, frame.height) != (stream.width, stream.height):
+        raise ValueError(f"one of its frames is {frame.width}x{frame.height}, others are not")
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = _TURNS.get(frame.rotation % 360)
+    return image if turn is None else image.transpose(turn)

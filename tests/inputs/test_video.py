@@ -50,6 +50,23 @@ def test_frames_are_the_originals(codec, container):
         assert same(arrays(load_video(content, count)), originals(frames, count))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0",
+        "intra-refresh=1:keyint=12:bframes=0",
+        "bframes=5:keyint=250",
+    ],
+    ids=lambda how: how.partition("=")[0],
+)
+def test_frames_that_are_sought_are_those_that_are_counted(how, monkeypatch):
+    content = film(frames=60, size=(256, 192), **{"x264-params": how})
+    frames = decoded(content)
+    monkeypatch.setattr("mlx_llava.inputs.video._decoded", lambda *_: pytest.fail("it counts"))
+    for count in (2, 5, 13, 60):
+        assert same(arrays(load_video(content, count)), originals(frames, count))
+
+
 def test_a_film_comes_from_wherever_it_is(tmp_path: Path, monkeypatch):
     content = film(frames=9)
     expected = originals(decoded(content), 8)
