@@ -80,9 +80,6 @@ class _ToolResult(Form):
 
 
 Block: TypeAlias = Annotated[_Text | _Image | _ToolUse | _ToolResult, Field(discriminator="type")]
-Texts: TypeAlias = Annotated[
-    list[_Text], FailFast(), BeforeValidator(as_parts), Field(max_length=MAX_PARTS)
-]
 
 
 def _blocks(content: Any) -> Any:
@@ -132,7 +129,9 @@ class CountRequest(RequestForm):
 
     model: str
     messages: Annotated[list[_Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: Texts = Field([])
+    system: Annotated[list[_Text], FailFast(), BeforeValidator(as_parts)] = Field(
+        [], max_length=MAX_PARTS
+    )
     tools: Any = None
     tool_choice: Any = None
 
@@ -178,12 +177,13 @@ class MessagesRequest(CountRequest):
         (answer,) = await reply.whole()
         said.add(answer)
         block = _block(said.name, said.text)
-        return {**self._head(), "content": [block], **self._end(said, answer), **_usage(answer)}
+        end = {**self._end(said, answer), "usage": _usage(answer.figures)}
+        return {**self._head(), "content": [block], **end}
 
     async def events(self, reply: Reply) -> AsyncGenerator[str, None]:
         said, is_open = Growing(self._tools()), False
         nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        start = {**self._head(), **nothing, **_usage_of(reply.beginning)}
+        start = {**self._head(), **nothing, "usage": _usage(reply.beginning)}
         yield _event("message_start", message=start)
         try:
             async with aclosing(reply.pieces()) as pieces:
@@ -199,7 +199,8 @@ class MessagesRequest(CountRequest):
             yield event(error.body("/v1/messages"), "error")
             return
         yield _event("content_block_stop", index=0)
-        yield _event("message_delta", delta=self._end(said, piece), **_usage(piece))
+        end = self._end(said, piece)
+        yield _event("message_delta", delta=end, usage=_usage(piece.figures))
         yield _event("message_stop")
 
     def _tools(self) -> ForcedTools | None:
@@ -233,20 +234,15 @@ def _delta(tool: str | None, text: str) -> dict[str, Any]:
     return {"type": "input_json_delta", "partial_json": text}
 
 
-def _usage(last: Piece) -> dict[str, Any]:
-    return _usage_of(last.figures)
-
-
-def _usage_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _usage(figures: Mapping[str, Any]) -> dict[str, Any]:
     """What was read, of which the part that was known counts for itself, and written."""
     cached = figures["cached_tokens"]
-    usage = {
+    return {
         "input_tokens": figures["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": figures["generation_tokens"],
     }
-    return {"usage": usage}
 
 
 def _event(kind: str, **fields: Any) -> str:

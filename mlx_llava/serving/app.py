@@ -32,10 +32,12 @@ from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import RequestForm, read_form
 from mlx_llava.serving.images import Images
+from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.metrics import Metrics
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
+from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings
 from mlx_llava.serving.workers import Workers, forget
 
@@ -67,6 +69,7 @@ class Api:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self._images = Images(self.settings)
+        self._kept = Kept()
         # Texts wait for no images, no schemas and no long bodies.
         self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
 
@@ -75,11 +78,15 @@ class Api:
         chat = partial(self.complete, kind=ChatRequest)
         completion = partial(self.complete, kind=CompletionRequest)
         messages = partial(self.complete, kind=MessagesRequest)
+        response = partial(self.complete, kind=ResponseRequest)
         v1 = [
             Route("/chat/completions", chat, methods=["POST"]),
             Route("/completions", completion, methods=["POST"]),
             Route("/messages", messages, methods=["POST"]),
             Route("/messages/count_tokens", self.count_tokens, methods=["POST"]),
+            Route("/responses", response, methods=["POST"]),
+            Route("/responses/{name}", self.response),
+            Route("/responses/{name}", self.forget_response, methods=["DELETE"]),
             Route("/models", self.models),
             Route("/models/{name:path}", self.model),
         ]
@@ -104,6 +111,16 @@ class Api:
         name = http.path_params["name"]
         self.check_model(name)
         return JSONResponse(_model(name))
+
+    async def response(self, http: HttpRequest) -> Response:
+        """A response that was kept."""
+        return JSONResponse(self._kept.get(http.path_params["name"]).body)
+
+    async def forget_response(self, http: HttpRequest) -> Response:
+        """Forgets a response that was kept."""
+        name = http.path_params["name"]
+        self._kept.remove(name)
+        return JSONResponse({"id": name, "object": "response", "deleted": True})
 
     async def health(self, _: HttpRequest) -> Response:
         if self.engine.has_ended:
@@ -138,7 +155,7 @@ class Api:
 
     async def complete(self, http: HttpRequest, kind: type[RequestForm]) -> Response:
         """Answers a request, whole or as a stream."""
-        form, request = await self.read(http, partial(_read, kind, self.defaults))
+        form, request = await self.read(http, partial(_read, kind, self.defaults, self._kept))
         self._check(request)
         reply = Reply(self._answer(request), request.n)
         if not request.stream:
@@ -149,7 +166,7 @@ class Api:
 
     async def count_tokens(self, http: HttpRequest) -> Response:
         """Tells how many tokens a prompt takes, as Anthropic has it."""
-        _, request = await self.read(http, partial(_read, CountRequest, self.defaults))
+        _, request = await self.read(http, partial(_read, CountRequest, self.defaults, self._kept))
         self._check(request)
         with _refusals(self.settings.timeout), self.engine.place(request.answers):
             with anyio.fail_after(self.settings.timeout):
@@ -217,8 +234,11 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
 
 
-def _read(kind: type[RequestForm], defaults: Options, body: bytes) -> tuple[RequestForm, Request]:
+def _read(
+    kind: type[RequestForm], defaults: Options, kept: Kept, body: bytes
+) -> tuple[RequestForm, Request]:
     form = read_form(body, kind)
+    form.recall(kept)
     return form, form.request(defaults)
 
 

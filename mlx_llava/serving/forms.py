@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.replies import Reply
 from mlx_llava.serving.requests import Request
 
@@ -47,6 +48,9 @@ class RequestForm(Form):
         if getattr(self, "top_p", None) == 0:  # the likeliest alone; for `Options` it is off
             options = replace(options, temp=0)
         return replace(options, stop=(*defaults.stop, *filter(None, stop)))
+
+    def recall(self, kept: Kept) -> None:
+        """Tells where earlier answers are, for an API that goes on with these."""
 
     def request(self, defaults: Options) -> Request:
         """What is asked, where the server's defaults are for what is not said."""
@@ -165,9 +169,15 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _path(location: Sequence[int | str]) -> str:
     """Where something is, without the kinds of parts and formats that pydantic puts between."""
-    kinds = {"text", "image_url", "video_url"}
+    kinds = {
+        *("text", "image_url", "video_url", "image", "tool_use", "tool_result"),
+        *("message", "function_call", "function_call_output", "reasoning"),
+        *("input_text", "input_image", "input_file", "output_text"),
+    }
     return ".".join(
         str(step)
         for before, step in zip((None, *location), location, strict=False)
-        if not (before == "response_format" or (isinstance(before, int) and step in kinds))
+        if not (
+            before in ("response_format", "source") or (isinstance(before, int) and step in kinds)
+        )
     )

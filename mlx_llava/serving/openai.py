@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -286,10 +286,8 @@ class ChatRequest(AnswerRequest):
         return self._choice(answer, message={**message, "refusal": None, "annotations": []})
 
     def _choice(self, piece: Piece, **said: Any) -> dict[str, Any]:
-        tokens = piece.tokens
-        content = [{**_logprob(t), "top_logprobs": [*map(_logprob, t.top)]} for t in tokens]
-        logprobs = {"content": content, "refusal": None} if self.logprobs else None
-        figures = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        told = {"content": logprobs(piece.tokens), "refusal": None} if self.logprobs else None
+        figures = {"logprobs": told, "finish_reason": piece.finish_reason}
         return {"index": piece.index, **said, **figures}
 
 
@@ -338,6 +336,11 @@ def _with_offsets(piece: Piece) -> dict[str, Any]:
         "top_logprobs": [{t.text: t.logprob for t in token.top} for token in tokens],
         "text_offset": offsets,
     }
+
+
+def logprobs(tokens: Iterable[Token]) -> list[dict[str, Any]]:
+    """What is told of tokens."""
+    return [{**_logprob(t), "top_logprobs": [*map(_logprob, t.top)]} for t in tokens]
 
 
 def _logprob(token: Token) -> dict[str, Any]:
