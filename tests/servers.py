@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import httpx
@@ -57,8 +57,84 @@ OPENAI = Wire(
     error=_openais_error,
     prompt_tokens=lambda answer: answer["usage"]["prompt_tokens"],
 )
+
+
+def _with_parts(fields: dict[str, Any], translate: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """Messages whose parts are those of another API."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [*map(translate, message["content"])]}
+        for message in fields["messages"]
+    ]
+
+
+def _anthropics_block(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    url = part["image_url"]["url"]
+    start, mark, content = url.partition(";base64,")
+    if not mark or not start.startswith("data:"):
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    source = {"type": "base64", "media_type": start.removeprefix("data:"), "data": content}
+    return {"type": "image", "source": source}
+
+
+def _anthropics_body(fields: dict[str, Any]) -> dict[str, Any]:
+    body = {"max_tokens": 60, **fields, "messages": _with_parts(fields, _anthropics_block)}
+    if schema := body.pop("response_format", None):
+        wanted = {"type": "json_schema", "schema": schema["json_schema"]["schema"]}
+        body["output_config"] = {"format": wanted}
+    return {**body, "stop_sequences": [body.pop("stop")]} if "stop" in body else body
+
+
+def _anthropics_error(body: dict[str, Any]) -> str:
+    assert (set(body), body["type"]) == ({"type", "error"}, "error")
+    assert set(body["error"]) == {"type", "message"}
+    return body["error"]["message"]
+
+
+def _anthropics_prompt(answer: dict[str, Any]) -> int:
+    usage = answer["usage"]
+    return usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+ANTHROPIC = Wire(
+    *("/v1/messages", "/v1/models"),
+    body=_anthropics_body,
+    error=_anthropics_error,
+    prompt_tokens=_anthropics_prompt,
+)
+COUNTING = replace(
+    ANTHROPIC,
+    path="/v1/messages/count_tokens",
+    prompt_tokens=lambda answer: answer["input_tokens"],
+)
+
+
+def _responses_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return {**part, "type": "input_text"}
+    return {"type": "input_image", "image_url": part["image_url"]["url"]}
+
+
+def _responses_body(fields: dict[str, Any]) -> dict[str, Any]:
+    body = {**fields, "input": _with_parts(fields, _responses_part)}
+    names = {"max_tokens": "max_output_tokens", "response_format": "text"}
+    body = {names.get(name, name): value for name, value in body.items() if name != "messages"}
+    if "text" in body:
+        body["text"] = {"format": {"type": "json_schema", **body["text"]["json_schema"]}}
+    return body
+
+
+RESPONSES = Wire(
+    *("/v1/responses", "/v1/models"),
+    body=_responses_body,
+    error=_openais_error,
+    prompt_tokens=lambda answer: answer["usage"]["input_tokens"],
+)
 #: By their names; each is attacked in the same ways.
-WIRES = {"openai": OPENAI}
+WIRES = {"openai": OPENAI, "anthropic": ANTHROPIC, "counting": COUNTING, "responses": RESPONSES}
 
 
 @dataclass

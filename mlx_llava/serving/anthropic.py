@@ -132,6 +132,8 @@ class CountRequest(RequestForm):
     system: Annotated[list[_Text], FailFast(), BeforeValidator(as_parts)] = Field(
         [], max_length=MAX_PARTS
     )
+    stop_sequences: Stops = Field([])
+    output_config: _Output = _Output()
     tools: Any = None
     tool_choice: Any = None
 
@@ -160,9 +162,7 @@ class MessagesRequest(CountRequest):
     temp: float | None = parameter("temp", le=1, validation_alias="temperature")
     top_p: float | None = parameter("top_p")
     top_k: int | None = parameter("top_k")
-    stop_sequences: Stops = Field([])
     stream: bool = False
-    output_config: _Output = _Output()
 
     def request(self, defaults: Options) -> Request:
         options, tools = self.options(defaults, self.stop_sequences), self._tools()

@@ -7,16 +7,16 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PrivateAttr, model_validator
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import MAX_MESSAGES, Form, RequestForm, Schema, parameter
+from mlx_llava.serving.forms import MAX_MESSAGES, Form, RequestForm, Schema, Stops, parameter
 from mlx_llava.serving.kept import Answered, Kept
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply
-from mlx_llava.serving.requests import Request, Turn, arrange, begun
+from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 from mlx_llava.serving.response_events import Response
 from mlx_llava.serving.response_items import Item, as_items
 from mlx_llava.serving.tools import ForcedTools, forced_tools
@@ -54,6 +54,8 @@ class ResponseRequest(RequestForm):
     max_tokens: int | None = Field(None, ge=1, validation_alias="max_output_tokens")
     temp: float | None = parameter("temp", le=2, validation_alias="temperature")
     top_p: float | None = parameter("top_p")
+    stop: Stops = Field([])  # not OpenAI's
+    seed: Annotated[int, AfterValidator(as_seed)] | None = None  # the same
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[str] = Field([])
     text: _TextOptions = _TextOptions()
@@ -84,7 +86,7 @@ class ResponseRequest(RequestForm):
         self._asked = Request(
             self.model,
             [arrange([*(instructions if self.instructions else ()), *turns])],
-            self._with_format(self.options(defaults)),
+            self._with_format(self.options(defaults, self.stop)),
             images=[*earlier.images, *(url for item in self.input for url in item.images())],
             prefill=prefill,
             top_logprobs=(self.top_logprobs or 0) if self._has_logprobs() else None,

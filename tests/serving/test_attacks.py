@@ -28,11 +28,13 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import http as connection
+from mlx_llava.serving.anthropic import MessagesRequest
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.images import Images, read_below
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
+from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings
 from tests.servers import MODEL, OPENAI, WIRES, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
@@ -652,6 +654,15 @@ class TestKeys(EveryApi):
             for path in (models, "/metrics", f"{models}/", f"/{models}", models.upper()):
                 assert httpx.get(guarded.url + path, timeout=60).status_code == 401
             refused(chat(replace(guarded, key=None), [user("Hi")]), 401, "Bearer KEY")
+            for guess in (
+                "",
+                self.KEY[:-1],
+                f"{self.KEY}1",
+                self.KEY.upper(),
+                f"Bearer {self.KEY}",
+            ):
+                reply = httpx.get(guarded.url + models, headers={"X-Api-Key": guess}, timeout=60)
+                assert reply.status_code == 401, guess
 
     def test_weak_keys_are_refused_at_the_start(self, capsys):
         for key in ("", "secret", "x" * 15, "schlüssel" * 3):
@@ -707,23 +718,25 @@ JSON = st.recursive(
 FIELDS = sorted(
     {
         *ChatRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED,
-        "repeat_penalty", "user",
+        *MessagesRequest.model_fields, *ResponseRequest.model_fields, "repeat_penalty", "user",
     }
 )  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([ChatRequest, CompletionRequest]),
+    st.sampled_from([ChatRequest, CompletionRequest, MessagesRequest, ResponseRequest]),
     st.dictionaries(st.sampled_from(FIELDS), JSON),
 )
 def test_any_json_is_read_or_refused(kind, fields):
     """Nothing but a refusal ever comes of reading a request, and of taking its options."""
-    body = {"model": "x", "messages": [user("Hi")], "prompt": "Hi"}
-    if kind is ChatRequest:
-        del body["prompt"]
-    else:
-        del body["messages"]
+    asked = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "prompt": "Hi",
+        "input": "Hi",
+        "max_tokens": 9,
+    }
+    body = {"model": "x", **{key: asked[key] for key in asked if key in kind.model_fields}}
     with contextlib.suppress(ApiError):
         form = read_form(json.dumps({**body, **fields}).encode(), kind)
         request = form.request(Options())
