@@ -225,6 +225,8 @@ def translate(
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
         **({} if is_vip else seen),
         "vision_aspect_ratio": ratio if is_onevision else None,
+        "mm_spatial_pool_mode": data.get("mm_spatial_pool_mode") if is_onevision else None,
+        "mm_newline_position": data.get("mm_newline_position") if is_onevision else None,
         "image_grid_pinpoints": data.get("image_grid_pinpoints") if is_anyres else None,
         "mm_projector_type": data.get("mm_projector_type") or "linear",
         "mm_patch_merge_type": merge,
@@ -288,6 +290,8 @@ def _refuse_others(data: Mapping[str, Any]) -> None:
     if data.get("mm_resampler_type"):
         refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     projector_layers(data.get("mm_projector_type") or "linear")
+    if data.get("add_faster_video"):
+        refuse_value("config.json", "add_faster_video", True, "false")
     if data.get("quantization"):
         raise ValueError(
             "config.json is the original LLaVA's, but its weights are quantised by MLX; take the "

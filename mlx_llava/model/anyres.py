@@ -90,14 +90,24 @@ def num_tiles(size: Size, config: LlavaConfig) -> int:
     return rows * columns // config.vision_config.patches_per_side**2
 
 
+def newline_every(frames: int, config: LlavaConfig) -> int | None:
+    """After how many features of so many frames a newline comes, if any does."""
+    if not config.has_newline or config.pooling != BILINEAR:
+        return None
+    row, frame = config.frame_side, config.frame_side**2
+    lines = {"grid": row, "frame": frame, "one_token": frames * frame}
+    return lines.get(config.mm_newline_position)
+
+
 def num_tokens(size: Layout, config: LlavaConfig) -> int:
     """How many positions an image or a video takes in the prompt."""
     tile = config.tokens_per_tile
     if size is None:
         return tile + config.has_newline  # which ends also a lone tile
     if isinstance(size, Frames):
-        ends = config.has_newline and config.pooling == BILINEAR
-        return size.frames * config.frame_side**2 + ends
+        features = size.frames * config.frame_side**2
+        line = newline_every(size.frames, config)
+        return features + (features // line if line else 0)
     if config.mm_patch_merge_type != "spatial_unpad":
         return tile * (1 + num_tiles(size, config))
     rows, columns = laid_grid(size, config)

@@ -30,7 +30,7 @@ _EXTENSIONS = frozenset(
     """
     anyres_convention mm_projector_type mm_patch_merge_type mm_use_im_start_end conv_mode
     quantization projector_layernorm_eps vision_aspect_ratio video_token_index spatial_pool_mode
-    spatial_pool_stride
+    spatial_pool_stride mm_spatial_pool_mode mm_newline_position
     """.split()
 )
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -107,6 +107,10 @@ class LlavaConfig:
         image_grid_pinpoints: (height, width) of the canvases that anyres chooses from.
         video_token_index: the placeholder of videos, where frames are no images.
         spatial_pool_stride: of LLaVA-NeXT-Video's averages.
+        mm_spatial_pool_mode: how OneVision halves the sides of a frame's grid; LLaVA-Video takes
+            ``average`` or ``max``.
+        mm_newline_position: where its newlines stand in a video: ``one_token`` behind all, behind
+            every ``frame``, behind every row (``grid``), or ``no_token``.
         vision_aspect_ratio: OneVision's ``anyres_max_N``, see `max_tiles`.
         anyres_convention: whose rounding anyres follows, ``hf`` or ``original`` (anyres.py).
         projector_layernorm_eps: of ViP-LLaVA's layer norm before the projector; None is none.
@@ -132,6 +136,8 @@ class LlavaConfig:
     image_grid_pinpoints: tuple[tuple[int, int], ...] = _ANYRES_PINPOINTS
     spatial_pool_mode: str = AVERAGE
     spatial_pool_stride: int = 2
+    mm_spatial_pool_mode: str = BILINEAR
+    mm_newline_position: str = "one_token"
     vision_aspect_ratio: str | None = None
     anyres_convention: str = "hf"
     mm_projector_type: str = "mlp2x_gelu"
@@ -195,7 +201,9 @@ class LlavaConfig:
     def frame_side(self) -> int:
         """The side of the grid of a frame's features when they are pooled."""
         side = self.vision_config.patches_per_side
-        return side // self.spatial_pool_stride if self.pooling == AVERAGE else -(-side // 2)
+        if self.pooling == AVERAGE:
+            return side // self.spatial_pool_stride
+        return (side + (self.mm_spatial_pool_mode == BILINEAR)) // 2
 
     @property
     def pads_several(self) -> bool:
@@ -282,6 +290,8 @@ _TOP = Section(
         "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
         "anyres_convention": ("hf", "original"),
         "spatial_pool_mode": (AVERAGE,),
+        "mm_spatial_pool_mode": (*POOLINGS, "max"),
+        "mm_newline_position": ("one_token", "frame", "grid", "no_token"),
     },
 )
 

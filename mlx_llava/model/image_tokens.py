@@ -84,7 +84,7 @@ def areas_of(features: int, size: Layout, config: LlavaConfig) -> list[Ids]:
     if size is None:
         return [np.arange(features, dtype=np.int32)]
     if isinstance(size, Frames):
-        frames = np.minimum(np.arange(features) // config.frame_side**2, size.frames - 1)
+        frames = np.minimum(np.arange(features) // (features // size.frames), size.frames - 1)
         return [np.flatnonzero(frames == i).astype(np.int32) for i in range(size.frames)]
     side, whole = config.vision_config.patches_per_side, config.tokens_per_tile
     if config.mm_patch_merge_type == "flat":

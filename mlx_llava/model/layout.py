@@ -19,10 +19,11 @@ from mlx_llava.model.anyres import (
     Size,
     grid_size,
     laid_grid,
+    newline_every,
     num_tiles,
     unpadded_grid,
 )
-from mlx_llava.model.config import AVERAGE, LlavaConfig
+from mlx_llava.model.config import AVERAGE, BILINEAR, LlavaConfig
 
 
 def lay_out(
@@ -78,11 +79,15 @@ def pool_first(features: mx.array, image_sizes: ImageSizes, config: LlavaConfig)
 
 def _average(frames: mx.array, config: LlavaConfig) -> mx.array:
     """(N, P, width) -> (N, side side, width), of squares that lie side by side."""
+    return _squares(frames, config.spatial_pool_stride, config).mean(axis=(2, 4)).flatten(1, 2)
+
+
+def _squares(frames: mx.array, k: int, config: LlavaConfig) -> mx.array:
+    """(N, P, width) -> squares of k x k features that lie side by side, (N, n, k, n, k, width)."""
     N, _, width = frames.shape
-    patches, k = config.vision_config.patches_per_side, config.spatial_pool_stride
-    side = config.frame_side
-    grid = frames.reshape(N, patches, patches, width)[:, : side * k, : side * k]
-    return grid.reshape(N, side, k, side, k, width).mean(axis=(2, 4)).flatten(1, 2)
+    patches, n = config.vision_config.patches_per_side, config.frame_side
+    grid = frames.reshape(N, patches, patches, width)[:, : n * k, : n * k]
+    return grid.reshape(N, n, k, n, k, width)
 
 
 def _split(features: mx.array, counts: Sequence[int]) -> Sequence[mx.array]:
@@ -124,13 +129,26 @@ def _lay_out_tiles(
 
 
 def _lay_out_frames(frames: mx.array, newline: mx.array | None, config: LlavaConfig) -> mx.array:
-    """The features of a video's frames one after another; with BILINEAR, fewer, and a newline."""
+    """The features of a video's frames one after another; OneVision's become fewer, in lines."""
     if config.pooling == AVERAGE:
         return frames.flatten(0, 1)
-    patches = config.vision_config.patches_per_side
-    grids = frames.reshape(len(frames), patches, patches, -1)
-    pooled = interpolate(grids, (config.frame_side,) * 2).flatten(0, 2)  # (tokens, D)
-    return pooled if newline is None else _lines(pooled[None], newline)
+    pooled = _halve(frames, config).flatten(0, 2)  # (tokens, D)
+    line = newline_every(len(frames), config)
+    if newline is None or line is None:
+        return pooled
+    return _lines(pooled.reshape(-1, line, pooled.shape[-1]), newline)
+
+
+def _halve(frames: mx.array, config: LlavaConfig) -> mx.array:
+    """The grids of frames (N, P, D) with half the side, (N, side, side, D): llava_arch.py."""
+    if config.mm_spatial_pool_mode == BILINEAR:
+        patches = config.vision_config.patches_per_side
+        grids = frames.reshape(len(frames), patches, patches, -1)
+        return interpolate(grids, (config.frame_side,) * 2)
+    squares = _squares(frames, 2, config)
+    if config.mm_spatial_pool_mode == AVERAGE:
+        return squares.mean(axis=(2, 4))
+    return squares.max(axis=(2, 4))
 
 
 def _lines(grid: mx.array, newline: mx.array) -> mx.array:

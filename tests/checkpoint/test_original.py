@@ -14,6 +14,7 @@ from mlx_llava import LlavaConfig, convert
 from mlx_llava.checkpoint import original, tensors
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.tower import read_tower
+from mlx_llava.inputs.video import Video
 from mlx_llava.model.vision_config import VisionConfig
 from tests.conftest import load_as_stored as load
 
@@ -149,6 +150,7 @@ def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
         ({"mm_vision_tower": "DeepGlint-AI/mlcd-vit-bigG-patch14-448"}, "which rotates positions"),
         ({"mm_projector_type": "ldpnetv2", "model_type": "mobilevlm"}, "type='ldpnetv2'; .*mlpNx"),
         ({"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type='mlp2x_res2x_gelu'"),
+        ({"add_faster_video": True}, "add_faster_video=True; mlx_llava supports false"),
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'; mlx_llava supports none"),
         ({"image_aspect_ratio": "anyres_highres"}, "image_aspect_ratio='anyres_highres'; .*max_N"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantised by MLX; take the repository"),
@@ -352,8 +354,8 @@ def test_onevision_converts_to_what_it_says(decoder, tmp_path):
         model_type="llava",
         mm_vision_tower="google/siglip-so400m-patch14-384",
         mm_patch_merge_type="spatial_unpad",
-        mm_newline_position="one_token",
-        mm_spatial_pool_mode="bilinear",
+        mm_newline_position="grid",
+        mm_spatial_pool_mode="average",
         image_aspect_ratio="anyres_max_2",
         image_grid_pinpoints="(1x1),...,(3x3)",
     )
@@ -364,11 +366,14 @@ def test_onevision_converts_to_what_it_says(decoder, tmp_path):
     assert found.config.image_grid_pinpoints[:4] == ((28, 28), (28, 56), (28, 84), (56, 28))
     size = (500, 499)
     assert processor.image_processor.num_tokens(size) < 16 * 9
+    film = Video(tuple(tiny.picture(50, 41, seed) for seed in range(3)))
+    assert processor("What?", video=film).image_tokens == (3 * 2 * (2 + 1),)
     inputs = layouts.inputs_of(processor, 3)
     assert inputs.image_sizes is None
     assert inputs.image_tokens == (17,) * 3
     convert(folder, tmp_path / "hf")
     again, _ = load(tmp_path / "hf")
+    assert again.config.mm_newline_position == "grid"
     assert np.abs(np.array(again(**inputs)) - np.array(found(**inputs))).max() < 1e-5
 
 

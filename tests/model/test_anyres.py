@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.model.anyres import laid_grid, num_tiles, unpadded_grid
+from mlx_llava.model.anyres import Frames, laid_grid, num_tiles, num_tokens, unpadded_grid
 from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.image_tokens import areas_of
 from mlx_llava.model.layout import interpolate, lay_out
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
@@ -71,6 +73,38 @@ def test_onevision_counts_and_orders_features_as_transformers_on_200_sizes():
         shown = unpadded_grid(size, settings)
         scaled += laid_grid(size, settings) != tuple(part.stop - part.start for part in shown)
     assert 30 < scaled < 170  # both ways are tried
+
+
+def pooled(frames: torch.Tensor, newline: torch.Tensor, mode: str, position: str) -> torch.Tensor:
+    """What LLaVA-NeXT makes of a video's frames (llava_arch.py), line by line."""
+    how = {
+        "bilinear": lambda grid: torch.nn.functional.interpolate(
+            grid, [-(-side // 2) for side in grid.shape[2:]], mode="bilinear"
+        ),
+        "average": lambda grid: torch.nn.functional.avg_pool2d(grid, 2),
+        "max": lambda grid: torch.nn.functional.max_pool2d(grid, 2),
+    }
+    features = []
+    for frame in how[mode](frames.unflatten(1, (27, 27)).permute(0, 3, 1, 2)):
+        for row in frame.permute(1, 2, 0):
+            features += [*row, *([newline] if position == "grid" else [])]
+        features += [newline] if position == "frame" else []
+    return torch.stack([*features, *([newline] if position == "one_token" else [])])
+
+
+@pytest.mark.parametrize("position", ["one_token", "frame", "grid", "no_token"])
+@pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
+def test_frames_are_pooled_and_end_in_lines_as_llava_video_has_them(mode, position):
+    settings = replace(config(), mm_spatial_pool_mode=mode, mm_newline_position=position)
+    frames, newline = RANDOM.normal(size=(3, 729, 2)), np.full(2, 7.0)
+    frames, newline = frames.astype(np.float32), newline.astype(np.float32)
+    theirs = pooled(torch.tensor(frames), torch.tensor(newline), mode, position).numpy()
+    (ours,) = lay_out(mx.array(frames), mx.array(newline), [Frames(3)], settings)
+    assert num_tokens(Frames(3), settings) == len(theirs)
+    assert np.abs(np.array(ours) - theirs).max() < 2e-6
+    areas = areas_of(len(theirs), Frames(3), settings)
+    assert [*np.concatenate(areas)] == [*range(len(theirs))]
+    assert max(map(len, areas)) - min(map(len, areas)) <= 1
 
 
 @pytest.mark.parametrize("max_tiles", [1, 4, 16])
