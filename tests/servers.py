@@ -133,8 +133,64 @@ RESPONSES = Wire(
     error=_openais_error,
     prompt_tokens=lambda answer: answer["usage"]["input_tokens"],
 )
+
+
+def _ollamas_message(message: dict[str, Any]) -> dict[str, Any]:
+    """As clients make it of OpenAI's: a text, and pictures in base64 without a `data:` before."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    images = [url.partition("base64,")[2] or url for url in urls]
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    return {"role": message["role"], "content": text, "images": images}
+
+
+def ollamas_chat(fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's fields as Ollama's."""
+    names = {"max_tokens": "num_predict", "stop": "stop"}
+    body: dict[str, Any] = {
+        "model": fields["model"],
+        "stream": fields.get("stream", False),
+        "messages": [*map(_ollamas_message, fields["messages"])],
+        "options": {names[name]: fields[name] for name in names if name in fields},
+    }
+    if "response_format" in fields:
+        body["format"] = fields["response_format"]["json_schema"]["schema"]
+    return body
+
+
+def _ollamas_prompt(fields: dict[str, Any]) -> dict[str, Any]:
+    """All that is said and shown as one turn."""
+    body = ollamas_chat(fields)
+    messages = body.pop("messages")
+    images = [image for message in messages for image in message["images"]]
+    return {**body, "prompt": messages[-1]["content"], "images": images}
+
+
+def _ollamas_error(body: dict[str, Any]) -> str:
+    (message,) = body.values()
+    assert isinstance(message, str)
+    return message
+
+
+OLLAMA = Wire(
+    "/api/chat",
+    "/api/tags",
+    body=ollamas_chat,
+    error=_ollamas_error,
+    prompt_tokens=lambda answer: answer["prompt_eval_count"],
+    takes_urls=False,
+)
+GENERATE = replace(OLLAMA, path="/api/generate", body=_ollamas_prompt)
 #: By their names; each is attacked in the same ways.
-WIRES = {"openai": OPENAI, "anthropic": ANTHROPIC, "counting": COUNTING, "responses": RESPONSES}
+WIRES = {
+    "openai": OPENAI,
+    "anthropic": ANTHROPIC,
+    "counting": COUNTING,
+    "responses": RESPONSES,
+    "ollama chat": OLLAMA,
+    "ollama generate": GENERATE,
+}
 
 
 @dataclass

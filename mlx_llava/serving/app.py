@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Send
@@ -34,6 +34,7 @@ from mlx_llava.serving.forms import RequestForm, read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.metrics import Metrics
+from mlx_llava.serving.ollama_models import Ollama
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
@@ -70,6 +71,7 @@ class Api:
         self.metrics = Metrics(self.engine)
         self._images = Images(self.settings)
         self._kept = Kept()
+        self._page = StaticFiles(directory=PAGE, html=True)
         # Texts wait for no images, no schemas and no long bodies.
         self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
 
@@ -94,7 +96,9 @@ class Api:
             Mount("/v1", routes=v1),
             Route("/health", self.health),
             Route("/metrics", self.metric),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            Mount("/api", routes=Ollama(self).routes()),
+            Route("/", self.root),
+            Mount("/", self._page),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
@@ -121,6 +125,12 @@ class Api:
         name = http.path_params["name"]
         self._kept.remove(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+    async def root(self, http: HttpRequest) -> Response:
+        """The page for browsers; others are told what Ollama's clients look for."""
+        if "text/html" in http.headers.get("accept", ""):
+            return await self._page.get_response("index.html", http.scope)
+        return PlainTextResponse("Ollama is running", headers={"Vary": "Accept"})
 
     async def health(self, _: HttpRequest) -> Response:
         if self.engine.has_ended:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import anyio
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_reduce
 
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.prompt_cache import PromptCache
@@ -55,6 +56,7 @@ class Engine:
 
     Attributes:
         processor: the model's processor.
+        weight_bytes: what the model's weights take.
         batch_size: how many answers run at a time.
         capacity: how many answers may run and wait together.
         taken: how many of these places are taken.
@@ -161,6 +163,7 @@ class Engine:
         except BaseException as error:
             ready.set_exception(error)
         else:
+            self.weight_bytes = tree_reduce(_added, model.parameters(), 0)
             ready.set_result(processor)
             try:
                 self._serve()
@@ -279,6 +282,10 @@ class Engine:
     def _likelihood(self, token: int, values: np.ndarray[Any, Any]) -> Token:
         content = self.processor.tokenizer.bytes_of(token)
         return Token(content.decode(errors="replace"), content, float(values[token]))
+
+
+def _added(total: int, array: mx.array) -> int:
+    return total + array.nbytes
 
 
 def _end_streams() -> None:

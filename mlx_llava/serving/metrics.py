@@ -11,6 +11,7 @@ from mlx_llava.serving.engine import Engine
 
 _PATHS = (
     *("/", "/health", "/metrics", "/v1/chat/completions", "/v1/completions", "/v1/models"),
+    *("/api/chat", "/api/generate", "/api/ps", "/api/show", "/api/tags", "/api/version"),
     *("/v1/messages", "/v1/messages/count_tokens", "/v1/responses"),
 )
 _TOKENS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -52,12 +53,14 @@ class Reply:
         cached_tokens: how many of these were read before.
         generation_tokens: of the answers that have ended.
         timings: of the first one.
+        began: when it was asked for, by `time.monotonic_ns`.
     """
 
     def __init__(self, pieces: AsyncGenerator[Piece, None], n: int) -> None:
         """Takes the pieces of all of them, `n` to each prompt."""
         self._pieces, self._n = pieces, n
         self._first: list[Piece] = []
+        self.began = time.monotonic_ns()
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.timings: Mapping[str, float] = {}
 

@@ -14,6 +14,7 @@ import struct
 import time
 import zlib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import anyio
@@ -28,6 +29,7 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.fetch import is_public
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving import http as connection
+from mlx_llava.serving import ollama
 from mlx_llava.serving.anthropic import MessagesRequest
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
@@ -36,7 +38,7 @@ from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings
-from tests.servers import MODEL, OPENAI, WIRES, receive, serving, user
+from tests.servers import GENERATE, MODEL, OPENAI, WIRES, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
 SECRET = "the secret of the house"
@@ -281,8 +283,8 @@ class TestLocalFiles(EveryApi):
 
     def test_are_off_unless_allowed(self, served, root):
         for url in (f"file://{root}/sub/ok.png", "sub/ok.png", "/etc/passwd", "~/.ssh/id_rsa"):
-            why = "--image-root" if served.wire.takes_urls else "image"
-            refused(chat(served, [named(url)]), 400, why)
+            words = ["--image-root"] if served.wire.takes_urls else []
+            refused(chat(served, [named(url)]), 400, *words)
 
     def test_are_read_below_the_root(self, served, root):
         status = 200 if served.wire.takes_urls else 400
@@ -330,6 +332,7 @@ class TestLocalFiles(EveryApi):
             read_below(root, PurePosixPath("large.png"), max_bytes=1000)
 
 
+@cache
 def bomb(side):
     """A PNG of side x side black pixels: 12000 x 12000 are 445 kB."""
     rows = zlib.compress(bytes((side + 1) * side), 9)
@@ -675,8 +678,10 @@ class TestMarkup(EveryApi):
         script = "<script>alert(1)</script><img src=x onerror=alert(1)>"
         reply = chat(served, [user(script)], max_tokens=2)
         assert reply.headers["content-type"] == "application/json"
-        reply = chat(served, [{"role": script, "content": "x"}])
-        refused(reply, 400)
+        if served.wire is not GENERATE:  # which has no roles
+            refused(chat(served, [{"role": script, "content": "x"}]), 400)
+        reply = served.post(model=script, messages=[user("Hi")])
+        refused(reply, 404, script)
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["x-content-type-options"] == "nosniff"
         reply = httpx.get(served.url + "/" + script, timeout=60)
@@ -715,20 +720,23 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
+OLLAMAS = (ollama.ChatRequest, ollama.GenerateRequest)
+KINDS = (ChatRequest, CompletionRequest, MessagesRequest, ResponseRequest, *OLLAMAS)
 FIELDS = sorted(
     {
-        *ChatRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED,
-        *MessagesRequest.model_fields, *ResponseRequest.model_fields, "repeat_penalty", "user",
+        *(name for kind in KINDS for name in kind.model_fields), *UNSUPPORTED,
+        "num_predict", "repeat_penalty", "temperature", "user",
     }
 )  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([ChatRequest, CompletionRequest, MessagesRequest, ResponseRequest]),
+    st.sampled_from(KINDS),
+    st.dictionaries(st.sampled_from(FIELDS), JSON),
     st.dictionaries(st.sampled_from(FIELDS), JSON),
 )
-def test_any_json_is_read_or_refused(kind, fields):
+def test_any_json_is_read_or_refused(kind, fields, options):
     """Nothing but a refusal ever comes of reading a request, and of taking its options."""
     asked = {
         "messages": [{"role": "user", "content": "Hi"}],
@@ -736,9 +744,15 @@ def test_any_json_is_read_or_refused(kind, fields):
         "input": "Hi",
         "max_tokens": 9,
     }
-    body = {"model": "x", **{key: asked[key] for key in asked if key in kind.model_fields}}
+    body = {
+        "model": "x",
+        **{key: asked[key] for key in asked if key in kind.model_fields},
+        **fields,
+    }
+    if kind in OLLAMAS:
+        body = {"options": options, **body}
     with contextlib.suppress(ApiError):
-        form = read_form(json.dumps({**body, **fields}).encode(), kind)
+        form = read_form(json.dumps(body).encode(), kind)
         request = form.request(Options())
         assert len(request.seeded()) == request.n
 

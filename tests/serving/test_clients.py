@@ -417,7 +417,7 @@ STATUSES = {
         "image root bad exif", "utf16 body", "latin1 body", "lone surrogate \\ud83d",
     ],
     404: ["model other", "model empty", "/v1/responses"],
-    405: ["GET-like /chat/completions", "/api/chat (ollama)"],
+    405: ["GET-like /chat/completions"],
 }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""Ollama's endpoints below ``/api``: those of answers, and what is told of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pydantic import AliasChoices, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.forms import Form, read_form
+from mlx_llava.serving.ollama import LINES, ChatRequest, GenerateRequest, line, now
+from mlx_llava.version import __version__
+
+if TYPE_CHECKING:
+    from mlx_llava.serving.app import Api
+
+#: Whose API this is; some clients refuse one that is older than they know.
+VERSION = "0.12.11"
+#: Far enough that Ollama's command says "Forever".
+NEVER = "9999-12-31T23:59:59Z"
+ABSENT = "blobs/{digest} copy create delete embed embeddings push".split()
+
+
+class _Named(Form):
+    """A request about a model, which Ollama's older clients call `name`."""
+
+    model: str = Field(validation_alias=AliasChoices("model", "name"))
+    stream: bool = True
+
+
+class Ollama:
+    """The endpoints of Ollama's API, below ``/api``."""
+
+    def __init__(self, api: Api) -> None:
+        self._api, self._since = api, now()
+
+    def routes(self) -> list[Route]:
+        posts: dict[str, Callable[..., Any]] = {
+            "chat": partial(self._api.complete, kind=ChatRequest),
+            "generate": partial(self._api.complete, kind=GenerateRequest),
+            "pull": self.pull,
+            "show": self.show,
+        }
+        return [
+            *(Route(f"/{name}", endpoint, methods=["POST"]) for name, endpoint in posts.items()),
+            *(Route(f"/{name}", _absent, methods=["POST", "DELETE", "HEAD"]) for name in ABSENT),
+            Route("/version", self.version),
+            Route("/tags", self.tags),
+            Route("/ps", self.ps),
+        ]
+
+    async def version(self, _: HttpRequest) -> Response:
+        return JSONResponse({"version": VERSION, "mlx_llava": __version__})
+
+    async def tags(self, _: HttpRequest) -> Response:
+        """All models that there are; a name without a tag has Ollama's own."""
+        return JSONResponse({"models": [{**m, "modified_at": self._since} for m in self._models()]})
+
+    async def ps(self, _: HttpRequest) -> Response:
+        """Those that are loaded: the same."""
+        size, length = self._api.engine.weight_bytes, self._api.engine.processor.context_length
+        loaded = {"expires_at": NEVER, "size_vram": size, "context_length": length}
+        return JSONResponse({"models": [{**model, **loaded} for model in self._models()]})
+
+    async def show(self, http: HttpRequest) -> Response:
+        self._api.check_model((await self._named(http)).model)
+        processor = self._api.engine.processor
+        text = processor.config.text_config
+        info = {
+            "general.architecture": text.model_type,
+            f"{text.model_type}.context_length": processor.context_length,
+            f"{text.model_type}.embedding_length": text.hidden_size,
+            f"{text.model_type}.block_count": text.num_hidden_layers,
+        }
+        said = {"license": "", "modelfile": "", "parameters": "", "template": ""}
+        kinds = {"capabilities": ["completion", "vision"], "model_info": info}
+        about = {"details": self._details(), "modified_at": self._since}
+        return JSONResponse({**said, **about, **kinds})
+
+    async def pull(self, http: HttpRequest) -> Response:
+        """A model that is here needs no pulling; others are not found."""
+        asked = await self._named(http)
+        self._api.check_model(asked.model)
+        if not asked.stream:
+            return JSONResponse({"status": "success"})
+        states = ("pulling manifest", "success")
+        return Response("".join(line({"status": s}) for s in states), media_type=LINES)
+
+    async def _named(self, http: HttpRequest) -> _Named:
+        return await self._api.read(http, partial(read_form, kind=_Named))
+
+    def _models(self) -> list[dict[str, Any]]:
+        """Of which the digest tells no more than the name: nobody has summed the weights."""
+        names = [name if ":" in name else f"{name}:latest" for name in self._api.names]
+        size, details = self._api.engine.weight_bytes, self._details()
+        digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+        return [
+            {"name": name, "model": name, "size": size, "digest": digest, "details": details}
+            for name, digest in zip(names, digests, strict=True)
+        ]
+
+    def _details(self) -> dict[str, Any]:
+        config = self._api.engine.processor.config
+        kind = config.vision_config.model_type.removesuffix("_vision_model")
+        families = [config.text_config.model_type, kind]  # clip is how some tell that it sees
+        bits = (config.quantization or {}).get("bits")
+        return {
+            "parent_model": "",
+            "format": "mlx",
+            "family": families[0],
+            "families": families,
+            "parameter_size": "",
+            "quantization_level": f"Q{bits}" if bits else "",
+        }
+
+
+async def _absent(http: HttpRequest) -> Response:
+    path = http.scope["path"]
+    raise ApiError(501, f"{path} is not there; this server answers with the model that it has.")
