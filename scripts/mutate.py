@@ -65,6 +65,7 @@ TESTS = (
     ),
     *(
         "tests/checkpoint/test_original.py",
+        "tests/checkpoint/test_refused.py",
         "tests/inputs/test_chat_template.py",
         "tests/test_json_files.py",
     ),

@@ -79,29 +79,6 @@ def test_a_renamed_class_is_read_by_its_keys_and_tensors(reference, name, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        {"architectures": ["LlavaGemmaForCausalLM"]},
-        {"architectures": None, "model_type": "llava_granite"},
-        {"architectures": ["LlavaQwen2ForCausalLM"]},
-        {"model_type": "llava_phi3"},
-        {"architectures": ["LlavaQwenMoeForCausalLM"], "rms_norm_eps": 1e-6},
-        {"model_type": "llava_qwen3", "rms_norm_eps": 1e-6},
-        {"architectures": ["LlavaQwen3ForCausalLM"], "rms_norm_eps": 1e-6},
-        {"architectures": ["LlavaMixtralForCausalLM"]},
-        {"architectures": ["LlavaErnie4_5ForCausalLM"]},
-        {"architectures": ["LlavaGptForCausalLM"], "model_type": "llava-jp"},
-        {"model_type": "helium"},
-    ],
-)
-def test_another_decoder_is_refused_by_name(names):
-    name = "Gemma granite Qwen Qwen3 llava_qwen3 moe phi Mixtral Ernie gpt helium".split()
-    data = {"hidden_size": 64, "num_attention_heads": 4, **names}
-    with pytest.raises(ValueError, match=f"(?i)the decoder ({'|'.join(name)}) is not supported"):
-        LlavaConfig.from_dict(original.translate(data, {}, 99))
-
-
-@pytest.mark.parametrize(
     ("family", "names"),
     [
         ("qwen2", {"architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen"}),
@@ -119,61 +96,6 @@ def test_other_decoders_are_told_by_their_names(family, names, tmp_path):
     folder = tmp_path / "llava"
     layouts.write_folder(folder, bare(model), layouts.original_config(model, **names))
     same_logits(folder, model, vision_tower=clip)
-
-
-@pytest.mark.parametrize(
-    ("keys", "name"),
-    [
-        ({"architectures": ["LlavaLlamaModel"], "llm_cfg": {"model_type": "llama"}}, "VILA"),
-        ({"mm_image_tower": "LanguageBind/LanguageBind_Image"}, "Video-LLaVA"),
-        ({"mm_video_tower": "LanguageBind/LanguageBind_Video_merge"}, "Video-LLaVA"),
-        ({"architectures": ["GeoChatLlamaForCausalLM"], "model_type": "geochat"}, "GeoChat"),
-    ],
-)
-def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
-    reference, keys, name, tmp_path
-):
-    config = layouts.original_config(reference, **keys)
-    if "geochat" not in config["model_type"]:
-        del config["mm_vision_tower"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"is that of {name}"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"mm_vision_tower": "google/siglip2-so400m-patch14-384"}, "the tower is SigLIP 2, which"),
-        ({"mm_vision_tower": "facebook/dinov2-large"}, "the tower is DINO, which is not supported"),
-        ({"mm_vision_tower": "OpenGVLab/InternViT-6B-448px-V1-5"}, "the tower is InternViT"),
-        ({"mm_vision_tower": "DeepGlint-AI/mlcd-vit-bigG-patch14-448"}, "which rotates positions"),
-        ({"mm_projector_type": "ldpnetv2", "model_type": "mobilevlm"}, "type='ldpnetv2'; .*mlpNx"),
-        ({"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type='mlp2x_res2x_gelu'"),
-        ({"add_faster_video": True}, "add_faster_video=True; mlx_llava supports false"),
-        ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'; mlx_llava supports none"),
-        ({"image_aspect_ratio": "anyres_highres"}, "image_aspect_ratio='anyres_highres'; .*max_N"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised by MLX; take the repository"),
-    ],
-    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
-)
-def test_another_part_is_refused_by_name_before_anything_is_missed(
-    reference, keys, message, tmp_path
-):
-    config = layouts.original_config(reference, **keys)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("decoder", [{"model_type": "llama"}, None])
-def test_xtuners_own_layout_is_refused_with_what_to_take(decoder, tmp_path):
-    (tmp_path / "projector").mkdir()
-    (tmp_path / "projector" / "config.json").write_text(json.dumps({"model_type": "projector"}))
-    if decoder:
-        (tmp_path / "config.json").write_text(json.dumps(decoder))
-    with pytest.raises(ValueError, match="in xtuner's own layout; take the repository with -hf"):
-        load(tmp_path)
 
 
 def test_a_decoder_that_only_text_config_describes_is_read(reference, tmp_path):
