@@ -158,7 +158,10 @@ def write_mlx(row: Published, config: Settings, model: Any, folder: Path) -> Wri
     """mlx-vlm's conversions: the language model's matrices quantised, patches as NHWC."""
     write_hf_settings(folder / "model", row, config)
     arrays, meant = {}, {}
-    for name, tensor in cast(layouts.state_dict(model), row).items():
+    tensors = cast(layouts.state_dict(model), row)
+    if config["text_config"].get("tie_word_embeddings"):
+        del tensors["language_model.lm_head.weight"]
+    for name, tensor in tensors.items():
         array = mx.array(tensor.float().numpy()).astype(mx.float16)
         if name.endswith("patch_embedding.weight"):
             array = array.transpose(0, 2, 3, 1)

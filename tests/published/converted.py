@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.published.family import OWN_INTERLEAVE, PAGE, QWEN, QWEN_05B, SO400M, interleave
 from tests.published.llava_hf import (
     LLAMA_3,
     MISTRAL_V02,
@@ -27,7 +28,7 @@ from tests.published.original import (
 )
 from tests.published.row import CLIP_336, FILES, KNOWLEDGE, Published, Settings
 
-MLX_4BIT = {"group_size": 64, "bits": 4}
+MLX_4BIT, MLX_8BIT = {"group_size": 64, "bits": 4}, {"group_size": 64, "bits": 8}
 _ABSENT = """
     begin_suppress_tokens bad_words_ids cross_attention_hidden_size decoder_start_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id prefix
@@ -124,8 +125,7 @@ QUANTISED_HF = (
     ),
     Published(
         "mlx-community/llava-v1.6-mistral-7b-8bit", KNOWLEDGE,
-        hf_next(MISTRAL_V02, quantization={"group_size": 64, "bits": 8}), "mlx",
-        quantization={"group_size": 64, "bits": 8},
+        hf_next(MISTRAL_V02, quantization=MLX_8BIT), "mlx", quantization=MLX_8BIT,
         template="mistral_instruct", mode="anyres", tokens=1464,
     ),
     Published(
@@ -134,6 +134,14 @@ QUANTISED_HF = (
         vocabulary="llama3", chat_template=TEXT_LLAMA_3, quantization=MLX_4BIT,
         tokenizer_config={"eos_token": "<|end_of_text|>"},
         template="own", ends=(128001, 128009), mode="crop",
+    ),
+    Published(  # whose converter fills SigLIP's layers up to whole groups
+        "mlx-community/llava-interleave-qwen-0.5b-8bit", PAGE,
+        interleave(
+            QWEN_05B, "4.43.0.dev0",
+            quantization=MLX_8BIT, vision_config={**SO400M, "intermediate_size": 4352},
+        ),
+        "mlx", chat_template=OWN_INTERLEAVE, quantization=MLX_8BIT, tokens=729, layer=-1, **QWEN,
     ),
     Published(
         "ybelkada/llava-1.5-7b-hf-awq", KNOWLEDGE, hf(VICUNA_7B, quantization_config=AWQ), "awq",
