@@ -1,4 +1,4 @@
-"""Serve a model to OpenAI's clients, and a page to people.
+"""Serve a model to the clients of OpenAI, Anthropic and Ollama, and a page to people.
 
     python -m mlx_llava.server --model llava-hf/llava-1.5-7b-hf
 
@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="mlx_llava.server",
-        description="Serve a LLaVA model: OpenAI's API below /v1, and a page for people at /.",
+        description="Serve a LLaVA model: the APIs of OpenAI and Anthropic below /v1, of Ollama below "
+        "/api, and a page for people at /.",
     )
     add_model_arguments(parser)
     add_options(parser, fields(Settings))

@@ -96,11 +96,10 @@ def test_commands_run(page, tmp_path):
 def test_the_servers_page_is_true(monkeypatch, capsys):
     """The server as the page starts it, on a free port, and all that the page asks of it."""
     page = DOCS / "server.md"
-    start, curl, generate = blocks(page, "sh")
+    start, curl, generate, as_ollama, asks_ollama = blocks(page, "sh")
     monkeypatch.chdir(ROOT)
-    command, module, *arguments = start.split()[1:]
-    assert (command, module) == ("-m", "mlx_llava.server")
-    with served(*arguments) as server:
+    assert start.split() == "python -m mlx_llava.server".split() == as_ollama.split()[:3]
+    with served(*as_ollama.split()[3:]) as server:
         names: dict = {}
         for block in blocks(page, "python"):
             code = block.replace("http://127.0.0.1:8080", server.url)
@@ -111,6 +110,10 @@ def test_the_servers_page_is_true(monkeypatch, capsys):
         if shutil.which("curl"):
             said = shell(curl.replace("http://127.0.0.1:8080", server.url))
             assert f'"content":"{answer}"' in said
+            said = shell(asks_ollama.replace("http://127.0.0.1:11434", server.url))
+            assert '"response":"red"' in said
+            assert '"content": "red"' in said
+            assert said.rstrip().endswith("}")
     assert "POST /v1/chat/completions" in server.log
     assert json.loads(shell(generate.replace("python ", f"{sys.executable} "))) == {"colour": "red"}
 
