@@ -290,7 +290,8 @@ def _refuse_others(data: Mapping[str, Any]) -> None:
     if data.get("mm_resampler_type"):
         refuse_value("config.json", "mm_resampler_type", data["mm_resampler_type"], "none")
     projector_layers(data.get("mm_projector_type") or "linear")
-    if data.get("add_faster_video"):
+    reads_videos = _ANYRES_MAX.fullmatch(str(data.get("image_aspect_ratio")))
+    if reads_videos and data.get("add_faster_video"):
         refuse_value("config.json", "add_faster_video", True, "false")
     if data.get("quantization"):
         raise ValueError(

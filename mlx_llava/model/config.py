@@ -33,6 +33,8 @@ _EXTENSIONS = frozenset(
     spatial_pool_stride mm_spatial_pool_mode mm_newline_position
     """.split()
 )
+#: Of how it reads videos.
+_OF_ONEVISION = ("mm_spatial_pool_mode", "mm_newline_position")
 _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -156,6 +158,8 @@ class LlavaConfig:
             ValueError: The config names a model, a value or a key that is not supported.
         """
         data = _read_vip({**data, "model_type": str(data.get("model_type"))})
+        if data["model_type"] != "llava_onevision":  # to others they mean nothing
+            data = {key: value for key, value in data.items() if key not in _OF_ONEVISION}
         _TOP.check(data)
         kind = _CLASSES[data["model_type"]]
         given = {key: value for key, value in data.items() if value is not None}

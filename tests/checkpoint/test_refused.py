@@ -99,7 +99,10 @@ def test_a_llava_with_other_parts_is_refused_by_name_before_they_are_missed(
         ({"mm_vision_tower": "DeepGlint-AI/mlcd-vit-bigG-patch14-448"}, "which rotates positions"),
         ({"mm_projector_type": "ldpnetv2", "model_type": "mobilevlm"}, "type='ldpnetv2'; .*mlpNx"),
         ({"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type='mlp2x_res2x_gelu'"),
-        ({"add_faster_video": True}, "add_faster_video=True; mlx_llava supports false"),
+        (
+            {"add_faster_video": True, "image_aspect_ratio": "anyres_max_9"},
+            "add_faster_video=True; mlx_llava supports false",
+        ),
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'; mlx_llava supports none"),
         ({"image_aspect_ratio": "anyres_highres"}, "image_aspect_ratio='anyres_highres'; .*max_N"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantised by MLX; take the repository"),
