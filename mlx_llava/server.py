@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="mlx_llava.server",
-        description="Serve a LLaVA model: the APIs of OpenAI and Anthropic below /v1, of Ollama below "
-        "/api, and a page for people at /.",
+        description="Serve a LLaVA model: the APIs of OpenAI and Anthropic below /v1, Ollama's "
+        "below /api, and a page for people at /.",
     )
     add_model_arguments(parser)
     add_options(parser, fields(Settings))
