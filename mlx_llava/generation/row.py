@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_llava.generation.memory import check_request
 from mlx_llava.generation.prompt_cache import Prompt, PromptCache
 from mlx_llava.generation.response import GenerationResponse
-from mlx_llava.generation.sampling import Options, make_logits_processors
+from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import PREFILL_STEP, Choice, Chooser
 from mlx_llava.generation.stops import Answer
 from mlx_llava.inputs.processor import Inputs, Processor
@@ -74,7 +74,8 @@ class Row:
         )
         ids = inputs.input_ids[0]
         text_ids = mx.array(ids[~model.config.are_placeholders(ids)])
-        penalties = make_logits_processors(options.repetition_penalty)
+        vocab_size = processor.config.text_config.vocab_size
+        penalties = options.processors(text_ids.size, vocab_size)
         constraint = options.constraint(processor)
         self.choose = Chooser(options.sampler(), penalties, text_ids, constraint)
         self.cache = make_cache(model.config.text_config, len(ids), kv_bits, max_kv_size)

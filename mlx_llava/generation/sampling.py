@@ -6,7 +6,9 @@ seconds, and a server's model would stand still meanwhile.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -26,6 +28,8 @@ LogitsProcessor: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 MAX_TOKENS = 512
 #: How many prompts are answered at a time.
 BATCH_SIZE = 8
+#: What may be added to a logit at most.
+MAX_BIAS = 100
 #: How many tokens back a repetition counts.
 REPETITION_CONTEXT = 20
 
@@ -88,20 +92,46 @@ def _at_least(logprobs: mx.array, least: mx.array) -> mx.array:
     return mx.where(logprobs < least, -math.inf, logprobs)
 
 
-def make_logits_processors(repetition_penalty: float | None) -> list[LogitsProcessor]:
-    """A penalty on the last tokens (https://arxiv.org/abs/1909.05858), or nothing."""
-    if not repetition_penalty:
-        return []
-    penalty = repetition_penalty
+def make_logits_processors(
+    repetition_penalty: float | None,
+    frequency_penalty: float = 0,
+    presence_penalty: float = 0,
+    logit_bias: Mapping[str, float] | None = None,
+    prompt_length: int = 0,
+) -> list[LogitsProcessor]:
+    """What changes logits before a token is chosen; see `Options`.
 
-    def penalize(seen: mx.array, logits: mx.array) -> mx.array:
-        if seen.size:
-            last = seen[-REPETITION_CONTEXT:]
-            repeated = logits[:, last]
-            logits[:, last] = mx.where(repeated < 0, repeated * penalty, repeated / penalty)
-        return logits
+    The first penalty is for the last tokens, those of the prompt included
+    (https://arxiv.org/abs/1909.05858), the others for what follows the prompt.
+    """
+    processors: list[LogitsProcessor] = []
+    if repetition_penalty:
+        penalty = repetition_penalty
 
-    return [penalize]
+        def penalize(seen: mx.array, logits: mx.array) -> mx.array:
+            if seen.size:
+                last = seen[-REPETITION_CONTEXT:]
+                repeated = logits[:, last]
+                logits[:, last] = mx.where(repeated < 0, repeated * penalty, repeated / penalty)
+            return logits
+
+        processors.append(penalize)
+    if frequency_penalty or presence_penalty:
+
+        def penalize_said(seen: mx.array, logits: mx.array) -> mx.array:
+            counts = mx.zeros((logits.shape[-1],)).at[seen[prompt_length:]].add(1)
+            return logits - frequency_penalty * counts - presence_penalty * (counts > 0)
+
+        processors.append(penalize_said)
+    if logit_bias:
+        ids, values = mx.array([*map(int, logit_bias)]), mx.array([*logit_bias.values()])
+        processors.append(lambda _, logits: logits.at[:, ids].add(values))
+    return processors
+
+
+def _is_bias(number: Any) -> bool:
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    return is_number and -MAX_BIAS <= number <= MAX_BIAS
 
 
 #: What an option may be, and how that is said.
@@ -141,6 +171,18 @@ class Options:
     top_k: int = option(0, int, "samples from that many likeliest tokens; 0 is off", ge=0)
     repetition_penalty: float | None = option(
         None, float, "above 1, tokens of the last 20 become less likely", ge=0
+    )
+    frequency_penalty: float = option(
+        0.0, float, "above 0, a token becomes less likely each time that it is said", ge=-2, le=2
+    )
+    presence_penalty: float = option(
+        0.0, float, "above 0, tokens that were said become less likely", ge=-2, le=2
+    )
+    logit_bias: Mapping[str, float] | None = option(
+        None,
+        dict,
+        "numbers that are added to the logits of tokens, by their ids",
+        {"type": json.loads, "metavar": "JSON"},
     )
     seed: int | None = option(None, int, "makes sampling repeatable")
     stop: Sequence[str] = option(
@@ -182,8 +224,28 @@ class Options:
             if not fits or (kind is float and not -math.inf < value < math.inf):
                 raise ValueError(f"{one.name} is {value!r}; it must be {words}.")
         check_bounds(self)
+        for token, bias in (self.logit_bias or {}).items():
+            if not re.fullmatch("[0-9]{1,9}", str(token)) or not _is_bias(bias):
+                raise ValueError(
+                    f"logit_bias has {token!r:.80}: {bias!r:.80}; it must have ids of tokens, and "
+                    f"numbers in -{MAX_BIAS}..{MAX_BIAS}."
+                )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must lie in 0..2^64 - 1.")
+
+    def processors(self, prompt_length: int, vocab_size: int) -> list[LogitsProcessor]:
+        """What changes logits of a vocabulary after a prompt whose text is so long.
+
+        Raises:
+            ValueError: A token is none of the vocabulary.
+        """
+        largest = max(map(int, self.logit_bias or ()), default=0)
+        if largest >= vocab_size:
+            raise ValueError(f"logit_bias has {largest}, of a vocabulary of {vocab_size:,} tokens.")
+        return make_logits_processors(
+            *(self.repetition_penalty, self.frequency_penalty, self.presence_penalty),
+            *(self.logit_bias, prompt_length),
+        )
 
     def sampler(self) -> Sampler:
         """What chooses the next token."""

@@ -221,7 +221,7 @@ class Processor:
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
             videos=tuple(self._frames_taken([*chain(*rows)], whole)),
-            prefill=prefill,
+            prefill=prefill if prefill.strip() else "",
             seconds=time.perf_counter() - started,
             image_processor=self.image_processor,
         )

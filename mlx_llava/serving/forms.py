@@ -172,7 +172,7 @@ def _path(location: Sequence[int | str]) -> str:
     kinds = {
         *("text", "image_url", "video_url", "image", "tool_use", "tool_result"),
         *("message", "function_call", "function_call_output", "reasoning"),
-        *("input_text", "input_image", "input_file", "output_text"),
+        *("input_text", "input_image", "input_file", "output_text", "file"),
     }
     return ".".join(
         str(step)

@@ -22,34 +22,33 @@ from pydantic import (
     BeforeValidator,
     FailFast,
     Field,
-    field_validator,
+    PrivateAttr,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
-from mlx_llava.generation.sampling import Options
+from mlx_llava.generation.sampling import MAX_BIAS, Options
+from mlx_llava.serving.chat_messages import ChatMessage
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import (
     MAX_MESSAGES,
-    MAX_PARTS,
     Form,
     RequestForm,
     Schema,
     Stops,
     as_list,
-    as_parts,
     parameter,
 )
 from mlx_llava.serving.parameters import check_parameters
 from mlx_llava.serving.replies import Piece, Reply, Token, event
-from mlx_llava.serving.requests import Request, VideoUrl, arrange, as_seed
+from mlx_llava.serving.requests import Request, arrange, as_seed, begun
+from mlx_llava.serving.tools import ForcedTools, Growing, forced_tools
 
 MAX_PROMPTS = 64
+MAX_BIASES = 1000
 MAX_FRAMES = 64
 DEFAULT_COMPLETION_TOKENS = 16
-#: What templates leave out of earlier answers, like the field `reasoning_content`.
-THOUGHTS = ("reasoning", "redacted_thinking", "think", "thinking")
 
 
 def _unless_limited(tokens: int) -> int:
@@ -62,76 +61,18 @@ def _unless_limited(tokens: int) -> int:
     return tokens
 
 
-def _as_object(image_url: Any) -> Any:
-    return {"url": image_url} if isinstance(image_url, str) else image_url
+def _unless_none(bias: Any) -> Any:
+    return bias or None
 
 
+Biases: TypeAlias = Annotated[
+    dict[
+        Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+        Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
+    ],
+    Field(max_length=MAX_BIASES),
+]
 MaxTokens: TypeAlias = Annotated[int, AfterValidator(_unless_limited)]
-
-
-class _TextPart(Form):
-    type: Literal["text"]
-    text: str
-
-
-class _ImageUrl(Form):
-    """Where an image or a video is; whatever `detail` is asked for, all that can be is seen."""
-
-    url: str
-
-
-class _UrlPart(Form):
-    type: Literal["image_url"]
-    image_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
-
-
-class _VideoPart(Form):
-    """Not OpenAI's; as vLLM, SGLang and OpenRouter have it."""
-
-    type: Literal["video_url"]
-    video_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
-
-
-Part: TypeAlias = Annotated[_TextPart | _UrlPart | _VideoPart, Field(discriminator="type")]
-
-
-class ChatMessage(Form):
-    """A message, its content always in parts."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], FailFast()] = Field(max_length=MAX_PARTS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _may_say_nothing(cls, message: Any) -> Any:
-        """An assistant's content is null where it did something else, or holds thoughts."""
-        if not isinstance(message, dict) or message.get("role") != "assistant":
-            return message
-        content = message.get("content") or []
-        if isinstance(content, list):
-            content = [
-                p for p in content if not (isinstance(p, dict) and p.get("type") in THOUGHTS)
-            ]
-        return {**message, "content": content}
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _in_parts(cls, content: Any) -> Any:
-        return as_parts(content)
-
-    def turn(self) -> tuple[str, list[str], int]:
-        """Its role, texts and number of images."""
-        role = "system" if self.role == "developer" else self.role
-        texts = [part.text for part in self.content if isinstance(part, _TextPart)]
-        return role, texts, len(self.images())
-
-    def images(self) -> list[str]:
-        """The URLs of its images and videos in order."""
-        return [
-            part.image_url.url if isinstance(part, _UrlPart) else VideoUrl(part.video_url.url)
-            for part in self.content
-            if not isinstance(part, _TextPart)
-        ]
 
 
 class _TextFormat(Form):
@@ -182,6 +123,10 @@ class AnswerRequest(RequestForm):
     # -1 is for all, as in vLLM
     top_k: Annotated[int, Field(ge=-1), AfterValidator(partial(max, 0))] | None = None
     min_p: float | None = parameter("min_p")
+    frequency_penalty: float | None = parameter("frequency_penalty")
+    presence_penalty: float | None = parameter("presence_penalty")
+    # [] is for none, as in llama.cpp
+    logit_bias: Annotated[Biases | None, BeforeValidator(_unless_none)] = None
     repetition_penalty: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
     )
@@ -243,9 +188,13 @@ class ChatRequest(AnswerRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: Format | None = None
+    tools: Any = None
+    tool_choice: Any = None
     # not OpenAI's
     image_tokens: int | None = Field(None, ge=1)
     frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+
+    _growing: dict[int, Growing] = PrivateAttr(default_factory=dict)
 
     def request(self, defaults: Options) -> Request:
         """Of two lengths, the newer parameter's is taken."""
@@ -259,12 +208,16 @@ class ChatRequest(AnswerRequest):
                 options = replace(options, json_schema=schema or ANY_OBJECT)
             case _TextFormat():
                 options = replace(options, json_schema=None)
+        if tools := self._tools():
+            options = replace(options, json_schema=tools.schema())
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+        turns, prefill = begun([message.turn() for message in self.messages])
         return Request(
             self.model,
-            [arrange([message.turn() for message in self.messages])],
+            [arrange(turns)],
             options,
+            prefill=prefill,
             images=[url for message in self.messages for url in message.images()],
             image_tokens=self.image_tokens,
             frames=self.frames,
@@ -275,19 +228,39 @@ class ChatRequest(AnswerRequest):
 
     def choices(self, piece: Piece) -> list[dict[str, Any]]:
         """An answer's first piece comes after its role."""
-        choice = self._choice(piece, delta={"content": piece.text} if piece.text else {})
+        growing = self._growing.setdefault(piece.index, Growing(self._tools()))
+        is_new = growing.name is None
+        new = growing.add(piece)
+        delta: dict[str, Any] = {"content": new} if new else {}
+        if growing.name is not None:
+            call = _call(growing.name, new) if is_new else {"function": {"arguments": new}}
+            delta = {"tool_calls": [{"index": 0, **call}]} if new or is_new else {}
+        choice = self._choice(piece, growing, delta=delta)
         if piece.start:
             return [choice]
         role = {"role": "assistant", "content": "", "refusal": None}
         return [{**choice, "delta": role, "logprobs": None, "finish_reason": None}, choice]
 
     def whole_choice(self, answer: Piece) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-        return self._choice(answer, message={**message, "refusal": None, "annotations": []})
+        growing = Growing(self._tools())
+        growing.add(answer)
+        message: dict[str, Any] = {"role": "assistant", "refusal": None, "annotations": []}
+        if growing.name is None:
+            message["content"] = growing.text
+        else:
+            call = _call(growing.name, growing.text)
+            message.update(content=None, tool_calls=[call])
+        return self._choice(answer, growing, message=message)
 
-    def _choice(self, piece: Piece, **said: Any) -> dict[str, Any]:
+    def _tools(self) -> ForcedTools | None:
+        return forced_tools(self.tools, self.tool_choice)
+
+    def _choice(self, piece: Piece, growing: Growing, **said: Any) -> dict[str, Any]:
         told = {"content": logprobs(piece.tokens), "refusal": None} if self.logprobs else None
-        figures = {"logprobs": told, "finish_reason": piece.finish_reason}
+        reason = piece.finish_reason
+        if reason == "stop" and growing.name is not None:
+            reason = "tool_calls"
+        figures = {"logprobs": told, "finish_reason": reason}
         return {"index": piece.index, **said, **figures}
 
 
@@ -320,6 +293,11 @@ class CompletionRequest(AnswerRequest):
             "logprobs": None if self.logprobs is None else _with_offsets(answer),
             "finish_reason": answer.finish_reason,
         }
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def _with_offsets(piece: Piece) -> dict[str, Any]:

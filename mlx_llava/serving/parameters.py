@@ -36,8 +36,8 @@ UNSUPPORTED: Neutral = {
         {},
     ),
     **_each(
-        "dry_multiplier dynatemp_range frequency_penalty min_tokens mirostat no_repeat_ngram_size "
-        "penalty_alpha presence_penalty prompt_logprobs smoothing_factor top_a xtc_probability",
+        "dry_multiplier dynatemp_range min_tokens mirostat no_repeat_ngram_size "
+        "penalty_alpha prompt_logprobs smoothing_factor top_a xtc_probability",
         0,
     ),
     **_each(
@@ -50,25 +50,22 @@ UNSUPPORTED: Neutral = {
         False,
     ),
     **_each("add_generation_prompt do_sample skip_special_tokens", True),
-    **_each("function_call tool_choice", "none", "auto"),
+    **_each("function_call", "none", "auto"),
     **_each("n_predict truncate_prompt_tokens web_search_options"),
     "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),
     "guided_json": ({}, ""),
-    "logit_bias": ({}, []),
     "modalities": (["text"],),
-    "reasoning_effort": ("none",),
     "repetition_context_size": (20,),
     "samplers": (
         "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature".split(),
         "edkypmxt",
     ),
     "top_n_sigma": (-1, 0),
-    "verbosity": ("medium",),
 }
 #: Of messages: what would be lost if it were left out, and the values that say nothing.
 _OF_MESSAGES: Neutral = {
     **_each("audio function_call", {}),
-    **_each("files images tool_calls", []),
+    **_each("files images", []),
     **_each("partial prefix", False),
     "refusal": ("",),
 }

@@ -103,7 +103,7 @@ def begun(turns: Sequence[Turn]) -> tuple[list[Turn], str]:
     before = [*turns[: len(turns) - len(answers)]]
     if not any(role == "user" for role, _, _ in before):
         return [*turns], ""
-    return before, "\n".join(text for _, texts, _ in reversed(answers) for text in texts)
+    return before, "\n".join(text for _, texts, _ in reversed(answers) for text in texts if text)
 
 
 def arrange(turns: Sequence[Turn]) -> list[Message]:

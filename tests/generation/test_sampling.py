@@ -82,6 +82,27 @@ def test_penalties_that_are_none_or_make_no_sense():
         Options(repetition_penalty=-1.0)
 
 
+def test_what_was_said_is_penalised_by_how_often():
+    (penalize,) = make_logits_processors(None, 0.5, 0.25, prompt_length=3)
+    logits = mx.random.normal((1, 9), key=mx.random.key(3))
+    for said in ([], [4], [4, 7, 4, 0]):
+        counts = np.bincount([*said], minlength=9)
+        expected = np.array(logits) - 0.5 * counts - 0.25 * (counts > 0)
+        ours = penalize(mx.array([1, 2, 4, *said], mx.int32), logits)
+        np.testing.assert_allclose(np.array(ours), expected, rtol=1e-6)
+
+
+def test_biases_are_added():
+    (bias,) = make_logits_processors(None, logit_bias={"5": -100, "2": 1.5})
+    added = bias(mx.array([1]), mx.zeros((1, 7)))
+    assert added.tolist() == [[0, 0, 1.5, 0, 0, -100, 0]]
+    for wrong in ({"x": 1}, {"-1": 1}, {"5": 101}, {"5": "x"}, {"5": float("nan")}, {"5": True}):
+        with pytest.raises(ValueError, match="logit_bias has"):
+            Options(logit_bias=wrong)
+    with pytest.raises(ValueError, match="logit_bias has 7, of a vocabulary of 7"):
+        Options(logit_bias={"7": 1}).processors(0, 7)
+
+
 def test_options_are_shown_where_they_are_taken():
     parameters = inspect.signature(stream_generate).parameters
     parsed = vars(build_parser().parse_args(["--prompt", "hi"]))

@@ -292,9 +292,9 @@ class TestErrors:
             ({"n": 129}, "n", "less than or equal to 128"),
             ({"n": 100}, "n", "100 answers were asked for, of 72"),
             ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-            ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-            ({"tool_choice": "required"}, "tool_choice", "not supported"),
-            ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+            ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+            ({"tool_choice": "required"}, "tool_choice", "names no function"),
+            ({"function_call": {"name": "f"}}, "function_call", "not supported"),
             ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
             ({"extra_body": {"mirostat": 1}}, "mirostat", "not supported"),
             ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
@@ -309,7 +309,14 @@ class TestErrors:
 
     def test_values_that_change_nothing_are_taken(self, client):
         options = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "n": 1}
-        more = {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto"}
+        more = {
+            "reasoning_effort": "low",
+            "verbosity": "high",
+            "user": "me",
+            "store": True,
+            "metadata": {"a": "b"},
+            "service_tier": "auto",
+        }
         assert ask(client, "Hi", max_tokens=1, **options, **more).choices
 
     @pytest.mark.parametrize(

@@ -1,0 +1,228 @@
+"""Tools that have to be called, penalties and answers that have begun, in OpenAI's chats."""
+
+from __future__ import annotations
+
+import json
+
+import anthropic
+import openai
+import pytest
+from PIL import Image
+
+from mlx_llava import generate, load
+from mlx_llava.inputs.image import data_url, png
+from mlx_llava.serving.tools import ForcedTools
+from tests.conftest import ROOT
+from tests.servers import MODEL, WIRES, user
+
+PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
+QUESTION = "What colour is the circle?"
+DESCRIBE = "Describe the picture."
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"type": "string", "enum": ["red", "green", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+FUNCTION = {"name": "paint", "description": "Paints.", "parameters": SCHEMA, "strict": True}
+PAINT = {"type": "function", "function": FUNCTION}
+POINT = {
+    "type": "function",
+    "function": {
+        "name": "point",
+        "parameters": {
+            "$defs": {"P": {"type": "object", "properties": {"x": {"type": "integer"}},
+                            "required": ["x"], "additionalProperties": False}},
+            "properties": {"at": {"$ref": "#/$defs/P"}},
+            "required": ["at"],
+            "additionalProperties": False,
+        },
+    },
+}  # fmt: skip
+NAMED = {"type": "function", "function": {"name": "paint"}}
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def painted(tiny):
+    """What `generate` says where it has to paint."""
+    return generate(*tiny, QUESTION, PICTURE, json_schema=SCHEMA)
+
+
+def ask(client, *messages, **options):
+    messages = messages or [user(PICTURE, QUESTION)]
+    return client.chat.completions.create(model=MODEL, messages=messages, **options)
+
+
+def call_of(stream):
+    """The name and the arguments of the call that a stream tells, and why it ends."""
+    names, arguments, reasons = [], "", []
+    for chunk in stream:
+        (choice,) = chunk.choices
+        for call in choice.delta.tool_calls or ():
+            names += [call.function.name] if call.function.name else []
+            arguments += call.function.arguments or ""
+        reasons += [choice.finish_reason] if choice.finish_reason else []
+    return names, arguments, reasons
+
+
+class TestForcedTools:
+    """As instructor, langchain and pydantic-ai ask for objects."""
+
+    @pytest.mark.parametrize("choice", [NAMED, "required"], ids=["named", "required"])
+    def test_a_call_is_json_of_its_schema(self, client, painted, choice):
+        (said,) = ask(client, tools=[PAINT], tool_choice=choice).choices
+        (call,) = said.message.tool_calls
+        assert (call.type, call.function.name, call.function.arguments) == (
+            *("function", "paint"),
+            painted,
+        )
+        assert (said.message.content, said.finish_reason) == (None, "tool_calls")
+        stream = ask(client, tools=[PAINT], tool_choice=choice, stream=True)
+        assert call_of(stream) == (["paint"], painted, ["tool_calls"])
+
+    def test_one_of_several_is_chosen(self, client):
+        for seed in range(4):
+            how = {"tools": [PAINT, POINT], "tool_choice": "required", "temperature": 2.0}
+            how |= {"seed": seed, "max_tokens": 60}
+            (said,) = ask(client, **how).choices
+            (call,) = said.message.tool_calls
+            keys = {"paint": ["colour"], "point": ["at"]}[call.function.name]
+            assert [*json.loads(call.function.arguments)] == keys
+            streamed = call_of(ask(client, **how, stream=True))
+            assert streamed == ([call.function.name], call.function.arguments, ["tool_calls"])
+
+    def test_a_call_that_is_cut_off_is_said_to_be(self, client, painted):
+        (said,) = ask(client, tools=[PAINT], tool_choice=NAMED, max_tokens=3).choices
+        assert said.finish_reason == "length"
+        assert painted.startswith(said.message.tool_calls[0].function.arguments)
+        how = {"tools": [PAINT, POINT], "tool_choice": "required", "max_tokens": 2}
+        (said,) = ask(client, **how).choices
+        assert (said.finish_reason, said.message.tool_calls) == ("length", None)
+
+    def test_results_of_tools_are_what_the_user_says(self, client, tiny, painted):
+        call = {"id": "a", "type": "function", "function": {"name": "paint", "arguments": painted}}
+        messages = [
+            user(PICTURE, QUESTION),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": "Final result processed."},
+            {"role": "user", "content": "And the star?"},
+        ]
+        same = [
+            {"role": "user", "content": f"<image>\n{QUESTION}"},
+            {"role": "assistant", "content": painted},
+            {"role": "user", "content": "Final result processed.\nAnd the star?"},
+        ]
+        expected = generate(*tiny, same, PICTURE)
+        assert ask(client, *messages).choices[0].message.content == expected
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"tool_choice": "required"},
+            {"tools": [PAINT], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            {"tools": [PAINT], "tool_choice": {"type": "allowed_tools"}},
+            {"tools": [PAINT], "tool_choice": "sometimes"},
+            {"tools": [{"type": "web_search"}], "tool_choice": "required"},
+        ],
+        ids=str,
+    )
+    def test_choices_that_cannot_be(self, client, options):
+        with pytest.raises(openai.BadRequestError, match="tool_choice") as caught:
+            ask(client, user("Hi"), **options)
+        assert caught.value.param == "tool_choice"
+
+    def test_schemas_that_are_too_long(self, client):
+        many = {f"p{i}": {"type": "string"} for i in range(9999)}
+        function = {"name": "f", "parameters": {"type": "object", "properties": many}}
+        tools = [{"type": "function", "function": function}]
+        with pytest.raises(openai.BadRequestError, match="characters of 100,000"):
+            ask(client, user("Hi"), tools=tools, tool_choice="required")
+
+
+def test_the_last_bracket_of_several_is_no_argument():
+    tools = ForcedTools({"a": {}, "é": {}})
+    whole = '{"name": "é", "arguments": {"x": {}}}'
+    assert tools.read(whole, "stop") == ("é", '{"x": {}}')
+    assert tools.read(whole[:-1], "length") == ("é", '{"x": {}}')
+    assert tools.read(whole[:-1], None) == ("é", '{"x": {}')
+    assert tools.read(whole[:12], None) == (None, "")
+
+
+class TestBegunAnswers:
+    @pytest.mark.parametrize("prefill", ["A small", "A small black star,"])
+    def test_go_on(self, client, tiny, prefill):
+        messages = [user(PICTURE, DESCRIBE), {"role": "assistant", "content": prefill}]
+        said = ask(client, *messages).choices[0].message.content
+        assert said == generate(*tiny, DESCRIBE, PICTURE, prefill=prefill)
+        assert prefill + said == generate(*tiny, DESCRIBE, PICTURE)
+
+    def test_what_has_no_word_begins_nothing(self, client, tiny):
+        expected = generate(*tiny, QUESTION, PICTURE)
+        for nothing in ("", " ", "\n"):
+            messages = [user(PICTURE, QUESTION), {"role": "assistant", "content": nothing}]
+            assert ask(client, *messages).choices[0].message.content == expected
+
+
+class TestPenalties:
+    def test_are_those_of_generate(self, client, tiny):
+        comma = tiny[1].tokenizer.encode("star,")[-1]
+        options = [
+            {"frequency_penalty": 2.0},
+            {"presence_penalty": 2.0},
+            {"logit_bias": {str(comma): -100}},
+        ]
+        said = set()
+        for option in options:
+            answer = ask(client, user(PICTURE, DESCRIBE), max_tokens=40, **option)
+            expected = generate(*tiny, DESCRIBE, PICTURE, max_tokens=40, **option)
+            assert answer.choices[0].message.content == expected
+            said.add(expected)
+        assert len(said) > 1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"frequency_penalty": 3}, "frequency_penalty"),
+            ({"presence_penalty": -3}, "presence_penalty"),
+            ({"logit_bias": {"x": 1}}, "logit_bias"),
+            ({"logit_bias": {"5": 101}}, "logit_bias"),
+            ({"logit_bias": {"999999": 1}}, "vocabulary"),
+        ],
+        ids=str,
+    )
+    def test_that_make_no_sense(self, client, options, message):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(client, user("Hi"), **options)
+
+
+@pytest.mark.parametrize("question", [QUESTION, DESCRIBE])
+def test_every_api_says_the_same(served, client, tiny, question):
+    expected = generate(*tiny, question, PICTURE)
+    fields = {"model": MODEL, "messages": [user(PICTURE, question)], "max_tokens": 60}
+    chat = client.chat.completions.create(**fields).choices[0].message.content
+    response = client.responses.create(**WIRES["responses"].body(fields)).output_text
+    with anthropic.Anthropic(base_url=served.url, api_key="none", timeout=60) as other:
+        (block,) = other.messages.create(**WIRES["anthropic"].body(fields)).content
+    assert chat == response == block.text == expected
+
+
+def test_pictures_as_files(client):
+    url = data_url(png(PICTURE))
+    for part in (
+        {"type": "input_image", "image_url": url},
+        {"type": "file", "file": {"filename": "a.png", "file_data": url}},
+    ):
+        content = [part, {"type": "text", "text": QUESTION}]
+        said = ask(client, {"role": "user", "content": content})
+        assert said.choices[0].message.content == "red"
