@@ -36,15 +36,16 @@ from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 LINES = "application/x-ndjson"
 _UNSUPPORTED: Neutral = {"suffix": ("",), "think": (False,)}
 _UNSUPPORTED_OPTIONS: Neutral = {
-    "frequency_penalty": (0,),
     "mirostat": (0,),
-    "presence_penalty": (0,),
     "repeat_last_n": (20,),
     "tfs_z": (1,),
     "typical_p": (1,),
 }
 _FORMATS = {"": None, "json": ANY_OBJECT}
-_OPTIONS = "min_p num_predict repeat_penalty seed stop temperature top_k top_p".split()
+_OPTIONS = (
+    "frequency_penalty min_p num_predict presence_penalty repeat_penalty seed stop temperature "
+    "top_k top_p"
+).split()
 
 
 def _as_url(image: str) -> str:
@@ -102,6 +103,8 @@ class _AnswerRequest(RequestForm):
     top_k: Annotated[int, AfterValidator(partial(max, 0))] | None = None
     min_p: float | None = parameter("min_p")
     repetition_penalty: float | None = Field(None, gt=0, validation_alias="repeat_penalty")
+    frequency_penalty: float | None = parameter("frequency_penalty")
+    presence_penalty: float | None = parameter("presence_penalty")
     seed: Annotated[int, AfterValidator(_as_seed)] | None = None
     stop: Stops = Field(default_factory=list)
 

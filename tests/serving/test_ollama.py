@@ -224,6 +224,10 @@ class TestRequests:
             ({"min_p": 0.1, "repeat_penalty": 1.1}, {"min_p": 0.1, "repetition_penalty": 1.1}),
             ({"repeat_penalty": 1.1, "repeat_last_n": 20}, {"repetition_penalty": 1.1}),
             ({"repeat_penalty": 1.0, "repeat_last_n": 64}, {"repetition_penalty": 1}),
+            (
+                {"presence_penalty": 0.3, "frequency_penalty": -0.5},
+                {"presence_penalty": 0.3, "frequency_penalty": -0.5},
+            ),
             ({"num_predict": 7}, {"max_tokens": 7}),
             ({"seed": 3}, {"seed": 3}),
             ({"seed": 2**64 + 3}, {"seed": 3}),
@@ -281,6 +285,7 @@ class TestRequests:
             ("temperature", {"options": {"temperature": -1}}),
             ("top_p", {"options": {"top_p": 1.5}}),
             ("repeat_penalty", {"options": {"repeat_penalty": 0}}),
+            ("presence_penalty", {"options": {"presence_penalty": "x"}}),
             ("stop", {"options": {"stop": [1]}}),
             ("options", {"options": [1]}),
             ("suffix", {"suffix": "x"}),
@@ -383,6 +388,25 @@ PROGRAMS = {
     "Frigate 0.16's description": (
         "generate",
         {"prompt": QUESTION, "images": [BASE64], "stream": False},
+    ),
+    "Frigate's description": (
+        "generate",
+        {
+            "prompt": QUESTION,
+            "images": [BASE64],
+            "stream": False,
+            "format": LABELS,
+            "options": {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3},
+        },
+    ),
+    "Frigate's chat": (
+        "chat",
+        {
+            "messages": [{"role": "user", "content": QUESTION}],
+            "tools": [TOOL],
+            "stream": True,
+            "options": {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3},
+        },
     ),
     "PhotoPrism's caption": (
         "generate",
