@@ -217,7 +217,9 @@ class ImageProcessor:
         if self.mode != "anyres":
             return
         if not self.config.is_anyres:
-            raise ValueError("Image mode anyres needs LLaVA 1.6 (llava_next) or OneVision.")
+            raise ValueError(
+                "Image mode anyres needs a model of LLaVA 1.6 or OneVision (llava_next or llava_onevision)."
+            )
         pinpoints = self.config.image_grid_pinpoints
         if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints, side) != pinpoints:
             raise ValueError("image_grid_pinpoints of the image processor and config.json differ.")
