@@ -106,7 +106,10 @@ def test_the_servers_page_is_true(monkeypatch, capsys):
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
         names["client"].close()
         answer = "A small black star, a large red triangle and a large orange square."
-        assert capsys.readouterr().out == f"{answer}\n{answer}red\n"
+        said = (
+            f"{answer}\n{answer}red\n" + '{"colour": "red"}\nred\nblack\n' + f"{answer}\n{answer}"
+        )
+        assert capsys.readouterr().out == said
         if shutil.which("curl"):
             said = shell(curl.replace("http://127.0.0.1:8080", server.url))
             assert f'"content":"{answer}"' in said
