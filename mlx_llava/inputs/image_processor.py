@@ -218,7 +218,8 @@ class ImageProcessor:
             return
         if not self.config.is_anyres:
             raise ValueError(
-                "Image mode anyres needs a model of LLaVA 1.6 or OneVision (llava_next or llava_onevision)."
+                "Image mode anyres needs a model of LLaVA 1.6 or OneVision (llava_next, "
+                "llava_next_video or llava_onevision)."
             )
         pinpoints = self.config.image_grid_pinpoints
         if read_pinpoints(data.get("image_grid_pinpoints") or pinpoints, side) != pinpoints:
