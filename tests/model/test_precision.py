@@ -144,7 +144,7 @@ TOWER = {**TEXT, "num_attention_heads": 2}
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
 GQA = tiny.Case("gqa", text=TEXT, vision=TOWER)
 TIED = tiny.Case("biases_tied", text={**TEXT, **BIASES}, vision=TOWER)
-NEXT = tiny.Case("next", True, "mistral", text={**TEXT, "sliding_window": 40}, vision=TOWER)
+NEXT = tiny.Case("next", True, family="mistral", text={**TEXT, "sliding_window": 40}, vision=TOWER)
 
 QWEN_TEXT = {**TEXT, "tie_word_embeddings": True}
 QWEN = tiny.Case("qwen2", family="qwen2", text=QWEN_TEXT, vision=TOWER)

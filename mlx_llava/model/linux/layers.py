@@ -44,10 +44,13 @@ class _Found:
 def stored(layer: nn.Module) -> Weight:
     """The weight of a layer, its memory not copied; looked for again where a part is another."""
     parts = {name: layer[name] for name in _PARTS if name in layer}
+    try:
+        memory = [*map(_memory, parts.values())]
+    except BufferError:  # it is not row by row
+        layer.update({name: mx.contiguous(part) for name, part in parts.items()})
+        return stored(layer)
     found = vars(layer).get("_found")
-    if found is None or not all(
-        map(np.may_share_memory, map(_memory, parts.values()), found.memory)
-    ):
+    if found is None or not all(map(np.may_share_memory, memory, found.memory)):
         # Of our own: `layer.weight += 1` frees the memory of an object, and gives it other.
         parts = {name: part[...] for name, part in parts.items()}
         found = layer._found = _Found([*map(_memory, parts.values())], _find(layer, **parts))

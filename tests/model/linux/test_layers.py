@@ -36,10 +36,16 @@ def halved(layer):
     return layer
 
 
+def column_by_column(layer):
+    layer.scales = mx.contiguous(layer.scales.T).T
+    return layer
+
+
 LAYERS = {
     "4 bits": lambda: nn.Linear(64, 24).to_quantized(32, 4),
     "6 bits": lambda: nn.Linear(64, 24, bias=False).to_quantized(64, 6),
     "permuted": lambda: permuted(nn.Linear(64, 24).to_quantized(32, 4)),
+    "scales column by column": lambda: column_by_column(nn.Linear(64, 24).to_quantized(32, 4)),
     "bfloat16": lambda: halved(nn.Linear(64, 24)),
 }
 
