@@ -108,7 +108,10 @@ def _product(layer: nn.Module, x: mx.array, mlx: Function) -> mx.array:
     is_plain = not is_quantized(layer)
     if not fits(x.size * outputs, x):
         return mlx(x)
-    weight = stored(layer)
+    try:
+        weight = stored(layer)
+    except RuntimeError:  # mx.compile traces the weight: it has no memory yet
+        return mlx(x)
 
     @mx.custom_function
     def product(x: mx.array, *_: mx.array) -> mx.array:

@@ -141,3 +141,14 @@ def test_an_embedding_of_16_bits_as_the_head():
 def test_codes_of_other_modes_stay_with_mlx():
     layer = nn.Linear(64, 24).to_quantized(32, 4, mode="mxfp4")
     assert type(adopted(layer)) is nn.QuantizedLinear
+
+
+@pytest.mark.parametrize("name", ["4 bits", "bfloat16"])
+def test_a_compiled_step_that_is_given_the_weights(name):
+    """As a training step is compiled: with the model as what it captures."""
+    layer = LAYERS[name]()
+    x = mx.random.normal((2, 64))
+    expected = layer(x)
+    adopted(layer)
+    step = mx.compile(layer, inputs=layer.state)
+    assert mx.allclose(step(x), expected, atol=1e-4)
