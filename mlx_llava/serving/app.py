@@ -109,7 +109,8 @@ class Api:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def models(self, _: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [*map(_model, self.names)]})
+        ends = {"first_id": self.names[0], "last_id": self.names[-1], "has_more": False}
+        return JSONResponse({"object": "list", "data": [*map(_model, self.names)], **ends})
 
     async def model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
@@ -241,7 +242,9 @@ def _refusals(seconds: float) -> Iterator[None]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
+    """What OpenAI's clients read of a model, and Anthropic's."""
+    openais = {"id": name, "object": "model", "created": 0, "owned_by": "mlx_llava"}
+    return {**openais, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
 
 
 def _read(

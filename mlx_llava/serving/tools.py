@@ -54,6 +54,26 @@ def _call(index: int, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have only the properties that it names, where it does not say."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {k: v if k in _AS_THEY_ARE else _closed(v) for k, v in schema.items()}
+    if "properties" in schema and not _OPENING & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+#: What is no schema, and what is one only together with others.
+_AS_THEY_ARE = frozenset("const default enum examples required allOf".split())
+#: What lets an object have other properties.
+_OPENING = frozenset(
+    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf $ref".split()
+)
+
+
 def _moved(schema: Any, place: str) -> Any:
     if isinstance(schema, list):
         return [_moved(one, place) for one in schema]
@@ -122,4 +142,4 @@ def _function(tool: Any) -> tuple[str, Mapping[str, Any]] | None:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
     schema = function.get("parameters", function.get("input_schema"))
-    return function["name"], schema if isinstance(schema, Mapping) else ANY_OBJECT
+    return function["name"], _closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT

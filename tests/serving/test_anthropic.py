@@ -194,6 +194,12 @@ def test_count_tokens_is_what_an_answer_reads(client, tiny):
     assert count == tiny[1](QUESTION, PICTURE, system="Be brief.").input_ids.shape[1]
 
 
+def test_models(client):
+    (model,) = client.models.list()
+    assert (model.id, model.display_name, model.type) == (MODEL, MODEL, "model")
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -666,6 +666,8 @@ class TestKeys(EveryApi):
             ):
                 reply = httpx.get(guarded.url + models, headers={"X-Api-Key": guess}, timeout=60)
                 assert reply.status_code == 401, guess
+            reply = httpx.get(guarded.url + models, headers={"X-Api-Key": self.KEY}, timeout=60)
+            assert reply.status_code == 200
 
     def test_weak_keys_are_refused_at_the_start(self, capsys):
         for key in ("", "secret", "x" * 15, "schlüssel" * 3):

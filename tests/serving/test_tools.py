@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_llava import generate, load
 from mlx_llava.inputs.image import data_url, png
-from mlx_llava.serving.tools import ForcedTools
+from mlx_llava.serving.tools import ForcedTools, forced_tools
 from tests.conftest import ROOT
 from tests.servers import MODEL, WIRES, user
 
@@ -101,6 +101,19 @@ class TestForcedTools:
             assert [*json.loads(call.function.arguments)] == keys
             streamed = call_of(ask(client, **how, stream=True))
             assert streamed == ([call.function.name], call.function.arguments, ["tool_calls"])
+
+    def test_arguments_are_those_that_the_schema_names(self):
+        inner = {"properties": {"x": {"type": "integer"}}}
+        open_one = {"properties": {}, "additionalProperties": True}
+        schema = {"properties": {"a": inner, "b": open_one}, "$defs": {"C": inner}}
+        schema["allOf"] = [{"properties": {"d": {"const": {"properties": 1}}}}]
+        function = {"name": "f", "parameters": {"type": "object", "properties": {"s": schema}}}
+        tools = forced_tools([{"type": "function", "function": function}], "required")
+        shut = {**inner, "additionalProperties": False}
+        properties = {"a": shut, "b": open_one}
+        expected = {**schema, "properties": properties, "$defs": {"C": shut}}
+        assert tools.schema()["properties"]["s"] == expected
+        assert tools.schema()["additionalProperties"] is False
 
     def test_a_call_that_is_cut_off_is_said_to_be(self, client, painted):
         (said,) = ask(client, tools=[PAINT], tool_choice=NAMED, max_tokens=3).choices
