@@ -260,14 +260,13 @@ def _film(file: BinaryIO, container: str, name: str, limits: Limits) -> Iterator
         import av
     except ImportError as error:
         raise ValueError(f"{name} is a film: pip install 'mlx_llava[video]' to read it.") from error
-    options = {"max_pixels": str(limits.pixels), "format_whitelist": container}
-    if limits.codecs:
-        options["codec_whitelist"] = ",".join(limits.codecs)
+    decoders = {"codec_whitelist": ",".join(limits.codecs)} if limits.codecs else {}
     with naming(name, "video"):
         opened = av.open(
             *(file, "r"),
             format=container,
-            options=options,
+            # Not as `options`: PyAV's are of as many streams as a header names, and some name none.
+            container_options={"format_whitelist": container, **decoders},
             metadata_errors="ignore",
             io_open=_refuse,
         )
@@ -286,7 +285,8 @@ def _film(file: BinaryIO, container: str, name: str, limits: Limits) -> Iterator
         coded = stream.codec_context.codec.name
         if limits.codecs and coded not in limits.codecs:
             raise ValueError(f"{name} is encoded as {coded}; use {', '.join(limits.codecs)}.")
-        stream.codec_context.options, stream.thread_type = options, "AUTO"
+        stream.codec_context.options = {"max_pixels": str(limits.pixels), **decoders}
+        stream.thread_type = "AUTO"
 
         def some(chosen: set[int]) -> tuple[dict[int, Image.Image], int]:
             taken = _sought(opened, stream, packets, chosen)
