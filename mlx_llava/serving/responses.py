@@ -12,7 +12,15 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PrivateAt
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import MAX_MESSAGES, Form, RequestForm, Schema, Stops, parameter
+from mlx_llava.serving.forms import (
+    MAX_MESSAGES,
+    MAX_SCHEMA_LENGTH,
+    Form,
+    RequestForm,
+    Schema,
+    Stops,
+    parameter,
+)
 from mlx_llava.serving.kept import Answered, Kept
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply
@@ -33,7 +41,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 class _Format(Form):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: str | None = Field(None, max_length=256)
     schema_: Schema | None = Field(None, alias="schema")
 
 
@@ -61,12 +69,15 @@ class ResponseRequest(RequestForm):
     text: _TextOptions = _TextOptions()
     tools: Any = None
     tool_choice: Any = None
-    metadata: dict[str, str] = Field({})
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
+        Field({}, max_length=16)
+    )
     stream: bool = False
 
     _kept: Kept | None = PrivateAttr(None)
     _asked: Request = PrivateAttr()
     _turns: list[Turn] = PrivateAttr()
+    _repeated: dict[str, Any] = PrivateAttr()
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +94,10 @@ class ResponseRequest(RequestForm):
         turns, prefill = begun([*earlier.turns, *(item.turn() for item in self.input)])
         instructions: list[Turn] = [("system", [self.instructions or ""], 0)]
         self._turns = turns
+        said = {"tool_choice": self.tool_choice or "auto", "tools": self.tools or []}
+        if len(str(said)) > MAX_SCHEMA_LENGTH:  # which no stream should repeat
+            said = {"tool_choice": "auto", "tools": []}
+        self._repeated = said
         self._asked = Request(
             self.model,
             [arrange([*(instructions if self.instructions else ()), *turns])],
@@ -154,8 +169,7 @@ class ResponseRequest(RequestForm):
             "store": self.store,
             "temperature": options.temp,
             "text": {"format": self.text.format.model_dump(by_alias=True, exclude_none=True)},
-            "tool_choice": self.tool_choice or "auto",
-            "tools": self.tools or [],
+            **self._repeated,
             "top_logprobs": self.top_logprobs,
             "top_p": options.top_p or 1,
         }

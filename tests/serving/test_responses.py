@@ -213,12 +213,21 @@ class TestJson:
             assert [*said] == {"paint": ["colour"], "point": ["at"]}[call.name]
 
 
+def test_what_is_long_is_not_repeated(client):
+    long = {**PAINT, "description": "x" * 100_000}
+    for tools, names in (([PAINT], ["paint"]), ([long], [])):
+        reply = ask(client, "Hi", max_output_tokens=1, tools=tools, metadata={"a": "b"})
+        assert [tool.name for tool in reply.tools] == names
+        assert reply.metadata == {"a": "b"}
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"temperature": 3}, "temperature"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [PAINT], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
