@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
-from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, Source
+from mlx_llava.checkpoint.hub import Source, embedded_note
 from mlx_llava.files import one_line
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
 from mlx_llava.model.anyres import MODES
@@ -107,7 +107,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
 def say_if_embedded(args: argparse.Namespace) -> None:
     """Says on stderr what answers where no model was named."""
     if args.model is None:
-        print(EMBEDDED_NOTE, file=sys.stderr)
+        print(embedded_note(), file=sys.stderr)
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser, max_tokens: int = MAX_TOKENS) -> None:

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_llava import batch_generate, generate, load
-from mlx_llava.checkpoint.hub import EMBEDDED_NOTE, embedded_model
+from mlx_llava.checkpoint.hub import embedded_model, embedded_note
 from mlx_llava.folders import MANIFEST
 from mlx_llava.generate import main
 from tests.conftest import ROOT, as_on
@@ -68,12 +68,25 @@ def test_the_command_uses_it_and_says_so(capsys):
     arguments = ["--image", str(SHAPES), "--prompt", QUESTION]
     assert main(arguments) == 0
     answer, said = capsys.readouterr()
-    assert said.startswith(EMBEDDED_NOTE + "\n")
-    assert "--model llava-hf/llava-1.5-7b-hf" in said
+    assert said.startswith(embedded_note() + "\n")
     assert main([*arguments, "--quiet"]) == 0
     assert capsys.readouterr() == (answer, "")
     assert main([*arguments, "--model", str(FOLDER)]) == 0
-    assert EMBEDDED_NOTE not in capsys.readouterr().err
+    assert embedded_note() not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "model"),
+    [
+        (5.7e9, "llava-hf/llava-interleave-qwen-0.5b-hf (downloads 1.8 GB)"),
+        (11.8e9, "mlx-community/llava-1.5-7b-4bit (downloads 4 GB)"),
+        (24e9, "llava-hf/llava-1.5-7b-hf (downloads 14 GB)"),
+    ],
+)
+def test_a_model_of_photographs_is_named_that_fits_the_machine(memory, model, monkeypatch):
+    """What Metal recommends on Macs of 8 and 16 GB, and more."""
+    monkeypatch.setattr("mlx_llava.checkpoint.hub.total_memory", lambda: memory)
+    assert embedded_note().endswith(f"for photographs: --model {model}")
 
 
 def test_its_vocabulary_is_what_it_was_trained_with(embedded):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_llava.files import expand_home
+from mlx_llava.model.device import total_memory
 from mlx_llava.signatures import option
 
 _FILES = [
@@ -21,9 +22,11 @@ _TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
 
 #: The model that comes with the package: beside it in a checkout, inside it when installed.
 EMBEDDED = "tiny-llava"
-EMBEDDED_NOTE = (
-    "note: this is the embedded model, which only knows drawings of coloured shapes; for "
-    "photographs: --model llava-hf/llava-1.5-7b-hf"
+#: What to try first: the memory that it wants, the repository, and its size, in GB.
+_FIRST_MODELS = (
+    (20, "llava-hf/llava-1.5-7b-hf", 14),
+    (8, "mlx-community/llava-1.5-7b-4bit", 4),
+    (0, "llava-hf/llava-interleave-qwen-0.5b-hf", 1.8),
 )
 
 
@@ -55,6 +58,16 @@ def embedded_model() -> Path:
         if (folder / "config.json").exists():
             return folder
     raise FileNotFoundError(f"{package} came without its embedded model; name a model.")
+
+
+def embedded_note() -> str:
+    """What the embedded model is, and which model of photographs this machine has memory for."""
+    memory = total_memory() / 1e9
+    repo, size = next(row[1:] for row in _FIRST_MODELS if memory >= row[0])
+    return (
+        "note: this is the embedded model, which only knows drawings of coloured shapes; for "
+        f"photographs: --model {repo} (downloads {size} GB)"
+    )
 
 
 def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offline: bool) -> Path:
