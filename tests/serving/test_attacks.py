@@ -38,7 +38,7 @@ from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings
-from tests.servers import GENERATE, MODEL, OPENAI, WIRES, receive, serving, user
+from tests.servers import GENERATE, HTTP, MODEL, OPENAI, WIRES, receive, serving, user
 from tests.sites import DrippingHandshake, Site, fetch, network, reply_with, unwanted
 
 SECRET = "the secret of the house"
@@ -501,7 +501,7 @@ class TestBodies(EveryApi):
 def post(served, body):
     headers = {"Content-Type": "application/json"}
     url = served.url + served.wire.path
-    return httpx.post(url, content=body, headers=headers, timeout=60)
+    return httpx.post(url, content=body, headers=headers, **HTTP)
 
 
 def drip(connection):
@@ -580,7 +580,7 @@ class TestHeaders(EveryApi):
         "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", ""]
     )
     def test_pages_of_others(self, served, origin):
-        reply = httpx.get(served.url + served.wire.models, headers={"Origin": origin}, timeout=60)
+        reply = httpx.get(served.url + served.wire.models, headers={"Origin": origin}, **HTTP)
         refused(reply, 403, "--allow-origin")
         assert not any(name.startswith("access-control") for name in reply.headers)
 
@@ -597,7 +597,7 @@ class TestHeaders(EveryApi):
                 == 200
             )
             headers = {"Origin": origin, **shared.headers}
-            reply = httpx.get(shared.url + served.wire.models, headers=headers, timeout=60)
+            reply = httpx.get(shared.url + served.wire.models, headers=headers, **HTTP)
             assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
                 200,
                 origin,
@@ -655,7 +655,7 @@ class TestKeys(EveryApi):
                     assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), guess
             models = served.wire.models
             for path in (models, "/metrics", f"{models}/", f"/{models}", models.upper()):
-                assert httpx.get(guarded.url + path, timeout=60).status_code == 401
+                assert httpx.get(guarded.url + path, **HTTP).status_code == 401
             refused(chat(replace(guarded, key=None), [user("Hi")]), 401, "Bearer KEY")
             for guess in (
                 "",
@@ -664,7 +664,7 @@ class TestKeys(EveryApi):
                 self.KEY.upper(),
                 f"Bearer {self.KEY}",
             ):
-                reply = httpx.get(guarded.url + models, headers={"X-Api-Key": guess}, timeout=60)
+                reply = httpx.get(guarded.url + models, headers={"X-Api-Key": guess}, **HTTP)
                 assert reply.status_code == 401, guess
             reply = httpx.get(guarded.url + models, headers={"X-Api-Key": self.KEY}, timeout=60)
             assert reply.status_code == 200
@@ -686,7 +686,7 @@ class TestMarkup(EveryApi):
         refused(reply, 404, script)
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["x-content-type-options"] == "nosniff"
-        reply = httpx.get(served.url + "/" + script, timeout=60)
+        reply = httpx.get(served.url + "/" + script, **HTTP)
         assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
 
     def test_special_tokens_in_a_text_are_text(self, served):
@@ -699,7 +699,7 @@ class TestMarkup(EveryApi):
 
     def test_the_page_allows_nothing_from_elsewhere(self, served):
         for path in ("/", "/page.js", served.wire.models, "/nothing"):
-            policy = httpx.get(served.url + path, timeout=60).headers["content-security-policy"]
+            policy = httpx.get(served.url + path, **HTTP).headers["content-security-policy"]
             assert "default-src 'none'" in policy
             assert "unsafe" not in policy
             assert "http" not in policy

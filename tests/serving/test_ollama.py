@@ -19,7 +19,7 @@ from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.ollama import ChatRequest, GenerateRequest
 from tests.conftest import ROOT
-from tests.servers import MODEL, endless_schema, serving, user, waits_until
+from tests.servers import HTTP, MODEL, endless_schema, serving, user, waits_until
 
 PATH = ROOT / "weights/tiny-llava/examples/shapes.png"
 PICTURE = Image.open(PATH).convert("RGB")
@@ -52,7 +52,7 @@ def tiny():
 
 
 def post(named, path, body):
-    return httpx.post(f"{named.url}/api/{path}", json=body, timeout=60)
+    return httpx.post(f"{named.url}/api/{path}", json=body, **HTTP)
 
 
 def turn(content, *images, role="user"):
