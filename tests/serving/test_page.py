@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 QUESTION = "What colour is the triangle?"
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b>"
-ENDLESS = {"type": "array", "items": {"enum": ["four", "five"]}, "minItems": 1000}
+#: Every letter of it is a choice of the model, so that none comes for nothing.
+ENDLESS = {"type": "string", "minLength": 5000}
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,12 @@ def test_stop_keeps_what_was_said(served, open_page):
         page = open_page(endless)
         for stop in (lambda: page.get_by_role("button", name="Stop").click(), escape(page)):
             ask(page, "Go on.")
-            expect(page.locator(".assistant[aria-busy=true] .text")).to_contain_text("four")
+            expect(page.locator(".assistant[aria-busy=true] .text")).to_contain_text(
+                re.compile(r"\w")
+            )
             stop()
             expect(page.locator(".figures").last).to_have_text("stopped")
-            assert page.locator(".assistant .text").last.inner_text().startswith('["four')
+            assert page.locator(".assistant .text").last.inner_text().startswith('"')
         expect(page.get_by_role("button", name="Send")).to_be_visible()
         page.close()
     assert served.engine.running == 0
