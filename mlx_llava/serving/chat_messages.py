@@ -29,14 +29,9 @@ class _ImageUrl(Form):
 
 
 class _UrlPart(Form):
-    type: Literal["image_url"]
-    image_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
+    """The second name is that of the Responses API."""
 
-
-class _InputImage(Form):
-    """As the Responses API has it."""
-
-    type: Literal["input_image"]
+    type: Literal["image_url", "input_image"]
     image_url: Annotated[_ImageUrl, BeforeValidator(_as_object)]
 
 
@@ -59,7 +54,7 @@ class _VideoPart(Form):
 
 
 Part: TypeAlias = Annotated[
-    _TextPart | _UrlPart | _InputImage | _FilePart | _VideoPart, Field(discriminator="type")
+    _TextPart | _UrlPart | _FilePart | _VideoPart, Field(discriminator="type")
 ]
 
 
@@ -110,7 +105,7 @@ class ChatMessage(Form):
         return [_address(part) for part in self.content if not isinstance(part, _TextPart)]
 
 
-def _address(part: _UrlPart | _InputImage | _FilePart | _VideoPart) -> str:
+def _address(part: _UrlPart | _FilePart | _VideoPart) -> str:
     if isinstance(part, _VideoPart):
         return VideoUrl(part.video_url.url)
     return part.file.file_data if isinstance(part, _FilePart) else part.image_url.url
