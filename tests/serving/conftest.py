@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_llava import load
 from tests.servers import serving
 
 
@@ -12,3 +13,16 @@ def served():
     """A server with a tiny model, for all tests of a file."""
     with serving() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    """OpenAI's client of that server."""
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The same model and its processor, to ask without a server."""
+    return load()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from mlx_llava import generate, load
+from mlx_llava import generate
 from mlx_llava.inputs.image import png
 from tests.conftest import ROOT
 from tests.servers import MODEL, endless_schema, serving
@@ -40,11 +40,6 @@ def client(served):
     options = {"base_url": served.url, "api_key": "none", "max_retries": 0, "timeout": 60}
     with anthropic.Anthropic(**options) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 def asking(*content, **options):

@@ -22,7 +22,7 @@ import uvicorn
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlx_llava import generate, load, server, stream_generate
+from mlx_llava import generate, server, stream_generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.model.llava import Llava
 from tests.conftest import ROOT
@@ -30,17 +30,6 @@ from tests.servers import MODEL, endless, serving, user, waits_until
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
 QUESTION = "What colour is the circle?"
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 def ask(client, *parts, **options):

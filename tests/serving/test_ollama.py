@@ -11,7 +11,7 @@ import ollama
 import pytest
 from PIL import Image
 
-from mlx_llava import generate, load
+from mlx_llava import generate
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Message
@@ -44,11 +44,6 @@ def named(served):
 def client(named):
     with ollama.Client(host=named.url, timeout=60) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 def post(named, path, body):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from mlx_llava import generate, load
+from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.kept import Answered, Kept
@@ -29,17 +29,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 PAINT = {"type": "function", "name": "paint", "parameters": SCHEMA, "strict": True}
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 def said(*parts):

@@ -9,7 +9,7 @@ import openai
 import pytest
 from PIL import Image
 
-from mlx_llava import generate, load
+from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.tools import ForcedTools, forced_tools
 from tests.conftest import ROOT
@@ -40,17 +40,6 @@ POINT = {
     },
 }  # fmt: skip
 NAMED = {"type": "function", "function": {"name": "paint"}}
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 @pytest.fixture(scope="module")

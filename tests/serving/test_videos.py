@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("av", reason="videos: pip install '.[video]'")
 
-from mlx_llava import generate, load
+from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
 from tests.films import drawn, film
 from tests.servers import serving
@@ -36,11 +36,6 @@ def said(reply):
 def refused(reply) -> str:
     assert reply.status_code == 400, reply.text
     return reply.json()["error"]["message"]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load()
 
 
 def test_answers_are_those_of_generate(served, tiny):
