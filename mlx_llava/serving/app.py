@@ -6,8 +6,8 @@ A request's way is that of `Api.complete`, and of the methods below it from top 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
-from mlx_llava.files import one_line
-from mlx_llava.generation.memory import ContextError
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.serving.anthropic import CountRequest, MessagesRequest
 from mlx_llava.serving.engine import Engine
-from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.errors import ApiError, refusals
 from mlx_llava.serving.forms import RequestForm, read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.kept import Kept
@@ -179,7 +177,7 @@ class Api:
         """Tells how many tokens a prompt takes, as Anthropic has it."""
         _, request = await self.read(http, partial(_read, CountRequest, self.defaults, self._kept))
         self._check(request)
-        with _refusals(self.settings.timeout), self.engine.place(request.answers):
+        with refusals(self.settings.timeout), self.engine.place(request.answers):
             with anyio.fail_after(self.settings.timeout):
                 prompts = await self._prepare(request)
         return JSONResponse({"input_tokens": sum(inputs.input_ids.size for inputs, _ in prompts)})
@@ -194,17 +192,12 @@ class Api:
         if images > limit:
             message = f"There are {images} pictures; the limit is {limit}."
             raise ApiError(400, message, "too_many_images", param="messages")
-        processor, characters = self.engine.processor, request.longest()
-        if characters > processor.context_length * processor.tokenizer.longest_piece:
-            raise _context_error(
-                f"The text has {characters:,} characters, more than the model's context of "
-                f"{processor.context_length} tokens can hold."
-            )
+        request.check_length(self.engine.processor)
 
     async def _answer(self, request: Request) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers to a request, as they are made."""
         seconds = self.settings.timeout
-        with _refusals(seconds), self.engine.place(request.answers):
+        with refusals(seconds), self.engine.place(request.answers):
             deadline = anyio.current_time() + seconds
             with anyio.fail_after(seconds):
                 prompts = await self._prepare(request)
@@ -225,20 +218,6 @@ class Api:
             frames = request.frames or self.engine.processor.frames
             return await self._images.use(request.images, frames, prepare)
         return await self._reading.run(partial(prepare, ()))
-
-
-@contextmanager
-def _refusals(seconds: float) -> Iterator[None]:
-    """Makes of what goes wrong with an answer what its client is told."""
-    try:
-        yield
-    except ContextError as error:
-        raise _context_error(str(error)) from error
-    except ValueError as error:
-        raise ApiError(400, one_line(error)) from error
-    except TimeoutError as error:
-        message = f"The answer took more than {seconds:g} s."
-        raise ApiError(503, message, "timeout") from error
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -297,10 +276,6 @@ async def _refuse(http: HttpRequest, error: ApiError) -> Response:
 async def _mistake(http: HttpRequest, _: Exception) -> Response:
     """Of ours; the log has it."""
     return ApiError(500, "The server made a mistake.").response(http.scope["path"])
-
-
-def _context_error(message: str) -> ApiError:
-    return ApiError(400, message, "context_length_exceeded", param="messages")
 
 
 def _http_error(http: HttpRequest, error: HTTPException) -> Response:

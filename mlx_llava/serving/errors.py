@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import JSONResponse
+
+from mlx_llava.files import one_line
+from mlx_llava.generation.memory import ContextError
 
 CLOSE = {"Connection": "close"}
 RETRY_SECONDS = 1
@@ -71,3 +75,26 @@ def busy(message: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """Asks to come again."""
     headers = {"Retry-After": str(RETRY_SECONDS), **(headers or {})}
     return ApiError(429, message, "rate_limit_exceeded", headers=headers)
+
+
+def context_error(message: str) -> ApiError:
+    """Says that a prompt is longer than the model's context."""
+    return ApiError(400, message, "context_length_exceeded", param="messages")
+
+
+@contextmanager
+def refusals(seconds: float) -> Iterator[None]:
+    """Makes of what goes wrong with an answer what its client is told.
+
+    Raises:
+        ApiError: In the place of other errors that are a client's to mend.
+    """
+    try:
+        yield
+    except ContextError as error:
+        raise context_error(str(error)) from error
+    except ValueError as error:
+        raise ApiError(400, one_line(error)) from error
+    except TimeoutError as error:
+        message = f"The answer took more than {seconds:g} s."
+        raise ApiError(503, message, "timeout") from error

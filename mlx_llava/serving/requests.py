@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Inputs, Processor
-from mlx_llava.serving.errors import ApiError
+from mlx_llava.serving.errors import ApiError, context_error
 
 
 class VideoUrl(str):
@@ -53,9 +53,18 @@ class Request:
         """How many there are to be."""
         return self.n * len(self.prompts)
 
-    def longest(self) -> int:
-        """The characters of its longest prompt."""
-        return max(map(_length, self.prompts), default=0) + len(self.prefill)
+    def check_length(self, processor: Processor) -> None:
+        """Refuses a text that cannot fit, before anything is made of it.
+
+        Raises:
+            ApiError: It has more characters than the model's context can hold.
+        """
+        characters = max(map(_length, self.prompts), default=0) + len(self.prefill)
+        if characters > processor.context_length * processor.tokenizer.longest_piece:
+            raise context_error(
+                f"The text has {characters:,} characters, more than the model's context of "
+                f"{processor.context_length} tokens can hold."
+            )
 
     def seeded(self) -> list[Options]:
         """The options of each of the `n` answers, which a seed must not make equal."""
