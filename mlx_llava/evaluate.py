@@ -18,6 +18,7 @@ from typing import Any
 from mlx_llava.analysis.scores import SCORERS
 from mlx_llava.arguments import (
     add_answer_arguments,
+    add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
     answer_options,
@@ -25,7 +26,7 @@ from mlx_llava.arguments import (
     load_model,
 )
 from mlx_llava.checkpoint.hub import EMBEDDED
-from mlx_llava.files import check_not_read, is_file
+from mlx_llava.files import check_not_read, is_file, is_folder
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
@@ -46,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--questions", type=Path, required=True, metavar="FILE", help="JSON lines, or ScienceQA's")
-    add("--image-folder", type=Path, default=Path(), help="what image paths are relative to")
+    paths = "what paths of pictures and videos are relative to"
+    add("--image-folder", type=Path, default=Path(), help=paths)
     add("--answers", type=Path, required=True, metavar="FILE", help="the answer file")
     add("--score", choices=SCORERS, help="score the answers when all are there")
     add("--annotations", type=Path, metavar="PATH", help="the benchmark's own labels")
@@ -55,12 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chunk-idx", type=int, default=0, help="which part, from 0 (default: 0)")
     add("--single-pred-prompt", action="store_true", help="ask for the option's letter directly")
     add_image_tokens_argument(parser)
+    add_frames_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
     return parser
 
 
 def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
-    """Reads a question file: ``question_id``, ``text``, and an ``image`` or none.
+    """Reads a question file: ``question_id``, ``text``, and an ``image``, a ``video`` or none.
 
     ScienceQA's file, a list of ``id``, ``conversations`` and perhaps ``image``, is read as the
     original's model_vqa_science.py does.
@@ -81,7 +84,9 @@ def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
 def _read_question(record: Any, place: str, suffix: str) -> dict[str, Any]:
     if isinstance(record, dict) and "answer_id" in record:
         raise ValueError(f"{place} is an answer, expected a question.")
-    image = field(record, "image", (str, type(None)), place, default=None)
+    image, video = (
+        field(record, kind, (str, type(None)), place, default=None) for kind in ("image", "video")
+    )
     if "conversations" in record:
         turns = field(record, "conversations", list, place)
         question_id = field(record, "id", (str, int), place)
@@ -91,8 +96,8 @@ def _read_question(record: Any, place: str, suffix: str) -> dict[str, Any]:
     else:
         question_id = field(record, "question_id", (str, int), place)
         prompt = text = field(record, "text", str, place) + suffix
-    found = {"question_id": question_id, "text": text, "prompt": prompt, "image": image}
-    return {**record, **found, "place": place}
+    found = {"question_id": question_id, "text": text, "prompt": prompt}
+    return {**record, **found, "image": image, "video": video, "place": place}
 
 
 def choose_chunk(items: Sequence[Any], num_chunks: int, index: int) -> Sequence[Any]:
@@ -126,15 +131,18 @@ def read_answers(file: JsonLines) -> dict[tuple[Any, str], str]:
     return answers
 
 
-def _check_images(questions: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Raises FileNotFoundError for pictures that are missing, before hours of answering."""
-    missing = [q for q in questions if q["image"] and not is_file(folder / q["image"])]
-    if missing:
-        first = missing[0]
-        raise FileNotFoundError(
-            f"The pictures of {len(missing)} of {len(questions)} questions are not in "
-            f"--image-folder {folder}; first, {first['place']}: {first['image']:.200}"
-        )
+def _check_shown(questions: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Raises FileNotFoundError for what is missing, before hours of answering."""
+    for key, what in (("image", "pictures"), ("video", "videos")):
+        named = [(q, folder / q[key]) for q in questions if q[key]]
+        missing = [
+            q for q, path in named if not is_file(path) and not (key == "video" and is_folder(path))
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"The {what} of {len(missing)} of {len(questions)} questions are not in "
+                f"--image-folder {folder}; first, {missing[0]['place']}: {missing[0][key]:.200}"
+            )
 
 
 def answer_all(
@@ -151,15 +159,13 @@ def answer_all(
     from tqdm import tqdm
 
     def read(question: dict[str, Any]) -> dict[str, Any]:
-        image = question["image"]
-        return {
-            "prompt": [{"role": "user", "content": question["text"]}],
-            "images": [args.image_folder / image] if image else None,
-        }
+        shown = {"images": question["image"], "videos": question["video"]}
+        paths = {key: [args.image_folder / name] for key, name in shown.items() if name}
+        return {"prompt": [{"role": "user", "content": question["text"]}], **paths}
 
     generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
     model_id = Path(args.model or EMBEDDED).name
-    asked = {"image_tokens": args.image_tokens}
+    asked = {"image_tokens": args.image_tokens, "frames": args.frames}
     answers = in_order(answer_prompts(questions, read, generator, options, **asked))
     shown = tqdm(answers, total=len(questions), desc="answering", disable=None)
     failed = 0
@@ -210,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = read_answers(file)
     rest = [question for question in chunk if identity(question) not in answers]
     if rest:
-        _check_images(rest, args.image_folder)
+        _check_shown(rest, args.image_folder)
         answer_all(rest, file, args, options)
     if args.score:
         print(json.dumps(score(questions, read_answers(file), args), indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,8 +94,17 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
 
 def is_file(path: Path) -> bool:
     """Whether there is a file; False for a name that no file can have."""
+    return _is(path.is_file)
+
+
+def is_folder(path: Path) -> bool:
+    """The same of a folder."""
+    return _is(path.is_dir)
+
+
+def _is(what: Callable[[], bool]) -> bool:
     try:
-        return path.is_file()
+        return what()
     except (OSError, ValueError):
         return False
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_llava.arguments import (
+    add_frames_argument,
     add_loading_arguments,
     add_options,
     command,
@@ -46,14 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="mlx_llava.train",
-        description="Train a LLaVA on conversations about pictures, in LLaVA's own JSON. With "
-        "mlx.launch, several processes share the batches.",
+        description="Train a LLaVA on conversations about pictures and videos, in LLaVA's own "
+        "JSON. With mlx.launch, several processes share the batches.",
     )
     add = parser.add_argument
     add("--model", help="what to start from (default: the embedded model)")
     add("--data", required=True, metavar="FILE", help="LLaVA's training JSON, or JSON lines")
     add("--valid", metavar="FILE", help="the same, to measure and not to learn")
-    add("--image-folder", default=".", help="what image paths are relative to (default: .)")
+    paths = "what paths of pictures and videos are relative to (default: .)"
+    add("--image-folder", default=".", help=paths)
+    add_frames_argument(parser)
     add("--output", default="trained", help="the folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add_options(parser, fields(TrainingOptions))
@@ -173,7 +176,7 @@ def _read_data(
         path = getattr(args, name)
         if path:
             reading = read_samples(path, args.image_folder, processor.tokenizer.protect)
-            data[name] = Examples(reading.samples, processor, args.max_length)
+            data[name] = Examples(reading.samples, processor, args.max_length, args.frames)
             left_out += reading.left_out
             if speaks:
                 _say(path, reading.problems, reading.unread)

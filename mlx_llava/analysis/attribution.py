@@ -20,8 +20,8 @@ from mlx_llava.analysis.boxes import LONGEST, feature_boxes, heat_map, patch_box
 from mlx_llava.analysis.trace import Array, Trace, as_numpy, trace, with_answer
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
-from mlx_llava.inputs.messages import Conversation
-from mlx_llava.inputs.processor import Inputs, Processor, as_list
+from mlx_llava.inputs.messages import Conversation, as_list
+from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import plain_weight
 

@@ -120,6 +120,24 @@ def read_messages(
     return messages, [source for sources in [*shown, beside] for source in sources]
 
 
+def rows_of(prompt: Any, *shown: Any) -> list[tuple[Any, ...]]:
+    """Each prompt with its own images and videos: one, or the rows of a batch."""
+    if isinstance(prompt, str) or all(isinstance(turn, (Mapping, Message)) for turn in prompt):
+        return [(prompt, *map(as_list, shown))]
+    columns = [[None] * len(prompt) if one is None else as_list(one) for one in shown]
+    for column in columns:
+        if len(column) != len(prompt):
+            raise ValueError(f"There are {len(prompt)} prompts but images for {len(column)}.")
+    return [(row, *map(as_list, rest)) for row, *rest in zip(prompt, *columns, strict=True)]
+
+
+def as_list(images: Any) -> list[Any]:
+    """One image, several or none, as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
 def _take(beside: list[Shown], mark: str | None = None) -> list[Shown]:
     """The next of what is given beside a conversation, or the next for a mark, if there is one."""
     fitting = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, takewhile
@@ -18,10 +18,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.chat_template import ChatTemplate, Segment
+from mlx_llava.inputs.chat_template import ChatTemplate
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
-from mlx_llava.inputs.messages import Conversation, Message, Reading, Shown, read_messages
+from mlx_llava.inputs.messages import (
+    Conversation,
+    Message,
+    Reading,
+    Shown,
+    as_list,
+    read_messages,
+    rows_of,
+)
 from mlx_llava.inputs.templates import choose_template, get_template
 from mlx_llava.inputs.tokenizer import IM_END, IM_START, IMAGE_TOKEN, VIDEO_TOKEN, Tokenizer
 from mlx_llava.inputs.video import FRAMES, KNOWN_FRAMES, Video, VideoSource, is_ready, load_video
@@ -29,6 +37,20 @@ from mlx_llava.model.anyres import Frames, ImageSizes, Layout
 from mlx_llava.model.config import LlavaConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
+
+
+class Learnable(NamedTuple):
+    """A conversation to be learned.
+
+    Attributes:
+        ids: its tokens, one placeholder for each feature.
+        learned: which of them belong to an answer.
+        images: what it shows, in the order of its placeholders.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    images: list[Image.Image | Video]
 
 
 class FramesTaken(NamedTuple):
@@ -103,8 +125,8 @@ class Inputs:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the tiles, the prompts, the shapes."""
-        arrays = {key: self[key] for key in ("input_ids", "pixel_values", "attention_mask")}
-        rows = {k: "x".join(map(str, a.shape)) for k, a in arrays.items() if a is not None}
+        arrays = ((key, self[key]) for key in ("input_ids", "pixel_values", "attention_mask"))
+        rows = {key: "x".join(map(str, a.shape)) for key, a in arrays if a is not None}
         if self.image_tokens:
             counts = zip(self.whole_image_tokens, self.image_tokens, strict=True)
             rows["image_tokens"] = ", ".join(in_part(*pair) for pair in counts)
@@ -200,7 +222,7 @@ class Processor:
         texts: list[str] = []
         rows: list[Sequence[Shown]] = []
         take_frames = partial(self.load_video, frames=frames)
-        for conversation, beside, films in _rows(prompt, images, video):
+        for conversation, beside, films in rows_of(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
             reading = self._reading(take_frames)
             text, ordered = self._render(
@@ -216,8 +238,8 @@ class Processor:
         folded = iter(counts)
         return Inputs(
             input_ids=ids,
-            **tiles._asdict(),
             attention_mask=None if mask.all() else mask,
+            **tiles._asdict(),
             prompts=tuple(self._fold(text, folded) for text in texts),
             image_tokens=counts,
             videos=tuple(self._frames_taken([*chain(*rows)], whole)),
@@ -264,15 +286,15 @@ class Processor:
                 messages = [*map(self.template.images_last, messages)]
             text = self.template.render(messages, self.tokenizer.protect(prefill))
             text = self._wrapped(text)
-        needed = [mark for source in images for mark in reading.marks_of(source)]
+        return text, self._in_order(text, images, reading)
+
+    def _in_order(self, text: str, shown: Sequence[Shown], reading: Reading) -> Sequence[Shown]:
+        """What is shown, in the order of its marks; raises ValueError unless all have theirs."""
+        needed = [mark for source in shown for mark in reading.marks_of(source)]
         for mark in self._marks:
             if (found := text.count(mark)) != (count := needed.count(mark)):
                 given = f"{count} {mark.strip('<>')}s were given"
                 raise ValueError(f"The prompt has {found} {mark} marks but {given}.")
-        return text, self._in_order(text, images)
-
-    def _in_order(self, text: str, shown: Sequence[Shown]) -> Sequence[Shown]:
-        """What is shown, in the order of its marks."""
         if VIDEO_TOKEN not in self._marks:
             return shown
         kinds = {
@@ -305,9 +327,9 @@ class Processor:
 
     def load_video(self, source: VideoSource, frames: int | None = None) -> Video:
         """Takes frames of a video, by default as many as the model knows; see `load_video`."""
-        if frames is None and not is_ready(source):
-            frames = self.frames
-        return load_video(source, frames)
+        return load_video(
+            source, self.frames if frames is None and not is_ready(source) else frames
+        )
 
     def _wrapped(self, text: str) -> str:
         """With LLaVA v0's marks around every image."""
@@ -315,33 +337,32 @@ class Processor:
             return text
         return text.replace(IMAGE_TOKEN, IM_START + IMAGE_TOKEN + IM_END)
 
-    def learnable(
-        self, segments: Sequence[Segment], image_tokens: Sequence[int]
-    ) -> tuple[list[int], list[bool]]:
-        """Tokenises a conversation to be learned.
+    def learnable(self, conversation: Sequence[Message], shown: Sequence[Shown]) -> Learnable:
+        """Tokenises a conversation to be learned, which shows just these images and videos.
 
         A token belongs to an answer if it is not yet there when the text before that answer is
         tokenised, as it is not when that text is the prompt.
 
-        Args:
-            segments: What the template wrote.
-            image_tokens: How many placeholders each image takes.
-
-        Returns:
-            The ids, and which of them belong to an answer.
+        Raises:
+            ValueError: The template cannot write it.
         """
-        text = ""
-        ids: list[int] = []
-        learned: list[bool] = []
+        reading = self._reading(self.load_video)
+        messages, shown = read_messages(conversation, shown, reading)
+        segments = self.template.segments(messages)
+        whole = "".join(segment.text for segment in segments)
+        images = self._images_of(self._in_order(whole, shown, reading))
+        counts = (one.tokens for one in self.image_processor.read(images))
+        text, ids, learned = "", list[int](), list[bool]()
         for segment in segments:
             text += self._wrapped(segment.text)
             longer = self.tokenizer.encode(text)
-            pairs = zip(ids, longer, strict=False)
-            same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            both = zip(ids, longer, strict=False)
+            same = len([*takewhile(lambda pair: pair[0] == pair[1], both)])
             learned = learned[:same] + [segment.answer] * (len(longer) - same)
             ids = longer
-        repeats = self._repeats(ids, iter(image_tokens))
-        return np.repeat(ids, repeats).tolist(), np.repeat(learned, repeats).tolist()
+        repeats = self._repeats(ids, counts)
+        ids, learned = (np.repeat(row, repeats).tolist() for row in (ids, learned))
+        return Learnable(ids, learned, images)
 
     def _ids(self, texts: Sequence[str], counts: Iterable[int]) -> tuple[Ids, Ids]:
         """The ids of prompts, padded on the left, and the mask of what is no padding."""
@@ -369,17 +390,6 @@ class Processor:
         return self.tokenizer.unprotect(bos + folded)
 
 
-def _rows(prompt: Any, *shown: Any) -> list[tuple[Any, ...]]:
-    """Each prompt with its own images and videos: one, or the rows of a batch."""
-    if isinstance(prompt, str) or all(isinstance(turn, (Mapping, Message)) for turn in prompt):
-        return [(prompt, *map(as_list, shown))]
-    columns = [[None] * len(prompt) if one is None else as_list(one) for one in shown]
-    for column in columns:
-        if len(column) != len(prompt):
-            raise ValueError(f"There are {len(prompt)} prompts but images for {len(column)}.")
-    return [(row, *map(as_list, rest)) for row, *rest in zip(prompt, *columns, strict=True)]
-
-
 def in_part(whole: int, shown: int) -> str:
     """How many tokens images take, of how many: ``576 -> 192``, or ``576`` where it is all."""
     return f"{whole}" if shown == whole else f"{whole} -> {shown}"
@@ -390,10 +400,3 @@ def _shown(most: int | None, tokens: int, layout: Layout) -> int:
     if most is None:
         return tokens
     return min(tokens, most * layout.frames if isinstance(layout, Frames) else most)
-
-
-def as_list(images: Any) -> list[Any]:
-    """One image, several or none, as a list."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]

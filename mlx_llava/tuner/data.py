@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image
 
 from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.messages import Message
-from mlx_llava.inputs.processor import Processor
+from mlx_llava.inputs.processor import Learnable, Processor
+from mlx_llava.inputs.video import Video
 from mlx_llava.model.anyres import ImageSizes
-from mlx_llava.tuner.samples import LeftOut, Sample, UnusableError
+from mlx_llava.tuner.samples import Film, LeftOut, Sample, UnusableError
 
 #: What a token that is not learned has for a label, as in PyTorch.
 IGNORED = -100
@@ -39,7 +41,8 @@ class Batch:
         input_ids: int32 (B, L), one placeholder for each image feature.
         labels: int32 (B, L), the ids to be learned, else -100.
         pixel_values: float32 (N, S, S, 3), or None without images.
-        image_sizes: the (height, width) of each image that is cut into tiles, None for another.
+        image_sizes: the (height, width) of each image that is cut into tiles, `Frames` of a video
+            that is read as one, None for another.
     """
 
     input_ids: mx.array
@@ -49,24 +52,32 @@ class Batch:
 
 
 class Examples:
-    """Samples, tokenised and with their images, when a batch is asked for.
+    """Samples, tokenised and with their images and videos, when a batch is asked for.
 
     Attributes:
         left_out: the samples that were left out of their batches, by index.
         on_left_out: is told of each, once.
     """
 
-    def __init__(self, samples: Sequence[Sample], processor: Processor, max_length: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: Processor,
+        max_length: int,
+        frames: int | None = None,
+    ) -> None:
         """Prepares nothing yet.
 
         Args:
             samples (list of Sample): What to learn.
             processor (Processor): The model's processor; its template writes the text.
             max_length (int): Longer rows lose their end.
+            frames (int, optional): How many are taken of a video; see `Processor`.
         """
         self.samples = samples
         self.processor = processor
         self.max_length = min(max_length, processor.context_length)
+        self.frames = frames
         self.left_out: dict[int, LeftOut] = {}
         self.on_left_out: Callable[[LeftOut], None] = lambda _left_out: None
 
@@ -75,26 +86,15 @@ class Examples:
         """How many samples were left out for each reason."""
         return Counter(left_out.error.reason for left_out in self.left_out.values())
 
-    def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image]]:
-        """The ids, the labels and the images of a sample.
+    def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image | Video]]:
+        """The ids, the labels, and the images and videos of a sample.
 
         Raises:
             UnusableError: An image is broken or does not fit into the length, the template cannot
                 write the sample, or there is nothing to learn in it.
         """
-        processor = self.processor
-        try:
-            images = [load_image(path) for path in sample.images]
-        except (ValueError, OSError) as error:
-            raise UnusableError("image is broken", str(error)) from error
-        sizes = [(image.height, image.width) for image in images]
-        counts = [*map(processor.image_processor.among(len(images)).num_tokens, sizes)]
-        try:
-            segments = processor.template.segments(self._messages(sample))
-            ids, learned = processor.learnable(segments, counts)
-        except ValueError as error:
-            raise UnusableError("the template cannot write it", str(error)) from error
-        if processor.config.image_token_index in ids[self.max_length :]:
+        ids, learned, images = self._learnable(sample)
+        if self.processor.config.are_placeholders(np.array(ids[self.max_length :])).any():
             raise UnusableError("image beyond the longest length", self._excess(ids))
         if True not in learned[: self.max_length]:
             raise UnusableError("no answer within the longest length", self._excess(ids))
@@ -102,6 +102,22 @@ class Examples:
         # Nothing is learned from what comes after the last answer.
         length = min(self.max_length, len(ids) - learned[::-1].index(True))
         return ids[:length], labels[:length], images
+
+    def _learnable(self, sample: Sample) -> Learnable:
+        shown = [*map(self._load, sample.images)]
+        try:
+            return self.processor.learnable(self._messages(sample), shown)
+        except ValueError as error:
+            raise UnusableError("the template cannot write it", str(error)) from error
+
+    def _load(self, source: Path | Film) -> Image.Image | Video:
+        kind = "video" if isinstance(source, Film) else "image"
+        try:
+            if isinstance(source, Film):
+                return self.processor.load_video(source.path, self.frames)
+            return load_image(source)
+        except (ValueError, OSError) as error:
+            raise UnusableError(f"{kind} is broken", str(error)) from error
 
     def _excess(self, ids: Sequence[int]) -> str:
         return f"{len(ids)} tokens, of which {self.max_length} are read"
@@ -116,7 +132,7 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> Batch | None:
         """The rows of some samples; None if none of them can be used."""
         rows: list[tuple[list[int], list[int]]] = []
-        images: list[list[Image.Image]] = []
+        images: list[list[Image.Image | Video]] = []
         for index in indices:
             try:
                 ids, labels, row_images = self.row(self.samples[index])

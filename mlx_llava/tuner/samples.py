@@ -1,12 +1,13 @@
 """Training files as people have them -> conversations to learn.
 
 LLaVA's own JSON, ShareGPT's and OpenAI's messages: ``conversations`` of ``from`` and ``value``, or
-``messages`` of ``role`` and ``content``. The rules are those of the original LLaVA
-(llava/train/train.py), which knows neither system turns nor several images.
+``messages`` of ``role`` and ``content``. The rules are those of the original LLaVA and LLaVA-NeXT
+(llava/train/train.py), which know neither system turns nor images and videos in one conversation.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from mlx_llava.files import is_file
+from mlx_llava.files import is_file, is_folder
 from mlx_llava.inputs.messages import Message
-from mlx_llava.inputs.tokenizer import IMAGE_TOKEN
+from mlx_llava.inputs.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
 from mlx_llava.json_files import JsonLines, Place, field, read_records
 
 _ROLES = {
@@ -26,9 +27,17 @@ _ROLES = {
 }
 _SYSTEM_KEYS = ("system", "system_prompt")
 _TURN_KEYS = ("conversations", "messages")
-_READ = {"id", "image", "images", *_SYSTEM_KEYS}
-_UNSUPPORTED = ("video", "videos", "audio", "audios")
+_KINDS = {"image": "an image", "video": "a video"}
+_MARKS = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
+_READ = {"id", *_KINDS, *(f"{kind}s" for kind in _KINDS), *_SYSTEM_KEYS}
+_UNSUPPORTED = ("audio", "audios")
 _NOWHERE = Place("memory", "index", 0)
+
+
+class Film(NamedTuple):
+    """A video's file, or the folder of its frames."""
+
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,13 @@ class Sample:
     """One conversation.
 
     Attributes:
-        messages: its turns; images stand first in theirs.
-        images: its images' files in reading order.
+        messages: its turns; images and videos stand first in theirs, and count as images.
+        images: the files of both in reading order.
         place: where it stands in its file.
     """
 
     messages: tuple[Message, ...]
-    images: tuple[Path, ...]
+    images: tuple[Path | Film, ...]
     place: Place = _NOWHERE
 
     @property
@@ -123,14 +132,14 @@ def read_samples(
 ) -> Reading:
     """Reads a training file: a list, or one object a line.
 
-    As in the original, a conversation begins with its first human turn, and the images of a
-    turn are moved to its front. Images without any mark go to the first. A system turn or key
-    takes the place of the template's system text, unless it is empty. A sample that cannot be
-    used is left out.
+    As in the original, a conversation begins with its first human turn, and the images and
+    videos of a turn are moved to its front. Those without any mark go to the first; ``<image>``
+    marks a video where a sample has nothing else. A system turn or key takes the place of the
+    template's system text, unless it is empty. A sample that cannot be used is left out.
 
     Args:
         path (str or Path): The file.
-        image_folder (str or Path): What its image paths are relative to.
+        image_folder (str or Path): What the paths of images and videos are relative to.
         protect (callable): `Tokenizer.protect`.
 
     Raises:
@@ -160,11 +169,19 @@ def summary(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{what} ({count})" for what, count in counts.items())
 
 
-def _read_sample(entry: Any, image_folder: Path) -> tuple[list[Message], list[Path]]:
+class _Mark(NamedTuple):
+    """Where an image or a video stands in a turn; without a name, the next beside the turns."""
+
+    kind: str
+    name: str | None = None
+
+
+def _read_sample(entry: Any, folder: Path) -> tuple[list[Message], list[Path | Film]]:
     if not isinstance(entry, Mapping):
         raise UnusableError("not an object")
     _refuse_unsupported(entry)
-    turns = [_read_turn(turn) for turn in entry[_turns_key(entry)]]
+    names = {kind: _names(entry, kind) for kind in _KINDS}
+    turns = [_read_turn(turn, bool(names["video"])) for turn in entry[_turns_key(entry)]]
     texts = [entry[key] for key in _SYSTEM_KEYS if entry.get(key)]
     if turns and turns[0][0].role == "system":
         texts.append(turns.pop(0)[0].text)
@@ -174,12 +191,15 @@ def _read_sample(entry: Any, image_folder: Path) -> tuple[list[Message], list[Pa
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UnusableError("turns do not alternate", ", ".join(roles))
-    marks = [name for _, images in turns for name in images]
-    names = _image_names(entry)
-    if names and not marks:
-        messages[0], marks = replace(messages[0], images=len(names)), [None] * len(names)
-    paths = [_find(name, image_folder) for name in _named(marks, names)]
-    return [*_system(texts), *messages], paths
+    marks = [mark for _, inside in turns for mark in inside]
+    if not marks:
+        marks = [_Mark(kind) for kind in _KINDS for _ in names[kind]]
+        messages[0] = replace(messages[0], images=len(marks))
+    elif names["video"] and not names["image"]:  # the original has one mark for all
+        marks = [mark if mark.name else _Mark("video") for mark in marks]
+    named = {kind: iter(_named(kind, marks, names[kind])) for kind in _KINDS}
+    shown = [_find(kind, next(named[kind]), folder) for kind, _ in marks]
+    return [*_system(texts), *messages], shown
 
 
 def _system(texts: Sequence[Any]) -> list[Message]:
@@ -193,25 +213,27 @@ def _system(texts: Sequence[Any]) -> list[Message]:
     return [Message("system", text) for text in found]
 
 
-def _named(marks: Sequence[str | None], names: Sequence[str]) -> Sequence[str]:
+def _named(kind: str, marks: Sequence[_Mark], names: Sequence[str]) -> Sequence[str]:
     """The names of a sample's images: those in its turns, and for the others those beside it."""
-    inside = [name for name in marks if name is not None]
-    open_marks = len(marks) - len(inside)
+    own = [mark.name for mark in marks if mark.kind == kind]
+    inside = [name for name in own if name is not None]
+    open_marks = len(own) - len(inside)
     if not open_marks and names in ([], inside):
         return inside
     if open_marks != len(names):
-        detail = f"{open_marks} marks, {len(names)} images"
-        raise UnusableError("marks and images differ in number", detail)
+        detail = f"{open_marks} marks, {len(names)} {kind}s"
+        raise UnusableError(f"marks and {kind}s differ in number", detail)
     beside = iter(names)
-    return [next(beside) if name is None else name for name in marks]
+    return [next(beside) if name is None else name for name in own]
 
 
-def _find(name: str, image_folder: Path) -> Path:
+def _find(kind: str, name: str, folder: Path) -> Path | Film:
     if name.startswith(("data:", "http://", "https://")):
-        raise UnusableError("an image is a URL, expected a file", short(name))
-    if not is_file(image_folder / name):
-        raise UnusableError("image is missing", str(image_folder / name))
-    return image_folder / name
+        raise UnusableError(f"{_KINDS[kind]} is a URL, expected a file", short(name))
+    path = folder / name
+    if not is_file(path) and not (kind == "video" and is_folder(path)):
+        raise UnusableError(f"{kind} is missing", str(path))
+    return path if kind == "image" else Film(path)
 
 
 def _refuse_unsupported(entry: Mapping[str, Any]) -> None:
@@ -227,8 +249,8 @@ def _turns_key(entry: Mapping[str, Any]) -> str:
     raise UnusableError("no list of conversations or messages", ", ".join(entry))
 
 
-def _read_turn(turn: Any) -> tuple[Message, list[str | None]]:
-    """A turn, and for each of its images the file, or None for the next beside the turns."""
+def _read_turn(turn: Any, has_videos: bool) -> tuple[Message, list[_Mark]]:
+    """A turn, and what it shows; ``<video>`` is text where its sample names no video."""
     if not isinstance(turn, Mapping):
         raise UnusableError("a turn is not an object")
     _refuse_unsupported(turn)
@@ -236,60 +258,62 @@ def _read_turn(turn: Any) -> tuple[Message, list[str | None]]:
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UnusableError("a turn has an unknown role", short(speaker))
-    text, images = _read_content(turn.get(_key(turn, "value", "content")))
+    text, marks = _read_content(turn.get(_key(turn, "value", "content")))
     if role != "user":
-        if images:
+        if marks:
             raise UnusableError("a picture in a turn that is not the user's")
         return Message(role, text), []
-    if IMAGE_TOKEN in text:
-        images += [None] * text.count(IMAGE_TOKEN)
-        text = text.replace(IMAGE_TOKEN, "").strip()
-    return Message(role, text, images=len(images)), images
+    pattern = "|".join(_MARKS) if has_videos else IMAGE_TOKEN
+    if found := re.findall(pattern, text):
+        marks += [_Mark(_MARKS[mark]) for mark in found]
+        text = re.sub(pattern, "", text).strip()
+    return Message(role, text, images=len(marks)), marks
 
 
 def _key(turn: Mapping[str, Any], *names: str) -> str:
     return next((name for name in names if name in turn), names[0])
 
 
-def _read_content(content: Any) -> tuple[str, list[str | None]]:
-    """The text of a turn, and the images that stand beside it as parts."""
+def _read_content(content: Any) -> tuple[str, list[_Mark]]:
+    """The text of a turn, and what stands beside it as parts."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         raise UnusableError("a turn has no text", short(content))
     texts: list[str] = []
-    images: list[str | None] = []
+    marks: list[_Mark] = []
     for part in content:
-        kind = part.get("type")
+        named = part.get("type")
+        kind = named.removesuffix("_url") if isinstance(named, str) else ""
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind in ("image", "image_url"):
-            images.append(_part_image(part))
+        elif kind in _KINDS:
+            marks.append(_Mark(kind, _part_name(part, kind)))
+        elif kind in _UNSUPPORTED:
+            raise UnusableError(f"{named} is not supported")
         else:
-            named = isinstance(kind, str) and kind.removesuffix("_url") in _UNSUPPORTED
-            reason = f"{kind} is not supported" if named else "a part is neither text nor image"
-            raise UnusableError(reason, "" if named else short(part))
-    return "\n".join(texts), images
+            raise UnusableError("a part is neither text nor image", short(part))
+    return "\n".join(texts), marks
 
 
-def _part_image(part: Mapping[str, Any]) -> str | None:
-    keys = ("image", "image_url", "path", "url")
+def _part_name(part: Mapping[str, Any], kind: str) -> str | None:
+    keys = (kind, f"{kind}_url", "path", "url")
     source = next((part[key] for key in keys if part.get(key)), None)
     source = source.get("url") if isinstance(source, Mapping) else source
     if source is not None and not isinstance(source, str):
-        raise UnusableError("an image is no file's name", short(source))
+        raise UnusableError(f"{_KINDS[kind]} is no file's name", short(source))
     return source
 
 
-def _image_names(entry: Mapping[str, Any]) -> list[str]:
+def _names(entry: Mapping[str, Any], kind: str) -> list[str]:
     """The files that a sample names beside its turns."""
-    given = [entry[key] for key in ("image", "images") if entry.get(key)]
+    given = [entry[key] for key in (kind, f"{kind}s") if entry.get(key)]
     lists = [[names] if isinstance(names, str) else names for names in given]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UnusableError("an image is no file's name", short(names))
+            raise UnusableError(f"{_KINDS[kind]} is no file's name", short(names))
     if len(lists) == 2 and lists[0] != lists[1]:
-        raise UnusableError("image and images differ")
+        raise UnusableError(f"{kind} and {kind}s differ")
     return lists[0] if lists else []
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("av", reason="videos: pip install '.[video]'")
 
-from mlx_llava import caption, generate, load
+from mlx_llava import caption, evaluate, generate, load
 from mlx_llava.chat import Chat, main
 from mlx_llava.generation.session import Session
 from mlx_llava.inputs.mentions import missing_paths, split_line
@@ -96,6 +96,26 @@ def test_films_within_a_sentence(folder):
     paths, question = split_line(f"Is {SHAPES} in {path} somewhere?")
     assert (paths, question) == ([SHAPES, path], "Is picture 1 in video 2 somewhere?")
     assert missing_paths("See ./gone.mp4") == ["./gone.mp4"]
+
+
+def test_questions_about_films_are_answered(folder, embedded, capsys):
+    questions = folder / "questions.jsonl"
+    names = "a film.mp4", "frames"
+    lines = [
+        {"question_id": i, "video": name, "text": QUESTION} for i, name in enumerate((*names, "x"))
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines[:2])))
+    answers = folder / "answers.jsonl"
+    asked = ["--questions", str(questions), "--answers", str(answers), "--frames", "2"]
+    asked += ["--image-folder", str(folder), "--max-tokens", "4"]
+    assert evaluate.main(asked) == 0
+    for name, line in zip(names, answers.read_text().splitlines(), strict=True):
+        video = str(folder / name)
+        expected = generate(*embedded, QUESTION, video=video, frames=2, max_tokens=4)
+        assert json.loads(line)["text"] == expected.strip()
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    assert evaluate.main(asked) == 2
+    assert "videos of 1 of 1 questions are not in --image-folder" in capsys.readouterr().err
 
 
 def test_films_of_a_folder_are_captioned_where_they_are_wanted(folder, embedded, capsys):

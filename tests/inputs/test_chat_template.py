@@ -580,8 +580,7 @@ def test_one_prompt_and_many_stop_at_the_templates_mark(mark, reason, tmp_path):
         many.insert(processor(question), Options(max_tokens=3))
     reasons = [response.finish_reason for _, response in run(many) if response.finish_reason]
     assert [last.finish_reason, *reasons] == [reason] * 3
-    segments = processor.template.segments([*QUESTION, Message("assistant", "A")])
-    ids, learned = processor.learnable(segments, [])
+    ids, learned, _ = processor.learnable([*QUESTION, Message("assistant", "A")], [])
     last_learned = [token for token, own in zip(ids, learned, strict=True) if own][-1]
     assert last_learned == (0 if mark else processor.tokenizer.eos_id)
 

@@ -16,52 +16,67 @@ tiny = pytest.importorskip("tests.tiny")
 
 from mlx_llava import load  # noqa: E402
 from mlx_llava.checkpoint.tensors import PATCH_EMBEDDING, canonical_name  # noqa: E402
+from mlx_llava.model.anyres import Frames, num_tiles  # noqa: E402
 from mlx_llava.model.linux.adopt import adopt  # noqa: E402
 from mlx_llava.model.quantized import plain_weight  # noqa: E402
 from mlx_llava.tuner.data import IGNORED, Examples  # noqa: E402
 from mlx_llava.tuner.lora import Adapter  # noqa: E402
 from mlx_llava.tuner.recipe import TrainingOptions, answer_loss, prepare  # noqa: E402
 from mlx_llava.tuner.samples import read_samples  # noqa: E402
+from tests.model import test_videos as videos  # noqa: E402
 
 TOLERANCE = 1e-4
 LORA = Adapter("base", "lora", rank=3, alpha=5.0, dropout=0.0)
 CASES = {case.name: case for case in tiny.CASES}
+VIDEOS = {f"{case.name} of videos": case for case in videos.CASES}
+#: Of unequal length with two, one and no pictures.
+PICTURES = [
+    (
+        {"image": ["0.png", "1.png"]},
+        [
+            ("<image>\n<image>\nWhat differs?", "The second dog is small."),
+            ("And the first?", "It sleeps."),
+        ],
+    ),
+    ({"image": "2.png"}, [("How many?\n<image>", "five")]),
+    ({}, [("Say yes.", "Yes, the sign says STOP."), ("Say no.", "No.")]),
+]
+#: Videos as LLaVA-Video's and LLaVA-NeXT-Video's samples have them, and one beside a picture.
+FILMS = [
+    ({"video": "film"}, [("<image>\nWhat moves?", "The dog."), ("And then?", "It sleeps.")]),
+    ({"video": ["film"]}, [("How many?\n<video>", "five")]),
+    ({"video": "film", "image": "2.png"}, [("Is <image> in <video>?", "No.")]),
+]
 
 
-def write_samples(folder: Path) -> Path:
-    """Conversations of unequal length with two, one and no pictures."""
+def write_samples(folder: Path, conversations=PICTURES) -> Path:
     for i, size in enumerate(tiny.SIZES[:3]):
         tiny.picture(*size, seed=i).save(folder / f"{i}.png")
-    turns = [
-        ("<image>\n<image>\nWhat differs?", "The second dog is small."),
-        ("And the first?", "It sleeps."),
-    ]
-    conversations = [
-        (["0.png", "1.png"], turns),
-        ("2.png", [("How many?\n<image>", "five")]),
-        (None, [("Say yes.", "Yes, the sign says STOP."), ("Say no.", "No.")]),
-    ]
+    (folder / "film").mkdir()
+    for i in range(4):
+        tiny.picture(40, 30, seed=i).save(folder / "film" / f"{i}.png")
     data = [
         {
             "id": i,
-            **({"image": images} if images else {}),
+            **shown,
             "conversations": [
                 {"from": speaker, "value": value}
                 for turn in own
                 for speaker, value in zip(("human", "gpt"), turn, strict=True)
             ],
         }
-        for i, (images, own) in enumerate(conversations)
+        for i, (shown, own) in enumerate(conversations)
     ]
     path = folder / "train.json"
     path.write_text(json.dumps(data))
     return path
 
 
-def make_batch(folder: Path, processor):
-    reading = read_samples(write_samples(folder), folder, processor.tokenizer.protect)
+def make_batch(folder: Path, processor, conversations=PICTURES):
+    path = write_samples(folder, conversations)
+    reading = read_samples(path, folder, processor.tokenizer.protect)
     assert not reading.left_out
-    batch = Examples(reading.samples, processor, 4096).batch(range(3))
+    batch = Examples(reading.samples, processor, 4096, frames=3).batch(range(3))
     assert batch.input_ids.shape[0] == 3
     assert (np.array(batch.labels) != IGNORED).sum(axis=1).min() > 1
     return batch
@@ -73,17 +88,7 @@ def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
     pixels = torch.tensor(np.array(batch.pixel_values).transpose(0, 3, 1, 2)).double()
     inputs = {"pixel_values": pixels}
     if batch.image_sizes is not None:
-        from mlx_llava.model.anyres import num_tiles
-
-        sizes = [size or (1, 1) for size in batch.image_sizes]  # of a tile, no one reads it
-        whole = [size is None for size in batch.image_sizes]
-        counts = [1 if n else 1 + num_tiles(s, config) for s, n in zip(sizes, whole, strict=True)]
-        padded = torch.zeros(len(counts), max(counts), *pixels.shape[1:]).double()
-        for row, tiles in zip(padded, torch.split(pixels, counts), strict=True):
-            row[: len(tiles)] = tiles
-        inputs = {"pixel_values": padded, "image_sizes": torch.tensor(sizes)}
-        if config.pads_several:  # all of them are one prompt's, and then one alone
-            inputs["batch_num_images"] = torch.tensor([sum(whole), 1])
+        inputs = of_images(pixels, batch.image_sizes, config)
     ids = torch.tensor(np.array(batch.input_ids)).long()
     mask = torch.zeros_like(ids)
     for row, labels in zip(mask, np.array(batch.labels), strict=True):
@@ -101,6 +106,32 @@ def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
     if PATCH_EMBEDDING in gradients:
         gradients[PATCH_EMBEDDING] = gradients[PATCH_EMBEDDING].transpose(0, 2, 3, 1)
     return loss.item(), gradients
+
+
+def of_images(pixels, layouts, config):
+    """transformers' arguments for the tiles of images and videos."""
+    tiles = pixels.split([tiles_of(layout, config) for layout in layouts])
+    shown = [*zip(tiles, layouts, strict=True)]
+    films = [own for own, layout in shown if isinstance(layout, Frames)]
+    images = [(own, layout) for own, layout in shown if not isinstance(layout, Frames)]
+    most = max(len(own) for own, _ in images)
+    padded = torch.zeros(len(images), most, *pixels.shape[1:]).double()
+    for row, (own, _) in zip(padded, images, strict=True):
+        row[: len(own)] = own
+    sizes = [size or (1, 1) for _, size in images]  # of a tile, no one reads it
+    inputs = {"pixel_values": padded, "image_sizes": torch.tensor(sizes)}
+    if films:
+        inputs["pixel_values_videos"] = torch.stack(films)
+    if config.pads_several:  # those of one prompt, if there are any, and then one alone
+        whole = [size for _, size in images].count(None)
+        inputs["batch_num_images"] = torch.tensor([whole, 1] if whole else [1])
+    return inputs
+
+
+def tiles_of(layout, config) -> int:
+    if isinstance(layout, Frames):
+        return layout.frames
+    return 1 if layout is None else 1 + num_tiles(layout, config)
 
 
 def ours(model, batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -123,12 +154,14 @@ def assert_equal(found: dict, expected: dict) -> None:
     [
         *("vicuna", "gqa", "tied_head", "mistral_window", "qwen2"),
         *("layer_list", "pad", "next", "siglip", "vip", "onevision"),
+        *("next_video of videos", "next_stride of videos", "onevision of videos"),
     ],
 )
 def test_loss_and_gradients_of_a_stage(name, stage, tmp_path):
-    theirs = tiny.save(CASES[name], tmp_path)
+    films = VIDEOS.get(name)
+    theirs = videos.write(films, tmp_path) if films else tiny.save(CASES[name], tmp_path)
     model, processor = load(tmp_path, template="vicuna_v1")
-    batch = make_batch(tmp_path, processor)
+    batch = make_batch(tmp_path, processor, FILMS if films else PICTURES)
     rate = 1e-3 if "vision" in stage else None
     options = TrainingOptions(stage.split()[0], vision_learning_rate=rate)
     prepare(model, options, LORA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,10 @@ from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import TEMPLATES
+from mlx_llava.inputs.video import load_video
 from mlx_llava.train import main
 from mlx_llava.tuner.data import IGNORED, Examples
-from mlx_llava.tuner.samples import Reading, read_samples
+from mlx_llava.tuner.samples import Film, Reading, read_samples
 from tests.conftest import GOLDENS, PICTURE, shared_data
 
 LLAVA = GOLDENS / "llava"
@@ -144,6 +146,80 @@ def test_two_pictures_without_marks_go_first_in_order(folder):
     assert only.images == (folder / "b.png", folder / "a.png")
 
 
+def ask(text: str, **shown) -> dict:
+    return sample({"from": "human", "value": text}, ANSWER, image=None, **shown)
+
+
+VIDEO_PART = {"type": "video_url", "video_url": {"url": "v.mp4"}}
+VIDEOS = {
+    "LLaVA-Video": (ask("<image>\nWhat?", video="v.mp4"), ["v.mp4"]),
+    "LLaVA-NeXT-Video": (ask("<video>\nWhat?", video="v.mp4"), ["v.mp4"]),
+    "no mark": (ask("What?", videos=["v.mp4", "frames"]), ["v.mp4", "frames"]),
+    "a folder of frames": (ask("<image>\nWhat?", video="frames"), ["frames"]),
+    "beside a picture": (
+        {**ask("<video>, then <image>: What?", video="v.mp4"), "image": "a.png"},
+        ["v.mp4", "a.png"],
+    ),
+    "a part": (
+        sample(
+            {"role": "user", "content": [VIDEO_PART, {"type": "text", "text": "What?"}]},
+            ANSWER,
+            image=None,
+        ),
+        ["v.mp4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_found_by_their_marks(name, folder):
+    (folder / "v.mp4").write_bytes(b"a film")
+    (folder / "frames").mkdir()
+    entry, expected = VIDEOS[name]
+    reading = read(folder, entry)
+    assert not reading.left_out
+    assert not reading.unread
+    (only,) = reading.samples
+    assert [
+        image.path.name if isinstance(image, Film) else image.name for image in only.images
+    ] == (expected)
+    assert [isinstance(image, Film) for image in only.images] == [
+        name != "a.png" for name in expected
+    ]
+    assert only.messages[0].images == len(expected)
+    assert "<" not in only.messages[0].text
+
+
+def test_the_mark_of_a_video_is_text_where_there_is_none(folder):
+    (only,) = read(folder, sample({"from": "human", "value": "<video> is a tag"}, ANSWER)).samples
+    assert only.messages[0] == Message("user", "<video> is a tag", images=1)
+
+
+def test_a_film_is_learned_as_its_frames_by_a_model_that_knows_no_video(folder, loaded):
+    pytest.importorskip("av", reason="videos: pip install '.[video]'")
+    from tests.films import film
+
+    _, processor = loaded
+    (folder / "v.mp4").write_bytes(film(frames=9))
+    frames = load_video(folder / "v.mp4", 3).frames
+    for i, frame in enumerate(frames):
+        frame.save(folder / f"{i}.png")
+    names = [f"{i}.png" for i in range(3)]
+    entries = [
+        {**ask("<video>, then <image>: What?", video="v.mp4"), "image": "a.png"},
+        sample({"from": "human", "value": "What?"}, ANSWER, image=[*names, "a.png"]),
+    ]
+    entries[1]["conversations"][0]["value"] = ", then : What?"
+    own = Examples(read(folder, *entries).samples, processor, 512, frames=3)
+    (ids, labels, shown), (other_ids, other_labels, others) = map(own.row, own.samples)
+    assert (ids, labels) == (other_ids, other_labels)
+    images = processor.image_processor
+    assert np.array_equal(images.batch([shown]).pixel_values, images.batch([others]).pixel_values)
+    (folder / "v.mp4").write_bytes(b"no film")
+    assert own.batch([0]) is None
+    assert own.problems == {"video is broken": 1}
+
+
 @pytest.mark.parametrize("name", [*TEMPLATES, None])
 def test_the_system_text_is_the_templates(name, folder):
     _, processor = load(LLAVA, template=name)
@@ -156,7 +232,7 @@ def test_the_system_text_is_the_templates(name, folder):
         assert (ids, labels) == (other_ids, other_labels)
         return
     told = [Message("system", protect(PIRATE)), *plain.messages]
-    expected, _ = processor.learnable(processor.template.segments(told), [16])
+    expected = processor.learnable(told, [Image.open(PICTURE)]).ids
     assert other_ids == expected[: len(other_ids)]
     assert other_ids != ids
     assert PIRATE in processor.tokenizer.decode(other_ids)
@@ -185,9 +261,18 @@ LEFT_OUT = {
     ),
     "image and images differ": sample(images=["b.png"]),
     "an image is no file's name: 391895": sample(image=391895),
-    "video is not supported": sample(image=None, video="v.mp4"),
-    "videos is not supported": sample(videos=["v.mp4"]),
-    "video_url is not supported": sample({"role": "user", "content": [{"type": "video_url"}]}),
+    "audio is not supported": sample(image=None, audio="v.wav"),
+    "audio_url is not supported": sample({"role": "user", "content": [{"type": "audio_url"}]}),
+    "video is missing: {}/v.mp4": sample(image=None, video="v.mp4"),
+    "marks and videos differ in number: 0 marks, 1 videos": sample(videos=["v.mp4"]),
+    "marks and videos differ in number: 1 marks, 0 videos": sample(
+        {"role": "user", "content": [{"type": "video_url"}]}, ANSWER, image=None
+    ),
+    "video and videos differ": sample(image=None, video="v.mp4", videos=["w.mp4"]),
+    "a video is a URL, expected a file: 'https://example.com/v.mp4'": sample(
+        image=None, video="https://example.com/v.mp4"
+    ),
+    "a video is no file's name: 7": sample(image=None, video=7),
     "a part is neither text nor image: {'type': 'text'}": sample(
         {"role": "user", "content": [{"type": "text"}]}
     ),
@@ -267,6 +352,17 @@ def test_a_template_that_drops_the_system_text_is_no_broken_picture(folder, load
     assert "drops the system's text" in str(own.left_out[0].error)
 
 
+def test_a_run_learns_from_films(folder, capsys):
+    pytest.importorskip("av", reason="videos: pip install '.[video]'")
+    from tests.films import film
+
+    (folder / "v.mp4").write_bytes(film(frames=5))
+    (folder / "train.jsonl").write_text(json.dumps(ask("<image>\nWhat moves?", video="v.mp4")))
+    assert train(folder, "--frames", "2") == 0
+    assert "left out" not in capsys.readouterr().err
+    assert (folder / "run" / "adapter").exists()
+
+
 def train(folder: Path, *more: str) -> int:
     return main(
         [
@@ -336,7 +432,7 @@ def test_files_of_reports_are_read(name, folder):
     assert only.messages[1].text == ("red\u2028star" if "u2028" in name else "red")
 
 
-def test_a_video_of_a_report_is_refused_by_name(folder):
+def test_a_video_of_a_report_is_looked_for(folder):
     path = shared_data("reports/train_silent_keys/video.json")
-    with pytest.raises(ValueError, match="no sample that can be used: video is not supported"):
+    with pytest.raises(ValueError, match="no sample that can be used: video is missing"):
         read_samples(path, folder, str)
