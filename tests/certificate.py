@@ -27,6 +27,7 @@ from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.inputs.templates import Guess, guess_template
+from mlx_llava.inputs.video import Video
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 from tests import layouts, tiny
@@ -109,13 +110,15 @@ def as_hf(config: Settings) -> Settings:
         "vision_feature_layer": config["mm_vision_select_layer"],
         "vision_feature_select_strategy": "default",
     }
+    if "siglip" in config["mm_vision_tower"]:  # whose class reads neither (siglip_encoder.py)
+        seen = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     kind = "llava_onevision" if is_onevision else "llava_next" if is_next else "llava"
     return {
         "model_type": kind,
         "image_token_index": config["vocab_size"],
         "text_config": text,
         "vision_config": TOWERS.get(config["mm_vision_tower"], tower),
-        **({} if is_onevision else seen),
+        **seen,
         "tie_word_embeddings": config["tie_word_embeddings"] if is_onevision else False,
         **({"image_grid_pinpoints": config["image_grid_pinpoints"]} if kind != "llava" else {}),
     }
@@ -174,7 +177,9 @@ def logits_of(model: Any, inputs: Inputs) -> np.ndarray:
     """The reference's last logits on the inputs of the processor under test."""
     pixels = torch.tensor(np.array(inputs.pixel_values).transpose(0, 3, 1, 2)).double()
     arguments: dict[str, Any] = {"pixel_values": pixels}
-    if inputs.image_sizes is not None:
+    if inputs.videos:
+        arguments = {"pixel_values_videos": pixels[None]}
+    elif inputs.image_sizes is not None:
         sizes = torch.tensor(inputs.image_sizes)
         arguments = {"pixel_values": pixels[None], "image_sizes": sizes}
     ids = torch.tensor(np.array(inputs.input_ids))
@@ -250,13 +255,17 @@ def published_guess(row: Published) -> Guess:
 def check_logits(
     row: Published, written: Written, config: Settings, model: Llava, processor: Processor
 ) -> None:
-    """The logits of a question about a picture are the reference's."""
-    inputs = processor(QUESTION, tiny.picture(500, 333))
+    """The logits of a question about a picture, and of one about a video, are the reference's."""
     expected = with_weights(reference(config), written.meant, model.config.image_token_index)
-    theirs = logits_of(expected, inputs)[:, : config.get("vocab_size")]
-    ours = our_logits(model, inputs)[:, : theirs.shape[1]]
-    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    assert error < TOLERANCE, f"logits differ by {error:.1e} of the largest"
+    asked = [processor(QUESTION, tiny.picture(500, 333))]
+    if "video_token_index" in config:
+        film = Video(tuple(tiny.picture(120, 90, seed) for seed in range(3)))
+        asked.append(processor(QUESTION, video=film))
+    for inputs in asked:
+        theirs = logits_of(expected, inputs)[:, : config.get("vocab_size")]
+        ours = our_logits(model, inputs)[:, : theirs.shape[1]]
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error < TOLERANCE, f"logits differ by {error:.1e} of the largest"
 
 
 @cache
@@ -305,8 +314,8 @@ LLaMA, Vicuna, a second file) as they are published; random weights. A row **hol
   of sentencepiece by the original's rule;
 - template, ends of answer, image mode, feature layer and the tokens of a picture, with the
   published patches of 14 pixels, are those that the test's table says;
-- logits are within 3e-5 of the largest of what transformers gives in float64 for the same weights,
-  or for those that quantised ones mean.
+- logits, of llava-hf's video models also those about a video, are within 3e-5 of the largest of
+  what transformers gives in float64 for the same weights, or for those that quantised ones mean.
 
 The settings of {files} are those of published files, of {quoted} those that public repositories
 quote; the others are written from knowledge, and keys that nothing reads may differ there. The

@@ -75,7 +75,7 @@ def cast(tensors: Tensors, row: Published) -> Tensors:
 def write_slow_tokenizer(folder: Path, row: Published) -> None:
     """The tokenizer files of an original checkpoint."""
     if row.vocabulary in ("llama3", "qwen2"):
-        write_json(folder / "tokenizer.json", fast_tokenizer(row.vocabulary, None))
+        write_json(folder / "tokenizer.json", fast_tokenizer(row.vocabulary))
     else:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(row.vocabulary))
     write_json(folder / "tokenizer_config.json", tokenizer_config(row))
@@ -87,11 +87,13 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
     """Everything but the weights of a checkpoint in llava-hf's layout."""
     folder.mkdir()
     write_json(folder / "config.json", config)
-    spec = fast_tokenizer(row.vocabulary, config["image_token_index"])
+    video = config.get("video_token_index")
+    marks = {"<image>": config["image_token_index"], **({"<video>": video} if video else {})}
+    spec = fast_tokenizer(row.vocabulary, marks)
     write_json(folder / "tokenizer.json", spec)
     settings = {**tokenizer_config(row), "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", settings)
-    is_next = config["model_type"] == "llava_next"
+    is_next = config["model_type"] in ("llava_next", "llava_next_video")
     images = {
         "crop_size": {"height": 336, "width": 336},
         "do_center_crop": True,
@@ -128,6 +130,11 @@ def write_hf_settings(folder: Path, row: Published, config: Settings) -> None:
             "image_processor_type": "LlavaOnevisionImageProcessor",
             "processor_class": "LlavaOnevisionProcessor",
         }
+    if config["model_type"] == "llava_next_video":
+        images["processor_class"] = "LlavaNextVideoProcessor"
+        kind = {"image_processor_type": "LlavaNextVideoImageProcessor"}
+        frames = {k: v for k, v in images.items() if k != "image_grid_pinpoints"}
+        write_json(folder / "video_preprocessor_config.json", {**frames, **kind})
     write_json(folder / "preprocessor_config.json", images)
     processor = {
         "image_token": "<image>",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -80,10 +81,10 @@ def sentencepiece_model(family: str) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def fast_tokenizer(family: str, image_token: int | None) -> Spec:
+def fast_tokenizer(family: str, marks: Mapping[str, int] | None = None) -> Spec:
     """The content of a tokenizer.json with the published ids of a family's special tokens."""
     spec: Spec = json.loads(tiny.tokenizer().to_str())
-    special = {**SPECIAL[family], **({"<image>": image_token} if image_token else {})}
+    special = {**SPECIAL[family], **(marks or {})}
     learned = [piece for piece, i in spec["model"]["vocab"].items() if i > 4]
     vocabulary = {piece: 10 + i for i, piece in enumerate(learned)}
     spec["model"] |= {"vocab": vocabulary | special, "unk_token": None}
@@ -143,7 +144,7 @@ def ids_of_original(row: Published, tokens: int, image: int) -> list[int]:
     if row.vocabulary in ("llama3", "qwen2"):
         from tokenizers import Tokenizer
 
-        backend = Tokenizer.from_str(json.dumps(fast_tokenizer(row.vocabulary, None)))
+        backend = Tokenizer.from_str(json.dumps(fast_tokenizer(row.vocabulary)))
         encode = lambda piece: backend.encode(piece, add_special_tokens=False).ids  # noqa: E731
     else:
         model = sentencepiece_model(row.vocabulary)
@@ -164,6 +165,8 @@ def ids_of_transformers(folder: Any, row: Published, picture: Any) -> Any:
 
     if row.config["model_type"] == "llava_onevision":
         processor = tiny.read_onevision_processor(folder)
+    elif row.config["model_type"] == "llava_next_video":  # whose own wants torchvision
+        processor = hf.LlavaNextProcessor.from_pretrained(folder)
     else:
         processor = hf.AutoProcessor.from_pretrained(folder)
     if row.template != "own":

@@ -1,11 +1,21 @@
-"""LLaVA's family beyond 1.5 and 1.6: another tower, or several of its layers."""
+"""LLaVA's family beyond 1.5 and 1.6: another tower, several of its layers, or videos."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.published.llava_hf import IMAGES, TEXTS, VICUNA_7B, VICUNA_13B, hf, turns
-from tests.published.row import CLIP_336, Published, Settings
+from tests.published.llava_hf import (
+    IMAGES,
+    TEXTS,
+    VICUNA_7B,
+    VICUNA_13B,
+    VIDEOS,
+    hf,
+    hf_next,
+    turns,
+)
+from tests.published.original import V16_VICUNA_7B
+from tests.published.row import CLIP_336, KNOWLEDGE, Published, Settings
 
 PAGE = "the file as huggingface.co shows it"
 
@@ -82,6 +92,49 @@ def vip(text: Settings, version: str, **more: Any) -> Settings:
     }
 
 
+#: lmms-lab's own of LLaVA-NeXT-Interleave.
+ORIGINAL_7B: Settings = {
+    **{k: v for k, v in V16_VICUNA_7B.items() if k != "pad_token_id"},
+    "_name_or_path": "lmms-lab/llava-next-interleave-qwen-7b",
+    "architectures": ["LlavaQwenForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "image_grid_pinpoints": [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]],
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "mm_hidden_size": 1152,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    "model_type": "llava_qwen",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+ORIGINAL_05B: Settings = {
+    **ORIGINAL_7B,
+    "_name_or_path": "lmms-lab/llava-next-interleave-qwen-0.5b",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "max_window_layers": 21,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+}
+#: Of which transformers writes the numbers that differ from its class's.
+NEXT_VIDEO: Settings = {
+    **hf_next({**VICUNA_7B, "pad_token_id": 0}, 32001),
+    "architectures": ["LlavaNextVideoForConditionalGeneration"],
+    "model_type": "llava_next_video",
+    "spatial_pool_mode": "average",
+    "spatial_pool_stride": 2,
+    "transformers_version": "4.42.0.dev0",
+    "video_seq_length": 288,
+    "video_token_index": 32000,
+}
+
 OWN_INTERLEAVE = turns(
     "<|im_start|>{{ message.role }}\n",
     "<|im_end|>\n",
@@ -96,6 +149,7 @@ OWN_VIP = turns(
     "###Assistant:",
     IMAGES + TEXTS,
 )
+OWN_NEXT_VIDEO = turns("{{ message.role.upper() }}: ", " ", "ASSISTANT:", IMAGES + VIDEOS + TEXTS)
 QWEN: dict[str, Any] = {
     "vocabulary": "qwen2",
     "template": "own",
@@ -129,5 +183,16 @@ FAMILY = (
             vision_feature_layers=[-2, -5, -8, -11, 6],
         ),
         "hf", chat_template=OWN_VIP, template="own", mode="crop", layer=(-2, -5, -8, -11, 6),
+    ),
+    Published(
+        "llava-hf/LLaVA-NeXT-Video-7B-hf, -DPO-hf", KNOWLEDGE, NEXT_VIDEO, "hf",
+        chat_template=OWN_NEXT_VIDEO, template="own", mode="anyres", tokens=1464,
+    ),
+    *(
+        Published(
+            f"lmms-lab/llava-next-interleave-qwen-{size}", KNOWLEDGE, config, "tuned tower",
+            **{**QWEN, "template": "qwen_1_5", "mode": "anyres"}, tokens=1233, layer=-1,
+        )
+        for size, config in (("0.5b", ORIGINAL_05B), ("7b", ORIGINAL_7B))
     ),
 )  # fmt: skip

@@ -139,6 +139,7 @@ def xtuner(text: Settings, image_token: int, pad_token: int) -> Settings:
 
 
 IMAGES = "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+VIDEOS = IMAGES.replace("image", "video")
 TEXTS = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.published.family import QWEN, SO400M
-from tests.published.llava_hf import IMAGES, TEXTS, turns
+from tests.published.llava_hf import IMAGES, TEXTS, VIDEOS, turns
 from tests.published.row import KNOWLEDGE, Published, Settings
 
 PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -151,7 +151,10 @@ VIDEO_7B: Settings = {
 }
 
 OWN = turns(
-    "<|im_start|>{{ message.role }}\n", "<|im_end|>\n", "<|im_start|>assistant\n", IMAGES + TEXTS
+    "<|im_start|>{{ message.role }}\n",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n",
+    IMAGES + VIDEOS + TEXTS,
 )
 HOW: dict[str, Any] = {**QWEN, "mode": "anyres", "tokens": 1261, "layer": -1}
 
