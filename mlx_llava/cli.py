@@ -18,6 +18,7 @@ COMMANDS = {
     "explain": "draw what a model looked at while it answered",
     "fuse": "merge what was trained into its model",
     "generate": "ask about pictures",
+    "mcp": "let agents look at pictures, by the Model Context Protocol",
     "server": "serve OpenAI's API, and a page for people",
     "train": "align a projector, tune all, or train LoRA layers",
 }
