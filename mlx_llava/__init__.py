@@ -1,7 +1,7 @@
 """LLaVA in MLX: load a checkpoint, ask about a picture.
 
 from mlx_llava import load, generate
-model, processor = load("llava-hf/llava-1.5-7b-hf")
+model, processor = load("mlx-community/llava-1.5-7b-4bit")
 print(generate(model, processor, "What is in this picture?", image="photo.jpg"))
 """
 

@@ -1,6 +1,6 @@
 """Chat about pictures in a terminal.
 
-    python -m mlx_llava.chat --model llava-hf/llava-1.5-7b-hf --image photo.jpg
+    python -m mlx_llava.chat --model mlx-community/llava-1.5-7b-4bit --image photo.jpg
 
 Only what the model says goes to stdout.
 """

@@ -1,6 +1,6 @@
 """Ask about pictures: one prompt, or a file of them.
 
-    python -m mlx_llava.generate --model llava-hf/llava-1.5-7b-hf --image photo.jpg \\
+    python -m mlx_llava.generate --model mlx-community/llava-1.5-7b-4bit --image photo.jpg \\
         --prompt "What is in this picture?"
 """
 

@@ -1,6 +1,6 @@
 """Serve a model to the clients of OpenAI, Anthropic and Ollama, and a page to people.
 
-    python -m mlx_llava.server --model llava-hf/llava-1.5-7b-hf
+    python -m mlx_llava.server --model mlx-community/llava-1.5-7b-4bit
 
 Then http://127.0.0.1:8080 in a browser, or as the base_url http://127.0.0.1:8080/v1 of a client.
 """

@@ -27,16 +27,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 SHELL = [code for language, code in BLOCKS if language == "sh"]
 PYTHON = [code for language, code in BLOCKS if language == "python"]
+(INSTALL,) = (code for code in SHELL if code.startswith("uv tool install"))
 EXPECTED = next(code for language, code in BLOCKS if language == "text")
 
 
 def test_no_block_is_overlooked():
     languages = [language for language, _ in BLOCKS]
-    assert languages == ["sh", "text", *["sh"] * 8, "python", "python"]
+    assert languages == ["sh", "text", *["sh"] * 8, "python", "sh", "python"]
 
 
-def test_install_and_first_answer(tmp_path):
-    """In a copy of what git tracks, with a new environment: nothing may be there already."""
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what git tracks."""
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -44,33 +46,41 @@ def test_install_and_first_answer(tmp_path):
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    for name in names:
-        if (ROOT / name).exists():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for name in filter(Path.exists, map(ROOT.joinpath, names)):
+        target = tmp_path / "checkout" / name.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, target)
+    return tmp_path / "checkout"
+
+
+def run_alone(command: str, folder: Path, home: Path) -> subprocess.CompletedProcess:
+    """Runs what a newcomer types, who has nothing yet."""
+    names = ("PYTHONPATH", "VIRTUAL_ENV")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    path = f"{home}/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["sh", "-e", "-c", SHELL[0]],
-        cwd=tmp_path,
-        env={**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        ["sh", "-e", "-c", command],
+        cwd=folder,
+        env={**environment, "PATH": path, "HOME": str(home)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_install_and_first_answer(checkout, tmp_path):
+    done = run_alone(SHELL[0], checkout, tmp_path)
     assert done.stdout == EXPECTED
-    # Away from the checkout, it is the installed package that has the embedded model.
-    question = ["--image", str(SHAPES), "--prompt", "What is in this picture?"]
-    done = subprocess.run(
-        [tmp_path / ".venv" / "bin" / "python", "-m", "mlx_llava.generate", *question],
-        cwd=tmp_path.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == EXPECTED, done.stderr
-    (installed,) = tmp_path.glob(".venv/lib/*/site-packages/mlx_llava")
+    assert done.stderr.startswith("Installing into .venv, which takes")
+
+
+def test_installed_away_from_the_checkout_it_has_its_model_and_its_page(checkout, tmp_path):
+    run_alone(INSTALL, checkout, tmp_path)
+    question = f'generate --quiet --image {SHAPES} --prompt "What is in this picture?"'
+    assert run_alone(f"mlx-llava {question}", tmp_path, tmp_path).stdout == EXPECTED
+    (installed,) = tmp_path.glob(".local/share/uv/tools/*/lib/*/site-packages/mlx_llava")
     assert {path.name for path in (installed / "serving" / "page").iterdir()} == {
         path.name for path in (ROOT / "mlx_llava" / "serving" / "page").iterdir()
     }
@@ -84,11 +94,12 @@ def test_the_test_command_is_what_ci_runs():
 @pytest.fixture
 def hub(hub_cache, tmp_path, monkeypatch) -> Path:
     """A hub cache in which the embedded model stands for LLaVA 1.5, and a folder of data."""
-    snapshot = hub_cache / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "abc"
-    shutil.copytree(EMBEDDED, snapshot)
-    reference = snapshot.parent.parent / "refs" / "main"
-    reference.parent.mkdir()
-    reference.write_text("abc")
+    for name in ("llava-hf--llava-1.5-7b-hf", "mlx-community--llava-1.5-7b-4bit"):
+        snapshot = hub_cache / f"models--{name}" / "snapshots" / "abc"
+        shutil.copytree(EMBEDDED, snapshot)
+        reference = snapshot.parent.parent / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text("abc")
     shutil.copy(SHAPES, tmp_path / "photo.jpg")
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A star."}]
     (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}] * 4))

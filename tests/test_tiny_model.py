@@ -85,7 +85,7 @@ def test_the_command_uses_it_and_says_so(capsys):
 )
 def test_a_model_of_photographs_is_named_that_fits_the_machine(memory, model, monkeypatch):
     """What Metal recommends on Macs of 8 and 16 GB, and more."""
-    monkeypatch.setattr("mlx_llava.checkpoint.hub.total_memory", lambda: memory)
+    monkeypatch.setattr("mlx_llava.checkpoint.download.total_memory", lambda: memory)
     assert embedded_note().endswith(f"for photographs: --model {model}")
 
 

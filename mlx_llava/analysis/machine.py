@@ -135,7 +135,7 @@ def advice() -> list[str]:
     """What to install, if anything."""
     if sys.platform == "linux" and on_cpu() and BLAS is None:
         return [
-            "MLX uses its own slow BLAS for training: pip install 'mlx-llava[cpu]' (x86-64), or "
+            "MLX uses its own slow BLAS for training: pip install 'mlx-llava[train]' (x86-64), or "
             "your system's OpenBLAS (apt install libopenblas0-pthread)."
         ]
     return []

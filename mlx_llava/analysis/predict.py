@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_llava.analysis.flops import Work, work_of
 from mlx_llava.analysis.machine import layer_rate, layer_read_rate
+from mlx_llava.checkpoint.download import fitting_model
 from mlx_llava.checkpoint.hub import Source, checkpoint_name, find_checkpoint
 from mlx_llava.checkpoint.load import empty_model, make_processor
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
@@ -147,7 +148,8 @@ def predict(source: Source) -> dict[str, Any]:
     size = _nbytes(model)
     suit_device(model)
     try:
-        check_weights(_nbytes(model))
+        is_quantized = checkpoint.config.quantization is not None
+        check_weights(_nbytes(model), is_quantized, fitting_model())
     except ValueError as error:
         here: dict[str, Any] = {"refused": str(error)}
     else:

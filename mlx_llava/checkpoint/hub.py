@@ -5,29 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_llava.checkpoint.download import download, fitting_model
 from mlx_llava.files import expand_home
-from mlx_llava.model.device import total_memory
 from mlx_llava.signatures import option
-
-_FILES = [
-    "*.json",
-    "*.jinja",
-    "*.safetensors",
-    "tokenizer.model",
-    "merges.txt",
-    "non_lora_trainables.bin",
-]
-#: For repositories without safetensors.
-_TORCH_FILES = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin"]
 
 #: The model that comes with the package: beside it in a checkout, inside it when installed.
 EMBEDDED = "tiny-llava"
-#: What to try first: the memory that it wants, the repository, and its size, in GB.
-_FIRST_MODELS = (
-    (20, "llava-hf/llava-1.5-7b-hf", 14),
-    (8, "mlx-community/llava-1.5-7b-4bit", 4),
-    (0, "llava-hf/llava-interleave-qwen-0.5b-hf", 1.8),
-)
 
 
 @dataclass(frozen=True)
@@ -62,18 +45,22 @@ def embedded_model() -> Path:
 
 def embedded_note() -> str:
     """What the embedded model is, and which model of photographs this machine has memory for."""
-    memory = total_memory() / 1e9
-    repo, size = next(row[1:] for row in _FIRST_MODELS if memory >= row[0])
     return (
         "note: this is the embedded model, which only knows drawings of coloured shapes; for "
-        f"photographs: --model {repo} (downloads {size} GB)"
+        f"photographs: {fitting_model()}"
     )
 
 
-def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offline: bool) -> Path:
+def find_checkpoint(
+    path_or_repo: str | Path | None,
+    revision: str | None,
+    offline: bool,
+    memory: int | None = None,
+) -> Path:
     """The local folder (or file) of a checkpoint; a repository is downloaded, a folder never is.
 
-    Without a name it is the embedded model.
+    Without a name it is the embedded model. `memory` is what a repository's weights have to fit,
+    where they are to be loaded.
 
     Raises:
         FileNotFoundError: It is none of these.
@@ -86,10 +73,7 @@ def find_checkpoint(path_or_repo: str | Path | None, revision: str | None, offli
     name = str(path_or_repo)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}.")
-    folder = _download(name, _FILES, revision, offline)
-    if not any(folder.glob("*.safetensors")):
-        folder = _download(name, _TORCH_FILES, revision, offline)
-    return folder
+    return download(name, revision, offline, memory)
 
 
 def checkpoint_name(path: Path) -> str:
@@ -103,19 +87,3 @@ def checkpoint_name(path: Path) -> str:
         if parent.name.startswith("models--"):
             return parent.name.removeprefix("models--").replace("--", "/")
     return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
-
-
-def _download(name: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, local_files_only=offline
-        )
-    except Exception as error:  # the hub's own errors, and those of its HTTP library
-        where = "among the downloaded repositories" if offline else "on the Hugging Face hub"
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"There is no folder {name}, and it is not {where}: {reason}"
-        ) from error
-    return Path(folder)

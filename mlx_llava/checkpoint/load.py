@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_llava.checkpoint.adapters import LowRank, low_rank_layers, put_beside, read_adapter
+from mlx_llava.checkpoint.download import fitting_model
 from mlx_llava.checkpoint.fused import split_lora
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
@@ -24,7 +25,7 @@ from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import get_template
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.config import LlavaConfig
-from mlx_llava.model.device import check_weights, configure_device
+from mlx_llava.model.device import check_weights, configure_device, total_memory
 from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import PermutedQuantizedLinear, layer_settings
@@ -75,7 +76,7 @@ def load(
     """
     where = Source(path_or_repo, **source)
     with sensible_values(path_or_repo or "the embedded model"):
-        checkpoint = open_checkpoint(where)
+        checkpoint = open_checkpoint(where, total_memory())
         beside: dict[str, LowRank] = {}
         if adapter_path is not None:
             lora = read_adapter(where.find(adapter_path))
@@ -106,7 +107,8 @@ def load_opened(
     """The model of a checkpoint, if memory holds it and it fits its config, and its processor."""
     processor = make_processor(checkpoint, image_mode, template)
     tensors = checkpoint.contents.tensors
-    check_weights(sum(math.prod(t.shape) * t.dtype.size for t in tensors.values()))
+    nbytes = sum(math.prod(t.shape) * t.dtype.size for t in tensors.values())
+    check_weights(nbytes, checkpoint.config.quantization is not None, fitting_model())
     model = empty_model(checkpoint)
     model.load_weights([(name, tensor.read()) for name, tensor in tensors.items()])
     model.eval()

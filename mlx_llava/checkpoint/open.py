@@ -36,14 +36,14 @@ class Checkpoint:
     template_doubt: str  # why another may be right than the one in its files or by its names
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
-    """Finds a checkpoint of any layout, and opens it.
+def open_checkpoint(source: Source, memory: int | None = None) -> Checkpoint:
+    """Finds a checkpoint of any layout, and opens it; see `find_checkpoint` for `memory`.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: It is broken, not supported, or a part of it is not given.
     """
-    path = find_checkpoint(source.model, source.revision, source.offline)
+    path = find_checkpoint(source.model, source.revision, source.offline, memory)
     contents = _read(path, source)
     contents.read_from.insert(0, path)
     contents.split_fused()

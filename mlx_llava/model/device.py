@@ -39,13 +39,22 @@ def available_memory() -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def check_weights(nbytes: int) -> None:
-    """Raises ValueError where a model's weights cannot fit."""
-    total = total_memory()
-    if nbytes > total:
+def memory_said() -> str:
+    """How much memory there is for models, for people."""
+    total = total_memory() / _GB
+    if on_cpu():
+        return f"this machine has {total:.1f} GB of memory"
+    whole = int(mx.device_info()["memory_size"]) / _GB
+    return f"Metal recommends at most {total:.1f} GB of this machine's {whole:.0f} GB of memory"
+
+
+def check_weights(nbytes: int, is_quantized: bool, other: str) -> None:
+    """Raises ValueError where a model's weights cannot fit, with another that does."""
+    if nbytes > total_memory():
+        advice = "take" if is_quantized else "convert the model with -q first, or take"
         raise ValueError(
-            f"The weights take {nbytes / _GB:.1f} GB and this machine has {total / _GB:.1f} GB; "
-            "convert the model with -q first, or choose a smaller one."
+            f"The weights take {nbytes / _GB:.1f} GB and {memory_said()}; {advice} a smaller one, "
+            f"such as {other}."
         )
 
 

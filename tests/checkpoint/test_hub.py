@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from huggingface_hub import constants
 
+from mlx_llava.checkpoint import download
 from tests.conftest import GOLDENS, ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,6 +112,56 @@ def test_torch_files_are_fetched_where_there_are_no_safetensors(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "pytorch_model.bin" in Hub.fetched
     assert "training_args.bin" not in Hub.fetched
+
+
+def test_a_download_says_its_size_before_and_only_once(hub, tmp_path):
+    arguments = ["--model", "someone/tiny", "--prompt", "hi", "--max-tokens", "1"]
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    said = [
+        subprocess.run(
+            [sys.executable, "-m", "mlx_llava.generate", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for _ in range(2)
+    ]
+    note = rf"note: someone/tiny is downloaded once, 0.0 GB, to {tmp_path}/hub, which has [\d.]+ GB"
+    assert re.match(note, said[0])
+    assert "downloaded" not in said[1]
+
+
+@pytest.fixture
+def in_process(hub, tmp_path, monkeypatch):
+    """The same hub, for this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    resolve = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_has_no_room_is_refused_before_the_first_byte(monkeypatch):
+    with pytest.raises(ValueError, match=r"someone/tiny has 0.0 GB of weights and .* --model \w"):
+        download.download("someone/tiny", None, False, memory=100)
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"takes 0.0 GB of disk and .* has 0.0 GB free, so noth"):
+        download.download("someone/tiny", None, False, memory=None)
+    assert Hub.fetched == []
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_download_that_breaks_off_is_not_called_missing(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(FileNotFoundError, match=r"^someone/tiny could not be downloaded: .*No spa"):
+        download.download("someone/tiny", None, False, memory=None)
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path):
