@@ -22,7 +22,13 @@ from mlx_llava.analysis.attribution import (
 )
 from mlx_llava.analysis.report import COMMAND, check_report, sections, write_report
 from mlx_llava.analysis.trace import Trace, trace
-from mlx_llava.arguments import add_model_arguments, command, load_model, progress_bar
+from mlx_llava.arguments import (
+    add_model_arguments,
+    add_video_arguments,
+    command,
+    load_model,
+    progress_bar,
+)
 from mlx_llava.files import check_output
 
 __all__ = [
@@ -41,12 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="mlx_llava.explain",
-        description="Answer a question about pictures, and draw what the answer came from: "
-        "attention, rollout, masking, and what each layer would have said.",
+        description="Answer a question about pictures and videos, and draw what the answer came "
+        "from: attention, rollout, masking, and what each layer would have said.",
     )
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="a path or URL; repeatable")
+    add_video_arguments(parser)
     add("--prompt", "-p", required=True, help="what to ask")
     add("--system", help="replaces the template's system text")
     add("--max-tokens", "-m", type=int, default=32, help="of the answer (default: %(default)s)")
@@ -60,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     check_report(args.out)
-    check_output(args.out, COMMAND, args.image)
+    check_output(args.out, COMMAND, [*args.image, *args.video])
     model, processor = load_model(args)
     found = explain(
         model,
         processor,
         args.prompt,
         args.image,
+        video=args.video,
+        frames=args.frames,
         max_tokens=args.max_tokens,
         system=args.system,
     )

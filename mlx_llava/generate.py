@@ -183,7 +183,7 @@ def _report(last: GenerationResponse, load: float) -> str:
 
     shown = in_part(last.whole_image_tokens, last.image_tokens)
     videos = last.inputs.videos
-    images = len(last.inputs.image_tokens) - sum(video.images for video in videos)
+    images = len(last.inputs.image_tokens) - sum(len(video.images) for video in videos)
     pixels = [f"images: {images}"] if images else []
     pixels += [f"video: {v.frames} frames, {v.frame_tokens} tokens each" for v in videos]
     lines = [f"{' | '.join(pixels)}, {shown} tokens"] if pixels else []

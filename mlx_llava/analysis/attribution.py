@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from mlx_llava.analysis.boxes import LONGEST, feature_boxes, heat_map, patch_boxes
+from mlx_llava.analysis.boxes import LONGEST, heat_map
+from mlx_llava.analysis.pictures import Picture, pictures_of
 from mlx_llava.analysis.trace import Array, Trace, as_numpy, trace, with_answer
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
@@ -27,8 +28,6 @@ from mlx_llava.model.quantized import plain_weight
 
 #: How many masked pictures are looked at together.
 MASKED_AT_ONCE = 8
-#: Into how many parts, in each direction, a picture is cut to be masked.
-MOST_PARTS = 6
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,33 @@ class Explanation:
     """An answer, and all that was computed for it.
 
     Attributes:
-        images: the pictures as they were read.
+        pictures: what was shown, in reading order: images, and videos as sheets of their frames.
         inputs: the prompt.
         tokens: the answer's ids, (G,), without the one that ends it unless that is all.
         words: their texts.
         trace: what was computed. The observed position of a word is the one before it, where it
             was chosen.
-        boxes: which part of each picture its features show; see `boxes.feature_boxes`.
         positions: where in the prompt each picture's features stand, (F,).
         tile_patches: how many patches a tile is cut into.
     """
 
-    images: tuple[Image.Image, ...]
+    pictures: tuple[Picture, ...]
     inputs: Inputs
     tokens: tuple[int, ...]
     words: tuple[str, ...]
     trace: Trace
-    boxes: tuple[Array, ...]
     positions: tuple[npt.NDArray[np.int64], ...]
     tile_patches: int
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The pictures as they were read."""
+        return tuple(picture.image for picture in self.pictures)
+
+    @property
+    def boxes(self) -> tuple[Array, ...]:
+        """Which part of each picture its features show; see `boxes.feature_boxes`."""
+        return tuple(picture.boxes for picture in self.pictures)
 
     @property
     def answer(self) -> str:
@@ -81,6 +88,8 @@ def explain(
     prompt: Conversation,
     image: Any = None,
     *,
+    video: Any = None,
+    frames: int | None = None,
     max_tokens: int = 32,
     **prompt_options: Any,
 ) -> Explanation:
@@ -91,35 +100,42 @@ def explain(
         processor (Processor): Its processor.
         prompt (str or list of dict): What `Processor` takes, its pictures given as `image`.
         image (image or list of images, optional): What `load_image` takes.
+        video (video or list of videos, optional): What `Processor` takes.
+        frames (int, optional): How many are taken of each.
         max_tokens (int): The longest answer.
         **prompt_options: ``raw``, ``system``, ``image_position`` of `Processor`.
 
     Raises:
         ValueError: `Processor` refuses the prompt, or it brings pictures of its own.
     """
-    images = tuple(map(load_image, as_list(image)))
-    inputs = processor(prompt, list(images), **prompt_options)
-    if len(inputs.image_tokens) != len(images):
-        raise ValueError(
-            f"The prompt has {len(inputs.image_tokens)} pictures and {len(images)} were given as "
-            "image; give all of them so."
-        )
+    images = [*map(load_image, as_list(image))]
+    videos = [processor.load_video(source, frames) for source in as_list(video)]
+    inputs = processor(prompt, images, video=videos, **prompt_options)
+    of_videos = sum(len(taken.images) for taken in inputs.videos)
+    for what, option, found, given in (
+        ("pictures", "image", len(inputs.image_tokens) - of_videos, len(images)),
+        ("videos", "video", len(inputs.videos), len(videos)),
+    ):
+        if found != given:
+            raise ValueError(
+                f"The prompt has {found} {what} and {given} were given as {option}; give all of "
+                "them so."
+            )
     parts = stream_generate(model, processor, inputs, max_tokens=max_tokens)
     tokens = [part.token for part in parts]
     if len(tokens) > 1 and tokens[-1] in processor.eos_ids:
         tokens.pop()
     length = inputs.input_ids.shape[1]
     positions = np.flatnonzero(model.config.are_placeholders(inputs.input_ids[0]))
-    sizes = [(one.height, one.width) for one in images]
-    reader = processor.image_processor.among(len(images))
+    pictures = pictures_of(inputs, images, videos, processor)
+    features = [sum(inputs.image_tokens[i] for i in one.entries) for one in pictures]
     return Explanation(
-        images=images,
+        pictures=tuple(pictures),
         inputs=inputs,
         tokens=tuple(tokens),
         words=tuple(processor.tokenizer.text_of(token) for token in tokens),
         trace=trace(model, inputs, tokens, range(length - 1, length - 1 + len(tokens))),
-        boxes=tuple(feature_boxes(reader, size) for size in sizes),
-        positions=tuple(np.split(positions, np.cumsum(inputs.image_tokens))[:-1]),
+        positions=tuple(np.split(positions, np.cumsum(features))[:-1]),
         tile_patches=model.config.vision_config.patches_per_side**2,
     )
 
@@ -191,7 +207,7 @@ class MaskEffect:
 
 def mask_effect(
     model: Llava,
-    processor: Processor,
+    processor: Processor,  # noqa: ARG001 - as all of these functions have it
     explanation: Explanation,
     picture: int = 0,
     window: int | None = None,
@@ -199,7 +215,8 @@ def mask_effect(
 ) -> MaskEffect:
     """Masks one part of a picture after the other, and asks what that does to the answer.
 
-    A part is masked in the picture's median colour, which in a drawing is its background.
+    A part is masked in the picture's median colour, which in a drawing is its background; of a
+    video it is one of a frame.
 
     Args:
         model (Llava): The model.
@@ -207,50 +224,39 @@ def mask_effect(
         explanation (Explanation): What `explain` gave.
         picture (int): Which of the pictures.
         window (int, optional): How many patches of the first tile, in each direction, make a
-            part; default: so many that there are at most 6 x 6 parts.
+            part; default: so many that there are at most 6 x 6 parts, or one for each frame.
         progress (callable): Is told how many parts are done, of how many.
 
     Raises:
         ValueError: `window` is below 1.
     """
-    image = explanation.images[picture]
-    reader = processor.image_processor.among(len(explanation.images))
-    patches = patch_boxes(reader, (image.height, image.width))[0]
-    window = -(-len(patches) // MOST_PARTS) if window is None else window
-    if window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1.")
-    starts = range(0, len(patches), window)
-    blocks = [patches[i : i + window, j : j + window] for i in starts for j in starts]
-    boxes = np.array([[*block[0, 0, :2], *block[-1, -1, 2:]] for block in blocks])
-    median = tuple(map(int, np.median(np.asarray(image), axis=(0, 1))))
-    drops = []
-    for start in range(0, len(boxes), MASKED_AT_ONCE):
-        some = boxes[start : start + MASKED_AT_ONCE]
-        pixels = [reader([_masked(image, box, median)]) for box in some]
-        drops.append(_drops(model, explanation, picture, pixels))
-        progress(start + len(some), len(boxes))
+    shown = explanation.pictures[picture]
+    parts, drops = shown.parts(window), []
+    at_once = max(1, MASKED_AT_ONCE // len(shown.frames))
+    for start in range(0, len(parts), at_once):
+        some = parts[start : start + at_once]
+        drops.append(_drops(model, explanation, shown, [*shown.masked(some)]))
+        progress(start + len(some), len(parts))
+    boxes = np.array([shown.place(*part) for part in parts])
     return MaskEffect(np.concatenate(drops), boxes)
 
 
-def _drops(model: Llava, explanation: Explanation, picture: int, pixels: Sequence[Array]) -> Array:
-    """`MaskEffect.drops` of some masked pictures, each as its tiles, (B, G)."""
+def _drops(
+    model: Llava, explanation: Explanation, picture: Picture, pixels: Sequence[Array]
+) -> Array:
+    """`MaskEffect.drops` of a picture that is masked in some ways, each as its tiles, (B, G)."""
     inputs, tokens = explanation.inputs, np.array(explanation.tokens)
-    sizes = inputs.image_sizes and [inputs.image_sizes[picture]] * len(pixels)
-    masked = model.encode_images(np.concatenate(pixels), sizes)
+    own = slice(picture.entries.start, picture.entries.stop)
+    sizes = inputs.image_sizes and [*inputs.image_sizes[own]] * len(pixels)
+    masked = iter(model.encode_images(np.concatenate(pixels), sizes))
     others = [mx.array(features) for features in explanation.trace.image_features]
-    features = [one for new in masked for one in (*others[:picture], new, *others[picture + 1 :])]
+    features = list[mx.array]()
+    for _ in pixels:
+        others[own] = [next(masked) for _ in picture.entries]
+        features += others
     ids = np.repeat(with_answer(inputs, explanation.tokens).input_ids, len(pixels), axis=0)
     decoder = model.language_model
     (x,) = deque(decoder.hidden_states(model.embed(ids, image_features=features)), maxlen=1)
     after = _log_softmax(as_numpy(decoder.logits(x[:, -len(tokens) - 1 : -1])))
     before = _log_softmax(explanation.trace.logits[explanation.trace.queries])
     return (before - after)[:, np.arange(len(tokens)), tokens]
-
-
-def _masked(image: Image.Image, box: Array, colour: tuple[int, ...]) -> Image.Image:
-    """A copy with one part in a colour; a pixel that the box cuts belongs to it."""
-    left, top, right, bottom = box
-    copy = image.copy()
-    corners = (np.floor(left), np.floor(top), np.ceil(right) - 1, np.ceil(bottom) - 1)
-    ImageDraw.Draw(copy).rectangle(tuple(map(int, corners)), fill=colour)
-    return copy

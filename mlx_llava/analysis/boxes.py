@@ -6,6 +6,8 @@ reach beyond the picture, where there is padding. Sizes are (height, width).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -13,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.model.anyres import Size, laid_grid, unpadded_grid
-from mlx_llava.model.config import LlavaConfig
-from mlx_llava.model.layout import lay_out
+from mlx_llava.model.anyres import Frames, Layout, Size, laid_grid, unpadded_grid
+from mlx_llava.model.config import AVERAGE, BILINEAR, LlavaConfig
+from mlx_llava.model.layout import lay_out, pool_first
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 
@@ -43,24 +45,58 @@ def feature_boxes(image_processor: ImageProcessor, size: Size) -> Array:
     It is NaN for a class token and for the end of a line, which show no part of it.
     """
     config = image_processor.config
-    boxes = patch_boxes(image_processor, size)
+    layout = size if image_processor.mode == "anyres" else None
+    found = _laid_out(patch_boxes(image_processor, size), layout, config)
+    if layout and config.has_newline:
+        shown, laid = unpadded_grid(size, config), laid_grid(size, config)
+        down, across = ((part.stop - part.start) / n for part, n in zip(shown, laid, strict=True))
+        _grow(found[config.tokens_per_tile :], down, across)
+    return found
+
+
+def frame_boxes(
+    image_processor: ImageProcessor, sizes: Sequence[Size], corners: Sequence[Sequence[float]]
+) -> Array:
+    """The same of a video whose frames, of these sizes, lie side by side.
+
+    Args:
+        image_processor (ImageProcessor): What reads them.
+        sizes (list of (height, width)): Theirs.
+        corners (list of (left, top)): Where they lie.
+    """
+    config = image_processor.config
+    frames = [*zip(sizes, np.tile(corners, 2), strict=True)]
+    if config.pooling is None:
+        boxes = [feature_boxes(image_processor, size) + corner for size, corner in frames]
+        return np.concatenate(boxes)
+    boxes = [patch_boxes(image_processor, size)[0] + corner for size, corner in frames]
+    if config.mm_spatial_pool_mode == "max":
+        config = replace(config, mm_spatial_pool_mode=AVERAGE)  # each is of as many patches
+    found = _laid_out(np.stack(boxes), Frames(len(boxes)), config)
+    side = config.vision_config.patches_per_side
+    if config.pooling == AVERAGE:
+        grown = float(config.spatial_pool_stride)
+    else:
+        grown = side / config.frame_side if config.mm_spatial_pool_mode == BILINEAR else 2
+    _grow(found, grown, grown)
+    return found
+
+
+def _laid_out(boxes: Array, layout: Layout, config: LlavaConfig) -> Array:
+    """Boxes of patches, (tiles, rows, columns, 4), in the order of features and as many, (F, 4)."""
     boxes = boxes.reshape(len(boxes), -1, 4)
     if config.vision_config.has_class_token:
         boxes = np.concatenate([np.full((len(boxes), 1, 4), np.nan), boxes], axis=1)
     boxes = boxes[:, 1:] if config.drops_first else boxes
-    sizes = [size] if image_processor.mode == "anyres" else None
+    sizes = [layout] if layout else None
     no_box = mx.full((4,), np.nan) if config.has_newline else None
-    (laid,) = lay_out(mx.array(boxes, mx.float32), no_box, sizes, config)
-    found = np.array(laid)
-    if sizes and config.has_newline:  # scaling moves boxes and leaves them as small as patches
-        _grow(found[config.tokens_per_tile :], size, config)
-    return found
+    pooled = pool_first(mx.array(boxes, mx.float32), sizes, config)
+    (laid,) = lay_out(pooled, no_box, sizes, config)
+    return np.array(laid)
 
 
-def _grow(boxes: Array, size: Size, config: LlavaConfig) -> None:
-    """Makes the boxes of a grid that was scaled down touch each other."""
-    shown, laid = unpadded_grid(size, config), laid_grid(size, config)
-    down, across = ((part.stop - part.start) / n for part, n in zip(shown, laid, strict=True))
+def _grow(boxes: Array, down: float, across: float) -> None:
+    """Makes boxes touch each other where scaling has moved them and left them small as patches."""
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]) / 2 * [across, down]
     boxes[:, :2], boxes[:, 2:] = middle - half, middle + half

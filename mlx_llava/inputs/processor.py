@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -59,12 +59,12 @@ class FramesTaken(NamedTuple):
     Attributes:
         frames: how many frames.
         frame_tokens: how many tokens each of them takes, in all of its features.
-        images: how many they are of all images in the prompt.
+        images: which they are of all images in the prompt.
     """
 
     frames: int
     frame_tokens: int
-    images: int
+    images: range
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,7 @@ class Processor:
         if image_tokens is not None and image_tokens < 1:
             raise ValueError(f"image_tokens is {image_tokens}; it must be at least 1.")
         started = time.perf_counter()
-        texts: list[str] = []
-        rows: list[Sequence[Shown]] = []
+        texts, rows = list[str](), list[Sequence[Shown]]()
         take_frames = partial(self.load_video, frames=frames)
         for conversation, beside, films in rows_of(prompt, images, video):
             beside = [*beside, *map(take_frames, films)]
@@ -255,8 +254,7 @@ class Processor:
         reading = self._reading(self.load_video)
         text, sources = self._render(conversation, as_list(images), reading)
         read = self.image_processor.read(self._images_of(sources))
-        ids, _ = self._ids([text], (one.tokens for one in read))
-        return ids.shape[1]
+        return self._ids([text], (one.tokens for one in read))[0].shape[1]
 
     def _reading(self, load_video: Callable[[VideoSource], Video]) -> Reading:
         mark = self._marks[-1] if self.config.pooling else None
@@ -314,15 +312,15 @@ class Processor:
         return images
 
     def _frames_taken(
-        self, shown: Iterable[Shown], image_tokens: Iterable[int]
+        self, shown: Iterable[Shown], image_tokens: Sequence[int]
     ) -> Iterator[FramesTaken]:
         """What was taken of videos, with the tokens of all images in reading order."""
-        tokens = iter(image_tokens)
+        images = range(0)
         for source in shown:
             frames = len(source.frames) if isinstance(source, Video) else 1
-            images = 1 if self.config.pooling else frames
-            total = sum(islice(tokens, images))
+            images = range(images.stop, images.stop + (1 if self.config.pooling else frames))
             if isinstance(source, Video):
+                total = sum(image_tokens[i] for i in images)
                 yield FramesTaken(frames, total // frames, images)
 
     def load_video(self, source: VideoSource, frames: int | None = None) -> Video:
