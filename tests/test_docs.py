@@ -23,10 +23,10 @@ from served import served
 DOCS = ROOT / "docs"
 PAGES = sorted(
     [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    + [ROOT / "weights" / "tiny-llava" / "README.md"]
+    + [ROOT / "weights" / "tiny-llava" / "README.md", ROOT / "packaging" / "README.md"]
 )
 #: Flags of other programs that the pages name.
-FOREIGN = {"--quiet", "--silent"}
+FOREIGN = {"--no-git", "--options", "--quiet", "--repository", "--schema", "--sdist", "--silent"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -129,7 +129,7 @@ def shell(code: str) -> str:
 
 
 def test_no_page_has_code_that_nothing_runs():
-    tried = {"how-it-works.md", "prompts.md", "server.md", "training.md"}
+    tried = {"how-it-works.md", "prompts.md", "server.md", "tools.md", "training.md"}
     for page in DOCS.glob("*.md"):
         if page.name not in tried:
             assert not blocks(page, "python") + blocks(page, "sh"), page

@@ -92,7 +92,7 @@ def test_a_schema_is_followed(model, tiny):
 
 
 def test_films_are_shown_too(model, tiny):
-    moving = film()
+    moving = film(frames=3)
     said = model.prompt(QUESTION, attachments=shown(moving), frames=2).text()
     assert said == generate(*tiny, QUESTION, video=moving, frames=2)
 
@@ -123,11 +123,3 @@ def test_mistakes_end_the_command_with_a_reason(arguments, why, monkeypatch):
     assert result.exit_code != 0
     assert why in result.output
     assert "Traceback" not in result.output
-
-
-def test_the_command_asks_and_goes_on(tiny):
-    run = CliRunner()
-    first = run.invoke(cli, ["-m", "mlx-llava", "-a", str(SHAPES), "-s", "Be brief.", QUESTION])
-    second = run.invoke(cli, ["-c", FOLLOW_UP])
-    assert first.stdout == generate(*tiny, QUESTION, SHAPES, system="Be brief.") + "\n"
-    assert second.stdout == "black\n"
