@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -39,6 +40,10 @@ from mlx_llava.inputs.mentions import (
 from mlx_llava.inputs.video import Video, is_film
 
 CLIPBOARD = "clipboard"
+#: What is meant as a command without looking like one.
+_PLAIN = {CLIPBOARD: f"/image {CLIPBOARD}", "exit": "/exit", "quit": "/exit", "bye": "/exit"}
+#: Between two of these a question may have several lines.
+_QUOTES = '"""'
 COMMANDS = (
     *("/image", "/images", "/video", "/system", "/template", "/regenerate", "/undo"),
     *("/save", "/load", "/reset", "/help", "/exit", "/quit", "/bye"),
@@ -78,7 +83,7 @@ class Chat:
     def take(self, line: str) -> None:
         """Does what a line says: a command, pictures to show, or a question, perhaps with some."""
         line = _checked(line).strip()
-        line = f"/image {CLIPBOARD}" if line == CLIPBOARD else line
+        line = _PLAIN.get(line.lower(), line)
         name = (line.split() or [""])[0]
         if name in COMMANDS:
             getattr(self, name[1:])(line.removeprefix(name).strip())
@@ -175,7 +180,9 @@ class Chat:
 
     def save(self, rest: str) -> None:
         """FILE: write the conversation"""
-        self.session.save(_file(rest, "/save"))
+        name = _file(rest, "/save")
+        self.session.save(name)
+        note(f"saved {len(self.session.turns)} turns in {name}")
 
     def load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved"""
@@ -186,7 +193,8 @@ class Chat:
 
     def reset(self, _: str) -> None:
         """: forget everything that was said and shown"""
-        self.session.turns, self.pending = [], []
+        self.session.reset()
+        self.pending = []
 
     def help(self, _: str) -> None:
         """: this"""
@@ -194,6 +202,7 @@ class Chat:
             arguments, _, job = (getattr(self, name[1:]).__doc__ or "").partition(": ")
             note(f"{name + ' ' + arguments:<20} {job}")
         note(f"{'a path':<20} as /image; also dragged into the terminal, or in a question")
+        note(f"{_QUOTES:<20} begins and ends a question of several lines")
         note("Control-C stops an answer, Control-D ends")
 
     def exit(self, _: str) -> None:
@@ -217,7 +226,9 @@ def _file(rest: str, command: str) -> str:
 
 
 def note(text: str) -> None:
-    """Says something that the model did not say."""
+    """Says something that the model did not say; on a terminal, fainter."""
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
 
 
@@ -228,15 +239,28 @@ def _checked(line: str) -> str:
     return line.removeprefix("\ufeff")
 
 
+def read_entry() -> str:
+    """What is typed next: a line, or all that stands between quotes."""
+    prompts = ("> ", "  ") if sys.stdin.isatty() else ("", "")
+    text = input(prompts[0])
+    if text.startswith(_QUOTES):
+        while text == _QUOTES or not text.endswith(_QUOTES):
+            text += "\n" + input(prompts[1])
+        text = text.removeprefix(_QUOTES).removesuffix(_QUOTES)
+    return text
+
+
 def run(chat: Chat) -> None:
     """Takes line after line until there is no more."""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history in input()
     if isinstance(sys.stdin, io.TextIOWrapper):  # so that one bad byte spoils only its line
         sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stdin.isatty():
+        note("/help lists what can be typed, Control-D ends")
     while not chat.has_ended:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = read_entry()
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -112,7 +112,7 @@ def _answer_file(
 ) -> None:
     """Prints a line for each prompt of a file."""
     from mlx_llava.generation.batch import BatchGenerator
-    from mlx_llava.generation.jobs import answer_prompts, read_line
+    from mlx_llava.generation.jobs import answer_prompts, in_order, read_line
 
     failed = total = 0
     is_stdin = args.prompts_file == "-"
@@ -121,7 +121,8 @@ def _answer_file(
         size = BATCH_SIZE if args.batch_size is None else args.batch_size
         generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
         lines, read = numbered_lines(file, name), partial(read_line, name)
-        for answer in answer_prompts(lines, read, generator, options, **_prompt_options(args)):
+        answers = answer_prompts(lines, read, generator, options, **_prompt_options(args))
+        for answer in in_order(answers):
             total, failed = total + 1, failed + ("error" in answer)
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     if failed:

@@ -75,6 +75,7 @@ class Session:
         turns: what was said; the last one may be waiting for its answer.
         system: replaces the template's system text, if it is not None.
         shown: one of `SHOWN`.
+        file: where it was saved, or comes from, and may be saved again.
         processor: prepares the prompts.
     """
 
@@ -85,6 +86,7 @@ class Session:
         self.model, self.processor, self.options = model, processor, options
         self.system = system
         self.shown = SHOWN[0]
+        self.file: Path | None = None
         self.turns: list[Turn] = []
         self._cache = PromptCache(model)
 
@@ -144,17 +146,19 @@ class Session:
         """Writes the conversation; pictures from files as their paths.
 
         Raises:
-            FileExistsError: There is a file that is no conversation.
+            FileExistsError: There is a file that holds something else, or another conversation.
         """
         path = expand_home(path)
-        if path.exists() and not _is_conversation(path):
-            raise FileExistsError(f"{path} is no conversation that was saved; it stays as it is.")
+        if path.exists() and path.absolute() != self.file:
+            what = "another conversation" if _is_conversation(path) else "no conversation"
+            raise FileExistsError(f"{path} holds {what}; it stays as it is.")
         turns = [
             {"text": t.text, "images": [p.saved for p in t.pictures], "answer": t.answer}
             for t in self.turns
         ]
         with whole_file(path) as beside:
             write_json(beside, {"system": self.system, "shown": self.shown, "turns": turns})
+        self.file = path.absolute()
 
     def load(self, path: str | Path) -> None:
         """Goes on with what `save` wrote.
@@ -173,6 +177,11 @@ class Session:
         if shown not in SHOWN or not isinstance(system, (str, type(None))):
             raise ValueError(f"{path} is not a conversation that was saved.")
         self.system, self.shown, self.turns = system, shown, turns
+        self.file = path.absolute()
+
+    def reset(self) -> None:
+        """Forgets what was said, and where that was saved."""
+        self.turns, self.file = [], None
 
     def _read_turn(self, data: dict[str, Any]) -> Turn:
         pictures = tuple(map(self._read_picture, data["images"]))

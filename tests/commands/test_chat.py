@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlx_llava import generate, load
-from mlx_llava.chat import Chat, main
+from mlx_llava.chat import Chat, main, run
 from mlx_llava.generation.session import Picture, Session
 from mlx_llava.inputs.mentions import image_names, missing_paths, pasted_files, split_line
 from tests.conftest import ROOT, shared_data
@@ -123,11 +123,34 @@ def test_only_a_conversation_is_written_over(session, tmp_path, monkeypatch):
     for name in ("my chat.json", "'my chat.json'", "my\\ chat.json"):
         Chat(session).take(f"/save {name}")
     assert [path.name for path in tmp_path.iterdir()] == ["my chat.json"]
-    for content in ("my notes", "{}", '{"turns": []}'):
+    chat_of_another_day = (tmp_path / "my chat.json").read_text()
+    for content in ("my notes", "{}", '{"turns": []}', chat_of_another_day):
         (tmp_path / "notes.txt").write_text(content)
         with pytest.raises(FileExistsError, match="stays as it is"):
             session.save(tmp_path / "notes.txt")
         assert (tmp_path / "notes.txt").read_text() == content
+    session.reset()
+    with pytest.raises(FileExistsError, match="another conversation; it stays"):
+        session.save("my chat.json")
+    session.load("my chat.json")
+    session.save("my chat.json")
+
+
+@pytest.mark.parametrize("word", ["exit", "Quit", "/bye"])
+def test_whoever_wants_to_leave_leaves(monkeypatch, capsys, word):
+    assert (
+        chat(monkeypatch, word, "How many objects are there?", arguments=("--image", SHAPES)) == 0
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_a_question_may_have_several_lines(monkeypatch, session):
+    asked = []
+    monkeypatch.setattr(Chat, "ask", lambda self, text: asked.append(text))
+    lines = ['"""one line"""', '"""', "How many", "objects?", '"""', '"""Where', 'is it?"""', "So"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    run(Chat(session))
+    assert asked == ["one line", "How many\nobjects?", "Where\nis it?", "So"]
 
 
 @pytest.mark.parametrize(
