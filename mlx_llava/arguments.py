@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_llava.checkpoint.hub import Source, embedded_note
 from mlx_llava.files import one_line
@@ -29,6 +29,14 @@ USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 _MODEL, *_SOURCE = fields(Source)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments, whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong, and not all that could be right."""
+        self.exit(USER_ERROR, f"error: {message} ({self.prog} --help lists all options)\n")
 
 
 def add_options(parser: argparse.ArgumentParser, options: Iterable[Field[Any]]) -> None:

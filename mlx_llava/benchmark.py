@@ -18,7 +18,7 @@ import numpy as np
 from mlx_llava.analysis.machine import describe
 from mlx_llava.analysis.measure import Alone, Figures, draw_pictures, lines, tell
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
-from mlx_llava.arguments import command
+from mlx_llava.arguments import Parser, command
 from mlx_llava.checkpoint.hub import find_checkpoint
 from mlx_llava.files import check_output, own_file
 from mlx_llava.json_files import write_json
@@ -30,7 +30,7 @@ COMMAND = "mlx_llava.benchmark"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.benchmark", description="Measure a model here. Times are seconds."
     )
     add_workload(parser)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_frames_argument,
     add_image_tokens_argument,
@@ -163,7 +164,7 @@ def open_captions(out: str, images: Sequence[str]) -> Captions:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.caption",
         description="Caption pictures, or ask all of them the same. A picture that cannot be read "
         "is a line in the errors file, and the rest goes on.",

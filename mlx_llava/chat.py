@@ -18,6 +18,7 @@ from functools import partial
 from PIL import Image
 
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
@@ -52,7 +53,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.chat",
         description="Chat with a LLaVA model about pictures. /help lists what can be typed.",
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.arguments import add_source_arguments, command, progress_bar, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, progress_bar, source_options
 from mlx_llava.checkpoint.convert import (
     DEFAULT_PATH,
     MODES,
@@ -31,7 +31,7 @@ from mlx_llava.model.device import DTYPES
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.convert",
         description="Convert any LLaVA checkpoint to MLX. Original LLaVA, llava-hf, GPTQ, AWQ, "
         "GGUF, deltas and LoRA are recognised by what is in them.",

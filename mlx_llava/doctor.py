@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_llava.analysis.machine import advice, describe, matmul_rate, read_rate
 from mlx_llava.analysis.predict import predict
-from mlx_llava.arguments import add_source_arguments, command, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.model.device import on_cpu
 
@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.doctor",
         description="Show what MLX runs on here and how fast it is, and what to expect of a model.",
     )

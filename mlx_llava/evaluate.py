@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_llava.analysis.scores import SCORERS
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_frames_argument,
     add_image_tokens_argument,
@@ -38,7 +39,7 @@ SINGLE_PREDICTION = "Answer with the option's letter from the given choices dire
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.evaluate",
         description="Answer a question file of LLaVA's, and score the answers. What the answer "
         "file holds already is not asked again. Published results of LLaVA 1.5 need "

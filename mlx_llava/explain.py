@@ -23,6 +23,7 @@ from mlx_llava.analysis.attribution import (
 from mlx_llava.analysis.report import COMMAND, check_report, sections, write_report
 from mlx_llava.analysis.trace import Trace, trace
 from mlx_llava.arguments import (
+    Parser,
     add_model_arguments,
     add_video_arguments,
     command,
@@ -45,7 +46,7 @@ __all__ = [
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.explain",
         description="Answer a question about pictures and videos, and draw what the answer came "
         "from: attention, rollout, masking, and what each layer would have said.",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_llava.arguments import add_source_arguments, command, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
 from mlx_llava.checkpoint.adapters import read_adapter
 from mlx_llava.checkpoint.convert import make_plan
 from mlx_llava.checkpoint.fused import split_lora
@@ -24,7 +24,7 @@ from mlx_llava.json_files import sensible_values
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.fuse",
         description="Add what mlx_llava.train learned to the weights of its model. Quantised "
         "layers that it changed become plain, so that the result answers as before.",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
@@ -40,7 +41,7 @@ _PROMPT_OPTIONS = ("frames", "raw", "system", "image_position", "image_tokens")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.generate",
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )

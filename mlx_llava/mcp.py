@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
@@ -43,7 +44,7 @@ _SETTINGS = [field for field in fields(Settings) if field.name in _NAMES]
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.mcp",
         description="Let agents look at pictures, by the Model Context Protocol over stdin and "
         "stdout. The model loads when it is first asked.",

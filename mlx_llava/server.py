@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mlx_llava.arguments import (
+    Parser,
     add_answer_arguments,
     add_model_arguments,
     add_options,
@@ -47,7 +48,7 @@ GRACE_SECONDS = 60
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.server",
         description="Serve a LLaVA model: the APIs of OpenAI and Anthropic below /v1, Ollama's "
         "below /api, and a page for people at /.",

@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_llava.arguments import (
+    Parser,
     add_frames_argument,
     add_loading_arguments,
     add_options,
@@ -45,7 +46,7 @@ _REPORTED = {"step", "loss", "gradient_norm", "tokens"}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_llava.train",
         description="Train a LLaVA on conversations about pictures and videos, in LLaVA's own "
         "JSON. With mlx.launch, several processes share the batches.",

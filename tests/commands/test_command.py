@@ -220,7 +220,10 @@ def test_a_file_may_have_any_name(files, capsys, monkeypatch):
 def test_wrong_arguments_are_argparses(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--no-such-option"])
-    assert "one of the arguments --prompt/-p --prompts-file is required" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: one of the arguments --prompt/-p --prompts-file is required "
+        "(mlx_llava.generate --help lists all options)\n"
+    )
 
 
 def process(*arguments: str, **options) -> subprocess.Popen:
