@@ -33,6 +33,12 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError on a loop
 
 
+def lasting_name(source: str) -> str:
+    """A path or URL that means the same in another folder."""
+    is_url = source.startswith(("http://", "https://", "data:"))
+    return source if is_url else str(real_path(expand_home(source)))
+
+
 def check_output(path: Path, command: str, inputs: Iterable[object] = ()) -> None:
     """Raises FileExistsError unless a command may write a file, before anything is computed.
 

@@ -28,12 +28,14 @@ from mlx_llava.arguments import (
     load_model,
     say_if_embedded,
 )
+from mlx_llava.files import lasting_name
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.json_files import decode, numbered_lines
 from mlx_llava.model.device import DTYPES
 
 if TYPE_CHECKING:  # what --help does not wait for
     from mlx_llava import GenerationResponse, Llava, Processor
+    from mlx_llava.generation.prompt_cache import PromptCache
 
 STDIN = "standard input"
 _PROMPT_OPTIONS = ("frames", "raw", "system", "image_position", "image_tokens")
@@ -79,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--prompt-cache-file",
         metavar="FILE",
-        help="what was read before, and is not read again; written anew after the answer",
+        help="what was read before, and is not read again; written anew after the answer. Without "
+        "--image and --video, its pictures are asked about",
     )
     add("--vision-dtype", choices=DTYPES, help="of the vision tower alone")
     add("--projector-dtype", choices=DTYPES, help="of the projector alone")
@@ -130,27 +133,48 @@ def _answer_file(
         raise ValueError(f"{failed} of {total} prompts have no answer; their lines say why.")
 
 
+def _open_cache(args: argparse.Namespace, model: Llava) -> PromptCache | None:
+    """What was read before, if a file is given for it."""
+    from mlx_llava.generation.prompt_cache import PromptCache
+    from mlx_llava.model.cache import make_cache
+
+    if args.prompt_cache_file is None:
+        return None
+    cache = PromptCache(model)
+    if Path(args.prompt_cache_file).exists():
+        empty = make_cache(model.config.text_config, 0, args.kv_bits)
+        cache.load(args.prompt_cache_file, empty)
+    return cache
+
+
+def _sources(
+    args: argparse.Namespace, cache: PromptCache | None
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The images and videos that are asked about: where none are given, a cache's."""
+    images, videos = args.image, args.video
+    if cache is not None:
+        if not images and not videos:
+            images, videos = cache.sources
+        lasting = [[lasting_name(name) for name in n if name != "-"] for n in (images, videos)]
+        cache.sources = (lasting[0], lasting[1])
+    return images, videos
+
+
 def _answer(
     args: argparse.Namespace, options: Options, model: Llava, processor: Processor, load: float
 ) -> None:
     """Prints the answer to the one prompt; loading took `load` seconds."""
-    from mlx_llava.generation.prompt_cache import PromptCache
     from mlx_llava.generation.stream import stream_generate
-    from mlx_llava.model.cache import make_cache
 
     prompt = args.prompt if args.prompt != "-" else decode(sys.stdin.buffer.read(), STDIN).strip()
+    cache = _open_cache(args, model)
     images, videos = (
         [sys.stdin.buffer.read() if name == "-" else name for name in names]
-        for names in (args.image, args.video)
+        for names in _sources(args, cache)
     )
     inputs = processor(prompt, images, video=videos, **_prompt_options(args))
     if args.show_prompt:
         print(*inputs.prompts, sep="\n", file=sys.stderr)
-    cache, path = None, args.prompt_cache_file
-    if path is not None:
-        cache = PromptCache(model)
-        if Path(path).exists():
-            cache.load(path, make_cache(model.config.text_config, 0, args.kv_bits))
     tokens = []
     for part in stream_generate(
         model,
@@ -166,7 +190,7 @@ def _answer(
             print(part.text, end="", flush=True)
     print(_as_json(prompt, tokens, part, load) if args.json else "")
     if cache is not None:
-        cache.save(path)
+        cache.save(args.prompt_cache_file)
     if not args.quiet:
         print(_report(part, load), file=sys.stderr)
 

@@ -107,6 +107,7 @@ class PromptCache:
     Attributes:
         model: whose keys, values and features they are.
         max_bytes: how much memory keys and values may take; the oldest are forgotten.
+        sources: where the images and the videos of the last prompt came from, for its file.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class PromptCache:
     ) -> None:
         self.model = model
         self.max_bytes = max_bytes
+        self.sources: tuple[list[str], list[str]] = ([], [])
         self._max_feature_bytes = max_feature_bytes
         self._features: dict[str, ShownImage] = {}  # of images by hash; as the entries
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
@@ -211,6 +213,7 @@ class PromptCache:
             "model": self._identity,
             "keys": json.dumps(keys),
             "kind": json.dumps(_kind(cache)),
+            "sources": json.dumps(self.sources),
             "parts": json.dumps(
                 [[p.start, p.kept.tolist(), p.total] for p in positions_of(cache[0]).parts]
             ),
@@ -250,6 +253,8 @@ class PromptCache:
         parts = json.loads(metadata.get("parts", "[]"))  # of files before there were any, none
         shown = (Part(start, np.array(kept, np.int32), total) for start, kept, total in parts)
         set_positions(empty, Positions(tuple(shown)))
+        images, videos = json.loads(metadata.get("sources", "[[], []]"))
+        self.sources = (images, videos)
         self._entries.append((keys, empty))
 
 

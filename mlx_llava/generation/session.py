@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mlx_llava.files import expand_home, real_path, whole_file
+from mlx_llava.files import expand_home, lasting_name, whole_file
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.stream import stream_generate
@@ -34,12 +34,12 @@ class Picture:
     @classmethod
     def read(cls, source: str) -> Picture:
         """Reads a path or a URL; see `load_image`."""
-        return cls(_lasting(source), load_image(source))
+        return cls(lasting_name(source), load_image(source))
 
     @classmethod
     def film(cls, source: str, load_video: Callable[[VideoSource], Video]) -> Picture:
         """Reads a video from a path or a URL; see `Processor.load_video`."""
-        return cls(_lasting(source), load_video(source))
+        return cls(lasting_name(source), load_video(source))
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
@@ -202,9 +202,3 @@ def _is_conversation(path: Path) -> bool:
         return read_json(path).keys() == {"system", "shown", "turns"}
     except (ValueError, OSError):
         return False
-
-
-def _lasting(source: str) -> str:
-    """A name that means the same in another folder."""
-    is_url = source.startswith(("http://", "https://", "data:"))
-    return source if is_url else str(real_path(expand_home(source)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 
 import mlx.core as mx
@@ -138,6 +139,25 @@ def test_a_prompt_cache_file(capsys, tmp_path, monkeypatch, loaded):
     assert second["cached_tokens"] > 16
     assert second["text"] == generate(*loaded, "What else?", PICTURE, max_tokens=5)
     assert [p.name for p in path.parent.iterdir()] == ["cache"]
+
+
+def test_without_a_picture_the_one_of_the_cache_file_is_asked_about(
+    capsys, tmp_path, monkeypatch, loaded
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PICTURE, "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    arguments = ["--model", MODEL, "-m", "5", "--quiet", "--prompt-cache-file", f"{tmp_path}/cache"]
+    assert main([*arguments, "--prompt", "What is this?", "--image", "a.png"]) == 0
+    monkeypatch.chdir("elsewhere")
+    for question in ("What else?", "And now?"):
+        capsys.readouterr()
+        assert main([*arguments, "--prompt", question]) == 0
+        answer = generate(*loaded, question, PICTURE, max_tokens=5)
+        assert capsys.readouterr().out == answer + "\n"
+    (tmp_path / "a.png").unlink()
+    assert main([*arguments, "--prompt", question]) == 2
+    assert f"There is no image {tmp_path / 'a.png'}" in capsys.readouterr().err
 
 
 def test_a_prompt_cache_file_that_does_not_fit_is_refused(capsys, tmp_path):
