@@ -7,7 +7,7 @@ PATH="$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin:$PATH"
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 for picture in "$@"; do
-    text=$(mlx_llava generate --quiet --offline --model "$model" --image "$picture" \
+    text=$(mlx-llava generate --quiet --offline --model "$model" --image "$picture" \
         --prompt "Describe this image in detail." 2>"$errors") || text=$(cat "$errors")
     osascript - "${picture##*/}" "$text" <<'END'
 on run argv

@@ -18,19 +18,19 @@ class MlxLlava < Formula
     virtualenv_create(libexec, "python3.13")
     system "python3.13", "-m", "pip", "--python=#{libexec}/bin/python", "install", "--no-cache-dir",
            "#{buildpath}[mcp,server]"
-    bin.install_symlink libexec/"bin/mlx_llava"
+    bin.install_symlink libexec/"bin/mlx-llava"
   end
 
   service do
-    run [opt_bin/"mlx_llava", "server", "--alias", "llava"]
+    run [opt_bin/"mlx-llava", "server", "--alias", "llava"]
     keep_alive crashed: true
-    log_path var/"log/mlx_llava.log"
-    error_log_path var/"log/mlx_llava.log"
+    log_path var/"log/mlx-llava.log"
+    error_log_path var/"log/mlx-llava.log"
   end
 
   test do
-    assert_equal version.to_s, shell_output("#{bin}/mlx_llava --version").strip
-    answer = shell_output("#{bin}/mlx_llava generate --quiet --prompt 'What is it?'")
+    assert_equal version.to_s, shell_output("#{bin}/mlx-llava --version").strip
+    answer = shell_output("#{bin}/mlx-llava generate --quiet --prompt 'What is it?'")
     refute_empty answer.strip
   end
 end

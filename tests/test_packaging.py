@@ -33,7 +33,7 @@ TOOLS = ROOT / "docs" / "tools.md"
 
 
 def read_command(words: list[str]):
-    """The arguments of `mlx_llava COMMAND ...`, read as that command does."""
+    """The arguments of `mlx-llava COMMAND ...`, read as that command does."""
     command, *arguments = words
     return importlib.import_module(f"mlx_llava.{command}").build_parser().parse_args(arguments)
 
@@ -58,13 +58,13 @@ def test_the_agent_starts_the_server(tmp_path):
     assert AGENT["Label"] == "mlx-llava.server"
     shell, option, line = AGENT["ProgramArguments"]
     assert (shell, option) == ("/bin/sh", "-c")
-    program = tmp_path / ".local" / "bin" / "mlx_llava"
+    program = tmp_path / ".local" / "bin" / "mlx-llava"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
     program.chmod(0o755)
     (tmp_path / "Library" / "Logs").mkdir(parents=True)
     subprocess.run([shell, option, line], env={"HOME": str(tmp_path)}, check=True)
-    log = tmp_path / "Library" / "Logs" / "mlx_llava.log"
+    log = tmp_path / "Library" / "Logs" / "mlx-llava.log"
     args = read_command(log.read_text().splitlines())
     assert args.model == "mlx-community/llava-1.5-7b-4bit"
     assert Settings(**given_options(args, fields(Settings))).alias == ["llava"]
@@ -98,7 +98,7 @@ def test_commands_of_the_page_are_read():
     lines = "\n".join(scripts().values()).replace("\\\n", " ").splitlines()
     lines += [line for block in blocks(TOOLS, "sh") for line in block.splitlines()]
     commands = [
-        line.partition("mlx_llava")[2] for line in lines if re.search('mlx_llava"? g', line)
+        line.partition("mlx-llava")[2] for line in lines if re.search('mlx-llava"? g', line)
     ]
     assert len(commands) == 3
     for command in commands:
@@ -117,7 +117,7 @@ def home(hub_cache, tmp_path):
     programs = tmp_path / ".local" / "bin"
     programs.mkdir(parents=True)
     for program, line in {
-        "mlx_llava": f'exec "{sys.executable}" -m mlx_llava "$@"',
+        "mlx-llava": f'exec "{sys.executable}" -m mlx_llava "$@"',
         "osascript": 'cat >/dev/null; shift; printf "%s|" "$@"',
     }.items():
         (programs / program).write_text(f"#!/bin/sh\n{line}\n")
@@ -164,7 +164,7 @@ def test_configurations_of_mcp_s_clients_start_the_command():
     ]
     assert len(servers) == 2
     for server in servers:
-        assert Path(server["command"]).name == "mlx_llava"
+        assert Path(server["command"]).name == "mlx-llava"
         assert server["args"][0] == "mcp"
         assert read_command(server["args"]).image_root
 
