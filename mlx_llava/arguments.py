@@ -14,13 +14,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from mlx_llava.checkpoint.hub import Source, embedded_note
 from mlx_llava.files import one_line
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
 from mlx_llava.model.anyres import MODES
 from mlx_llava.model.device import DTYPES
+from mlx_llava.model.links import SECONDS
+from mlx_llava.model.ranks import rank_here
 
 if TYPE_CHECKING:  # what --help does not wait for
     from mlx_llava import Llava, Processor
@@ -29,6 +31,9 @@ USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 _MODEL, *_SOURCE = fields(Source)
+_PATHS = {"adapter_path", *(one.name for one in _SOURCE)}
+
+Main: TypeAlias = "Callable[[Sequence[str] | None], None]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +84,18 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
+def add_ranks_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how several processes run a command together."""
+    parser.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=SECONDS,
+        metavar="SECONDS",
+        help="under mlx.launch: how long a rank may be silent, or no step end, before all of them "
+        "end (default: %(default)g)",
+    )
+
+
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what videos to show, and how many frames of each."""
     add = parser.add_argument
@@ -108,8 +125,17 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
     from mlx_llava.checkpoint.load import load
 
     parameters = inspect.signature(load).parameters
-    flags = {name: value for name, value in vars(args).items() if name in parameters}
-    return load(args.model, **{**flags, **options})
+    flags = {name: value for name, value in vars(args).items() if name in parameters} | options
+    if rank_here() is None:
+        return load(args.model, **flags)
+    from mlx_llava.launched import load_together
+
+    return load_together(
+        functools.partial(load, args.model, **flags),
+        lambda: Source(args.model, **source_options(args)),
+        {name: value for name, value in flags.items() if name not in _PATHS},
+        args.rank_timeout,
+    )
 
 
 def say_if_embedded(args: argparse.Namespace) -> None:
@@ -183,30 +209,59 @@ def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+def command(
+    main: Main | None = None,
+    *,
+    led: Callable[[], argparse.ArgumentParser] | None = None,
+    is_shared: bool = False,
+) -> Callable[..., Any]:
     """Turns ``main(argv)`` into one that returns an exit code and prints no traceback.
 
-    ValueError and OSError are what the library raises for what a user can mend.
+    Args:
+        main (callable): The command; without it, a decorator is returned.
+        led (callable, optional): Makes its parser. Where several processes run it, rank 0 does,
+            and the others follow with the same model.
+        is_shared (bool): Where several processes run it, all of them do.
     """
+    if main is None:
+        return functools.partial(command, led=led, is_shared=is_shared)
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        with_source, warnings.formatwarning = warnings.formatwarning, _format_warning
-        try:
-            check_arguments(sys.argv[1:] if argv is None else argv)
-            main(argv)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader has gone (`... | head`): stop, and keep Python from flushing again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (ValueError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            return USER_ERROR
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            return INTERRUPTED
-        finally:
-            warnings.formatwarning = with_source
-        return 0
+        job = functools.partial(_checked, main, argv)
+        if rank_here() is None:
+            return attempt(job)[0]
+        from mlx_llava import launched
+
+        follow = launched.follower(led, argv) if led else None
+        return launched.run(job, follow, is_shared, attempt)
 
     return run
+
+
+def _checked(main: Main, argv: Sequence[str] | None) -> None:
+    check_arguments(sys.argv[1:] if argv is None else argv)
+    main(argv)
+
+
+def attempt(job: Callable[[], None]) -> tuple[int, str]:
+    """Does what a command does; gives its exit code and the error, which was printed.
+
+    ValueError and OSError are what the library raises for what a user can mend.
+    """
+    with_source, warnings.formatwarning = warnings.formatwarning, _format_warning
+    try:
+        job()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`... | head`): stop, and keep Python from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR, one_line(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED, "interrupted"
+    finally:
+        warnings.formatwarning = with_source
+    return 0, ""

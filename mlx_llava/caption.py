@@ -20,6 +20,7 @@ from mlx_llava.arguments import (
     add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
+    add_ranks_arguments,
     answer_options,
     command,
     load_model,
@@ -187,10 +188,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_tokens_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
     add_model_arguments(parser)
+    add_ranks_arguments(parser)
     return parser
 
 
-@command
+@command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     from tqdm import tqdm

@@ -22,6 +22,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
+    add_ranks_arguments,
     add_video_arguments,
     answer_options,
     command,
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Chat with a LLaVA model about pictures. /help lists what can be typed.",
     )
     add_model_arguments(parser)
+    add_ranks_arguments(parser)
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
     add_video_arguments(parser)
@@ -275,7 +277,7 @@ def run(chat: Chat) -> None:
             note(f"error: {one_line(error)}")
 
 
-@command
+@command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)

@@ -22,6 +22,7 @@ from mlx_llava.arguments import (
     add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
+    add_ranks_arguments,
     answer_options,
     command,
     load_model,
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--template vicuna_v1 --image-mode pad.",
     )
     add_model_arguments(parser)
+    add_ranks_arguments(parser)
     add = parser.add_argument
     add("--questions", type=Path, required=True, metavar="FILE", help="JSON lines, or ScienceQA's")
     paths = "what paths of pictures and videos are relative to"
@@ -204,7 +206,7 @@ def score(
     return {"questions": len(questions), **SCORERS[args.score](answered, args.annotations)}
 
 
-@command
+@command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)

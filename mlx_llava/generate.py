@@ -22,6 +22,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
+    add_ranks_arguments,
     add_video_arguments,
     answer_options,
     command,
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )
     add_model_arguments(parser)
+    add_ranks_arguments(parser)
     add = parser.add_argument
     add(
         "--image",
@@ -224,7 +226,7 @@ def _report(last: GenerationResponse, load: float) -> str:
     return "\n".join(lines)
 
 
-@command
+@command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)

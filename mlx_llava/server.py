@@ -21,6 +21,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_model_arguments,
     add_options,
+    add_ranks_arguments,
     answer_options,
     command,
     given_options,
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "below /api, and a page for people at /.",
     )
     add_model_arguments(parser)
+    add_ranks_arguments(parser)
     add_options(parser, fields(Settings))
     add_answer_arguments(parser)
     return parser
@@ -134,7 +136,7 @@ def make_server(app: ASGIApp, seconds: float, engine: Engine) -> HttpServer:
     return HttpServer(config, seconds, engine.stop)
 
 
-@command
+@command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)

@@ -22,6 +22,7 @@ from mlx_llava.arguments import (
     add_frames_argument,
     add_loading_arguments,
     add_options,
+    add_ranks_arguments,
     command,
     given_options,
     load_model,
@@ -33,6 +34,7 @@ from mlx_llava.folders import Kind, check_target, new_folder
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
+from mlx_llava.model.ranks import join
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.lora import TARGETS, Adapter, save_adapter
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
@@ -66,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--lora-{name}", type=type(default), default=default, help="(default: %(default)s)")
     add("--lora-targets", nargs="+", default=TARGETS, metavar="LAYER", help="(default: all)")
     add_loading_arguments(parser)
+    add_ranks_arguments(parser)
     return parser
 
 
@@ -184,13 +187,13 @@ def _read_data(
     return data, left_out
 
 
-@command
+@command(is_shared=True)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     options = TrainingOptions(**given_options(args, fields(TrainingOptions)))
     folder = Path(args.output)
-    rank = mx.distributed.init().rank()
+    rank = join().rank
     is_main = rank == 0
     kind: Kind = "model" if options.stage == "full" else "adapter"
     keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]

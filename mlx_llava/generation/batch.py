@@ -15,6 +15,7 @@ from itertools import accumulate, islice
 import mlx.core as mx
 
 from mlx_llava.generation.memory import kv_bytes
+from mlx_llava.generation.orders import Orders
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
@@ -82,6 +83,14 @@ class BatchGenerator:
         self._cache = make_batch_cache(kv_bits)  # has them under the same numbers
         self._failed: deque[AnswerError] = deque()
         self._next_uid = 0
+        self._order = Orders(model.ranks)
+        self._order(
+            "batch",
+            cache=prompt_cache and prompt_cache.order,
+            batch_size=batch_size,
+            kv_bits=kv_bits,
+            prefill_step=prefill_step,
+        )
 
     @property
     def free(self) -> int:
@@ -114,10 +123,12 @@ class BatchGenerator:
         )
         self._next_uid += 1
         self._waiting.append(row)
+        self._order("insert", inputs, options or Options())
         return row.uid
 
     def remove(self, uid: int) -> None:
         """Takes a prompt back, wherever it is; nothing more comes of it."""
+        self._order("remove", uid=uid)
         self._waiting = deque(row for row in self._waiting if row.uid != uid)
         for row in [row for row in self._rows if row.uid == uid]:
             self._leave(row)
@@ -129,6 +140,11 @@ class BatchGenerator:
         Raises:
             AnswerError: One row has failed and is gone. The others lost nothing: call it again.
         """
+        self._order("next")
+        with self.model.ranks.working():
+            return self._next()
+
+    def _next(self) -> list[tuple[int, GenerationResponse]]:
         if self._failed:
             raise self._failed.popleft()
         # Where all rows are constrained, what they force is read together with what they chose.
@@ -188,7 +204,7 @@ class BatchGenerator:
             self._take()
             return
         logprobs = log_softmax(logits)
-        tokens = greedy(logprobs)
+        tokens = self.model.ranks.agreed(greedy(logprobs))
         for i, row in enumerate(self._rows):
             row.feed = tokens[i : i + 1]
             row.choice = row.feed, logprobs[i : i + 1]
@@ -202,7 +218,9 @@ class BatchGenerator:
 
     def _admit(self) -> list[tuple[int, GenerationResponse]]:
         """Reads as many waiting prompts as there is room for, their pictures together."""
-        admitted = [self._waiting.popleft() for _ in range(self._room())]
+        may_fit = self._waiting and len(self._rows) < self.batch_size
+        fitting = self.model.ranks.decide(self._room) if may_fit else 0
+        admitted = [self._waiting.popleft() for _ in range(fitting)]
         responses: list[tuple[int, GenerationResponse]] = []
         for row, embeddings in embedded(admitted, self._reuse) if admitted else ():
             responses += self._attempt(row, partial(self._begin, row, embeddings))

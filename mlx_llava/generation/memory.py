@@ -68,7 +68,7 @@ def check_request(
         "prefill": chunk * (text.intermediate_size * 3) * itemsize,
     }
     needed, available = sum(parts.values()), available_memory()
-    if needed > available:
+    if model.ranks.speaks and needed > available:
         sizes = ", ".join(f"{name} {size / _GB:.1f}" for name, size in parts.items())
         raise ValueError(
             f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -110,6 +111,8 @@ class PromptCache:
         sources: where the images and the videos of the last prompt came from, for its file.
     """
 
+    _numbers = iter(range(sys.maxsize))
+
     def __init__(
         self, model: Llava, max_bytes: int = 2 << 30, max_feature_bytes: int = 256 << 20
     ) -> None:
@@ -119,6 +122,13 @@ class PromptCache:
         self._max_feature_bytes = max_feature_bytes
         self._features: dict[str, ShownImage] = {}  # of images by hash; as the entries
         self._entries: list[tuple[list[Key], Cache]] = []  # the last used one is the last
+        self._number = next(self._numbers)
+
+    @property
+    def order(self) -> dict[str, int]:
+        """By which other ranks make one that is like it, or know theirs."""
+        limits = {"max_bytes": self.max_bytes, "max_feature_bytes": self._max_feature_bytes}
+        return {"number": self._number, **limits}
 
     @cached_property
     def _identity(self) -> str:
@@ -196,8 +206,12 @@ class PromptCache:
         # So that another thread can go on from it.
         mx.eval([(layer.keys, layer.values) for layer in kept])
         self._entries.append((keys, kept))
-        while self._entries and sum(nbytes(entry[1]) for entry in self._entries) > self.max_bytes:
-            self._entries.pop(0)
+        del self._entries[: self.model.ranks.decide(self._beyond)]
+
+    def _beyond(self) -> int:
+        """How many entries are too many."""
+        sizes = [nbytes(cache) for _, cache in reversed(self._entries)]
+        return sum(total > self.max_bytes for total in accumulate(sizes))
 
     def save(self, path: str | Path) -> None:
         """Writes the last prompt to a file, with the identity of the model and its pictures."""

@@ -77,7 +77,7 @@ class Row:
         vocab_size = processor.config.text_config.vocab_size
         penalties = options.processors(text_ids.size, vocab_size)
         constraint = options.constraint(processor)
-        self.choose = Chooser(options.sampler(), penalties, text_ids, constraint)
+        self.choose = Chooser(options.sampler(), penalties, text_ids, constraint, model.ranks)
         self.cache = make_cache(model.config.text_config, len(ids), kv_bits, max_kv_size)
         self.length = len(ids) + self.max_tokens
         self.cached = 0
@@ -164,6 +164,7 @@ def embedded(rows: Sequence[Row], reuse: PromptCache) -> Iterator[tuple[Row, mx.
         tuple[Row, mx.array]: Each row as its clock starts, and what is to be read, (1, L, D).
     """
     started = time.perf_counter()
+    reuse.model.ranks.read(sum(row.inputs.input_ids.size for row in rows))
     for row in rows:
         row.prompt, row.cache, row.cached = reuse.begin(row.inputs, row.cache)
     embeddings = reuse.embed([(row.prompt, row.cache) for row in rows])

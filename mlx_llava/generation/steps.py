@@ -15,6 +15,7 @@ from mlx_llava.generation.sampling import MAX_TOKENS, LogitsProcessor, Sampler, 
 from mlx_llava.model.cache import Cache, room
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.llama import LanguageModel
+from mlx_llava.model.ranks import ALONE, Alone
 
 PREFILL_STEP = 2048
 
@@ -69,10 +70,12 @@ class Chooser:
         processors: Sequence[LogitsProcessor],
         prompt_ids: mx.array,
         constraint: JsonConstraint | None = None,
+        ranks: Alone = ALONE,
     ) -> None:
         self.constraint = constraint
         self.is_plain = sampler is greedy and not processors and constraint is None
         self._sampler, self._processors, self._seen = sampler, processors, prompt_ids
+        self._ranks = ranks
 
     def __call__(self, logits: mx.array) -> Choice:
         """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from.
@@ -86,7 +89,7 @@ class Chooser:
             mx.async_eval(logits)
             logits = self.constraint(logits)
         logprobs = log_softmax(logits)
-        token = self._sampler(logprobs)
+        token = self._ranks.agreed(self._sampler(logprobs))
         self._remember(token)
         return token, logprobs
 

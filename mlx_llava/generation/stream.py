@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+from mlx_llava.generation.orders import Orders
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
@@ -62,18 +63,33 @@ def stream_generate(
         kv_bits=kv_bits,
         max_kv_size=max_kv_size,
     )
-    ((_, embeddings),) = embedded([row], prompt_cache or PromptCache(model, max_feature_bytes=0))
+    orders = Orders(model.ranks)
+    orders(
+        *("stream", inputs, how),
+        template=processor.template.name,
+        cache=None if prompt_cache is None else prompt_cache.order,
+        prefill_step=prefill_step,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+    )
+    with model.ranks.working():
+        reuse = prompt_cache or PromptCache(model, max_feature_bytes=0)
+        ((_, embeddings),) = embedded([row], reuse)
     try:
         steps = decode(
             *(embeddings, model.language_model, row.cache, row.choose),
             max_tokens=row.max_tokens,
             prefill_step=prefill_step,
         )
-        for token, logprobs in steps:
+        for token, logprobs in model.ranks.steps(steps):
             response = row.respond(token, logprobs)
             yield response
+            orders("step")
             if response.finish_reason:
                 return
+    except (GeneratorExit, KeyboardInterrupt):
+        orders("close")
+        raise
     finally:
         if prompt_cache is not None:
             row.store(prompt_cache)

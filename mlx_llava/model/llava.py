@@ -24,6 +24,7 @@ from mlx_llava.model.layout import lay_out, pool_first
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.positions import Ids
 from mlx_llava.model.projector import Projector
+from mlx_llava.model.ranks import ALONE, Alone
 from mlx_llava.model.vision_config import VisionConfig
 
 #: How many tiles go through the vision tower together.
@@ -66,7 +67,10 @@ class Llava(nn.Module):
 
     Attributes:
         vision_device: where images are encoded; None is MLX's default device.
+        ranks: the processes that run it together.
     """
+
+    ranks: Alone = ALONE
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()

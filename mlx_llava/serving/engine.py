@@ -234,6 +234,7 @@ class Engine:
             return
         except Exception as error:
             logger.exception("The model has failed; all answers that ran are lost.")
+            self._generator.model.ranks.fail(f"The model has failed: {error}")
             self._fail_all(f"The model has failed: {error}")
             self._generator = self._new_generator(self._generator.model, self.processor)
             return

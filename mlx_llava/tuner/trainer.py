@@ -210,11 +210,14 @@ class Trainer:
         """The sums over all processes."""
         if self.group.size() == 1:
             return loss, count, gradients
-        # One after the other: processes must meet in the same order.
-        totals = mx.distributed.all_sum(mx.stack([loss, count.astype(mx.float32)]), stream=mx.cpu)
-        mx.eval(totals)
-        mean = average_gradients(gradients)
-        mx.eval(mean)
+        mx.eval(loss, count, gradients)  # which takes what it takes; then all wait for each other
+        with self.model.ranks.working():
+            # One after the other: processes must meet in the same order.
+            sums = mx.stack([loss, count.astype(mx.float32)])
+            totals = mx.distributed.all_sum(sums, stream=mx.cpu)
+            mx.eval(totals)
+            mean = average_gradients(gradients)
+            mx.eval(mean)
         return totals[0], totals[1], tree_map(lambda g: g * self.group.size(), mean)
 
     def _measured(self, norm: mx.array, seconds: float) -> Report:

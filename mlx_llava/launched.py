@@ -1,0 +1,156 @@
+"""A command that several processes run together, as `mlx.launch` starts them.
+
+Rank 0 does what the command does, and alone reads and speaks. The others load the same model and
+follow; of commands that every rank knows what to do in, they do the same without a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlx_llava.checkpoint.hub import Source
+from mlx_llava.files import one_line
+from mlx_llava.model.ranks import Alone, Ended, Ranks, join, rank_here
+
+if TYPE_CHECKING:
+    from mlx_llava import Llava, Processor
+
+_USER_ERROR = 2
+#: What the other ranks say of an error waits so long for rank 0 to have it too.
+_PATIENCE = 1.0
+
+#: Does something, and gives the exit code and the error, which was printed.
+Attempt = Callable[[Callable[[], None]], tuple[int, str]]
+
+
+def run(
+    main: Callable[[], None],
+    follow: Callable[[], None] | None,
+    is_shared: bool,
+    attempt: Attempt,
+) -> int:
+    """Runs a command in this process, which is one of several.
+
+    Args:
+        main (callable): The command.
+        follow (callable, optional): What other ranks than 0 do in its place.
+        is_shared (bool): They do the same.
+        attempt (callable): Turns a user's errors into one line.
+    """
+    if rank_here():
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    try:
+        ranks = join()
+    except OSError as error:
+        print(f"error: {one_line(error)}", file=sys.__stderr__)
+        return _USER_ERROR
+    if not isinstance(ranks, Ranks):
+        return attempt(main)[0]
+    ranks.leads = follow is not None
+    job = main if is_shared or ranks.speaks or follow is None else follow
+    if not is_shared and follow is None:
+        job = _refuse
+    if ranks.speaks:
+        signal.signal(signal.SIGTERM, _terminate)
+    _end(ranks, *_outcome(job, attempt))
+
+
+def _end(ranks: Ranks, code: int, error: str) -> NoReturn:
+    if error and not ranks.speaks:
+        time.sleep(_PATIENCE)
+    ranks.end(code, error)
+
+
+def _outcome(job: Callable[[], None], attempt: Attempt) -> tuple[int, str]:
+    try:
+        return attempt(job)
+    except Ended as ended:
+        return ended.code, ""
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+        return code, "its arguments make no sense" if code else ""
+    except BaseException as error:
+        traceback.print_exc(file=sys.__stderr__)
+        return 1, one_line(Exception(f"{type(error).__name__}: {error}"))
+
+
+def _refuse() -> None:
+    raise ValueError("This command is for one process; start it without mlx.launch.")
+
+
+def _terminate(number: int, _: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def follower(
+    build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None
+) -> Callable[[], None]:
+    """What other ranks do where rank 0 does what a command's arguments say."""
+
+    def follow_command() -> None:
+        from mlx_llava.arguments import load_model
+        from mlx_llava.generation.follow import follow
+
+        ranks = join()
+        assert isinstance(ranks, Ranks)
+        follow(*load_model(build_parser().parse_args(argv)), ranks)
+
+    return follow_command
+
+
+def load_together(
+    load: Callable[[], tuple[Llava, Processor]],
+    where: Callable[[], Source],
+    options: Mapping[str, Any],
+    seconds: float,
+) -> tuple[Llava, Processor]:
+    """Loads a model on every rank, where all have the same.
+
+    Args:
+        load (callable): Loads it.
+        where (callable): Says what is loaded.
+        options (mapping): How, and what else has to be the same.
+        seconds (float): See `Ranks`.
+
+    Raises:
+        ValueError: They have not, or `load` raises it.
+    """
+    ranks = join()
+    if isinstance(ranks, Ranks):
+        if seconds <= 0:
+            raise ValueError(f"--rank-timeout is {seconds:g}; it must be more than 0.")
+        ranks.seconds = seconds
+        ranks.agree({"options": dict(options), **_facts(where, ranks)})
+    model, processor = load()
+    model.ranks = ranks
+    return model, processor
+
+
+def _facts(where: Callable[[], Source], ranks: Alone) -> dict[str, str]:
+    """What tells a model from others: its config, and the names, shapes and kinds of tensors.
+
+    Of rank 0 alone an error is raised; others have it as ``error``.
+    """
+    from mlx_llava.checkpoint.open import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(where())
+    except (ValueError, OSError) as error:
+        if ranks.speaks:
+            raise
+        return {"error": one_line(error)}
+    tensors = checkpoint.contents.tensors.items()
+    told = sorted(f"{name} {tensor.shape} {tensor.dtype}" for name, tensor in tensors)
+    facts = json.dumps([checkpoint.config.to_dict(), told], sort_keys=True)
+    return {"model": hashlib.sha256(facts.encode()).hexdigest()[:16]}

@@ -1,0 +1,274 @@
+"""Plain sockets between rank 0 and each other rank: what it says, and signs of life of all.
+
+They stand beside `mx.distributed`, which waits for ever for a rank that is gone or hangs, with a
+core at its full speed (its backends poll). What crosses here is bytes in frames, which nothing
+executes; who connects has to know a secret that only ranks can have.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import queue
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import NoReturn
+
+#: A rank that is silent for so long, or in which nothing moves, ends all of them.
+SECONDS = 30.0
+FAILED = 1
+#: So long a rank may take to end when it is told.
+GRACE_SECONDS = 2.0
+#: Between signs of life at most, and how many there are within the deadline at least.
+BEAT_SECONDS, BEATS = 1.0, 10
+#: So many tokens are read within the deadline on any machine that is worth it.
+TOKENS = 256
+SECRET_BYTES = 32
+#: What a frame is, and how many bytes follow.
+_HEAD = struct.Struct(">cQ")
+_BEAT, _MESSAGE, _END = b"b", b"m", b"e"
+#: How far a rank has come, and whether it is overdue.
+_LIFE = struct.Struct(">Q?")
+
+
+class Ended(BaseException):
+    """Rank 0 has ended, and so does this one."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _Link:
+    """One connection, and what is known of the rank at its other end."""
+
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        self.rank, self.socket = rank, connection
+        self.socket.settimeout(None)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.seen = time.monotonic()
+        self.pulses, self.is_overdue = 0, False
+        self._lock = threading.Lock()
+        self._received = bytearray()
+
+    def send(self, kind: bytes, content: bytes) -> None:
+        with self._lock:
+            self.socket.sendall(_HEAD.pack(kind, len(content)) + content)
+
+    def beat(self, life: bytes) -> None:
+        """Gives a sign of life, unless something is being sent, which is one."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.socket.send(_HEAD.pack(_BEAT, len(life)) + life, socket.MSG_DONTWAIT)
+            except BlockingIOError:  # it does not read; its silence will tell
+                pass
+            finally:
+                self._lock.release()
+
+    def receive(self) -> Iterable[tuple[bytes, bytes]]:
+        """The frames that are whole; raises ConnectionError where the other rank is gone."""
+        part = self.socket.recv(1 << 20)
+        if not part:
+            raise ConnectionResetError
+        self.seen = time.monotonic()
+        self._received += part
+        frames = []
+        while len(self._received) >= _HEAD.size:
+            kind, length = _HEAD.unpack_from(self._received)
+            end = _HEAD.size + length
+            if len(self._received) < end:
+                break
+            frames.append((kind, bytes(self._received[_HEAD.size : end])))
+            del self._received[:end]
+        return frames
+
+
+class Links:
+    """What one rank has to the others: rank 0 to all of them, each of them to rank 0.
+
+    A thread gives and takes signs of life. Where a rank is gone, is silent for longer than
+    `seconds`, or where nothing moves in any of them for so long, it ends the process with one
+    line; and with it, all of them.
+
+    Attributes:
+        seconds: the deadline.
+        works: whether this rank does something that has to end within it.
+    """
+
+    def __init__(self, rank: int, sockets: Mapping[int, socket.socket]) -> None:
+        self.rank, self.seconds = rank, SECONDS
+        self._links = {other: _Link(other, one) for other, one in sockets.items()}
+        self._inbox: queue.SimpleQueue[bytes | int] = queue.SimpleQueue()
+        self._parent = os.getppid()
+        self._pulses, self._due, self.works = 0, 0.0, False
+        self._ending = threading.Lock()
+        self._told: int | None = None
+        self._alone = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        for link in self._links.values():
+            self._selector.register(link.socket, selectors.EVENT_READ, link)
+        threading.Thread(target=self._watch, name="mlx_llava ranks", daemon=True).start()
+
+    def send(self, message: bytes) -> None:
+        """Says something to all others, in order."""
+        for link in self._links.values():
+            try:
+                link.send(_MESSAGE, message)
+            except OSError:
+                self.fail(f"rank {link.rank} has ended")
+
+    def receive(self) -> bytes:
+        """The next that another has said.
+
+        Raises:
+            Ended: Rank 0 has ended.
+        """
+        message = self._inbox.get()
+        if isinstance(message, int):
+            raise Ended(message)
+        return message
+
+    def work(self, tokens: int = 1) -> None:
+        """Begins, or goes on with, what takes longer the more tokens it reads."""
+        self._pulses += 1
+        self._due = max(self._due, time.monotonic() + self.seconds * max(1, tokens / TOKENS))
+        self.works = True
+
+    def rest(self) -> None:
+        """Has nothing to do, for however long."""
+        self._pulses += 1
+        self.works = False
+
+    def end(self, code: int, error: str = "") -> NoReturn:
+        """Ends this process; rank 0 ends all others with it, and they tell it why, if they err."""
+        if self.rank and not error:
+            self._await_end()
+        if self._ending.acquire(blocking=False):
+            self._say_end(code, error)
+            self._alone.wait(2 * GRACE_SECONDS)
+        elif self._told is None:
+            time.sleep(GRACE_SECONDS)  # another thread is about to say why
+        os._exit(code if self._told is None else self._told)
+
+    def _await_end(self) -> None:
+        with suppress(Ended):
+            while self._told is None:
+                self.receive()
+
+    def _say_end(self, code: int, error: str) -> None:
+        for link in self._links.values():
+            try:
+                link.socket.settimeout(GRACE_SECONDS)
+                link.send(_END, json.dumps({"code": code, "error": error}).encode())
+                link.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                continue
+
+    def fail(self, why: str, code: int = FAILED) -> None:
+        """Ends this process from whatever thread, with one line, unless it is ending."""
+        if self._ending.acquire(blocking=False):
+            print(f"error: {why}", file=sys.__stderr__, flush=True)
+            self._say_end(code, why)
+            os._exit(code)
+
+    def _watch(self) -> None:
+        last = 0.0
+        while True:
+            every = min(BEAT_SECONDS, self.seconds / BEATS)
+            for key, _ in self._selector.select(every):
+                self._read(key.data)
+            now = time.monotonic()
+            if now - last >= every:
+                last = now
+                self._beat(now)
+                self._judge(now)
+
+    def _read(self, link: _Link) -> None:
+        try:
+            for kind, content in link.receive():
+                if kind == _MESSAGE:
+                    self._inbox.put(content)
+                elif kind == _END:
+                    self._take_end(link, **json.loads(content))
+                else:
+                    link.pulses, link.is_overdue = _LIFE.unpack(content)
+        except OSError:
+            self._selector.unregister(link.socket)
+            self._links.pop(link.rank)
+            if not self._links:
+                self._alone.set()
+            self.fail(f"rank {link.rank} has ended")
+
+    def _take_end(self, link: _Link, code: int, error: str) -> None:
+        if self.rank == 0:
+            self.fail(f"rank {link.rank}: {error}", code)
+        elif self._ending.acquire(blocking=False):
+            self._told = code
+            self._inbox.put(code)  # the thread that works ends in order, if it comes to it
+            timer = threading.Timer(GRACE_SECONDS, os._exit, [code])
+            timer.daemon = True
+            timer.start()
+
+    def _beat(self, now: float) -> None:
+        is_overdue = self.works and now > self._due
+        for link in self._links.values():
+            try:
+                link.beat(_LIFE.pack(self._pulses, is_overdue))
+            except OSError:
+                continue  # its end will be read
+
+    def _judge(self, now: float) -> None:
+        if os.getppid() != self._parent:
+            self.fail("what started the ranks has ended")
+        for link in self._links.values():
+            if now - link.seen > self.seconds:
+                self.fail(f"rank {link.rank} has been silent for {self.seconds:g} s")
+        overdue = [link.is_overdue for link in self._links.values()]
+        if self.rank == 0 and self.works and now > self._due and all(overdue):
+            pulses = {0: self._pulses, **{link.rank: link.pulses for link in self._links.values()}}
+            behind = [rank for rank, n in pulses.items() if n < max(pulses.values())]
+            who = f"rank {behind[0]} hangs" if behind else "all ranks wait for each other"
+            self.fail(f"{who}: no step has ended for {self.seconds:g} s (--rank-timeout)")
+
+
+def listen(host: str) -> socket.socket:
+    """Where the other ranks find rank 0, on any port."""
+    return socket.create_server((host, 0), backlog=64)
+
+
+def connect(addresses: Iterable[str], port: int, secret: bytes, rank: int) -> socket.socket | None:
+    """Finds rank 0 at the first of some addresses where it is."""
+    for address in addresses:
+        try:
+            connection = socket.create_connection((address, port), timeout=3)
+            connection.sendall(secret + bytes([rank]))
+        except OSError:
+            continue
+        return connection
+    return None
+
+
+def accept(listening: socket.socket, secret: bytes, size: int) -> dict[int, socket.socket]:
+    """The connections of all other ranks; of anybody else, none."""
+    found: dict[int, socket.socket] = {}
+    listening.settimeout(SECONDS)
+    while len(found) < size - 1:
+        connection, _ = listening.accept()
+        connection.settimeout(1)
+        try:
+            told = connection.recv(len(secret) + 1, socket.MSG_WAITALL)
+        except OSError:
+            told = b""
+        is_rank = len(told) == len(secret) + 1 and hmac.compare_digest(told[:-1], secret)
+        if is_rank and told[-1] not in found:
+            found[told[-1]] = connection
+        else:
+            connection.close()
+    return found

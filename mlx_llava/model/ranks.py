@@ -1,0 +1,296 @@
+"""The processes that run one model together, as `mlx.launch` starts them: ranks 0 to size - 1.
+
+Rank 0 reads and speaks. It tells the others in order what to do, all of them do it with the same
+code, and where chance or rounding could part them, all take rank 0's token. Where memory or time
+decide, rank 0 does, and tells.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import mlx.core as mx
+
+from mlx_llava.model import links
+from mlx_llava.version import __version__
+
+Ended = links.Ended
+T = TypeVar("T")
+
+#: By what a launcher says that a process is one of several.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+#: Where rank 0 is, if the others cannot know.
+ADDRESS = "MLX_LLAVA_RANK0"
+_HELLO_BYTES = 1024
+
+
+class Alone:
+    """One process, and what several do where it stands in their place: nothing.
+
+    Attributes:
+        rank: the number of this process.
+        size: how many there are.
+        leads: whether rank 0 tells the others what to do; else they know.
+        group: MLX's, if there are several.
+    """
+
+    rank, size = 0, 1
+    leads = False
+    group: mx.distributed.Group | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process reads and prints, and tells the others what to do."""
+        return self.rank == 0
+
+    def tell(self, make: Callable[[], bytes]) -> None:
+        """Lets rank 0 tell all others something, which is made only where there are any."""
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What rank 0 chooses: something of JSON."""
+        return choose()
+
+    def agreed(self, tokens: mx.array) -> mx.array:
+        """Rank 0's tokens."""
+        return tokens
+
+    @contextmanager
+    def working(self, tokens: int = 1) -> Iterator[None]:  # noqa: ARG002 - see `Ranks`
+        """Does what all ranks do together, and the longer the more tokens are read."""
+        yield
+
+    def steps(self, items: Iterator[T]) -> Iterator[T]:
+        """The same items, each of which all ranks make together."""
+        return items
+
+    def read(self, tokens: int) -> None:
+        """Says in the midst of working that so many tokens are to be read."""
+
+    def fail(self, why: str) -> None:
+        """Ends all ranks where one of them may have parted from the others."""
+
+
+ALONE = Alone()
+
+
+class Ranks(Alone):
+    """Several processes that run one model.
+
+    Attributes:
+        stream: on which the model communicates, if not on the usual one.
+    """
+
+    group: mx.distributed.Group
+    stream: mx.Stream | None = None
+
+    def __init__(self, group: mx.distributed.Group) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self._links = links.Links(self.rank, _connect(group))
+
+    @property
+    def seconds(self) -> float:
+        """How long a rank may be silent, and a step may take."""
+        return self._links.seconds
+
+    @seconds.setter
+    def seconds(self, seconds: float) -> None:
+        self._links.seconds = seconds
+
+    def tell(self, make: Callable[[], bytes]) -> None:
+        if self.speaks and self.leads:
+            self._links.send(make())
+
+    def orders(self) -> Iterator[bytes]:
+        """What rank 0 tells, one after the other; ends with it.
+
+        Raises:
+            Ended: Rank 0 has ended.
+        """
+        while True:
+            order = self._links.receive()
+            with self.working():
+                yield order
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        if not self.speaks:
+            decision: T = json.loads(self._links.receive())
+            return decision
+        choice = choose()
+        self._links.send(json.dumps(choice).encode())
+        return choice
+
+    def agreed(self, tokens: mx.array) -> mx.array:
+        self._links.work()
+        own = tokens if self.speaks else mx.zeros_like(tokens)
+        return mx.distributed.all_sum(own, group=self.group, stream=self.stream)
+
+    @contextmanager
+    def working(self, tokens: int = 1) -> Iterator[None]:
+        """See `Alone`; Control-C waits until all ranks have done it."""
+        is_outer = not self._links.works
+        self._links.work(tokens)
+        pressed: list[int] = []
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, lambda n, _: pressed.append(n)) if is_main else None
+        try:
+            yield
+        finally:
+            if is_outer:
+                self._links.rest()
+            if is_main:
+                signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(signal.SIGINT, None)
+
+    def steps(self, items: Iterator[T]) -> Iterator[T]:
+        none = object()
+        while True:
+            with self.working():
+                item = next(items, none)
+            if item is none:
+                return
+            yield cast("T", item)
+
+    def read(self, tokens: int) -> None:
+        self._links.work(tokens)
+
+    def fail(self, why: str) -> None:
+        self._links.fail(why)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Compares facts of all ranks, beside the versions of this package and MLX.
+
+        Args:
+            facts (mapping): What has to be the same everywhere; ``error`` is why there are none.
+
+        Raises:
+            ValueError: They differ, or a rank has an error.
+        """
+        own = {"mlx_llava": __version__, "mlx": version("mlx"), **facts}
+        own["device"] = str(mx.default_device())
+        if not self.speaks:
+            self._links.send(json.dumps({"rank": self.rank, "facts": own}).encode())
+            self._links.receive()
+            return
+        for _ in range(1, self.size):
+            told = json.loads(self._links.receive())
+            _compare(told["rank"], told["facts"], own)
+        self._links.send(b"")
+
+    def end(self, code: int, error: str = "") -> NoReturn:
+        """Ends this process, and rank 0 all of them; others tell it their error."""
+        sys.stdout.flush()
+        self._links.end(code, error)
+
+
+def _compare(rank: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if error := theirs.get("error"):
+        raise ValueError(f"rank {rank}: {error}")
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            raise ValueError(
+                f"The {name} of rank {rank} is {theirs.get(name)}, that of rank 0 is "
+                f"{ours[name]}; all ranks need the same."
+            )
+
+
+def rank_here() -> int | None:
+    """The rank that this process was given; None if it is no one's."""
+    given = next((os.environ[name] for name in LAUNCHED if name in os.environ), None)
+    return int(given) if given and given.isdigit() else None
+
+
+@functools.cache
+def join() -> Alone:
+    """Meets the other ranks, once; `ALONE` if this process is the only one.
+
+    Raises:
+        OSError: They cannot be met.
+    """
+    if rank_here() is None:
+        return ALONE
+    with _limited():
+        try:
+            group = mx.distributed.init()
+        except RuntimeError as error:
+            raise OSError(f"rank {rank_here()} cannot meet the others: {error}") from error
+        return ALONE if group.size() == 1 else Ranks(group)
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Ends this process where meeting takes too long, from outside: MLX stops all its threads."""
+    line = f"error: rank {rank_here()} has met no others within {links.SECONDS:g} s\\n"
+    code = f"import os, select; select.select([0], [], [], {links.SECONDS})[0] or "
+    code += f"(os.write(2, b'{line}'), os.kill({os.getpid()}, 9))"
+    with subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=subprocess.PIPE) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
+
+
+def _connect(group: mx.distributed.Group) -> dict[int, socket.socket]:
+    """The sockets between rank 0 and the others.
+
+    Raises:
+        OSError: They cannot find it.
+    """
+    rank, hosts = group.rank(), _hosts()
+    if rank == 0:
+        is_local = bool(hosts) and {*chain(*hosts)} == {"127.0.0.1"}
+        listening = links.listen("127.0.0.1" if is_local else "")
+        secret = secrets.token_bytes(links.SECRET_BYTES)
+        hello = {"port": listening.getsockname()[1], "name": socket.gethostname()}
+        said = _share(group, secret + json.dumps(hello).encode())
+        with listening:
+            _check_found(group, True)
+            return links.accept(listening, secret, group.size())
+    said = _share(group, b"")
+    secret, hello = said[: links.SECRET_BYTES], json.loads(said[links.SECRET_BYTES :])
+    launcher = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    addresses = [os.environ.get(ADDRESS), *chain(*hosts[:1]), launcher, hello["name"]]
+    connection = links.connect(filter(None, addresses), hello["port"], secret, rank)
+    _check_found(group, connection is not None)
+    assert connection is not None
+    return {0: connection}
+
+
+def _share(group: mx.distributed.Group, content: bytes) -> bytes:
+    """What rank 0 has, on all ranks."""
+    padded = content.ljust(_HELLO_BYTES, b"\0" if group.rank() else b" ")
+    shared = mx.distributed.all_sum(mx.array([*padded], mx.uint8), group=group)
+    return bytes(cast("list[int]", shared.tolist()))
+
+
+def _check_found(group: mx.distributed.Group, found: bool) -> None:
+    own = mx.arange(group.size()) == group.rank() if found else mx.zeros(group.size(), mx.bool_)
+    marks = mx.distributed.all_sum(own.astype(mx.int32), group=group).tolist()
+    missing = [rank for rank, mark in enumerate(cast("list[int]", marks)) if not mark]
+    if missing:
+        raise OSError(
+            f"rank {missing[0]} cannot reach rank 0; say where it is: --env {ADDRESS}=ADDRESS"
+        )
+
+
+def _hosts() -> list[list[str]]:
+    """The addresses of each rank that the launcher knows."""
+    if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
+        return [[coordinator.rpartition(":")[0]]]
+    file = os.environ.get("MLX_HOSTFILE")
+    ranks = json.loads(Path(file).read_text()) if file else []
+    return [[address.rpartition(":")[0] for address in addresses] for addresses in ranks]
