@@ -94,6 +94,10 @@ TESTS = (
 MUTATIONS = (
     ("approximate GELU in the projector", "model/layers", '"gelu": nn.gelu,', '"gelu": nn.gelu_approx,'),
     ("exact GELU in the tower", "model/layers", '"quick_gelu": quick_gelu', '"quick_gelu": nn.gelu'),
+    ("a window in all of Qwen2's layers", "model/text_config", "self.sliding_window if kind == _SLIDING else None", "self.sliding_window"),
+    ("LongRoPE's attention not scaled", "model/llama", " * config.attention_factor**2", ""),
+    ("factors for long prompts", "model/llama", 'mx.array(scaling["short_factor"]', 'mx.array(scaling["long_factor"]'),
+    ("context of factors that are not used", "model/rope_config", 'return min(positions, scaling["original_max_position_embeddings"])', "return positions"),
     ("class token dropped late", "model/llava", "return features[:, 1:] if", "return features[:, :-1] if"),
     ("feature layer -1", "model/config", "layer % states for layer", "(layer + 1) % states for layer"),
     ("post_layernorm applied", "model/clip", "return self.vision_model(mx.array(pixel_values).astype(self.dtype), num_layers)", "return [self.vision_model.post_layernorm(x) for x in self.vision_model(mx.array(pixel_values).astype(self.dtype), num_layers)]"),

@@ -306,7 +306,18 @@ LLAMA3 = {
 }
 #: Whose own id lies outside a small vocabulary.
 PHI_3 = {"pad_token_id": 3}
+#: Other factors for long prompts than for short ones, and scaled attention.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 900.0,
+    "short_factor": [1.0, 1.3, 2.0, 3.5],
+    "long_factor": [1.5, 4.0, 9.0, 20.0],
+    "original_max_position_embeddings": 150,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}
+
+#: Of layers of two kinds.
+WINDOWS = {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}
 
 CASES = (
     Case("vicuna", text={"num_key_value_heads": 4}),
@@ -329,6 +340,19 @@ CASES = (
     Case("qwen2_tied", family="qwen2", text={"tie_word_embeddings": True, "head_dim": 12}),
     Case("phi3", family="phi3", text={**PHI_3, "num_key_value_heads": None}),
     Case("phi3_window", family="phi3", text={**PHI_3, "sliding_window": 11}, images=(1, 2)),
+    Case(
+        "phi3_longrope",
+        family="phi3",
+        text={**PHI_3, "original_max_position_embeddings": 150, "rope_parameters": LONGROPE},
+    ),
+    Case("qwen2_windows", family="qwen2", text=WINDOWS),
+    Case(
+        "qwen2_window_between",
+        family="qwen2",
+        text={**WINDOWS, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"num_hidden_layers": 4},
+        images=(2, 1),
+    ),
     Case("layer_last", top={"vision_feature_layer": -1}),
     Case("layer_first", top={"vision_feature_layer": 1}),
     Case("layer_positive", top={"vision_feature_layer": 3}),

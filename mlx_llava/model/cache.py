@@ -202,7 +202,7 @@ def make_cache(
         return _quantized_cache(len(layers), config.dims_per_head, kv_bits)
     if kv_bits is not None:
         raise ValueError("A cache has either kv_bits or max_kv_size.")
-    if config.sliding_window is not None:
+    if any(config.windows):
         raise ValueError(
             f"max_kv_size is {max_kv_size}, but this model has a sliding window of its own, "
             f"{config.sliding_window} tokens."

@@ -273,6 +273,9 @@ class LlavaConfig:
         data: dict[str, Any] = {key: value for key, value in asdict(self).items() if value != ()}
         if self.vision_config.is_siglip:
             data["vision_config"]["vision_use_head"] = False  # transformers would want its weights
+        for key in ("use_sliding_window", "layer_types"):
+            if not data["text_config"][key]:
+                del data["text_config"][key]
         data["architectures"] = [f"{self.class_name}ForConditionalGeneration"]
         for part in fields(self):
             if part.name in _EXTENSIONS and getattr(self, part.name) == part.default:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +26,8 @@ def rope_frequencies(config: TextConfig) -> mx.array:
     """The rotation periods over 2 pi of each pair of dimensions, (head width / 2,).
 
     ``linear`` stretches all of them; ``llama3`` stretches the long ones and blends between
-    (Llama 3.1); ``longrope`` has a factor for each (transformers' modeling_rope_utils.py).
+    (Llama 3.1); ``longrope`` has a factor for each (transformers' modeling_rope_utils.py), of
+    which those for short prompts are used; see `TextConfig.context_length`.
     """
     dims = config.dims_per_head
     periods = config.rope_theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
@@ -33,7 +35,7 @@ def rope_frequencies(config: TextConfig) -> mx.array:
     if scaling is None:
         return periods
     if scaling["rope_type"] == "longrope":
-        return periods * mx.array(scaling["long_factor"], mx.float32)
+        return periods * mx.array(scaling["short_factor"], mx.float32)
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return periods * factor
@@ -50,7 +52,8 @@ class Attention(nn.Module):
         super().__init__()
         D, self.head_dim = config.hidden_size, config.dims_per_head
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.kv_heads
-        self.scale = self.head_dim**-0.5
+        # Rotated queries and keys have the factor both.
+        self.scale = self.head_dim**-0.5 * config.attention_factor**2
         self.attention = mx.fast.scaled_dot_product_attention
         self._periods = rope_frequencies(config)
         bias = config.attention_bias
@@ -183,15 +186,16 @@ class LanguageModel(nn.Module):
         cache: LayerCache | BatchLayer | None,
         attention_mask: mx.array | None,
         positions: Ids | None,
-    ) -> tuple[mx.array | int, Mask | list[Mask]]:
-        """The first position of the new tokens, or all of them, and what they may see."""
-        window = self.config.sliding_window
+    ) -> tuple[mx.array | int, Callable[[int | None], Mask | list[Mask]]]:
+        """The first position of the new tokens, or all, and what they may see by a window."""
         if isinstance(cache, BatchLayer):
-            return cache.starts, cache.mask(window)
+            return cache.starts, cache.mask
         offset = cache.offset if cache is not None else 0
         if positions is None:
             positions = positions_of(cache).jumping(offset + L)
-        mask = attention_mask_of(L, offset, window, attention_mask, positions)
+        mask = partial(
+            attention_mask_of, L, offset, attention_mask=attention_mask, positions=positions
+        )
         if positions is not None:
             return _start(positions[:, offset:]), mask
         if attention_mask is None:
@@ -242,10 +246,12 @@ class LanguageModel(nn.Module):
         """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
         first = cache[0] if cache else None
         start, mask = self._positions(x.shape[1], first, attention_mask, positions)
+        windows = self.config.windows
+        masks = {window: mask(window) for window in {*windows}}
         yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
-            x = block(x, mask, start, cache[i] if cache else None)  # (B, L, D)
+            x = block(x, masks[windows[i]], start, cache[i] if cache else None)  # (B, L, D)
             yield x
 
     def logits(self, x: mx.array) -> mx.array:

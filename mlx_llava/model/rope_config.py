@@ -14,7 +14,8 @@ _CONTEXT = 2048
 _KEYS = """rope_theta rope_type type factor low_freq_factor high_freq_factor
     original_max_position_embeddings"""
 _ROPE = Section("text_config.rope_parameters", frozenset(_KEYS.split()), ROPE_CHANGES)
-#: A factor for each frequency, as GGUF files of Llama 3.1 have; Phi's change with the prompt.
+#: A factor for each frequency, as GGUF files of Llama 3.1 have; Phi-3 has others where a prompt is
+#: longer than the context that it was trained with first.
 _FACTORS = ("short_factor", "long_factor", "attention_factor")
 #: The kinds of scaling, and the numbers that each needs.
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -61,7 +62,7 @@ def _attention_factor(factor: float, context: int) -> float:
 
 
 def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
-    """Raises ValueError for ``longrope`` with other factors for long prompts than for short ones.
+    """Raises ValueError for ``longrope`` without a factor for each pair of a head's dimensions.
 
     Args:
         scaling (dict, optional): What `read_rope` gives as ``rope_scaling``.
@@ -69,11 +70,27 @@ def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
     """
     if scaling is None or scaling["rope_type"] != "longrope":
         return
-    short, factors, attention = (scaling[key] for key in _FACTORS)
-    is_list = isinstance(factors, list) and len(factors) == dims // 2
-    if not is_list or short != factors or attention != 1:
-        same = f"{dims // 2} factors, the same for short and long prompts, and attention_factor=1"
-        _ROPE.refuse("rope_type", "longrope", f"it with {same}")
+    for key in _NEEDED["longrope"]:
+        factors = scaling[key]
+        if not isinstance(factors, list) or len(factors) != dims // 2:
+            found = len(factors) if isinstance(factors, list) else factors
+            _ROPE.refuse(key, found, f"lists of {dims // 2} factors")
+
+
+def context_of(scaling: Mapping[str, Any] | None, positions: int) -> int:
+    """How many of so many positions can be told apart.
+
+    Linear scaling stretches them. Where LongRoPE has other factors for long prompts, which would
+    rotate anew what is cached, its context is that of short ones.
+    """
+    if scaling is None:
+        return positions
+    kind = scaling["rope_type"]
+    if kind == "linear":
+        return int(positions * scaling["factor"])
+    if kind == "longrope" and scaling["short_factor"] != scaling["long_factor"]:
+        return min(positions, scaling["original_max_position_embeddings"])
+    return positions
 
 
 def unknown_rope_keys(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,12 @@ from typing import Any
 
 from mlx_llava.model.config_checks import Section, names_of
 from mlx_llava.model.known_keys import TEXT_CHANGES
-from mlx_llava.model.rope_config import check_factors, read_rope, unknown_rope_keys
+from mlx_llava.model.rope_config import check_factors, context_of, read_rope, unknown_rope_keys
+
+#: Kinds of layers: with a window and without.
+_KINDS = _SLIDING, _FULL = "sliding_attention", "full_attention"
+#: What Qwen2 alone says of them.
+_OF_WINDOWS = ("use_sliding_window", "layer_types")
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,7 @@ class _Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: By ``model_type``. Qwen2's window is used with ``use_sliding_window``, which is refused. Phi-3 is
-#: Mistral, once its fused layers are split (checkpoint/fused.py).
+#: By ``model_type``. Phi-3 is Mistral, once its fused layers are split (checkpoint/fused.py).
 _FAMILIES: Mapping[str, _Family] = {
     "llama": _Family(fixed={"sliding_window": None}),
     "mistral": _Family(
@@ -43,7 +47,7 @@ _FAMILIES: Mapping[str, _Family] = {
             "num_key_value_heads": 32,
             "max_position_embeddings": 32768,
         },
-        fixed={"sliding_window": None, "attention_bias": True, "mlp_bias": False},
+        fixed={"attention_bias": True, "mlp_bias": False},
     ),
     "phi3": _Family(
         {
@@ -61,7 +65,12 @@ _FAMILIES: Mapping[str, _Family] = {
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder (transformers' LlamaConfig, MistralConfig, Qwen2Config or Phi3Config)."""
+    """The decoder (transformers' LlamaConfig, MistralConfig, Qwen2Config or Phi3Config).
+
+    Attributes:
+        sliding_window: how far layers with a window look back; None for all.
+        layer_types: which of Qwen2's have one; () is all.
+    """
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -78,13 +87,18 @@ class TextConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> TextConfig:
         """Reads ``text_config``, filled with the defaults of its own model family."""
         data = data or {}
-        _TEXT.check(data)
+        without = {key: value for key, value in data.items() if key not in _OF_WINDOWS}
+        is_qwen2 = data.get("model_type") == "qwen2"
+        _TEXT.check(without if is_qwen2 else data)
+        data = {**without, **(_read_windows(data) if is_qwen2 else {})}
         family = _FAMILIES[data.get("model_type") or cls.model_type]
         data = {**family.defaults, **data, **family.fixed}
         config = _TEXT.read(cls, {**data, **read_rope(data)})
@@ -111,16 +125,42 @@ class TextConfig:
         return self.attention_bias and self.model_type != "qwen2"
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far each layer looks back; None for all."""
+        kinds = self.layer_types or (_SLIDING,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == _SLIDING else None for kind in kinds)
+
+    @property
+    def attention_factor(self) -> float:
+        """What LongRoPE multiplies rotated queries and keys with."""
+        return float((self.rope_scaling or {}).get("attention_factor", 1))
+
+    @property
     def context_length(self) -> int:
-        """How many positions the decoder can tell apart; linear RoPE scaling stretches it."""
-        scaling = self.rope_scaling or {}
-        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
-        return int(self.max_position_embeddings * factor)
+        """How many positions the decoder can tell apart."""
+        return context_of(self.rope_scaling, self.max_position_embeddings)
+
+
+def _read_windows(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What Qwen2 says of a window, which its first layers have not (transformers' Qwen2Config)."""
+    window = data.get("sliding_window", 4096) if data.get("use_sliding_window") else None
+    layers = data.get("num_hidden_layers") or TextConfig.num_hidden_layers
+    first = data.get("max_window_layers", 28)
+    kinds = data.get("layer_types") or [_FULL if i < first else _SLIDING for i in range(layers)]
+    if len(kinds) != layers or not {*kinds} <= {*_KINDS}:
+        _TEXT.refuse("layer_types", kinds, f"{layers} of {_SLIDING!r} and {_FULL!r}")
+    if window is not None:
+        used = {"use_sliding_window": True, "layer_types": tuple(kinds)}
+        return {"sliding_window": window, **used}
+    if data.get("layer_types") and _SLIDING in kinds:
+        _TEXT.refuse("layer_types", kinds, f"{_FULL!r} alone without use_sliding_window")
+    return {"sliding_window": None}
 
 
 _TEXT = Section(
     "text_config",
-    names_of(TextConfig) | {"original_max_position_embeddings", "rope_parameters"},
+    names_of(TextConfig).difference(_OF_WINDOWS)
+    | {"original_max_position_embeddings", "rope_parameters"},
     TEXT_CHANGES,
     {"model_type": tuple(_FAMILIES), "hidden_act": ("silu", "swish")},
 )

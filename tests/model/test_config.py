@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -247,6 +248,10 @@ ROPES["longrope_of_one_length"] = {
     "max_position_embeddings": 2048,
     "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "attention_factor": None},
 }
+ROPES["longrope_of_two_lengths"] = {
+    **ROPES["longrope"],
+    "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "long_factor": [9.0] * 64},
+}
 ROPES["llama3_original_nowhere"] = {"max_position_embeddings": 512, "rope_scaling": LLAMA3}
 ROPES["original_without_scaling"] = {"original_max_position_embeddings": 64, "rope_scaling": None}
 ROPES["both_spellings"] = {
@@ -309,22 +314,87 @@ def test_ends_of_answer():
         assert LlavaConfig.from_dict({"model_type": "llava", **data}).eos_token_id == expected
 
 
+WINDOWS = {
+    "unused": {"sliding_window": 7, "max_window_layers": 2},
+    "of the last layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3},
+    "of none": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 9},
+    "of its class": {"use_sliding_window": True, "num_hidden_layers": 30},
+    "by name": {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+    "null": {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 3},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_qwen2_are_those_of_its_class(name):
+    hf = pytest.importorskip("transformers")
+    data = {"num_hidden_layers": 6, **WINDOWS[name]}
+    theirs = hf.Qwen2Config(**data)
+    text = {**data, "model_type": "qwen2"}
+    config = LlavaConfig.from_dict({"model_type": "llava", "text_config": text})
+    assert list(config.text_config.windows) == [
+        theirs.sliding_window if kind == "sliding_attention" else None
+        for kind in theirs.layer_types
+    ]
+    written = json.loads(json.dumps(config.to_dict()))
+    assert LlavaConfig.from_dict(written) == config
+    again = hf.Qwen2Config(**written["text_config"])
+    assert (again.sliding_window, again.layer_types) == (theirs.sliding_window, theirs.layer_types)
+
+
+def test_phi_3s_context_is_that_of_its_short_factors():
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0 + i / 50 for i in range(48)],
+        "long_factor": [1.0 + i for i in range(48)],
+    }
+    text = {
+        "model_type": "phi3",
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+    }
+    lengths = {}
+    for long in (scaling["long_factor"], scaling["short_factor"]):
+        data = {**text, "rope_scaling": {**scaling, "long_factor": long}}
+        config = LlavaConfig.from_dict({"model_type": "llava", "text_config": data}).text_config
+        assert config.attention_factor == pytest.approx(
+            math.sqrt(1 + math.log(32) / math.log(4096))
+        )
+        lengths[tuple(long)] = config.context_length
+    assert [*lengths.values()] == [4096, 131072]
+
+
 REFUSED = {
     "model_type": ({"model_type": "qwen2_vl"}, "model_type='qwen2_vl'"),
     "no_model_type": ({"model_type": None}, "model_type='None'"),
     "text_model": ({"text_config": {"model_type": "qwen3"}}, "model_type='qwen3'"),
-    "windows": (
-        {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
-        "use_sliding_window=True",
-    ),
+    "windows_of_llama": ({"text_config": {"use_sliding_window": True}}, "use_sliding_window=True"),
     "window_of_some_layers": (
+        {"text_config": {"layer_types": ["full_attention", "sliding_attention"]}},
+        "layer_types=.*layers of several kinds",
+    ),
+    "windows_that_are_not_used": (
         {
             "text_config": {
                 "model_type": "qwen2",
                 "layer_types": ["full_attention", "sliding_attention"],
+                "num_hidden_layers": 2,
             }
         },
-        "layer_types=.*layers of several kinds",
+        "layer_types=.*'full_attention' alone without use_sliding_window",
+    ),
+    "windows_of_too_few_layers": (
+        {
+            "text_config": {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention"],
+            }
+        },
+        "layer_types=.* supports 32 of 'sliding_attention' and 'full_attention'",
     ),
     "vision_model": (
         {"vision_config": {"model_type": "siglip2_vision_model"}},
@@ -341,21 +411,7 @@ REFUSED = {
                 "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "long_factor": [2]}
             }
         },
-        "longrope.* 64 factors, the same for short and long prompts",
-    ),
-    "phi_3_128k": (
-        {
-            "text_config": {
-                "model_type": "phi3",
-                "max_position_embeddings": 131072,
-                "rope_scaling": {
-                    "type": "longrope",
-                    "short_factor": [1.0] * 48,
-                    "long_factor": [1.0] * 48,
-                },
-            }
-        },
-        "longrope.* 48 factors, .*attention_factor=1",
+        "long_factor=1; mlx_llava supports lists of 64 factors",
     ),
     "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
     "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),

@@ -113,7 +113,10 @@ def reference_tokens(reference, case, more: str = "") -> list[int]:
     return theirs[0, batch["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2_tied", "phi3_window", "next_qwen2", "next_phi3"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_tied", "qwen2_windows", "phi3_window", "phi3_longrope", "next_qwen2", "next_phi3"],
+)
 def test_what_is_kept_of_a_prompt_answers_the_next_one(name, tmp_path):
     case = next(case for case in tiny.CASES if case.name == name)
     reference = tiny.save(case, tmp_path)
