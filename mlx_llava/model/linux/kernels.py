@@ -1,15 +1,15 @@
-"""Products of a row with weights as they are stored, compiled by numba, which is optional.
+"""Products of rows with weights as they are stored, compiled by numba, which is optional.
 
 They run in one thread, without the interpreter's lock. What is compiled is kept on disk, where
 there is a folder to write to.
 
-N outputs, W words of codes of each, G groups; U units of C codes, see `weights.UNITS`.
+R rows, N outputs, W words of codes of each, G groups; U units of C codes, see `weights.UNITS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pickle import UnpicklingError
 from typing import Any, TypeAlias, cast
 
@@ -17,12 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from mlx_llava.model.linux import vectors
+from mlx_llava.model.linux.vectors import LANES
+
 Function: TypeAlias = Callable[..., Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Words: TypeAlias = npt.NDArray[np.uint32]
 Halves: TypeAlias = npt.NDArray[np.uint16]
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # no promise that there is no NaN
 _float, _word, _int = np.float32, np.uint32, np.int32
+#: Of what bits a word holds a whole number of codes.
+WHOLE = (2, 4, 8)
+#: So many words ahead, codes are asked for: memory answers after some hundred steps.
+AHEAD = 2048
 
 
 _jit = partial(njit, nogil=True, fastmath=_FAST)
@@ -45,38 +52,62 @@ def _compiled(function: Function) -> Function:
     return call
 
 
-def _dot_words(bits: int) -> Function:
-    """The product for codes of which a word holds a whole number: 2, 4 or 8 bits."""
+@_jit
+def _in_blocks(x: Floats, blocks: int) -> Floats:
+    """Inputs (R, C, U) in the order in which blocks of words take them, (R, blocks C LANES).
+
+    They begin where a line of the cache does: of a vector in two lines both have to be read.
+    """
+    R, C, _ = x.shape
+    size = blocks * C * LANES
+    memory = np.empty(R * size + LANES, np.float32)
+    start = np.uint64(-np.int64(memory.ctypes.data) & 63) // np.uint64(4)
+    ordered = memory[start : start + R * size].reshape(R, size)
+    for r in range(R):
+        for i in range(blocks):
+            for k in range(C):
+                for j in range(LANES):
+                    ordered[r, (i * C + k) * LANES + j] = x[r, k, i * LANES + j]
+    return ordered
+
+
+@cache
+def dot_words(bits: int, units: int) -> Function:
+    """Products for codes of which a word holds a whole number, with so many words in a group.
+
+    Of codes (N, W), scales and biases (N, G), inputs (R, C, U) and their sums (R, G): (R, N).
+    """
     count, mask = 32 // bits, _word((1 << bits) - 1)
 
-    def dot_words(
-        codes: Words, scales: Floats, biases: Floats, x: Floats, sums: Floats, output: Floats
+    def dot(
+        codes: Words, scales: Floats, biases: Floats, x: Floats, sums: Floats, outputs: Floats
     ) -> None:
-        groups = scales.shape[1]
-        units = codes.shape[1] // groups
-        spread = np.empty(codes.shape[1], _float)
+        W, blocks = codes.shape[1], codes.shape[1] // LANES
+        ordered, flat = _in_blocks(x, blocks), codes.reshape(-1)
         for n in range(len(codes)):
-            words = codes[n]
-            total = _float(0)
-            for g in range(groups):
-                total += biases[n, g] * sums[g]
-                for u in range(units):
-                    spread[g * units + u] = scales[n, g]
-            for j in range(codes.shape[1]):
-                part = _float(0)
-                for k in range(count):
-                    code = (words[j] >> _word(bits * k)) & mask
-                    part += _float(_int(code)) * x[k, j]
-                total += spread[j] * part
-            output[n] = total
+            for r in range(len(x)):
+                total, lanes = _float(0), vectors.zeros()
+                for g in range(scales.shape[1]):
+                    total += biases[n, g] * sums[r, g]
+                for i in range(blocks):
+                    first = n * W + i * LANES
+                    if r == 0:
+                        vectors.prefetch(flat, first + AHEAD)
+                    words, part = vectors.load(flat, first), vectors.zeros()
+                    for k in range(count):
+                        own = vectors.load(ordered[r], (i * count + k) * LANES)
+                        part = vectors.multiply_add(vectors.codes(words, k, bits), own, part)
+                    scale = vectors.load_repeated(scales[n], i * LANES // units, units)
+                    lanes = vectors.multiply_add(scale, part, lanes)
+                for j in range(blocks * LANES, W):
+                    for k in range(count):
+                        code = _float(_int((codes[n, j] >> _word(bits * k)) & mask))
+                        total += scales[n, j // units] * code * x[r, k, j]
+                outputs[r, n] = total + vectors.total(lanes)
 
     # A name is a file: of one for all, two processes could leave each other's code in it.
-    dot_words.__qualname__ = f"dot_{bits}_bits"
-    return _compiled(dot_words)
-
-
-#: For bits: (codes (N, W), scales (N, G), biases (N, G), x (C, U), its sums (G,), output (N,)).
-DOT_WORDS = {bits: _dot_words(bits) for bits in (2, 4, 8)}
+    dot.__qualname__ = f"dot_{bits}_bits_{units}_words"
+    return _compiled(dot)
 
 
 @_compiled

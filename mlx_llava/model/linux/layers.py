@@ -90,7 +90,7 @@ def is_read_fast(layer: nn.Module) -> bool:
     if not functions.NUMPY or kernels() is None:
         return False
     if is_quantized(layer):
-        return is_coded(layer) and layer.bits in kernels().DOT_WORDS
+        return is_coded(layer) and layer.bits in kernels().WHOLE
     return layer.weight.dtype in HALVES
 
 

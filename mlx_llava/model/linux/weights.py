@@ -212,14 +212,16 @@ class Affine:
 
     def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
         """By a kernel, if there is one for so many bits."""
-        if kernels() is None or self.bits not in kernels().DOT_WORDS:
+        if kernels() is None or self.bits not in kernels().WHOLE:
             _dot_blocks(self, x, outputs, start, stop)
             return
         C, G = UNITS[self.bits][0], self.scales.shape[1]
         part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
-        for row, output in zip(x.reshape(len(x), C, -1), outputs, strict=True):
-            sums = row.reshape(C, G, -1).sum(axis=(0, 2))
-            kernels().DOT_WORDS[self.bits](*part, row, sums, output[start:stop])
+        x = x.reshape(len(x), C, -1)
+        sums = x.reshape(len(x), C, G, -1).sum(axis=(1, 3))
+        products = np.empty((len(x), stop - start), np.float32)
+        kernels().dot_words(self.bits, self.codes.shape[1] // G)(*part, x, sums, products)
+        outputs[:, start:stop] = products
 
 
 def _blocks(weight: Weight, start: int, stop: int) -> Iterator[tuple[slice, Array]]:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -154,8 +155,9 @@ def test_kernels_work_where_a_disk_is_full_or_a_file_was_cut_off(tmp_path, monke
 
 
 @pytest.mark.skipif(not HAS_NUMBA, reason="takes numba")
-def test_kernels_of_other_bits_are_kept_in_other_files(monkeypatch):
+def test_kernels_of_other_codes_are_kept_in_other_files(monkeypatch):
     kernels = weights.kernels()
     monkeypatch.setattr(kernels, "_compiled", lambda function: function)
-    names = {kernels._dot_words(bits).__qualname__ for bits in kernels.DOT_WORDS}
-    assert len(names) == len(kernels.DOT_WORDS)
+    codes = list(product(kernels.WHOLE, (4, 8)))
+    names = {kernels.dot_words.__wrapped__(*code).__qualname__ for code in codes}
+    assert len(names) == len(codes)
