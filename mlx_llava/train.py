@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -38,9 +41,11 @@ from mlx_llava.model.ranks import join
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.lora import TARGETS, Adapter, save_adapter
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
-from mlx_llava.tuner.samples import LeftOut, Skipped, read_samples, summary
+from mlx_llava.tuner.samples import MISSING, LeftOut, Reading, Skipped, read_samples, summary
 from mlx_llava.tuner.trainer import Report, Trainer
 
+#: The part of the samples that may be without their files.
+_MOST_MISSING = 0.1
 #: How a report's line begins, and what every one of training says; those of validation are short.
 _BEGINNING = '{"step": '
 _REPORTED = {"step", "loss", "gradient_norm", "tokens"}
@@ -59,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--valid", metavar="FILE", help="the same, to measure and not to learn")
     paths = "what paths of pictures and videos are relative to (default: .)"
     add("--image-folder", default=".", help=paths)
+    add("--allow-missing", action="store_true", help="train also where many files are missing")
     add_frames_argument(parser)
     add("--output", default="trained", help="the folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -170,6 +176,34 @@ def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | N
             )
 
 
+def _check_missing(path: str, reading: Reading, image_folder: str) -> None:
+    """Raises ValueError where so much is missing that the folder is probably another."""
+    missing = sum(count for reason, count in reading.problems.items() if reason in MISSING)
+    total = len(reading.samples) + len(reading.left_out)
+    if missing > total * _MOST_MISSING:
+        raise ValueError(
+            f"{path} names files that are not in --image-folder {image_folder} in {missing} of "
+            f"{total} samples; correct the folder, or train without them by --allow-missing."
+        )
+
+
+@contextmanager
+def _stopped_by_control_c() -> Iterator[Callable[[], bool]]:
+    """Gives whether Control-C was pressed; pressed again, it ends everything."""
+    pressed: list[int] = []
+
+    def press(number: int, _: Any) -> None:
+        print("\nstopping after this step; Control-C again stops at once", file=sys.stderr)
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _read_data(
     args: argparse.Namespace, processor: Processor, speaks: bool
 ) -> tuple[dict[str, Examples], list[LeftOut]]:
@@ -180,6 +214,8 @@ def _read_data(
         path = getattr(args, name)
         if path:
             reading = read_samples(path, args.image_folder, processor.tokenizer.protect)
+            if not args.allow_missing:
+                _check_missing(path, reading, args.image_folder)
             data[name] = Examples(reading.samples, processor, args.max_length, args.frames)
             left_out += reading.left_out
             if speaks:
@@ -219,9 +255,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for left in left_out:
         skipped(left)
     try:
-        trainer.run(progress)
+        with _stopped_by_control_c() as is_stopped:
+            trainer.run(progress, is_stopped)
     finally:
         progress.close()
+    if trainer.step < trainer.steps:
+        said = f"stopped after step {trainer.step} of {trainer.steps}, which is saved in {folder}"
+        print(f"{said}; the same command with --resume goes on", file=sys.stderr)
+        raise KeyboardInterrupt
     for name, examples in data.items():
         _say(getattr(args, name), examples.problems, {})
     _write_result(folder / kind, trainer, processor, adapter, keep)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava.cli import COMMANDS
+from mlx_llava.inputs.templates import TEMPLATES
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -55,6 +56,11 @@ def test_links_lead_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_every_template_is_listed():
+    rows = re.findall(r"^\| (`.*) \|", (DOCS / "prompts.md").read_text(), re.MULTILINE)
+    assert TEMPLATES.keys() <= set(re.findall(r"`([^`]*)`", " ".join(rows)))
 
 
 def test_every_page_is_in_the_index():

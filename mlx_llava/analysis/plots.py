@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from mlx_llava.analysis.attribution import Explanation, MaskEffect
@@ -320,6 +321,13 @@ def _arrow(start: Any, end: Any, height: float) -> ConnectionPatch:
     )
 
 
+class _PlainNumbers(LogFormatter):
+    """A logarithmic axis with 0.6 instead of 6 x 10^-1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""
+
+
 def plot_losses(reports: Sequence[Mapping[str, float]], figure: Drawing = None) -> Drawing:
     """Training and validation loss of what metrics.jsonl holds, on a logarithmic scale."""
     figure = figure or Figure(figsize=(7, 4), layout="constrained")
@@ -330,8 +338,12 @@ def plot_losses(reports: Sequence[Mapping[str, float]], figure: Drawing = None) 
     ):
         points = [(report["step"], report[key]) for report in reports if key in report]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            seen = {"marker": "o"} if len(points) < 3 else {}
+            axes.plot(*zip(*points, strict=True), label=label, **{**style, **seen})
     axes.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
+    for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        each(_PlainNumbers(minor_thresholds=(2, 0.5)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

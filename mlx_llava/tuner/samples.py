@@ -30,6 +30,8 @@ _TURN_KEYS = ("conversations", "messages")
 _KINDS = {"image": "an image", "video": "a video"}
 _MARKS = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 _READ = {"id", *_KINDS, *(f"{kind}s" for kind in _KINDS), *_SYSTEM_KEYS}
+#: Why a sample is left out whose files are not there.
+MISSING = tuple(f"{kind} is missing" for kind in _KINDS)
 _UNSUPPORTED = ("audio", "audios")
 _NOWHERE = Place("memory", "index", 0)
 

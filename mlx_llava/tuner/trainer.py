@@ -137,15 +137,21 @@ class Trainer:
         trained = self.optimizer.apply_gradients(clipped, trained)
         return _ordered(trained), self.optimizer.state, norm
 
-    def run(self, report: Callable[[Report], None]) -> None:
-        """Trains until the last step, from wherever the run stands; `report` gets what is measured.
+    def run(
+        self, report: Callable[[Report], None], is_stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Trains until the last step, from wherever the run stands.
+
+        Args:
+            report (callable): Gets what is measured.
+            is_stopped (callable): Is asked after every step; a run that is stopped is saved.
 
         Raises:
             ValueError: There is nothing to learn in the samples.
         """
         self.model.train()
         try:
-            self._run(report)
+            self._run(report, is_stopped)
         finally:
             self._give_back()
             self._seed()
@@ -156,7 +162,7 @@ class Trainer:
         self.optimizer.state = self.optimizer_state
         self.model.eval()
 
-    def _run(self, report: Callable[[Report], None]) -> None:
+    def _run(self, report: Callable[[Report], None], is_stopped: Callable[[], bool]) -> None:
         batches = self._batches()
         parts, started = next(batches), time.perf_counter()
         while self.step < self.steps:
@@ -174,8 +180,11 @@ class Trainer:
             if self.valid and self._is_due(self.options.validate_every):
                 report({"step": self.step, "valid_loss": self.validate()})
                 started = time.perf_counter()
-            if self._is_due(self.options.save_every):
+            stops = is_stopped()
+            if stops or self._is_due(self.options.save_every):
                 self.save()
+            if stops:
+                return
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps

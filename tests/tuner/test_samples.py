@@ -379,7 +379,11 @@ def test_a_run_lists_what_it_leaves_out_once(folder, capsys):
     entries = [sample(), sample(image="b.png"), sample(image="gone.png"), long, 7]
     text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     (folder / "train.jsonl").write_text("\ufeff" + text, encoding="utf-8")
-    assert train(folder) == 0
+    assert train(folder) == 2
+    error = capsys.readouterr().err
+    assert f"train.jsonl names files that are not in --image-folder {folder} in 1 of 5 sam" in error
+    assert not (folder / "run").exists()
+    assert train(folder, "--allow-missing") == 0
     error = capsys.readouterr().err
     assert (
         "2 samples were left out, see skipped.jsonl: image is missing (1), not an object (1)"
@@ -393,7 +397,7 @@ def test_a_run_lists_what_it_leaves_out_once(folder, capsys):
     assert records[0]["file"] == str(folder / "train.jsonl")
     assert records[0]["why"] == f"image is missing: {folder / 'gone.png'}"
     assert records[2]["why"].startswith("image is broken: ")
-    assert train(folder, "--steps", "2", "--resume") == 0
+    assert train(folder, "--allow-missing", "--steps", "2", "--resume") == 0
     assert (folder / "run" / "skipped.jsonl").read_text() == listed
 
 

@@ -423,6 +423,27 @@ def test_a_killed_command_goes_on_as_if_nothing_had_been(folder):
         assert whole.read_bytes() == resumed.read_bytes()
 
 
+def test_control_c_saves_what_was_learned(folder, monkeypatch, capsys):
+    more = ["--steps", "6", "--report-every", "1"]
+    assert command.main(arguments(folder, *more)) == 0
+    expected = metrics(folder)
+    (folder / "out").rename(folder / "whole")
+    keep = command.Progress.__call__
+
+    def press(progress, report):
+        keep(progress, report)
+        if report["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(command.Progress, "__call__", press)
+    assert command.main(arguments(folder, *more)) == 130
+    assert "stopped after step 3 of 6, which is saved in" in capsys.readouterr().err
+    assert not (folder / "out" / "adapter").exists()
+    monkeypatch.setattr(command.Progress, "__call__", keep)
+    assert command.main(arguments(folder, *more, "--resume")) == 0
+    assert metrics(folder) == expected
+
+
 def test_a_run_is_not_resumed_with_other_options(folder, capsys):
     assert command.main(arguments(folder, "--steps", "2")) == 0
     assert command.main(arguments(folder, "--steps", "3", "--resume")) == 2
