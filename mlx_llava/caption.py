@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from mlx_llava.arguments import (
     Parser,
@@ -26,141 +28,22 @@ from mlx_llava.arguments import (
     load_model,
     say_if_embedded,
 )
-from mlx_llava.files import is_same_file, one_line, whole_file
+from mlx_llava.captioning.questions import PROMPT, Questions, read_questions, with_columns_alone
+from mlx_llava.captioning.rename import Renames, plan
+from mlx_llava.captioning.run import BESIDE, Existing, Run
+from mlx_llava.captioning.watch import whole_pictures
+from mlx_llava.files import expand_home, real_path
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.inputs.image_paths import find_images
 from mlx_llava.inputs.video import ENDINGS, is_film
-from mlx_llava.json_files import JsonLines, read_bytes
 
-PROMPT = "Describe the picture."
-#: ``--out`` for a text file beside each picture.
-BESIDE = "txt"
-_FIELD = '"([^"]*(?:""[^"]*)*)"'
-_ROW = re.compile(f"{_FIELD},{_FIELD}\n")
-
-
-class Lines(JsonLines):
-    """A file of JSON lines, ``{"image": ..., key: ...}``."""
-
-    def __init__(self, path: Path, key: str = "text") -> None:
-        super().__init__(path, '{"image": "', errors="surrogateescape")
-        self.key = key
-
-    def done(self) -> set[str]:
-        """The images that have a line.
-
-        Raises:
-            ValueError: There is something that this command did not write; of all stores.
-        """
-        is_ours = all(line.startswith(self.head) for line in self.whole().splitlines())
-        lines = [line for _, line in self.read()] if is_ours else []
-        if not is_ours or any(tuple(line) != ("image", self.key) for line in lines):
-            raise ValueError(f"{self.path} holds lines that this command did not write.")
-        return {line["image"] for line in lines}
-
-    def write(self, image: str, text: str) -> None:
-        """Keeps a caption for good."""
-        self.add({"image": image, self.key: text})
-
-
-class Table:
-    """A CSV file with the columns ``image`` and ``text``, and quotes around all that is in it."""
-
-    head = '"image","text"\n'
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def done(self) -> set[str]:
-        """See `Lines`."""
-        whole, cut = self._read()
-        rows = _ROW.findall(whole)
-        begin = '"' if rows else self.head
-        is_whole = whole == "".join(f'"{image}","{text}"\n' for image, text in rows)
-        is_ours = is_whole and whole.startswith(self.head if rows else "")
-        if not is_ours or not (cut.startswith(begin) or begin.startswith(cut)):
-            raise ValueError(f"{self.path} holds rows that this command did not write.")
-        return {image.replace('""', '"') for image, _ in rows[1:]}
-
-    def mend(self) -> None:
-        """Takes away what a kill has left half written."""
-        whole, cut = self._read()
-        if cut:
-            with whole_file(self.path) as beside:
-                beside.write_bytes(whole.encode(errors="surrogateescape"))
-
-    def write(self, image: str, text: str) -> None:
-        """Keeps a caption for good."""
-        is_new = not self.path.exists() or not self.path.stat().st_size
-        image, text = (field.replace('"', '""') for field in (image, text))
-        rows = f'{self.head if is_new else ""}"{image}","{text}"\n'
-        with self.path.open("ab") as file:
-            file.write(rows.encode(errors="surrogateescape"))
-
-    def _read(self) -> tuple[str, str]:
-        """The whole rows, after which no quotation is open, and what a kill has left of one."""
-        data = read_bytes(self.path) if self.path.exists() else b""
-        text = data.decode(errors="surrogateescape")
-        end = text.rfind("\n") + 1
-        while text.count('"', 0, end) % 2:
-            end = text.rfind("\n", 0, end - 1) + 1
-        return text[:end], text[end:]
-
-
-class TextFiles:
-    """A ``.txt`` beside each picture, which is there whole or not at all."""
-
-    def __init__(self, images: Sequence[str]) -> None:
-        self.files = {image: Path(image).with_suffix(".txt") for image in images}
-        shared = [path for path, count in Counter(self.files.values()).items() if count > 1]
-        if shared:
-            raise ValueError(
-                f"{len(shared)} text files would be shared by pictures, {shared[0]} first; use "
-                "--out captions.jsonl."
-            )
-
-    def done(self) -> set[str]:
-        """See `Lines`."""
-        return {image for image, path in self.files.items() if path.is_file()}
-
-    def mend(self) -> None:
-        """Nothing is ever half written."""
-
-    def write(self, image: str, text: str) -> None:
-        """Keeps a caption for good.
-
-        Raises:
-            ValueError: This one cannot be kept; the others may.
-        """
-        path = self.files[image]
-        if os.path.lexists(path):  # by somebody else, or under another case of letters
-            raise ValueError(f"There is {path} already.")
-        try:
-            with whole_file(path) as beside:
-                beside.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-Captions: TypeAlias = Lines | Table | TextFiles
-
-
-def open_captions(out: str, images: Sequence[str]) -> Captions:
-    """Where ``--out`` says that captions go.
-
-    Raises:
-        ValueError: It is neither a .jsonl nor a .csv file nor ``txt``, or pictures would share
-            a text file.
-    """
-    if out == BESIDE:
-        return TextFiles(images)
-    path = Path(out)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Lines(path) if path.suffix == ".jsonl" else Table(path)
+#: Flags that say what is captioned and where to, and not how.
+_NOT_ASKED = (
+    "pictures recursive videos out xmp resume skip_existing overwrite watch rename dry_run undo "
+    "batch_size offline rank_timeout"
+).split()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -171,19 +54,22 @@ def build_parser() -> argparse.ArgumentParser:
         "is a line in the errors file, and the rest goes on.",
     )
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PLACE", help='folders, files, or patterns: "photos/*.jpg"')
+    add("pictures", nargs="*", metavar="PLACE", help='folders, files, or patterns: "photos/*.jpg"')
     add("--recursive", action="store_true", help="look into the folders of folders")
     add("--videos", action="store_true", help="films of folders and patterns too")
     add_frames_argument(parser)
-    add("--prompt", "-p", default=PROMPT, help="what to ask (default: %(default)s)")
-    add("--system", help="replaces the template's system text")
     add(
-        "--out",
-        default="captions.jsonl",
-        help="a .jsonl or .csv file (default: %(default)s), or "
-        f"{BESIDE} for a text file beside each picture",
+        "--prompt",
+        "-p",
+        action="append",
+        metavar="[NAME=]PROMPT",
+        help="what to ask; several times for several columns, which NAME names "
+        f"(default: {PROMPT})",
     )
-    add("--resume", action="store_true", help="go on where an earlier run has ended")
+    add("--system", help="replaces the template's system text")
+    add("--prefix", default="", metavar="TEXT", help="goes before each caption")
+    add("--suffix", default="", metavar="TEXT", help="goes after each caption")
+    _add_file_arguments(parser)
     add("--batch-size", type=int, default=BATCH_SIZE, help="answers at once (default: %(default)s)")
     add_image_tokens_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
@@ -192,79 +78,174 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds where captions go, and what becomes of what is there."""
+    add = parser.add_argument
+    add(
+        "--out",
+        default="captions.jsonl",
+        help="a .jsonl or .csv file (default: %(default)s), or "
+        f"{BESIDE} for a text file beside each picture",
+    )
+    add("--xmp", action="store_true", help="also as dc:description into each picture's sidecar")
+    add("--resume", action="store_true", help="go on where an earlier run has ended")
+    add("--skip-existing", action="store_true", help="leave what has a caption as it is")
+    add("--overwrite", action="store_true", help="replace captions that are there, of anybody")
+    add("--watch", action="store_true", help="go on with new pictures of folders, until Control-C")
+    add("--rename", action="store_true", help="name pictures, and what belongs to them, so")
+    add("--dry-run", action="store_true", help="only show what --rename would do")
+    add("--undo", metavar="FILE", help="give files their names again, by a .renamed.jsonl file")
+
+
 @command(led=build_parser)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    from tqdm import tqdm
-
     args = build_parser().parse_args(argv)
-    options = answer_options(args)
-    others: set[Path] = set()
-    images = find_images(args.pictures, args.recursive, others, ENDINGS if args.videos else ())
-    captions = open_captions(args.out, images)
-    out = Path("captions" if args.out == BESIDE else args.out)
-    errors = Lines(out.with_suffix(".errors.jsonl"), "error")
-    files = [errors.path] if args.out == BESIDE else [out, errors.path]
-    broken = errors.done()
-    done = captions.done() | broken
-    begun = [path for path in files if path.exists()]
-    if (done or begun) and not args.resume:
-        what = str(begun[0]) if begun else f"{len(done)} of {len(images)} text files"
-        raise FileExistsError(f"There is {what} already; --resume goes on.")
-    captions.mend()
-    errors.mend()
-    rest = [image for image in images if image not in done]
-    before = len({*images} & done - broken)
-    count = {"total": len(images), "initial": len(images) - len(rest), "unit": "picture"}
-    for image, answer in tqdm(caption_all(rest, args, options), **count, disable=None):
-        try:
-            if "error" in answer:
-                raise ValueError(answer["error"])
-            captions.write(image, answer["text"].strip())
-        except ValueError as error:
-            errors.write(image, one_line(error))
-            broken.add(image)
-    failed = len(broken & {*images})
-    counts = {"written": len(images) - before - failed, "done before": before, "failed": failed}
-    ours = [file for file in others if any(is_same_file(file, path) for path in files)]
-    ours += [file for file in others if args.out == BESIDE and file.suffix == ".txt"]
-    print(_summary(counts, others.difference(ours)), file=sys.stderr)
-    if failed:
-        raise ValueError(
-            f"{failed} of {len(images)} pictures have no caption; {errors.path} says why."
-        )
-
-
-def caption_all(
-    images: Sequence[str], args: argparse.Namespace, options: Options
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each picture in order, with its caption as ``text`` or its ``error``."""
-    if not images:
+    if args.undo:
+        _undo(Renames(Path(args.undo)))
         return
-    say_if_embedded(args)
-    generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
+    _check_flags(args)
+    options = answer_options(args)
+    options = replace(options, json_schema=with_columns_alone(options.json_schema))
+    questions = read_questions(args.prompt or [], options.json_schema, args.prefix, args.suffix)
+    others: set[Path] = set()
+    images = [] if args.watch else _find(args, others)
+    existing = Existing(args.resume or args.watch, args.skip_existing, args.overwrite)
+    run = Run(args.out, questions.columns, _asked(args, questions, options), existing, args.xmp)
+    rest = run.todo(images)
+    run.mend()
+    captioner = Captioner(args, questions, options)
+    try:
+        if args.watch:
+            _watch(args, run, captioner, others)
+        else:
+            captioner.caption(rest, run, len(images))
+    except KeyboardInterrupt:
+        if not args.watch:
+            print(f"\n{run.summary(others)}; --resume goes on", file=sys.stderr)
+            raise
+    print(run.summary(others), file=sys.stderr)
+    if args.rename:
+        _rename(run, args.dry_run)
+    run.check()
 
-    def read(image: str) -> dict[str, Any]:
-        return {"prompt": args.prompt, "videos" if is_film(image) else "images": [image]}
 
-    asked = {name: getattr(args, name) for name in ("frames", "system", "image_tokens")}
-    answers = answer_prompts(images, read, generator, options, **asked)
-    yield from zip(images, in_order(answers), strict=True)
-
-
-def _summary(counts: Mapping[str, int], skipped: Iterable[Path]) -> str:
-    """What has become of everything that was found."""
-    kinds = Counter(map(_kind, skipped))
-    parts = [f"{count} {what}" for what, count in counts.items() if count or what == "written"]
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return ", ".join([*parts, f"{kinds.total()} skipped" + (f" ({listed})" if listed else "")])
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that make no sense together."""
+    if not args.pictures:
+        raise ValueError("Name folders, files or patterns to caption.")
+    if args.dry_run and not args.rename:
+        raise ValueError("--dry-run shows what --rename would do; add it.")
+    if args.watch and (args.rename or args.overwrite):
+        raise ValueError("--watch goes with neither --rename nor --overwrite; run them afterwards.")
+    files = [place for place in args.pictures if args.watch and not expand_home(place).is_dir()]
+    if files:
+        raise ValueError(f"--watch looks into folders, and {files[0]} is none.")
 
 
-def _kind(file: Path) -> str:
-    """What a file is that is not captioned, in a word."""
-    if not file.exists():
-        return "broken link"
-    return "closed folder" if file.is_dir() else file.suffix.lower() or "without ending"
+def _asked(args: argparse.Namespace, questions: Questions, options: Options) -> dict[str, Any]:
+    """How captions are asked for: by whom, with what words, and how answers are chosen."""
+    asked = {name: value for name, value in vars(args).items() if name not in _NOT_ASKED}
+    for name in ("model", "adapter_path", "base", "vision_tower", "mmproj"):
+        if asked[name] and (path := expand_home(asked[name])).exists():
+            asked[name] = str(real_path(path))
+    return {**asked, "prompt": dict(questions.prompts), "json_schema": options.json_schema}
+
+
+def _find(args: argparse.Namespace, others: set[Path]) -> list[str]:
+    endings = ENDINGS if args.videos else ()
+    return find_images(args.pictures, args.recursive, others, endings)
+
+
+class Captioner:
+    """Asks a model, which is loaded for the first picture, about pictures."""
+
+    def __init__(self, args: argparse.Namespace, questions: Questions, options: Options) -> None:
+        self.args, self.questions, self.options = args, questions, options
+
+    @cached_property
+    def _generator(self) -> BatchGenerator:
+        say_if_embedded(self.args)
+        return BatchGenerator(*load_model(self.args), batch_size=self.args.batch_size)
+
+    def caption(self, images: Sequence[str], run: Run, total: int) -> None:
+        """Captions pictures, the last of so many in all, and keeps what comes of each."""
+        from tqdm import tqdm
+
+        count = {"total": total, "initial": total - len(images), "unit": "picture"}
+        for image, answers in tqdm(self._answers(images), **count, disable=None):
+            try:
+                values = self.questions.values(answers)
+            except ValueError as error:
+                run.fail(image, error)
+            else:
+                run.keep(image, values)
+
+    def _answers(self, images: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Each picture in order, with what is answered to each prompt."""
+        prompts = self.questions.prompts.values()
+        asked = [(image, prompt) for image in images for prompt in prompts]
+        if not asked:
+            return
+
+        def read(pair: tuple[str, str]) -> dict[str, Any]:
+            image, prompt = pair
+            return {"prompt": prompt, "videos" if is_film(image) else "images": [image]}
+
+        how = {name: getattr(self.args, name) for name in ("frames", "system", "image_tokens")}
+        answers = in_order(answer_prompts(asked, read, self._generator, self.options, **how))
+        for image in images:
+            yield image, list(islice(answers, len(prompts)))
+
+
+def _watch(args: argparse.Namespace, run: Run, captioner: Captioner, others: set[Path]) -> None:
+    """Captions what is in folders and what comes, until Control-C."""
+
+    def find() -> Iterable[str]:
+        others.clear()
+        for place in args.pictures:
+            with suppress(ValueError):  # empty so far
+                yield from find_images(
+                    [place], args.recursive, others, ENDINGS if args.videos else ()
+                )
+
+    print("Waiting for pictures; Control-C ends it.", file=sys.stderr)
+    for images in whole_pictures(find, run.is_done):
+        if images:
+            captioner.caption(images, run, len(images))
+
+
+def _rename(run: Run, is_dry: bool) -> None:
+    """Names pictures by their captions, or shows how."""
+    renamed, failed = 0, list[str]()
+    for move in plan(run.titles()):
+        try:
+            if not is_dry:
+                run.renames.apply(move)
+            renamed += len(move.rests)
+        except OSError as error:
+            failed.append(f"{move.old} keeps its name: {error.strerror or error}")
+        if is_dry:
+            for old, new in move.paths():
+                print(f"{_printable(old)} -> {_printable(new.name)}")
+    would = "would be renamed" if is_dry else f"renamed; --undo {run.renames.path} takes it back"
+    print(f"{renamed} files {would}" if renamed else "Nothing to rename.", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{len(failed)} pictures keep their names; {failed[0]}.")
+
+
+def _undo(renames: Renames) -> None:
+    """Gives files their old names."""
+    if not renames.path.is_file():
+        raise FileNotFoundError(f"There is no undo file {renames.path}.")
+    restored, failed = renames.undo()
+    print(f"{restored} files have their old names again", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{len(failed)} have not; {failed[0]}.")
+
+
+def _printable(name: str | Path) -> str:
+    return os.fsencode(name).decode(errors="replace")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ ROOMS = (
         ("tuner", "samples -> weights"),
         ("serving", "text over HTTP"),
         ("analysis", "what a model did"),
+        ("captioning", "texts -> files"),
     ),
     (("generation", "inputs -> text"),),
     (("checkpoint", "files <-> a model"),),
@@ -208,7 +209,7 @@ FLOORS = (WORD, SEEN, DECODER, DECODER, PROJECTED, PROJECTED)
 def rooms() -> Drawing:
     """The package: each room imports only rooms below it, and rooms on one floor never meet."""
     drawing = Drawing(
-        960, 540, "Seven rooms, one above the other; each imports only from those below it."
+        960, 540, "Rooms, one above the other; each imports only from those below it."
     )
     y = 12
     for names, fill in zip(ROOMS, FLOORS, strict=True):

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,20 @@ def test_commands_run(page, tmp_path):
         assert "A chat between a curious user" in done.stderr
 
 
+def test_the_commands_about_captions_run(tmp_path, monkeypatch, capsys):
+    examples = ROOT / "weights" / "tiny-llava" / "examples"
+    shutil.copytree(examples, tmp_path / "photos" / "2024")
+    shutil.copy(examples / "shapes.png", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks(DOCS / "captions.md", "sh")
+    before = {path: path.read_bytes() for path in Path("photos").rglob("*.*")}
+    for command in map(shlex.split, commands.splitlines()):
+        assert command[:3] == ["python", "-m", "mlx_llava.caption"]
+        assert importlib.import_module("mlx_llava.caption").main(command[3:]) == 0
+    assert "3 files have their old names again" in capsys.readouterr().err
+    assert before.items() <= {path: path.read_bytes() for path in before}.items()
+
+
 def test_the_servers_page_is_true(monkeypatch, capsys):
     """The server as the page starts it, on a free port, and all that the page asks of it."""
     page = DOCS / "server.md"
@@ -135,7 +150,7 @@ def shell(code: str) -> str:
 
 
 def test_no_page_has_code_that_nothing_runs():
-    tried = {"how-it-works.md", "prompts.md", "server.md", "tools.md", "training.md"}
+    tried = {"captions.md", "how-it-works.md", "prompts.md", "server.md", "tools.md", "training.md"}
     for page in DOCS.glob("*.md"):
         if page.name not in tried:
             assert not blocks(page, "python") + blocks(page, "sh"), page

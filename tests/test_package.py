@@ -21,7 +21,7 @@ ROOMS = (
     {"inputs"},
     {"checkpoint"},
     {"generation"},
-    {"tuner", "serving", "analysis"},
+    {"tuner", "serving", "analysis", "captioning"},
     {"commands"},
 )
 GROUND, *_ = ROOMS
