@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -71,8 +72,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds which model to load, and how."""
     add = parser.add_argument
     add("--model", help=f"{_MODEL.metadata['help']} (default: embedded)")
-    add("--adapter-path", metavar="DIR", help="what was trained of the model, here or with PEFT")
+    add_adapter_argument(parser)
     add_loading_arguments(parser)
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds what was trained of the model."""
+    trained = "what was trained of the model, here or with PEFT"
+    parser.add_argument("--adapter-path", metavar="DIR", help=trained)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +143,20 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
         {name: value for name, value in flags.items() if name not in _PATHS},
         args.rank_timeout,
     )
+
+
+def look_at_model(args: argparse.Namespace) -> tuple[Processor, int]:
+    """What `load_model` would load, but for the weights: of these, how many bytes are stored."""
+    from mlx_llava.checkpoint.load import make_processor
+    from mlx_llava.checkpoint.open import open_checkpoint
+    from mlx_llava.json_files import sensible_values
+    from mlx_llava.model.device import total_memory
+
+    with sensible_values(args.model or "the embedded model"):
+        checkpoint = open_checkpoint(Source(args.model, **source_options(args)), total_memory())
+        processor = make_processor(checkpoint, args.image_mode, args.template)
+    tensors = checkpoint.contents.tensors.values()
+    return processor, sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in tensors)
 
 
 def say_if_embedded(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Serve a model to the clients of OpenAI, Anthropic and Ollama, and a page to people.
+"""Serve models to the clients of OpenAI, Anthropic and Ollama, and a page to people.
 
     python -m mlx_llava.server --model mlx-community/llava-1.5-7b-4bit
 
@@ -9,28 +9,34 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
     Parser,
+    add_adapter_argument,
     add_answer_arguments,
-    add_model_arguments,
+    add_loading_arguments,
     add_options,
     add_ranks_arguments,
     answer_options,
     command,
     given_options,
     load_model,
+    look_at_model,
     say_if_embedded,
 )
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.files import expand_home
 from mlx_llava.generation.sampling import Options
+from mlx_llava.model.ranks import rank_here
+from mlx_llava.serving.durations import as_seconds
 from mlx_llava.serving.settings import MEGA, Settings
 
 if TYPE_CHECKING:
@@ -38,7 +44,11 @@ if TYPE_CHECKING:
 
     from mlx_llava.serving.engine import Engine
     from mlx_llava.serving.http import HttpServer
+    from mlx_llava.serving.model_thread import ModelThread
+    from mlx_llava.serving.models import Models
 
+#: What belongs to a checkpoint, so that it cannot be said of several.
+OF_ONE_MODEL = "adapter_path base mmproj model_id revision template vision_tower".split()
 #: So many connections may wait to be taken.
 BACKLOG = 512
 #: How long a body may take to arrive.
@@ -51,10 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = Parser(
         prog="mlx_llava.server",
-        description="Serve a LLaVA model: the APIs of OpenAI and Anthropic below /v1, Ollama's "
+        description="Serve LLaVA models: the APIs of OpenAI and Anthropic below /v1, Ollama's "
         "below /api, and a page for people at /.",
     )
-    add_model_arguments(parser)
+    parser.add_argument(
+        "--model",
+        action=_Model,
+        metavar="[NAME=]MODEL",
+        help="a folder, a GGUF file, or a hub repository, and what clients call it; may be given "
+        "several times: the first is loaded now, others when they are asked (default: embedded)",
+    )
+    parser.set_defaults(models=None)
+    add_adapter_argument(parser)
+    add_loading_arguments(parser)
     add_ranks_arguments(parser)
     add_options(parser, fields(Settings))
     add_answer_arguments(parser)
@@ -83,26 +102,103 @@ def model_name(model: str | None) -> str:
     return path.resolve().name if path.exists() else model
 
 
+class _Model(argparse.Action):
+    """Reads ``NAME=MODEL``: the first is `model`, and all of them, with their names, `models`."""
+
+    def __call__(self, _: Any, args: argparse.Namespace, given: Any, *__: Any) -> None:
+        name, mark, path = given.partition("=")
+        if not mark or expand_home(given).exists():
+            name, path = "", given
+        elif name and not path:
+            raise ValueError(f"--model {given} names no checkpoint; say NAME=MODEL.")
+        args.models = [*(args.models or ()), (name or None, path)]
+        args.model = args.models[0][1]
+
+
+def named_models(args: argparse.Namespace) -> list[tuple[str | None, argparse.Namespace]]:
+    """The name that each model was given, if any, and the arguments with that model alone.
+
+    Raises:
+        ValueError: An argument is for one model, and there are several.
+    """
+    models = args.models or [(None, None)]
+    given = [option for option in OF_ONE_MODEL if getattr(args, option) is not None]
+    if len(models) > 1 and given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"{flag} is for one model; there are {len(models)} --model.")
+    if rank_here() is not None and (len(models) > 1 or not math.isinf(as_seconds(args.keep_alive))):
+        raise ValueError("Under mlx.launch there is one --model, which stays: no --keep-alive.")
+    return [
+        (name or args.model_id, argparse.Namespace(**{**vars(args), "model": model}))
+        for name, model in models
+    ]
+
+
+def start_models(args: argparse.Namespace, settings: Settings) -> Models:
+    """Opens all models in the thread that will own them, and loads the first.
+
+    Raises:
+        ValueError: A checkpoint is none, or two have one name.
+    """
+    from mlx_llava.serving.models import Models
+
+    engines: dict[str, Engine] = {}
+    aliases: dict[str, Engine] = {}
+    with _model_thread() as thread:
+        for given, one in named_models(args):
+            name = given or model_name(one.model)
+            if name in engines:
+                raise ValueError(f"Two models are called {name}; say --model NAME={one.model}.")
+            engines[name] = _open_model(name, one, thread)
+            engines[name].keep_alive = settings.keep_alive_seconds
+            if given and given != args.model_id:
+                aliases[name] = engines[name]
+        first = next(iter(engines.values()))
+        thread.run(first.load)
+    return Models(engines, {**dict.fromkeys(settings.alias, first), **aliases})
+
+
 def start_engine(args: argparse.Namespace) -> Engine:
-    """Loads the model in the thread that will own it."""
-    from mlx_llava.serving.engine import Engine
+    """Loads a model in a thread of its own."""
+    with _model_thread() as thread:
+        engine = _open_model(model_name(args.model), args, thread)
+        thread.run(engine.load)
+    return engine
+
+
+@contextmanager
+def _model_thread() -> Iterator[ModelThread]:
+    """A new one, which ends again where its models cannot be loaded."""
+    from mlx_llava.serving.model_thread import ModelThread
+
+    thread = ModelThread()
+    try:
+        yield thread
+    except Exception:
+        thread.close()
+        raise
+
+
+def _open_model(name: str, args: argparse.Namespace, thread: ModelThread) -> Engine:
+    from mlx_llava.serving.engine import Checkpoint, Engine
 
     return Engine(
-        partial(load_model, args),
+        Checkpoint(name, partial(look_at_model, args), partial(load_model, args)),
+        thread,
         batch_size=args.batch_size,
         max_waiting=args.max_waiting,
         prompt_cache_bytes=args.prompt_cache * MEGA,
     )
 
 
-def make_app(engine: Engine, name: str, defaults: Options, settings: Settings) -> ASGIApp:
+def make_app(models: Models, defaults: Options, settings: Settings) -> ASGIApp:
     """The endpoints, and what stands before them."""
     from starlette.middleware.cors import CORSMiddleware
 
     from mlx_llava.serving.app import OPEN_PATHS, Api
     from mlx_llava.serving.guard import BodyLimit, Guard
 
-    api = Api(engine, name, defaults, settings)
+    api = Api(models, defaults, settings)
     app: ASGIApp = BodyLimit(api.app(), settings.max_body * MEGA, BODY_SECONDS)
     if settings.allow_origin:
         app = CORSMiddleware(
@@ -115,7 +211,7 @@ def make_app(engine: Engine, name: str, defaults: Options, settings: Settings) -
     return Guard(app, settings, OPEN_PATHS, seconds, api.metrics.count_request)
 
 
-def make_server(app: ASGIApp, seconds: float, engine: Engine) -> HttpServer:
+def make_server(app: ASGIApp, seconds: float, thread: ModelThread) -> HttpServer:
     """What speaks HTTP; the log, on stderr, has addresses, paths and statuses."""
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
@@ -133,7 +229,7 @@ def make_server(app: ASGIApp, seconds: float, engine: Engine) -> HttpServer:
         server_header=False,
         log_config=log_config,
     )
-    return HttpServer(config, seconds, engine.stop)
+    return HttpServer(config, seconds, thread.stop)
 
 
 @command(led=build_parser)
@@ -148,23 +244,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = answer_options(args)
     with listen(settings.host, settings.port) as listening:
         say_if_embedded(args)
-        engine = start_engine(args)
-        defaults.constraint(engine.processor)  # refuses a wrong --json-schema
-        name = settings.model_id or model_name(args.model)
-        app = make_app(engine, name, defaults, settings)
-        server = make_server(app, settings.timeout, engine)
-        if settings.api_key is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
-            print(
-                f"warning: anyone who reaches {settings.host} may ask; see --api-key-file",
-                file=sys.stderr,
-            )
-        address, port = listening.getsockname()[:2]
-        host = f"[{address}]" if ":" in address else address
-        print(f"page: http://{host}:{port} | API: http://{host}:{port}/v1", file=sys.stderr)
+        models = start_models(args, settings)
         try:
+            for engine in models.engines.values():
+                defaults.constraint(engine.processor)  # refuses a wrong --json-schema
+            app = make_app(models, defaults, settings)
+            server = make_server(app, settings.timeout, models.thread)
+            if settings.api_key is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+                print(
+                    f"warning: anyone who reaches {settings.host} may ask; see --api-key-file",
+                    file=sys.stderr,
+                )
+            address, port = listening.getsockname()[:2]
+            host = f"[{address}]" if ":" in address else address
+            print(f"page: http://{host}:{port} | API: http://{host}:{port}/v1", file=sys.stderr)
             server.run(sockets=[listening])
         finally:
-            engine.close()
+            models.thread.close()
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def run(url: str, pid: int, questions: Sequence[Question], clients: int) -> dict
     time.sleep(0.5)
     after = resident_mb(pid)
     with urllib.request.urlopen(f"{url}/metrics") as metrics:
-        taken = re.findall(r"^mlx_llava_places_taken (\S+)", metrics.read().decode(), re.M)
+        taken = re.findall(r"^mlx_llava_places_taken\S* (\S+)", metrics.read().decode(), re.M)
     model, processor = load()
     fates = [question.fate for question in questions]
     wrong = [

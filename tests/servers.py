@@ -19,6 +19,7 @@ from mlx_llava.arguments import answer_options, given_options
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.http import HttpServer
+from mlx_llava.serving.models import Models
 from mlx_llava.serving.settings import Settings
 
 MODEL = "tiny-llava"
@@ -200,11 +201,16 @@ WIRES = {
 class Served:
     """A running server."""
 
-    engine: Engine
+    models: Models
     port: int
     key: str | None
     server: HttpServer
     wire: Wire = OPENAI
+
+    @property
+    def engine(self) -> Engine:
+        """Of the first model."""
+        return next(iter(self.models.engines.values()))
 
     @property
     def url(self) -> str:
@@ -256,21 +262,22 @@ def serving(
     settings = Settings(**given_options(args, fields(Settings)))
     defaults = answer_options(args)
     listening = server.listen(settings.host, settings.port)
-    own = engine or server.start_engine(args)
-    app = server.make_app(own, server.model_name(args.model), defaults, settings)
+    models = server.start_models(args, settings) if engine is None else None
+    models = models or Models({MODEL: engine}, dict.fromkeys(settings.alias, engine))
+    app = server.make_app(models, defaults, settings)
     for name, value in limits.items():
         setattr(app.app, name, value)
-    running = server.make_server(app, settings.timeout, own)
+    running = server.make_server(app, settings.timeout, models.thread)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Served(own, listening.getsockname()[1], settings.api_key, running, wire)
+        yield Served(models, listening.getsockname()[1], settings.api_key, running, wire)
     finally:
         running.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server does not end"
         if engine is None:
-            own.close()
+            models.thread.close()
 
 
 def user(*parts: Any) -> dict[str, Any]:

@@ -23,6 +23,27 @@ def kv_bytes(config: LlavaConfig, positions: int, itemsize: int, kv_bits: int | 
     return numbers * kv_bits // 8 + 2 * itemsize * numbers // (group_size(text.dims_per_head) or 1)
 
 
+def request_bytes(
+    config: LlavaConfig,
+    itemsize: int,
+    inputs: Inputs,
+    max_tokens: int,
+    *,
+    prefill_step: int,
+    kv_bits: int | None = None,
+    max_kv_size: int | None = None,
+) -> dict[str, int]:
+    """What an answer takes beside the weights, by what it is for."""
+    vision, prompt_tokens = config.vision_config, inputs.input_ids.shape[1]
+    positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
+    chunk, tiles = min(prompt_tokens, prefill_step), min(sum(inputs.image_tiles), TILES_AT_ONCE)
+    return {
+        "keys and values": kv_bytes(config, positions, itemsize, kv_bits),
+        "pictures": tiles * vision.num_positions * (vision.intermediate_size * 2) * itemsize,
+        "prefill": chunk * (config.text_config.intermediate_size * 3) * itemsize,
+    }
+
+
 class ContextError(ValueError):
     """A prompt is longer than the model's context."""
 
@@ -58,15 +79,13 @@ def check_request(
             f"{context_length}; use {advice}, or a shorter text."
         )
     max_tokens = min(max_tokens, context_length - inputs.positions)
-    vision, text = model.config.vision_config, model.config.text_config
     itemsize = model.language_model.dtype.size
-    positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
-    chunk, tiles = min(prompt_tokens, prefill_step), min(sum(inputs.image_tiles), TILES_AT_ONCE)
-    parts = {
-        "keys and values": kv_bytes(model.config, positions, itemsize, kv_bits),
-        "pictures": tiles * vision.num_positions * (vision.intermediate_size * 2) * itemsize,
-        "prefill": chunk * (text.intermediate_size * 3) * itemsize,
-    }
+    parts = request_bytes(
+        *(model.config, itemsize, inputs, max_tokens),
+        prefill_step=prefill_step,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+    )
     needed, available = sum(parts.values()), available_memory()
     if model.ranks.speaks and needed > available:
         sizes = ", ".join(f"{name} {size / _GB:.1f}" for name, size in parts.items())

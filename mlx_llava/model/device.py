@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -64,3 +66,11 @@ def configure_device() -> None:
         limit = total_memory()
         mx.set_wired_limit(limit)
         mx.set_cache_limit(limit // 8)
+
+
+def release_memory() -> None:
+    """Gives back to the system what was freed, which MLX and the C library keep for reuse."""
+    gc.collect()
+    mx.clear_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
+        trim(0)

@@ -1,4 +1,4 @@
-"""Endpoints over an engine, as an ASGI app: read -> check -> images -> answer -> reply.
+"""Endpoints over some engines, as an ASGI app: read -> check -> images -> answer -> reply.
 
 A request's way is that of `Api.complete`, and of the methods below it from top to bottom.
 """
@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.serving.anthropic import CountRequest, MessagesRequest
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError, refusals
@@ -32,6 +32,7 @@ from mlx_llava.serving.forms import RequestForm, read_form
 from mlx_llava.serving.images import Images
 from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.metrics import Metrics
+from mlx_llava.serving.models import Models
 from mlx_llava.serving.ollama_models import Ollama
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
 from mlx_llava.serving.replies import Piece, Reply
@@ -51,22 +52,20 @@ T = TypeVar("T")
 
 @dataclass
 class Api:
-    """One model's endpoints.
+    """A server's endpoints.
 
     Attributes:
-        engine: answers.
-        name: of the model, as clients know it.
+        models: answer.
         defaults: how to answer where a request does not say.
         settings: what its owner allows.
     """
 
-    engine: Engine
-    name: str
+    models: Models
     defaults: Options
     settings: Settings
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.engine)
+        self.metrics = Metrics(self.models.engines)
         self._images = Images(self.settings)
         self._kept = Kept()
         self._page = StaticFiles(directory=PAGE, html=True)
@@ -87,8 +86,8 @@ class Api:
             Route("/responses", response, methods=["POST"]),
             Route("/responses/{name}", self.response),
             Route("/responses/{name}", self.forget_response, methods=["DELETE"]),
-            Route("/models", self.models),
-            Route("/models/{name:path}", self.model),
+            Route("/models", self.list_models),
+            Route("/models/{name:path}", self.show_model),
         ]
         routes = [
             Mount("/v1", routes=v1),
@@ -106,13 +105,14 @@ class Api:
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def models(self, _: HttpRequest) -> Response:
-        ends = {"first_id": self.names[0], "last_id": self.names[-1], "has_more": False}
-        return JSONResponse({"object": "list", "data": [*map(_model, self.names)], **ends})
+    async def list_models(self, _: HttpRequest) -> Response:
+        names = [*self.models.names]
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return JSONResponse({"object": "list", "data": [*map(_model, names)], **ends})
 
-    async def model(self, http: HttpRequest) -> Response:
+    async def show_model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
-        self.check_model(name)
+        self.models.find(name)
         return JSONResponse(_model(name))
 
     async def response(self, http: HttpRequest) -> Response:
@@ -132,28 +132,13 @@ class Api:
         return PlainTextResponse("Ollama is running", headers={"Vary": "Accept"})
 
     async def health(self, _: HttpRequest) -> Response:
-        if self.engine.has_ended:
-            raise ApiError(503, "The model's thread has ended.")
-        return JSONResponse({"status": "ok"})
+        if self.models.thread.has_ended:
+            raise ApiError(503, "The models' thread has ended.")
+        states = {name: _state(engine) for name, engine in self.models.engines.items()}
+        return JSONResponse({"status": "ok", "models": states})
 
     async def metric(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All that the model is called; its own name first."""
-        return self.name, *self.settings.alias
-
-    def check_model(self, name: str) -> None:
-        """Refuses what is no name of the model; after ``:`` may be a tag, as Ollama has it.
-
-        Raises:
-            ApiError: It is none.
-        """
-        untagged = name.partition(":")[0]
-        if name.removesuffix(":latest") not in self.names and untagged not in self.settings.alias:
-            message = f"The model {name!r} does not exist; this server has {self.name!r}."
-            raise ApiError(404, message, "model_not_found", param="model")
 
     async def read(self, http: HttpRequest, read: Callable[[bytes], T]) -> T:
         """What the body of a request says, read in another thread."""
@@ -165,8 +150,8 @@ class Api:
     async def complete(self, http: HttpRequest, kind: type[RequestForm]) -> Response:
         """Answers a request, whole or as a stream."""
         form, request = await self.read(http, partial(_read, kind, self.defaults, self._kept))
-        self._check(request)
-        reply = Reply(self._answer(request), request.n)
+        engine = self._check(request)
+        reply = Reply(self._answer(engine, request), request.n)
         if not request.stream:
             whole = await _while_connected(http, form.whole(reply))
             return JSONResponse(whole, headers=form.headers())
@@ -176,48 +161,56 @@ class Api:
     async def count_tokens(self, http: HttpRequest) -> Response:
         """Tells how many tokens a prompt takes, as Anthropic has it."""
         _, request = await self.read(http, partial(_read, CountRequest, self.defaults, self._kept))
-        self._check(request)
-        with refusals(self.settings.timeout), self.engine.place(request.answers):
+        engine = self._check(request)
+        with refusals(self.settings.timeout), engine.place(request.answers):
             with anyio.fail_after(self.settings.timeout):
-                prompts = await self._prepare(request)
+                prompts = await self._prepare(engine.processor, request)
         return JSONResponse({"input_tokens": sum(inputs.input_ids.size for inputs, _ in prompts)})
 
-    def _check(self, request: Request) -> None:
-        """Refuses what this server has not, and what cannot fit, before anything is made of it."""
-        self.check_model(request.model)
-        if request.answers > self.engine.capacity:
-            message = f"{request.answers} answers were asked for, of {self.engine.capacity}."
+    def _check(self, request: Request) -> Engine:
+        """Finds the model; refuses what this server has not, and what cannot fit."""
+        engine = self.models.find(request.model)
+        if request.answers > engine.capacity:
+            message = f"{request.answers} answers were asked for, of {engine.capacity}."
             raise ApiError(400, message, param="n")
         images, limit = len(request.images), self.settings.max_images
         if images > limit:
             message = f"There are {images} pictures; the limit is {limit}."
             raise ApiError(400, message, "too_many_images", param="messages")
-        request.check_length(self.engine.processor)
+        request.check_length(engine.processor)
+        return engine
 
-    async def _answer(self, request: Request) -> AsyncGenerator[Piece, None]:
+    async def _answer(self, engine: Engine, request: Request) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers to a request, as they are made."""
-        seconds = self.settings.timeout
-        with refusals(seconds), self.engine.place(request.answers):
+        seconds, keep_alive = self.settings.timeout, request.keep_alive
+        if keep_alive is None:
+            keep_alive = self.settings.keep_alive_seconds
+        with refusals(seconds), engine.place(request.answers):
             deadline = anyio.current_time() + seconds
             with anyio.fail_after(seconds):
-                prompts = await self._prepare(request)
-            answers = self.engine.answer(prompts, request.top_logprobs, deadline)
+                prompts = await self._prepare(engine.processor, request)
+            answers = engine.answer(prompts, request.top_logprobs, deadline, keep_alive)
             async with aclosing(answers):
                 async for piece in answers:
                     if piece.finish_reason:
-                        self.metrics.count_answer(piece.figures)
+                        self.metrics.count_answer(engine.name, piece.figures)
                     yield piece
 
-    async def _prepare(self, request: Request) -> list[tuple[Inputs, Options]]:
+    async def _prepare(
+        self, processor: Processor, request: Request
+    ) -> list[tuple[Inputs, Options]]:
         """The prompts of a request, each as often as it is to be answered."""
         if request.options.json_schema is not None:
-            compile = partial(request.options.constraint, self.engine.processor)
-            await self._compiling.run(compile)
-        prepare = partial(request.prepare, self.engine.processor)
+            await self._compiling.run(partial(request.options.constraint, processor))
+        prepare = partial(request.prepare, processor)
         if request.images:
-            frames = request.frames or self.engine.processor.frames
+            frames = request.frames or processor.frames
             return await self._images.use(request.images, frames, prepare)
         return await self._reading.run(partial(prepare, ()))
+
+
+def _state(engine: Engine) -> str:
+    return "loaded" if engine.is_loaded else "not loaded"
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -11,15 +11,16 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, model_validator
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, FailFast, Field, model_validator
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image import is_data_url
+from mlx_llava.serving.durations import as_seconds
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import (
     MAX_MESSAGES,
@@ -58,6 +59,11 @@ def _as_seed(number: int) -> int | None:
     return None if number == -1 else as_seed(number)
 
 
+def _as_duration(duration: Any) -> Any:
+    """Takes 5m, and -1 for ever."""
+    return as_seconds(duration) if isinstance(duration, str | int | float) else duration
+
+
 def _as_schema(format: Any) -> Any:
     """Takes Ollama's words for no schema, and for one of any object."""
     if isinstance(format, str):
@@ -65,6 +71,7 @@ def _as_schema(format: Any) -> Any:
     return short_schema(format) if isinstance(format, dict) else format
 
 
+Duration = Annotated[Annotated[float, AllowInfNan()], BeforeValidator(_as_duration)]
 Images = Annotated[list[Annotated[str, AfterValidator(_as_url)]], FailFast()]
 
 
@@ -94,6 +101,7 @@ class _AnswerRequest(RequestForm):
     model: str
     stream: bool = True
     format: Annotated[dict[str, Any] | None, BeforeValidator(_as_schema)] = None
+    keep_alive: Duration | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     # options; less than one token is no limit, and less than one likeliest token all of them
@@ -138,6 +146,7 @@ class _AnswerRequest(RequestForm):
             prefill=prefill,
             top_logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
+            keep_alive=self.keep_alive,
         )
 
     def asked(self) -> tuple[list[Any], list[str], str]:
@@ -151,7 +160,7 @@ class _AnswerRequest(RequestForm):
     async def whole(self, reply: Reply) -> dict[str, Any]:
         answers = await reply.whole()
         piece = answers[0] if answers else None
-        return {**self._part(piece), **_end(piece, reply)}
+        return {**self._part(piece), **self._end(piece, reply)}
 
     async def events(self, reply: Reply) -> AsyncGenerator[str, None]:
         """The last line has the figures, and no text."""
@@ -164,16 +173,32 @@ class _AnswerRequest(RequestForm):
         except ApiError as error:
             yield line(error.body("/api/"))
             return
-        yield line({**self._part(None), **_end(piece, reply)})
+        yield line({**self._part(None), **self._end(piece, reply)})
 
     def _part(self, piece: Piece | None) -> dict[str, Any]:
         """A piece, or nothing, of an answer that goes on."""
-        head = {"model": self.model, "created_at": now()}
+        head = {"model": self.model, "created_at": moment()}
         said = {**head, **self.said("" if piece is None else piece.text), "done": False}
         if piece is None or not self.logprobs:
             return said
         tokens = [{**_logprob(t), "top_logprobs": [*map(_logprob, t.top)]} for t in piece.tokens]
         return {**said, "logprobs": tokens}
+
+    def _end(self, piece: Piece | None, reply: Reply) -> dict[str, Any]:
+        """What is told at the end; durations are nanoseconds."""
+        if piece is None:
+            return {"done": True, "done_reason": "unload" if self.keep_alive == 0 else "load"}
+        seconds = reply.timings
+        return {
+            "done": True,
+            "done_reason": piece.finish_reason,
+            "total_duration": time.monotonic_ns() - reply.began,
+            "load_duration": 0,
+            "prompt_eval_count": reply.prompt_tokens,
+            "prompt_eval_duration": round((seconds["encode"] + seconds["prefill"]) * 1e9),
+            "eval_count": reply.generation_tokens,
+            "eval_duration": round(seconds["decode"] * 1e9),
+        }
 
 
 class ChatRequest(_AnswerRequest):
@@ -218,23 +243,6 @@ class GenerateRequest(_AnswerRequest):
         return {"response": text}
 
 
-def _end(piece: Piece | None, reply: Reply) -> dict[str, Any]:
-    """What is told at the end; durations are nanoseconds."""
-    if piece is None:
-        return {"done": True, "done_reason": "load"}
-    seconds = reply.timings
-    return {
-        "done": True,
-        "done_reason": piece.finish_reason,
-        "total_duration": time.monotonic_ns() - reply.began,
-        "load_duration": 0,
-        "prompt_eval_count": reply.prompt_tokens,
-        "prompt_eval_duration": round((seconds["encode"] + seconds["prefill"]) * 1e9),
-        "eval_count": reply.generation_tokens,
-        "eval_duration": round(seconds["decode"] * 1e9),
-    }
-
-
 def _logprob(token: Token) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": [*token.content]}
 
@@ -244,6 +252,7 @@ def line(data: Mapping[str, Any]) -> str:
     return as_json(data) + "\n"
 
 
-def now() -> str:
-    """The time, as Ollama tells it."""
-    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+def moment(seconds: float = 0) -> str:
+    """When so many seconds will have gone by, as Ollama tells it."""
+    then = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+    return then.isoformat().replace("+00:00", "Z")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import Form, read_form
-from mlx_llava.serving.ollama import LINES, ChatRequest, GenerateRequest, line, now
+from mlx_llava.serving.ollama import LINES, ChatRequest, GenerateRequest, line, moment
 from mlx_llava.version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Ollama:
     """The endpoints of Ollama's API, below ``/api``."""
 
     def __init__(self, api: Api) -> None:
-        self._api, self._since = api, now()
+        self._api, self._since = api, moment()
 
     def routes(self) -> list[Route]:
         posts: dict[str, Callable[..., Any]] = {
@@ -60,17 +62,27 @@ class Ollama:
 
     async def tags(self, _: HttpRequest) -> Response:
         """All models that there are; a name without a tag has Ollama's own."""
-        return JSONResponse({"models": [{**m, "modified_at": self._since} for m in self._models()]})
+        about = {"modified_at": self._since}
+        names = self._api.models.names.items()
+        return JSONResponse({"models": [{**_listed(*named), **about} for named in names]})
 
     async def ps(self, _: HttpRequest) -> Response:
-        """Those that are loaded: the same."""
-        size, length = self._api.engine.weight_bytes, self._api.engine.processor.context_length
-        loaded = {"expires_at": NEVER, "size_vram": size, "context_length": length}
-        return JSONResponse({"models": [{**model, **loaded} for model in self._models()]})
+        """Those that are loaded, and until when."""
+        loaded = [
+            {
+                **_listed(name, engine),
+                "expires_at": _expires_at(engine),
+                "size_vram": engine.weight_bytes,
+                "context_length": engine.processor.context_length,
+            }
+            for name, engine in self._api.models.names.items()
+            if engine.is_loaded
+        ]
+        return JSONResponse({"models": loaded})
 
     async def show(self, http: HttpRequest) -> Response:
-        self._api.check_model((await self._named(http)).model)
-        processor = self._api.engine.processor
+        engine = self._api.models.find((await self._named(http)).model)
+        processor = engine.processor
         text = processor.config.text_config
         info = {
             "general.architecture": text.model_type,
@@ -80,13 +92,13 @@ class Ollama:
         }
         said = {"license": "", "modelfile": "", "parameters": "", "template": ""}
         kinds = {"capabilities": ["completion", "vision"], "model_info": info}
-        about = {"details": self._details(), "modified_at": self._since}
+        about = {"details": _details(engine), "modified_at": self._since}
         return JSONResponse({**said, **about, **kinds})
 
     async def pull(self, http: HttpRequest) -> Response:
         """A model that is here needs no pulling; others are not found."""
         asked = await self._named(http)
-        self._api.check_model(asked.model)
+        self._api.models.find(asked.model)
         if not asked.stream:
             return JSONResponse({"status": "success"})
         states = ("pulling manifest", "success")
@@ -95,29 +107,37 @@ class Ollama:
     async def _named(self, http: HttpRequest) -> _Named:
         return await self._api.read(http, partial(read_form, kind=_Named))
 
-    def _models(self) -> list[dict[str, Any]]:
-        """Of which the digest tells no more than the name: nobody has summed the weights."""
-        names = [name if ":" in name else f"{name}:latest" for name in self._api.names]
-        size, details = self._api.engine.weight_bytes, self._details()
-        digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-        return [
-            {"name": name, "model": name, "size": size, "digest": digest, "details": details}
-            for name, digest in zip(names, digests, strict=True)
-        ]
 
-    def _details(self) -> dict[str, Any]:
-        config = self._api.engine.processor.config
-        kind = config.vision_config.model_type.removesuffix("_vision_model")
-        families = [config.text_config.model_type, kind]  # clip is how some tell that it sees
-        bits = (config.quantization or {}).get("bits")
-        return {
-            "parent_model": "",
-            "format": "mlx",
-            "family": families[0],
-            "families": families,
-            "parameter_size": "",
-            "quantization_level": f"Q{bits}" if bits else "",
-        }
+def _listed(name: str, engine: Engine) -> dict[str, Any]:
+    """Of which the digest tells no more than the name: nobody has summed the weights."""
+    name = name if ":" in name else f"{name}:latest"
+    return {
+        "name": name,
+        "model": name,
+        "size": engine.weight_bytes,
+        "digest": hashlib.sha256(name.encode()).hexdigest(),
+        "details": _details(engine),
+    }
+
+
+def _details(engine: Engine) -> dict[str, Any]:
+    config = engine.processor.config
+    kind = config.vision_config.model_type.removesuffix("_vision_model")
+    families = [config.text_config.model_type, kind]  # clip is how some tell that it sees
+    bits = (config.quantization or {}).get("bits")
+    return {
+        "parent_model": "",
+        "format": "mlx",
+        "family": families[0],
+        "families": families,
+        "parameter_size": "",
+        "quantization_level": f"Q{bits}" if bits else "",
+    }
+
+
+def _expires_at(engine: Engine) -> str:
+    seconds = engine.seconds_left()
+    return NEVER if math.isinf(seconds) else moment(seconds)
 
 
 async def _absent(http: HttpRequest) -> Response:

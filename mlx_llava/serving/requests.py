@@ -35,6 +35,7 @@ class Request:
         top_logprobs: how many of the likeliest tokens are reported at the position of each, or
             None for no tokens at all.
         stream: whether the answers are sent as they are made.
+        keep_alive: for how many seconds the model then stays loaded; None for as the server does.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Request:
     n: int = 1
     top_logprobs: int | None = None
     stream: bool = False
+    keep_alive: float | None = None
 
     @property
     def answers(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_llava.files import expand_home
 from mlx_llava.generation.sampling import BATCH_SIZE
 from mlx_llava.json_files import read_text
+from mlx_llava.serving.durations import as_seconds
 from mlx_llava.signatures import check_bounds, documented, option
 
 MIN_KEY_LENGTH = 16
@@ -23,12 +24,12 @@ class Settings:
     host: str = option("127.0.0.1", str, "where to listen; 127.0.0.1 is this machine only")
     port: int = option(8080, int, "0 takes a free one", ge=0, le=65535)
     model_id: str | None = option(
-        None, str, "what clients call the model (default: its own name)", {"metavar": "NAME"}
+        None, str, "what clients call the only model (default: its own name)", {"metavar": "NAME"}
     )
     alias: Sequence[str] = option(
         (),
         str,
-        "another name of the model, as llava, with whatever :tag; repeatable",
+        "another name of the first model, as llava, with whatever :tag; repeatable",
         {"action": "append", "default": [], "metavar": "NAME"},
     )
     api_key: str | None = option(None, str, "what clients must send", {"metavar": "KEY"})
@@ -54,6 +55,12 @@ class Settings:
     max_images: int = option(16, int, "of a request", ge=1)
     max_pixels: int = option(100, int, "of a request, in millions", ge=1)
     max_body: int = option(50, int, "of a request, in MB", ge=1)
+    keep_alive: str = option(
+        "-1",
+        str,
+        "how long a model that nobody asks stays loaded, as 5m or 0; -1 is for ever",
+        {"metavar": "TIME"},
+    )
     timeout: float = option(600, float, "seconds for an answer", gt=0)
     prompt_cache: int = option(1000, int, "earlier prompts, in MB")
 
@@ -64,6 +71,7 @@ class Settings:
             ValueError: It makes no sense, or the key can be guessed or fits no header.
         """
         check_bounds(self)
+        as_seconds(self.keep_alive)
         if self.root is not None and not self.root.is_dir():
             raise ValueError(f"--image-root is {self.root}, which is no folder.")
         key = self.api_key
@@ -79,6 +87,11 @@ class Settings:
                 f"The API key has {len(key)} characters; use at least {MIN_KEY_LENGTH} of ASCII, "
                 "as openssl rand -hex 16 makes them."
             )
+
+    @property
+    def keep_alive_seconds(self) -> float:
+        """Of a model that nobody asks; infinite for ever."""
+        return as_seconds(self.keep_alive)
 
     @property
     def root(self) -> Path | None:

@@ -28,6 +28,7 @@ from mlx_llava.model.llava import Llava
 from tests.conftest import ROOT
 from tests.servers import MODEL, endless, serving, user, waits_until
 
+EMBEDDED = ROOT / "weights/tiny-llava"
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
 QUESTION = "What colour is the circle?"
 
@@ -424,10 +425,13 @@ def test_metrics_count(served, client):
         ("generation_tokens", reply.usage.completion_tokens),
         ("image_tokens", 36),
     ):
-        name = f"mlx_llava_{name}_total"
+        name = f'mlx_llava_{name}_total{{model="{MODEL}"}}'
         assert after[name] - before[name] == size
     assert 'mlx_llava_requests_total{path="/v1/chat/completions",status="200"}' in grown
-    assert after["mlx_llava_running"] == after["mlx_llava_places_taken"] == 0
+    gauges = [
+        f'mlx_llava_{name}{{model="{MODEL}"}}' for name in ("running", "places_taken", "loaded")
+    ]
+    assert [after[name] for name in gauges] == [0, 0, 1]
 
 
 class TestConversation:
@@ -581,7 +585,7 @@ def test_an_engine_that_has_ended_answers_no_one_and_says_so():
     with serving() as ending, ThreadPoolExecutor(1) as pool, ending.client() as client:
         running = pool.submit(ask, client, "One two", **endless())
         assert waits_until(lambda: ending.engine.running == 1)
-        ending.engine.close()
+        ending.models.thread.close()
         for request in (running.result, lambda _: ask(client, "Hi")):
             with pytest.raises(openai.InternalServerError) as caught:
                 request(60)
@@ -598,6 +602,15 @@ class TestCommand:
             (["--image-root", "/nowhere"], "/nowhere, which is no folder"),
             (["--image-root", "~nobody-of-that-name"], "which is no folder"),
             (["--model", "~nobody-of-that-name/a"], "~nobody-of-that-name/a"),
+            (
+                ["--model", "/a/b", "--model", "/a/c", "--model-id", "d"],
+                "--model-id is for one model",
+            ),
+            (["--model", "/a/b", "--model", "/a/c", "--adapter-path", "d"], "there are 2 --model"),
+            (["--model", f"a={EMBEDDED}", "--model", f"a={EMBEDDED}"], "models are called a;"),
+            (["--model", "a="], "a= names no checkpoint"),
+            (["--model", f"a={EMBEDDED}", "--model", "b=/nowhere"], "/nowhere"),
+            (["--keep-alive", "soon"], "'soon' is no time"),
             (["--timeout", "0"], "timeout is 0"),
             (["--batch-size", "0"], "batch_size is 0"),
             (["--max-waiting", "-1"], "max_waiting is -1"),
@@ -633,9 +646,8 @@ class TestCommand:
             except OSError:
                 pytest.skip("this machine has no IPv6")
         with serving("--host", "::1", engine=served.engine) as six:
-            assert httpx.get(f"http://[::1]:{six.port}/health", timeout=60).json() == {
-                "status": "ok"
-            }
+            health = httpx.get(f"http://[::1]:{six.port}/health", timeout=60).json()
+            assert health == {"status": "ok", "models": {MODEL: "loaded"}}
 
     def test_without_its_packages(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -643,8 +655,8 @@ class TestCommand:
         assert "pip install 'mlx_llava[server]'" in capsys.readouterr().err
 
     def test_open_to_all_without_a_key_is_said(self, served, monkeypatch, capsys):
-        monkeypatch.setattr(server, "start_engine", lambda args: served.engine)
-        monkeypatch.setattr(served.engine, "close", lambda: None)
+        monkeypatch.setattr(server, "start_models", lambda *_: served.models)
+        monkeypatch.setattr(served.models.thread, "close", lambda: None)
         monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
         assert server.main(["--host", "0.0.0.0", "--port", "0"]) == 0
         assert "warning: anyone who reaches 0.0.0.0 may ask" in capsys.readouterr().err

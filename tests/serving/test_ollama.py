@@ -136,7 +136,8 @@ class TestAnswers:
     def test_nothing_loads_the_model(self, client):
         for keep_alive in ("5m", -1, 0, "0s", 3.5, None):
             answer = client.generate("llava", keep_alive=keep_alive)
-            assert (answer.response, answer.done, answer.done_reason) == ("", True, "load")
+            reason = "unload" if keep_alive in (0, "0s") else "load"
+            assert (answer.response, answer.done, answer.done_reason) == ("", True, reason)
         answer = client.chat("llava", [])
         assert (answer.message.content, answer.done_reason) == ("", "load")
         (line,) = client.generate("llava", stream=True)
@@ -267,7 +268,7 @@ class TestRequests:
             "new_topic_penalty": 1,
         }
         plain = read()[1]
-        assert read(options=how, keep_alive=-1, think=False, tools=[{}])[1] == plain
+        assert read(options=how, think=False, tools=[{}])[1] == plain
         assert read(options=None, format="", format_version=2, shift=True)[1] == plain
 
     @pytest.mark.parametrize(
