@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.model,
             target,
             force=args.force,
+            name=args.upload_repo,
             progress=show,
             **requested,
             **source,

@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_llava.checkpoint.card import model_card
 from mlx_llava.checkpoint.contents import Contents
-from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.hub import Source, checkpoint_name
 from mlx_llava.checkpoint.load import empty_model, make_processor
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import read_dtype
@@ -28,7 +29,6 @@ from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
 from mlx_llava.signatures import takes
-from mlx_llava.version import __version__
 
 DEFAULT_PATH = "mlx_model"
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
@@ -100,6 +100,7 @@ def convert(
     dtype: str | None = None,
     dequantize: bool = False,
     force: bool = False,
+    name: str | None = None,
     progress: Callable[[int, int], object] = lambda _done, _total: None,
     **source: Any,
 ) -> Plan:
@@ -112,6 +113,7 @@ def convert(
         dtype (str, optional): ``float16``, ``bfloat16`` or ``float32`` for all weights.
         dequantize (bool): Makes plain weights of quantised ones.
         force (bool): Replaces a model's folder that is there and holds nothing else.
+        name (str, optional): What README.md calls the result. Default: as the folder.
         progress (callable): Is told the bytes that are written, and how many there will be.
         **source: Fields of `Source`.
 
@@ -141,7 +143,16 @@ def convert(
         progress(done, plan.nbytes)
 
     with new_folder(target, "model", force, keep) as beside:
-        card = _model_card(str(path_or_repo), plan)
+        found = checkpoint.contents.read_from[0]
+        card = model_card(
+            name or target.absolute().name,
+            checkpoint_name(found),
+            found,
+            layout=plan.contents.layout,
+            nbytes=plan.nbytes,
+            quantization=plan.config.quantization,
+            template=plan.config.conv_mode,
+        )
         (beside / "README.md").write_text(card, encoding="utf-8")
         write_model(beside, plan.outputs, plan.config, processor, advance)
     return plan
@@ -154,21 +165,6 @@ def _check_disk(target: Path, nbytes: int) -> None:
         raise ValueError(
             f"{parent} has {free / 1e9:.1f} GB free; the result takes {nbytes / 1e9:.1f} GB."
         )
-
-
-def _model_card(source: str, plan: Plan) -> str:
-    settings = layer_settings(plan.config.quantization or {})
-    common = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return (
-        f"---\nlibrary_name: mlx\ntags:\n- mlx\n- llava\n---\n\n"
-        f"# {Path(source).name}\n\n"
-        f"Converted from `{source}` ({plan.contents.layout}) by mlx_llava {__version__}.\n\n"
-        f"- size: {plan.nbytes / 1e9:.2f} GB\n"
-        f"- quantisation: {common or 'none'}\n"
-        f"- template: {plan.config.conv_mode or 'in chat_template.jinja, or chosen by shape'}\n\n"
-        "```sh\npython -m mlx_llava.generate --model . --image photo.jpg "
-        '--prompt "What is in this picture?"\n```\n'
-    )
 
 
 def make_plan(

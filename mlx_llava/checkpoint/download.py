@@ -13,6 +13,7 @@ from mlx_llava.model.device import memory_said, total_memory
 logger = logging.getLogger("mlx_llava")
 
 _FILES = [
+    "README.md",  # says the licence
     "*.json",
     "*.jinja",
     "*.safetensors",

@@ -67,7 +67,6 @@ def hub(tmp_path):
     Hub.folder, Hub.fetched = tmp_path / "served", []
     shutil.copytree(GOLDENS / "llava", Hub.folder)
     (Hub.folder / "training_args.bin").write_bytes(b"not wanted")
-    (Hub.folder / "README.md").write_text("not wanted")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

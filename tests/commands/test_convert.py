@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,27 @@ def test_the_result_is_the_source(original, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_card_says_where_it_comes_from_and_under_which_licence(original, hub_cache, tmp_path):
+    from huggingface_hub import ModelCard
+
+    snapshot = hub_cache / "models--someone--llava" / "snapshots" / "abc"
+    shutil.copytree(original, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: llama2\nlanguage: en\n---\n# LLaVA\n")
+    bits = Quantization(group_size=32)
+    for source, target in ((snapshot, "q"), (tmp_path / "q", "again")):
+        convert(source, tmp_path / target, quantization=bits if target == "q" else None)
+        card = ModelCard.load(tmp_path / target / "README.md")
+        found = card.data.to_dict()
+        assert (found["license"], found["language"]) == ("llama2", "en")
+        assert (found["base_model"], found["library_name"]) == ("someone/llava", "mlx")
+        assert f"--model {target} --image" in card.text
+        assert re.search(r"size: \d+\.\d MB", card.text)
+        assert str(tmp_path) not in card.content
+    (tmp_path / "q" / "README.md").write_text("---\n[: no YAML\n---\nmy notes")
+    convert(tmp_path / "q", tmp_path / "other", name="me/llava")
+    assert "--model me/llava --image" in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_transformers_reads_a_converted_original(original, tmp_path):
