@@ -18,8 +18,9 @@ _INNER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.o_proj": "attn_output",
-    **{f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"},
+    **{f"self_attn.{name}_proj": f"attn_{name}" for name in ("q", "k", "v", "qkv")},
     **{f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
+    "mlp.gate_up_proj": "ffn_up",
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -66,10 +67,12 @@ def write_text(
 ) -> dict[str, np.ndarray]:
     """Writes a decoder; gives the weights that its tensors mean, by canonical name.
 
-    `keys` are metadata, without ``llama.``; None leaves one out. `extra` are further tensors.
+    `keys` are metadata, without the decoder's name; None leaves one out. `extra` are further
+    tensors.
     """
     text = reference.config.text_config
-    writer = gguf.GGUFWriter(path, "llama")
+    kind_of_decoder = text.model_type if text.model_type in ("qwen2", "phi3") else "llama"
+    writer = gguf.GGUFWriter(path, kind_of_decoder)
     vocabulary = vocabulary or sentencepieces()
     rows = len(vocabulary["tokens"] or range(layouts.VOCABULARY))
     metadata = {
@@ -81,10 +84,10 @@ def write_text(
         "attention.head_count_kv": text.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": text.rms_norm_eps,
         "rope.freq_base": text.rope_parameters["rope_theta"],
-        "rope.dimension_count": text.head_dim,
+        "rope.dimension_count": getattr(text, "head_dim", None),
         **(keys or {}),
     }
-    _add_keys(writer, "llama.", metadata)
+    _add_keys(writer, f"{kind_of_decoder}.", metadata)
     _add_keys(writer, "tokenizer.ggml.", vocabulary)
     _add_keys(writer, "tokenizer.", {"chat_template": chat_template})
     meant = {}
@@ -100,7 +103,7 @@ def write_text(
             _, _, layer, inner = module.split(".", 3)
             name = f"blk.{layer}.{_INNER[inner]}"
         counts = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
-        heads = counts.get(module.rpartition(".")[2])
+        heads = counts.get(module.rpartition(".")[2]) if kind_of_decoder == "llama" else None
         stored = permute(weight, heads) if heads else weight
         qtype = gguf.GGMLQuantizationType["F32" if weight.ndim == 1 else kind]
         data = gguf.quants.quantize(stored, qtype)
@@ -114,9 +117,17 @@ def write_text(
 
 
 def write_vision(
-    path: Path, reference: Any, layers: int = 3, swapped: bool = True, **extra: Any
+    path: Path,
+    reference: Any,
+    layers: int = 3,
+    swapped: bool = True,
+    without: str = "",
+    **extra: Any,
 ) -> None:
-    """Writes the mmproj file, legacy (`swapped`: fc1 is called ffn_down) or new."""
+    """Writes the mmproj file, legacy (`swapped`: fc1 is called ffn_down) or new.
+
+    `without` is a tensor that it has not.
+    """
     vision = reference.config.vision_config
     writer = gguf.GGUFWriter(path, "clip")
     metadata = {
@@ -163,7 +174,7 @@ def write_vision(
             name = f"v.blk.{layer}.{inner[module]}.{part}" if int(layer) < layers else None
         else:
             name = outer.get(short)
-        if name:
+        if name and name != without:
             writer.add_tensor(name, tensor.float().numpy())
     _close(writer)
 

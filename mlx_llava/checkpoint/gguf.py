@@ -1,7 +1,7 @@
-"""llama.cpp's GGUF pair: a LLaMA file and an mmproj file -> canonical tensors and settings.
+"""llama.cpp's GGUF pair: a decoder's file and an mmproj file -> canonical tensors and settings.
 
-llama.cpp names tensors its own way, permutes Q and K, and its legacy LLaVA converter swaps
-fc1 and fc2 and drops the tower's last layer.
+llama.cpp names tensors its own way, permutes Q and K of LLaMA's, and its legacy LLaVA converter
+swaps fc1 and fc2 and drops the tower's last layer.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 Rows: TypeAlias = npt.NDArray[np.int64]
 Read: TypeAlias = Callable[[], mx.array]
 
+#: What llama.cpp calls the decoders that are read; the first is Mistral's and Yi's too.
+DECODERS = LLAMA, _, PHI3 = "llama", "qwen2", "phi3"
+
 _BLOCK, _LAYER = r"language_model.model.layers.\1.", TOWER + r"encoder.layers.\1."
 _NAMES = (
     (r"^token_embd\.", "language_model.model.embed_tokens."),
@@ -45,7 +48,7 @@ _NAMES = (
     (r"^blk\.(\d+)\.attn_norm\.", _BLOCK + "input_layernorm."),
     (r"^blk\.(\d+)\.ffn_norm\.", _BLOCK + "post_attention_layernorm."),
     (r"^blk\.(\d+)\.attn_output\.", _BLOCK + "self_attn.o_proj."),
-    (r"^blk\.(\d+)\.attn_([qkv])\.", _BLOCK + r"self_attn.\2_proj."),
+    (r"^blk\.(\d+)\.attn_(q|k|v|qkv)\.", _BLOCK + r"self_attn.\2_proj."),
     (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", _BLOCK + r"mlp.\2_proj."),
     (r"^v\.class_embd$", TOWER + "embeddings.class_embedding"),
     (r"^v\.patch_embd\.", TOWER + "embeddings.patch_embedding."),
@@ -62,7 +65,7 @@ _NAMES = (
 )
 #: What says nothing about weights of ours: read elsewhere, made anew, or CLIP's other half.
 _DROPPED = (
-    (r"^rope_freqs\.weight$", "is in the config"),
+    (r"^rope_(freqs|factors_long|factors_short)\.weight$", "is in the config"),
     (r"^blk\.\d+\.attn_rot_embd\b", "follows from the config"),
     (r"^(t\.|text_projection|visual_projection|logit_scale)", "is CLIP's text encoder"),
 )
@@ -99,8 +102,8 @@ def _architecture(path: Path) -> str | None:
     return rest[8 : 8 + length].decode("utf-8", "replace") or None
 
 
-def open_reader(path: Path, architecture: str) -> GGUFReader:
-    """Opens a GGUF file of an architecture."""
+def open_reader(path: Path, *architectures: str) -> GGUFReader:
+    """Opens a GGUF file of one of some architectures."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -113,8 +116,9 @@ def open_reader(path: Path, architecture: str) -> GGUFReader:
     if reader.byte_order == "S":
         raise ValueError(f"{path} is a GGUF for big-endian machines; gguf-convert-endian turns it.")
     found = value(reader, "general.architecture")
-    if found != architecture:
-        raise ValueError(f"{path} is a GGUF of {found!r}, expected {architecture!r}.")
+    if found not in architectures:
+        expected = " or ".join(map(repr, architectures))
+        raise ValueError(f"{path} is a GGUF of {found!r}, expected {expected}.")
     if (parts := value(reader, "split.count", 1)) > 1:
         raise ValueError(f"{path} is one of {parts} parts; llama-gguf-split --merge joins them.")
     return reader
@@ -126,11 +130,16 @@ def read_gguf(path: Path, mmproj: Path | None) -> Contents:
         path, mmproj = _find_pair(path, mmproj)
     if mmproj is None:
         raise ValueError(f"{path} is one file; a GGUF needs its mmproj too: --mmproj")
-    text, vision = open_reader(path, "llama"), open_reader(mmproj, "clip")
+    text, vision = open_reader(path, *DECODERS), open_reader(mmproj, "clip")
     newer = value(vision, "clip.vision.projector_type", "mlp")
     projector = value(vision, "clip.projector_type", newer)
     if projector != "mlp" or any(t.name == "mm.3.weight" for t in vision.tensors):
         raise ValueError(f"{mmproj} has a projector {projector!r}, expected LLaVA's mlp.")
+    if not any(tensor.name == "v.class_embd" for tensor in vision.tensors):
+        raise ValueError(
+            f"{mmproj} has a tower without a class token, as SigLIP is; of GGUF only CLIP's is "
+            "supported. Take the repository that it was made from."
+        )
     settings = read_config(text, vision)
     spec, tokenizer_config, warnings = read_tokenizer(text)
     template = tokenizer_config.get("chat_template")
@@ -164,9 +173,13 @@ def _read_tensors(
     decoder: tuple[Path, GGUFReader], tower: tuple[Path, GGUFReader], settings: Mapping[str, Any]
 ) -> Canonical:
     found = Canonical()
+    kind = settings["text_config"]["model_type"]
     for tensor in decoder[1].tensors:
-        rows = _row_order(tensor, settings["text_config"])
-        _add(found, decoder[0], tensor, _rename(tensor.name), rows)
+        rows = _row_order(tensor, settings["text_config"]) if kind == LLAMA else None
+        name = _rename(tensor.name)
+        if kind == PHI3 and name:  # gate and up in one
+            name = name.replace("mlp.up_proj", "mlp.gate_up_proj")
+        _add(found, decoder[0], tensor, name, rows)
     for tensor in tower[1].tensors:
         name = _vision_name(tensor, settings["vision_config"]["hidden_size"])
         _add(found, tower[0], tensor, name, keep_quantised=False)
@@ -217,7 +230,7 @@ def _add(
     if name is None:
         reason = next((why for pattern, why in _DROPPED if re.search(pattern, tensor.name)), None)
         if reason is None:
-            raise ValueError(f"{path} has a tensor {tensor.name}, which no LLaVA of LLaMA has.")
+            raise ValueError(f"{path} has a tensor {tensor.name}, which no LLaVA has.")
         result.dropped[source] = reason
         return
     shape = tuple(int(n) for n in reversed(tensor.shape))

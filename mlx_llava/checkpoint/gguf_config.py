@@ -27,9 +27,10 @@ _LLAMA_3_BEGIN = "<|begin_of_text|>"
 _NEUTRAL = {
     (0,): "attention.clamp_kqv attention.max_alibi_bias attention.scale attn_logit_softcapping "
     "expert_count final_logit_softcapping nextn_predict_layers",
-    (0, 1): "embedding_scale logit_scale residual_scale rope.scaling.alpha "
-    "rope.scaling.attn_factor",
+    (0, 1): "embedding_scale logit_scale residual_scale rope.scaling.alpha",
 }
+#: Tensors of factors for all prompts, or for short and for long ones.
+_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def value(reader: GGUFReader, key: str, default: Any = None) -> Any:
@@ -82,55 +83,73 @@ def read_config(text: GGUFReader, vision: GGUFReader) -> dict[str, Any]:
 
 
 def _read_text(text: GGUFReader) -> dict[str, Any]:
+    kind = value(text, "general.architecture")
     for neutral, keys in _NEUTRAL.items():
         for key in keys.split():
-            if (found := value(text, f"llama.{key}", 0)) not in neutral:
-                raise ValueError(f"llama.{key}={found!r} is not supported.")
+            if (found := value(text, f"{kind}.{key}", 0)) not in neutral:
+                raise ValueError(f"{kind}.{key}={found!r} is not supported.")
     names = {tensor.name for tensor in text.tensors}
-    heads = number(text, "llama.attention.head_count")
-    width = number(text, "llama.embedding_length")
-    head_dim = number(text, "llama.attention.key_length", width // heads)
+    heads = number(text, f"{kind}.attention.head_count")
+    width = number(text, f"{kind}.embedding_length")
+    head_dim = number(text, f"{kind}.attention.key_length", width // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
-        if (found := number(text, f"llama.{key}", head_dim)) != head_dim:
-            raise ValueError(f"llama.{key}={found} is not supported, only the heads' {head_dim}.")
+        if (found := number(text, f"{kind}.{key}", head_dim)) != head_dim:
+            raise ValueError(f"{kind}.{key}={found} is not supported, only the heads' {head_dim}.")
+    context = number(text, f"{kind}.context_length")
     return {
-        "model_type": "llama",
+        "model_type": kind,
         "hidden_size": width,
-        "intermediate_size": number(text, "llama.feed_forward_length"),
-        "num_hidden_layers": number(text, "llama.block_count"),
+        "intermediate_size": number(text, f"{kind}.feed_forward_length"),
+        "num_hidden_layers": number(text, f"{kind}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number(text, "llama.attention.head_count_kv", heads),
+        "num_key_value_heads": number(text, f"{kind}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": number(text, "llama.context_length"),
-        "rms_norm_eps": number(text, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": number(text, "llama.rope.freq_base", 10000.0),
-        "rope_scaling": _read_rope_scaling(text),
+        "max_position_embeddings": context,
+        "original_max_position_embeddings": number(
+            text, f"{kind}.rope.scaling.original_context_length", context
+        ),
+        "rms_norm_eps": number(text, f"{kind}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": number(text, f"{kind}.rope.freq_base", 10000.0),
+        "rope_scaling": _read_rope_scaling(text, kind),
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
+        **({"sliding_window": _window(text)} if kind == "phi3" else {}),
     }
 
 
-def _read_rope_scaling(text: GGUFReader) -> dict[str, Any] | None:
+def _window(text: GGUFReader) -> int | None:
+    """Phi-3's; llama.cpp's converter writes 0 where there is none."""
+    return value(text, "phi3.attention.sliding_window") or None
+
+
+def _read_rope_scaling(text: GGUFReader, kind: str) -> dict[str, Any] | None:
     """How positions are stretched: all alike, or each frequency by a factor of its own.
 
-    Factors, which Llama 3.1 has, stand in a tensor. transformers says such a list as ``longrope``
-    with the same list for short and long prompts.
+    Factors, which Llama 3.1 and Phi-3 have, stand in tensors. transformers says them as
+    ``longrope``, Llama 3.1's as the same for short and long prompts.
     """
-    kind = value(text, "llama.rope.scaling.type", "linear")
-    if kind not in ("linear", "none"):
-        raise ValueError(f"llama.rope.scaling.type={kind!r} is not supported.")
-    old = value(text, "llama.rope.scale_linear")
-    factor = value(text, "llama.rope.scaling.factor", old) or 1.0 if kind == "linear" else 1.0
-    tensor = next((t for t in text.tensors if t.name == "rope_freqs.weight"), None)
-    if tensor is None:
+    scaling = value(text, f"{kind}.rope.scaling.type", "linear")
+    if scaling not in ("linear", "longrope", "none"):
+        raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
+    old = value(text, f"{kind}.rope.scale_linear")
+    is_linear = scaling == "linear"
+    factor = value(text, f"{kind}.rope.scaling.factor", old) or 1.0 if is_linear else 1.0
+    found = {
+        tensor.name: (np.asarray(tensor.data, np.float32) * np.float32(factor)).tolist()
+        for tensor in text.tensors
+        if tensor.name in _FACTORS
+    }
+    attention = value(text, f"{kind}.rope.scaling.attn_factor") or 1.0
+    if not found:
+        if attention != 1:
+            raise ValueError(f"{kind}.rope.scaling.attn_factor={attention!r} is not supported.")
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
-    factors = (np.asarray(tensor.data, np.float32) * np.float32(factor)).tolist()
+    all_alike, short, long = (found.get(name) for name in _FACTORS)
     return {
         "rope_type": "longrope",
-        "short_factor": factors,
-        "long_factor": factors,
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": number(text, "llama.context_length"),
+        "short_factor": all_alike or short,
+        "long_factor": all_alike or long,
+        "attention_factor": attention,
     }
 
 

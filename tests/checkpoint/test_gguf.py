@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -222,6 +223,7 @@ def test_linear_scaling_is_read_under_its_new_and_old_keys(keys, tmp_path):
 REFUSED = {
     "experts": ({"expert_count": 8}, "llama.expert_count=8 is not supported"),
     "logit scale": ({"logit_scale": 0.25}, r"llama.logit_scale=0.25 is not"),
+    "attention factor": ({"rope.scaling.attn_factor": 1.2}, "attn_factor=1.2.* is not supported"),
     "attention": ({"attention.scale": 1.0}, "llama.attention.scale=1.0 is not supported"),
     "yarn": ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not"),
     "partial rotary": ({"rope.dimension_count": 8}, r"rope.dimension_count=8 is not .* heads' 16"),
@@ -243,10 +245,69 @@ def test_what_would_change_the_maths_is_refused_by_name(name, tmp_path):
         load_pair(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "rope_factors_long.weight"])
-def test_unknown_tensors_are_refused(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blk.0.attn_q_norm.weight", "has a tensor blk.0.attn_q_norm.weight, which no LLaVA has"),
+        ("rope_factors_long.weight", "needs short_factor"),
+    ],
+)
+def test_unknown_tensors_are_refused(name, message, tmp_path):
     make_pair(tmp_path, extra={name: np.ones(16, np.float32)})
-    with pytest.raises(ValueError, match=f"has a tensor {name}, which no LLaVA of LLaMA has"):
+    with pytest.raises(ValueError, match=message):
+        load_pair(tmp_path)
+
+
+PHI_3 = {"pad_token_id": 3, "num_key_value_heads": 2, "original_max_position_embeddings": 90}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1 + i / 4 for i in range(8)],
+    "long_factor": [2 + i for i in range(8)],
+    "original_max_position_embeddings": 90,
+    "attention_factor": 1.25,
+}
+DECODERS = {
+    "qwen2": ("qwen2", {}, {}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}, {}),
+    "phi3": ("phi3", PHI_3, {"attention.sliding_window": 0}),
+    "phi3, window": ("phi3", {**PHI_3, "sliding_window": 13}, {"attention.sliding_window": 13}),
+    "phi3, longrope": (
+        "phi3",
+        {**PHI_3, "rope_parameters": LONGROPE},
+        {"rope.scaling.original_context_length": 90, "rope.scaling.attn_factor": 1.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_other_decoders_have_their_names_and_rows(name, kind, tmp_path):
+    """Nothing is permuted; Phi-3's layers are fused, and its factors stand in tensors."""
+    family, text, keys = DECODERS[name]
+    case = replace(layouts.case(head_dim=16, **text), family=family)
+    reference = tiny.make_model(case)
+    extra = {
+        f"rope_factors_{length}.weight": np.array(LONGROPE[f"{length}_factor"], np.float32)
+        for length in ("short", "long")
+        if "longrope" in name
+    }
+    tied = "tied" in name
+    _, _, meant = make_pair(tmp_path, reference, kind, tied=tied, keys=keys, extra=extra)
+    state = reference.state_dict()
+    for key, weights in meant.items():
+        own = key.replace("language_model.model", "model.language_model")
+        state[own.replace("language_model.lm_head", "lm_head")][: len(weights)] = torch.tensor(
+            weights
+        )
+    model, processor = load_pair(tmp_path, dtype="float32")
+    assert model.config.text_config.context_length == (90 if "longrope" in name else 777)
+    assert error_of(model, processor, reference) < 1e-4
+
+
+def test_towers_that_are_not_clips_are_refused_by_name(tmp_path):
+    make_pair(tmp_path, vision={"without": "v.class_embd"})
+    with pytest.raises(ValueError, match="a tower without a class token, as SigLIP is"):
         load_pair(tmp_path)
 
 
