@@ -26,9 +26,11 @@ from mlx_llava.model.links import SECONDS
 from mlx_llava.model.ranks import rank_here
 
 if TYPE_CHECKING:  # what --help does not wait for
-    from mlx_llava import Llava, Processor
+    from mlx_llava import GenerationResponse, Llava, Processor
 
 USER_ERROR = 2
+#: How often an answer for people may say the same on end.
+MAX_REPEATS = 32
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 _MODEL, *_SOURCE = fields(Source)
@@ -51,6 +53,16 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Field[Any]]) 
         names = [f"--{option.name.replace('_', '-')}"]
         names += ["-m"] if option.name == "max_tokens" else []
         parser.add_argument(*names, **option.metadata["flag"])
+
+
+def say_if_it_goes_round(last: GenerationResponse) -> None:
+    """Says on stderr why an answer that repeats itself was ended."""
+    if last.goes_round:
+        print(
+            "note: the answer repeats itself and was ended; --max-repeats N lets it say the same N "
+            "times",
+            file=sys.stderr,
+        )
 
 
 def given_options(args: argparse.Namespace, options: Iterable[Field[Any]]) -> dict[str, Any]:

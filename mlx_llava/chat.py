@@ -18,6 +18,7 @@ from functools import partial
 from PIL import Image
 
 from mlx_llava.arguments import (
+    MAX_REPEATS,
     Parser,
     add_answer_arguments,
     add_image_tokens_argument,
@@ -28,6 +29,7 @@ from mlx_llava.arguments import (
     command,
     load_model,
     say_if_embedded,
+    say_if_it_goes_round,
 )
 from mlx_llava.files import one_line
 from mlx_llava.generation.session import SHOWN, Picture, Session
@@ -66,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="replaces the template's system text")
     add_image_tokens_argument(parser)
     add_answer_arguments(parser)
+    parser.set_defaults(max_repeats=MAX_REPEATS)
     return parser
 
 
@@ -126,7 +129,9 @@ class Chat:
                 self.session.undo()
             raise
         print(flush=True)
-        if not turn.answer:  # a conversation cannot go on from nothing
+        if turn.answer:
+            say_if_it_goes_round(part)
+        else:  # a conversation cannot go on from nothing
             self.undo()
 
     def show(self, pictures: Sequence[Picture]) -> None:

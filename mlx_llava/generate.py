@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_llava.arguments import (
+    MAX_REPEATS,
     Parser,
     add_answer_arguments,
     add_image_tokens_argument,
@@ -28,6 +29,7 @@ from mlx_llava.arguments import (
     command,
     load_model,
     say_if_embedded,
+    say_if_it_goes_round,
 )
 from mlx_llava.files import lasting_name
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
@@ -77,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_image_tokens_argument(parser)
     add_answer_arguments(parser)
+    parser.set_defaults(max_repeats=MAX_REPEATS)
     add("--batch-size", type=int, help=f"of --prompts-file (default: {BATCH_SIZE})")
     add("--kv-bits", type=int, help="store keys and values in 2, 4 or 8 bits")
     add("--max-kv-size", type=int, help="store the prompt, and so much of the answer that fits")
@@ -194,6 +197,7 @@ def _answer(
     if cache is not None:
         cache.save(args.prompt_cache_file)
     if not args.quiet:
+        say_if_it_goes_round(part)
         print(_report(part, load), file=sys.stderr)
 
 

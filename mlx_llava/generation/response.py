@@ -26,6 +26,7 @@ class GenerationResponse:
         peak_memory: the most memory that MLX held so far, in GB.
         finish_reason: None, or ``stop`` or ``length`` in the last response.
         stop: the stop text that ended the answer, or "".
+        goes_round: whether the answer was ended because it repeated itself; see ``max_repeats``.
         image_tokens: how many of the prompt's tokens are pictures.
         whole_image_tokens: how many would be if pictures were shown in all their features.
         cached_tokens: how many of the prompt's tokens were known from before.
@@ -47,6 +48,7 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: str | None
     stop: str
+    goes_round: bool
     image_tokens: int
     whole_image_tokens: int
     cached_tokens: int

@@ -83,7 +83,10 @@ class Row:
         self.cached = 0
         stops = [*processor.template.stops, *options.stop]
         begun = ids[-BEGUN:].tolist() if inputs.prefill else ()
-        self._answer = Answer(processor.tokenizer, processor.eos_ids, stops, self.max_tokens, begun)
+        self._answer = Answer(
+            *(processor.tokenizer, processor.eos_ids, stops, self.max_tokens, begun),
+            max_repeats=None if options.json_schema else options.max_repeats,
+        )
         self.encode_seconds = self.started = 0.0
         self._first: float | None = None
 
@@ -141,6 +144,7 @@ class Row:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
             stop=self._answer.stop,
+            goes_round=self._answer.goes_round,
             image_tokens=sum(self.inputs.image_tokens),
             whole_image_tokens=sum(self.inputs.whole_image_tokens),
             cached_tokens=self.cached,

@@ -184,6 +184,9 @@ class Options:
         "numbers that are added to the logits of tokens, by their ids",
         {"type": json.loads, "metavar": "JSON"},
     )
+    max_repeats: int | None = option(
+        None, int, "ends an answer that says the same words so often on end", ge=2
+    )
     seed: int | None = option(None, int, "makes sampling repeatable")
     stop: Sequence[str] = option(
         (),

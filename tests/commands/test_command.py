@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mlx_llava import cli, generate, load
-from tests.conftest import GOLDENS, PICTURE, ROOT
+from tests.conftest import GOLDENS, PICTURE, ROOT, shared_data
 from tests.inputs.test_image import png_header
 
 MODEL = str(GOLDENS / "llava")
@@ -54,6 +54,18 @@ def test_the_answer_is_on_stdout_and_the_timings_are_on_stderr(capsys):
 
 def test_quiet_says_nothing_but_the_answer(capsys):
     assert ask(capsys, "--quiet") == (0, expected(image=None) + "\n", "")
+
+
+def test_an_answer_that_goes_round_in_circles_is_ended(capsys):
+    image = shared_data("images/extreme_ironing.jpg")
+    arguments = ["--prompt", "What is in this picture?", "--image", str(image)]
+    assert main([*arguments, "--quiet", "--max-repeats", "99", "-m", "50"]) == 0
+    whole = capsys.readouterr().out.split()
+    assert whole == whole[:1] * 50
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == whole[:32]
+    assert "note: the answer repeats itself and was ended" in err
 
 
 def test_a_warning_is_one_line_for_people(capsys, tmp_path):
