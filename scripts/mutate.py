@@ -62,6 +62,8 @@ TESTS = (
         "tests/serving/test_anthropic.py",
         "tests/serving/test_responses.py",
         "tests/serving/test_tools.py",
+        "tests/serving/test_mcp.py",
+        "tests/commands/test_llm_plugin.py",
     ),
     *(
         "tests/model/test_config.py",
@@ -470,6 +472,17 @@ MUTATIONS = (
     ("another gate where NumPy is not", "model/layers", "return nn.silu(gate) * up", "return nn.gelu(gate) * up"),
     ("another activation where NumPy is not", "model/layers", "return nn.gelu_fast_approx(x)", "return nn.gelu_approx(x)"),
     ("log-probabilities in 16 bits", "generation/steps", "    logits = logits.astype(mx.float32)\n    return logits -", "    return logits -"),
+    ("agents' pictures of any length", "serving/mcp", "if len(image) > self.settings.max_body * MEGA:", "if False:"),
+    ("agents' texts of any length", "serving/mcp", "        request.check_length(engine.processor)\n", ""),
+    ("whole paths that only look as if they were below", "serving/mcp", "path.is_relative_to(folder)", "image.startswith(str(folder))"),
+    ("who goes takes the model along", "serving/mcp", "await asyncio.shield(self._loading)", "await self._loading"),
+    ("a model that failed once fails for ever", "serving/mcp", "            self._loading = None  # so", "            pass  # so"),
+    ("agents wait for ever", "serving/mcp", "deadline, text = anyio.current_time() + seconds", "deadline, text = anyio.current_time() + 3600"),
+    ("other arguments passed over", "serving/mcp", " or len(texts) != len(given):", ":"),
+    ("Control-C unheard", "mcp", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass"),
+    ("llm's earlier turns forgotten", "llm_plugin", "map(_read, prompt.messages)", "map(_read, prompt.messages[-1:])"),
+    ("llm's schemas passed over", "llm_plugin", "json_schema=prompt.schema", "json_schema=None"),
+    ("llm's temperature unknown", "llm_plugin", "_OURS = {\"temperature\": \"temp\"}", "_OURS = {\"temp\": \"temp\"}"),
 )  # fmt: skip
 
 

@@ -180,5 +180,5 @@ def test_llm_answers_as_its_page_says(tmp_path, monkeypatch):
         assert (program, result.exit_code) == ("llm", 0), result.output
         said.append(result.stdout)
     answer = generate(*load(), "What is in this picture?", SHAPES)
-    assert said[:2] == [f"{answer}\n", "black\n"]
+    assert said[:2] == [f"{answer}\n", "orange\n"]
     assert json.loads(said[3]) == {"colour": "red"}

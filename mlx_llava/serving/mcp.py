@@ -134,11 +134,11 @@ class Eyes:
         )
         request.check_length(engine.processor)
         await report("reading the picture")
-        deadline = anyio.current_time() + seconds
-        with refusals(seconds), engine.place(request.answers), anyio.fail_after(seconds):
-            prepare = partial(request.prepare, engine.processor)
-            prompts = await self._images.use(request.images, 0, prepare)
-            text = ""
+        with refusals(seconds), engine.place(request.answers):
+            deadline, text = anyio.current_time() + seconds, ""
+            with anyio.fail_after(seconds):
+                prepare = partial(request.prepare, engine.processor)
+                prompts = await self._images.use(request.images, 0, prepare)
             async with aclosing(engine.answer(prompts, None, deadline)) as pieces:
                 async for piece in pieces:
                     text += piece.text

@@ -19,7 +19,7 @@ from tests.films import film
 
 SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 QUESTION = "What is in this picture?"
-FOLLOW_UP = "What colour is the star?"
+FOLLOW_UP = "What colour is the square?"
 COLOUR = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green", "blue"]}},
