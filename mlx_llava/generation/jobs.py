@@ -16,6 +16,7 @@ from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Inputs, Processor
 from mlx_llava.json_files import Place, decode, field, parse
 from mlx_llava.model.llava import Llava
+from mlx_llava.signatures import takes
 
 _OPTIONS = {field.name for field in fields(Options)}
 _KEYS = {"prompt", "images", "videos", "id", *_OPTIONS}
@@ -25,6 +26,7 @@ T = TypeVar("T")
 Request: TypeAlias = "Callable[[], tuple[Inputs, Options]]"
 
 
+@takes(Options)
 def batch_generate(
     model: Llava,
     processor: Processor,
@@ -38,7 +40,8 @@ def batch_generate(
 ) -> list[str]:
     """Answers several prompts; each as if it were alone.
 
-    Pictures are read when there is a place for their prompt, not all of them at first.
+    Pictures are read when there is a place for their prompt, not all of them at first. How to
+    answer is said by one value for all rows, or by a list with one for each.
 
     Args:
         model (Llava): The model.
@@ -49,7 +52,7 @@ def batch_generate(
         prompt_cache (PromptCache, optional): What to reuse.
         prompt_options (dict, optional): ``frames``, ``raw``, ``system``, ``image_position``,
             ``image_tokens`` of `Processor`.
-        **options: Of `Options`: for all rows one value, or a list with one for each.
+        **options: Fields of `Options`.
 
     Returns:
         list[str]: The answers.

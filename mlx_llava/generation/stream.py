@@ -95,6 +95,7 @@ def stream_generate(
             row.store(prompt_cache)
 
 
+@takes(Options, others=True)
 def generate(
     model: Llava,
     processor: Processor,
@@ -102,10 +103,20 @@ def generate(
     image: Any = None,
     **options: Any,
 ) -> str:
-    """Answers a prompt; arguments as in `stream_generate`.
+    """Answers a prompt.
+
+    Args:
+        model (Llava): The model.
+        processor (Processor): Its processor.
+        prompt (str, list of dict or Inputs): What `Processor` takes, or what it made.
+        image (image or list of images, optional): What `load_image` takes.
+        **options: Others of `stream_generate`.
 
     Returns:
         str: The answer.
+
+    Raises:
+        ValueError: The prompt is longer than the context or memory, or `Processor` refuses it.
     """
     return "".join(
         part.text for part in stream_generate(model, processor, prompt, image, **options)
