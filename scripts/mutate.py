@@ -250,7 +250,7 @@ MUTATIONS = (
     ("an adapter of another model put on", "checkpoint/contents", "        if wrong:\n", "        if False:\n"),
     ("PiSSA on the base itself", "checkpoint/adapters", '"gaussian", "eva"', '"pissa_niter_4", "gaussian", "eva"'),
     ("codes cut out of the next word wrongly", "model/linux/weights", "np.uint32(32 - shift)", "np.uint32(31 - shift)"),
-    ("sums of inputs not by group", "model/linux/weights", "reshape(len(x), C, G, -1).sum(axis=(1, 3))", "reshape(len(x), G, C, -1).sum(axis=(2, 3))"),
+    ("sums of inputs not by group", "model/linux/kernels", "sums[r, g] += x[r, k, u]", "sums[r, 0] += x[r, k, u]"),
     ("permutation not undone", "model/linux/weights", "np.argsort(self.permutation)", "self.permutation"),
     ("weight of 16 bits not trained", "model/linux/layers", "return back, rows.astype(own.dtype)", "return back, mx.zeros_like(own)"),
     ("an old weight multiplied with", "model/linux/layers", "if found is None or not", "if found is None and not"),

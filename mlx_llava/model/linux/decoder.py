@@ -16,7 +16,14 @@ from mlx_llava.model import llama
 from mlx_llava.model.batch_cache import BatchLayer
 from mlx_llava.model.cache import LayerCache, attend
 from mlx_llava.model.layers import Mask
-from mlx_llava.model.linux.functions import SMALLEST, fits, gated, swiglu, view
+from mlx_llava.model.linux.functions import (
+    SMALLEST,
+    attention_at_once,
+    fits,
+    gated,
+    swiglu,
+    view,
+)
 from mlx_llava.model.linux.layers import Linear, PermutedLinear, QuantizedLinear, apply
 from mlx_llava.model.linux.weights import SOME, Array
 
@@ -40,12 +47,11 @@ class DecoderLayer(llama.DecoderLayer):
             mx.eval(x)
         except ValueError:  # mx.compile traces: there are no values yet
             return super().__call__(x, mask, start, cache)
-        attention = self.self_attn
-        hidden = view(x)  # (B, L, D)
+        attention, mlp, hidden = self.self_attn, self.mlp, view(x)  # (B, L, D)
         normed = _norm(self.input_layernorm, hidden)
         queries, keys, values = (
-            apply(layer, normed).reshape(*x.shape[:2], -1, attention.head_dim).swapaxes(1, 2)
-            for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+            rows.reshape(*x.shape[:2], -1, attention.head_dim).swapaxes(1, 2)
+            for rows in apply(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         )  # (B, heads, L, W)
         turns = _turns(start, x.shape[1], attention)
         seen = attend(
@@ -53,15 +59,16 @@ class DecoderLayer(llama.DecoderLayer):
             mx.array(_rotate(queries, turns)),
             mx.array(_rotate(keys, turns)),
             mx.array(values),
-            attention=attention.attention,
+            attention=attention_at_once,
             scale=attention.scale,
             mask=mask,
         ).swapaxes(1, 2)  # (B, L, heads, W)
         mx.eval(seen)
-        hidden = hidden + apply(attention.o_proj, view(seen).reshape(*x.shape[:2], -1))
-        normed, mlp = _norm(self.post_attention_layernorm, hidden), self.mlp
-        inner = gated(1, apply(mlp.gate_proj, normed), apply(mlp.up_proj, normed))
-        return mx.array(hidden + apply(mlp.down_proj, inner))
+        (output,) = apply(view(seen).reshape(*x.shape[:2], -1), attention.o_proj)
+        hidden = hidden + output
+        gates = apply(_norm(self.post_attention_layernorm, hidden), mlp.gate_proj, mlp.up_proj)
+        (output,) = apply(gated(1, *gates), mlp.down_proj)
+        return mx.array(hidden + output)
 
     def _is_plain(self, x: mx.array) -> bool:
         """Whether all of it is what `adopt` has left, and in float32."""

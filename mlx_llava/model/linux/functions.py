@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_llava.model import layers
 from mlx_llava.model.layers import Mask
-from mlx_llava.model.linux.threads import parallel, threads
+from mlx_llava.model.linux.threads import parallel, sharing
 from mlx_llava.model.linux.weights import Array, Plain, multiply
 
 Function: TypeAlias = "Callable[..., mx.array]"
@@ -80,7 +80,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def _numpy_matmul(x: Array, weight: Array) -> Array:
-    return multiply(x, Plain(weight))
+    return multiply(x, Plain(weight))[0]
 
 
 def attention(
@@ -91,6 +91,16 @@ def attention(
     if fits(queries.size * keys.shape[2], queries, keys, values):
         return by_numpy(partial(_numpy_attention, scale, mask), mlx, queries, keys, values)
     return mlx(queries, keys, values)
+
+
+def attention_at_once(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
+) -> mx.array:
+    """As `attention`, of values that are there when it returns and have no gradient."""
+    if not keys.dtype == values.dtype == mx.float32:
+        return attention(queries, keys, values, scale=scale, mask=mask)
+    mx.eval(queries, keys, values)
+    return mx.array(_numpy_attention(scale, mask, *map(view, (queries, keys, values))))
 
 
 def _numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
@@ -112,7 +122,8 @@ def _attend(
     """
     (H, L, D), (heads, T, _) = queries.shape, keys.shape
     group = H // heads
-    together = min(max(1, BLOCK // (L * T * group)), -(-heads // threads()))
+    size = 2 * H * L * T * D
+    together = min(max(1, BLOCK // (L * T * group)), -(-heads // sharing(size)))
     step = max(16, BLOCK // (T * group))
     later = ~np.tri(min(step, L), dtype=bool)
     blocks = list(product(range(0, heads, together), range(0, L, step)))
@@ -138,7 +149,7 @@ def _attend(
         for block in blocks[start:stop]:
             attend(*block)
 
-    parallel(part, len(blocks), 2 * H * L * T * D)
+    parallel(part, len(blocks), size)
 
 
 def quick_gelu(x: mx.array) -> mx.array:

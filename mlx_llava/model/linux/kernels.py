@@ -71,19 +71,29 @@ def _in_blocks(x: Floats, blocks: int) -> Floats:
     return ordered
 
 
+@_jit
+def _sums(x: Floats, units: int) -> Floats:
+    """Of inputs (R, C, U), those of each group, (R, G)."""
+    sums = np.zeros((len(x), x.shape[2] // units), np.float32)
+    for r in range(len(x)):
+        for k in range(x.shape[1]):
+            for g in range(sums.shape[1]):
+                for u in range(g * units, (g + 1) * units):
+                    sums[r, g] += x[r, k, u]
+    return sums
+
+
 @cache
 def dot_words(bits: int, units: int) -> Function:
     """Products for codes of which a word holds a whole number, with so many words in a group.
 
-    Of codes (N, W), scales and biases (N, G), inputs (R, C, U) and their sums (R, G): (R, N).
+    Of codes (N, W), scales and biases (N, G), and inputs (R, C, U); to outputs (R, N).
     """
     count, mask = 32 // bits, _word((1 << bits) - 1)
 
-    def dot(
-        codes: Words, scales: Floats, biases: Floats, x: Floats, sums: Floats, outputs: Floats
-    ) -> None:
+    def dot(codes: Words, scales: Floats, biases: Floats, x: Floats, outputs: Floats) -> None:
         W, blocks = codes.shape[1], codes.shape[1] // LANES
-        ordered, flat = _in_blocks(x, blocks), codes.reshape(-1)
+        ordered, sums, flat = _in_blocks(x, blocks), _sums(x, units), codes.reshape(-1)
         for n in range(len(codes)):
             for r in range(len(x)):
                 total, lanes = _float(0), vectors.zeros()

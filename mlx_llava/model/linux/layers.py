@@ -94,11 +94,12 @@ def is_read_fast(layer: nn.Module) -> bool:
     return layer.weight.dtype in HALVES
 
 
-def apply(layer: nn.Module, x: Array) -> Array:
-    """A linear layer of this file on NumPy's arrays, (..., inputs) -> (..., outputs)."""
-    outputs = multiply(x, stored(layer))
-    if "bias" in layer:
-        outputs += view(layer.bias)
+def apply(x: Array, *layers: nn.Module) -> list[Array]:
+    """Linear layers of this file on NumPy's arrays: (..., inputs) -> (..., outputs) of each."""
+    outputs = multiply(x, *map(stored, layers))
+    for layer, own in zip(layers, outputs, strict=True):
+        if "bias" in layer:
+            own += view(layer.bias)
     return outputs
 
 
@@ -116,7 +117,7 @@ def _product(layer: nn.Module, x: mx.array, mlx: Function) -> mx.array:
     @mx.custom_function
     def product(x: mx.array, *_: mx.array) -> mx.array:
         mx.eval(x)
-        return mx.array(multiply(view(x), weight))
+        return mx.array(multiply(view(x), weight)[0])
 
     @product.vjp
     def _vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:

@@ -40,6 +40,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads() - 1, "mlx_llava")
 
 
+def sharing(size: int) -> int:
+    """How many threads should share work of so many multiplications."""
+    return 1 if size < SMALLEST else threads()
+
+
 def parallel(work: Callable[[int, int], None], length: int, size: int) -> None:
     """Calls ``work(start, stop)`` for the parts of a range, one a thread.
 
@@ -48,8 +53,8 @@ def parallel(work: Callable[[int, int], None], length: int, size: int) -> None:
         length (int): The end of the range.
         size (int): The multiplications of all parts.
     """
-    count = min(threads(), length)
-    if count == 1 or size < SMALLEST:
+    count = min(sharing(size), length)
+    if count == 1:
         work(0, length)
         return
     ends = [length * i // count for i in range(count + 1)]

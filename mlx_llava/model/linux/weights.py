@@ -27,6 +27,8 @@ FEW = 4
 SOME = 16
 #: How many numbers a block of float32 has: with fewer rows it would be the inputs that cost.
 BLOCK = 1 << 21
+#: Into how many parts products that are made together are cut.
+SHARES = 1 << 10
 #: Bits -> how many codes fill how many words.
 UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 5: (32, 5), 6: (16, 3), 8: (4, 1)}
 
@@ -215,12 +217,10 @@ class Affine:
         if kernels() is None or self.bits not in kernels().WHOLE:
             _dot_blocks(self, x, outputs, start, stop)
             return
-        C, G = UNITS[self.bits][0], self.scales.shape[1]
         part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
-        x = x.reshape(len(x), C, -1)
-        sums = x.reshape(len(x), C, G, -1).sum(axis=(1, 3))
+        dot = kernels().dot_words(self.bits, self.codes.shape[1] // self.scales.shape[1])
         products = np.empty((len(x), stop - start), np.float32)
-        kernels().dot_words(self.bits, self.codes.shape[1] // G)(*part, x, sums, products)
+        dot(*part, x.reshape(len(x), UNITS[self.bits][0], -1), products)
         outputs[:, start:stop] = products
 
 
@@ -234,26 +234,43 @@ def _blocks(weight: Weight, start: int, stop: int) -> Iterator[tuple[slice, Arra
         yield slice(first, last), weight.block(first, last)
 
 
-def multiply(x: Array, weight: Weight) -> Array:
-    """``x @ weight.T``: (..., I) -> (..., N)."""
-    N, inputs = weight.shape
-    rows = weight.order(np.ascontiguousarray(x).reshape(-1, inputs))
-    some = FEW < len(rows) <= SOME
-    outputs = np.empty((N, len(rows)) if some else (len(rows), N), np.float32)
-    columns = np.ascontiguousarray(rows.T) if some else rows.T
+class _Product:
+    """``x @ weight.T``, (R, I) and (N, I) -> (R, N), some of N at a time."""
 
-    def part(start: int, stop: int) -> None:
-        if len(rows) <= FEW:
-            weight.dot(rows, outputs, start, stop)
+    def __init__(self, x: Array, weight: Weight) -> None:
+        N, self._weight, self._rows = weight.shape[0], weight, weight.order(x)
+        self._is_left = FEW < len(x) <= SOME
+        self._columns = np.ascontiguousarray(self._rows.T) if self._is_left else self._rows.T
+        self._outputs = np.empty((N, len(x)) if self._is_left else (len(x), N), np.float32)
+
+    def share(self, start: int, stop: int) -> None:
+        """The outputs from start to stop, of `SHARES`."""
+        start, stop = (self._weight.shape[0] * end // SHARES for end in (start, stop))
+        if len(self._rows) <= FEW:
+            self._weight.dot(self._rows, self._outputs, start, stop)
             return
-        for own, block in _blocks(weight, start, stop):
-            if some:
-                np.matmul(block, columns, out=outputs[own])
+        for own, block in _blocks(self._weight, start, stop):
+            if self._is_left:
+                np.matmul(block, self._columns, out=self._outputs[own])
             else:
-                np.matmul(rows, block.T, out=outputs[:, own])
+                np.matmul(self._rows, block.T, out=self._outputs[:, own])
 
-    parallel(part, N, rows.size * N)
-    return np.ascontiguousarray(outputs.T if some else outputs).reshape(*x.shape[:-1], N)
+    def outputs(self) -> Array:
+        """All of them."""
+        return np.ascontiguousarray(self._outputs.T) if self._is_left else self._outputs
+
+
+def multiply(x: Array, *weights: Weight) -> list[Array]:
+    """``x @ weight.T`` for each weight: (..., I) -> (..., N)."""
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    products = [_Product(rows, weight) for weight in weights]
+
+    def share(start: int, stop: int) -> None:
+        for product in products:
+            product.share(start, stop)
+
+    parallel(share, SHARES, rows.size * sum(weight.shape[0] for weight in weights))
+    return [product.outputs().reshape(*x.shape[:-1], -1) for product in products]
 
 
 def multiply_back(y: Array, weight: Weight) -> Array:

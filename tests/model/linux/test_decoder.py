@@ -69,7 +69,7 @@ def test_a_step(cache, settings, monkeypatch):
     apply = decoder.apply
     monkeypatch.setattr(decoder, "apply", lambda *args: calls.append(1) or apply(*args))
     assert mx.allclose(steps(model, CACHES[cache](model.config), lengths), expected, atol=1e-4)
-    assert len(calls) == 4 * 2 * 7
+    assert len(calls) == 4 * 2 * 4
 
 
 def test_rows_of_unequal_length():

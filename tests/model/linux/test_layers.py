@@ -115,10 +115,10 @@ def test_a_weight_that_is_added_to(dtype):
     layer = nn.Linear(64, 24, bias=False)
     layer.weight = layer.weight.astype(dtype)
     x = view(mx.random.normal((1, 64)))
-    layers.apply(adopted(layer), x)
+    layers.apply(x, adopted(layer))
     layer.weight += 1
     expected = view(layer.weight.astype(mx.float32)) @ x[0]
-    assert np.allclose(layers.apply(layer, x)[0], expected, atol=1e-4)
+    assert np.allclose(layers.apply(x, layer)[0][0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -41,7 +41,7 @@ def check(weight, plain):
     for rows in ROWS:
         x = normal(rows, INPUTS)
         expected = x.astype(np.float64) @ plain.T
-        error = np.linalg.norm(multiply(x, weight) - expected)
+        error = np.linalg.norm(multiply(x, weight)[0] - expected)
         assert error < 2e-6 * np.linalg.norm(expected), rows
     y = normal(2, 3, OUTPUTS)
     expected = y @ plain
