@@ -81,8 +81,8 @@ def test_installed_away_from_the_checkout_it_has_its_model_and_its_page(checkout
     question = f'generate --quiet --image {SHAPES} --prompt "What is in this picture?"'
     assert run_alone(f"mlx-llava {question}", tmp_path, tmp_path).stdout == EXPECTED
     (installed,) = tmp_path.glob(".local/share/uv/tools/*/lib/*/site-packages/mlx_llava")
-    assert {path.name for path in (installed / "serving" / "page").iterdir()} == {
-        path.name for path in (ROOT / "mlx_llava" / "serving" / "page").iterdir()
+    assert {path.name for path in (installed / "serving" / "page").rglob("*")} == {
+        path.name for path in (ROOT / "mlx_llava" / "serving" / "page").rglob("*")
     }
 
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -20,7 +19,6 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
 from mlx_llava.generation.sampling import Options
@@ -35,15 +33,15 @@ from mlx_llava.serving.metrics import Metrics
 from mlx_llava.serving.models import Models
 from mlx_llava.serving.ollama_models import Ollama
 from mlx_llava.serving.openai import ChatRequest, CompletionRequest
+from mlx_llava.serving.page_files import PageFiles, page_paths
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings
 from mlx_llava.serving.workers import Workers, forget
 
-PAGE = Path(__file__).parent / "page"
 #: Where no key is needed: what says nothing of anyone's questions.
-OPEN_PATHS = frozenset(("/", "/health", *(f"/{file.name}" for file in PAGE.iterdir())))
+OPEN_PATHS = frozenset(("/", "/health", *page_paths()))
 #: Bytes from which one body is parsed at a time, so that those of texts wait for none of them.
 LONG_BODY = 1_000_000
 
@@ -68,7 +66,7 @@ class Api:
         self.metrics = Metrics(self.models.engines)
         self._images = Images(self.settings)
         self._kept = Kept()
-        self._page = StaticFiles(directory=PAGE, html=True)
+        self._page = PageFiles()
         # Texts wait for no images, no schemas and no long bodies.
         self._reading, self._parsing, self._compiling = Workers(4), Workers(1), Workers(1)
 

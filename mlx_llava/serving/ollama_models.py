@@ -91,7 +91,8 @@ class Ollama:
             f"{text.model_type}.block_count": text.num_hidden_layers,
         }
         said = {"license": "", "modelfile": "", "parameters": "", "template": ""}
-        kinds = {"capabilities": ["completion", "vision"], "model_info": info}
+        videos = ["video"] if processor.config.pooling else []  # others see single images
+        kinds = {"capabilities": ["completion", "vision", *videos], "model_info": info}
         about = {"details": _details(engine), "modified_at": self._since}
         return JSONResponse({**said, **about, **kinds})
 
