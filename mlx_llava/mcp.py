@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _NAMES = (
     *("image_root", "allow_remote_images", "batch_size", "max_waiting", "max_pixels", "max_body"),
-    *("timeout", "prompt_cache"),
+    *("keep_alive", "timeout", "prompt_cache"),
 )
 _SETTINGS = [field for field in fields(Settings) if field.name in _NAMES]
 

@@ -30,6 +30,7 @@ from mlx_llava.version import __version__
 
 #: Progress of an answer is told no more often.
 REPORT_SECONDS = 0.5
+_LOADING = "loading the model"
 _IMAGE = "a path below the folder of pictures, or a data: URL of JPEG, PNG, WebP or GIF"
 _QUESTION = "what to ask about the picture"
 
@@ -139,7 +140,10 @@ class Eyes:
             with anyio.fail_after(seconds):
                 prepare = partial(request.prepare, engine.processor)
                 prompts = await self._images.use(request.images, 0, prepare)
-            async with aclosing(engine.answer(prompts, None, deadline)) as pieces:
+            if not engine.is_loaded:  # any more
+                await report(_LOADING)
+            keep_alive = self.settings.keep_alive_seconds
+            async with aclosing(engine.answer(prompts, None, deadline, keep_alive)) as pieces:
                 async for piece in pieces:
                     text += piece.text
                     await report("answering")
@@ -156,7 +160,7 @@ class Eyes:
         if self._loading is None:
             self._loading = asyncio.ensure_future(self._loader.run(self._load))
         if not self._loading.done():
-            await report("loading the model")
+            await report(_LOADING)
         try:
             return await asyncio.shield(self._loading)
         except Exception:

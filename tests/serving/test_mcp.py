@@ -239,9 +239,9 @@ def engine():
     engine.close()
 
 
-def looking(load, options: Options):
+def looking(load, options: Options, **settings):
     """A client in this process of tools that load their model so."""
-    eyes = Eyes(load, Settings(image_root=str(SHAPES.parent)), options)
+    eyes = Eyes(load, Settings(image_root=str(SHAPES.parent), **settings), options)
     return Client(make_server(eyes, ""))
 
 
@@ -334,10 +334,20 @@ def test_a_model_that_cannot_be_loaded_is_tried_again(engine):
 def test_an_answer_that_takes_too_long_is_refused(engine):
     async def ask() -> None:
         endless = Options(json_schema=endless_schema(), max_tokens=100_000)
-        eyes = Eyes(lambda: engine, Settings(image_root=str(SHAPES.parent), timeout=0.05), endless)
-        async with Client(make_server(eyes, "")) as client:
+        async with looking(lambda: engine, endless, timeout=0.05) as client:
             result = await client.call_tool("look", CALL)
         assert result.content[0].text == "The answer took more than 0.05 s."
+
+    anyio.run(ask)
+
+
+def test_a_model_that_is_not_kept_alive_is_loaded_again(engine):
+    async def ask() -> None:
+        async with looking(lambda: engine, Options(), keep_alive="0") as client:
+            for _ in range(2):
+                assert (await client.call_tool("look", CALL)).content[0].text == "orange"
+                gone = waits_until, lambda: not engine.is_loaded
+                assert await anyio.to_thread.run_sync(*gone)
 
     anyio.run(ask)
 
