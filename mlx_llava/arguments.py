@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from mlx_llava.checkpoint.hub import Source, embedded_note
@@ -145,16 +146,29 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Process
 
     parameters = inspect.signature(load).parameters
     flags = {name: value for name, value in vars(args).items() if name in parameters} | options
+    source = Source(args.model, **source_options(args))
+    return load_shared(functools.partial(load, args.model), source, **flags)
+
+
+def load_shared(
+    load: Callable[..., tuple[Llava, Processor]],
+    source: Source | str | Path,
+    **options: Any,
+) -> tuple[Llava, Processor]:
+    """Loads a model, or of several processes that run a command, each its share of it.
+
+    Args:
+        load (callable): Loads it.
+        source (Source or path): What is loaded.
+        **options: Of `load`.
+    """
     if rank_here() is None:
-        return load(args.model, **flags)
+        return load(**options)
     from mlx_llava.launched import load_together
 
-    return load_together(
-        functools.partial(load, args.model, **flags),
-        lambda: Source(args.model, **source_options(args)),
-        {name: value for name, value in flags.items() if name not in _PATHS},
-        args.rank_timeout,
-    )
+    where = source if isinstance(source, Source) else Source(source)
+    told = {name: value for name, value in options.items() if name not in _PATHS}
+    return load_together(functools.partial(load, **options), where, told)
 
 
 def look_at_model(args: argparse.Namespace) -> tuple[Processor, int]:
@@ -267,9 +281,17 @@ def command(
         from mlx_llava import launched
 
         follow = launched.follower(led, argv) if led else None
-        return launched.run(job, follow, is_shared, attempt)
+        return launched.run(job, follow, is_shared, attempt, _rank_timeout(argv))
 
     return run
+
+
+def _rank_timeout(argv: Sequence[str] | None) -> float:
+    """What is needed of the arguments before they are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_ranks_arguments(parser)
+    seconds: float = parser.parse_known_args(argv)[0].rank_timeout
+    return seconds
 
 
 def _checked(main: Main, argv: Sequence[str] | None) -> None:

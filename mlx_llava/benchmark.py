@@ -11,14 +11,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mlx_llava.analysis.machine import describe
-from mlx_llava.analysis.measure import Alone, Figures, draw_pictures, lines, tell
+from mlx_llava.analysis.measure import (
+    Alone,
+    Figures,
+    draw_pictures,
+    lines,
+    load_endless,
+    tell,
+)
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
-from mlx_llava.arguments import Parser, command
+from mlx_llava.arguments import Parser, add_ranks_arguments, command, load_shared
 from mlx_llava.checkpoint.hub import find_checkpoint
 from mlx_llava.files import check_output, own_file
 from mlx_llava.json_files import write_json
@@ -37,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--requests", type=int, default=0, help="short prompts, to see how memory grows")
     add("--plot", type=Path, metavar="FILE", help="draw the figures; needs mlx-llava[plot]")
+    add_ranks_arguments(parser)
     return parser
 
 
@@ -146,7 +155,7 @@ def plot(found: Figures, path: Path) -> None:
         figure.savefig(beside, format="png", dpi=120, metadata={"Software": COMMAND})
 
 
-@command
+@command(is_shared=True)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
@@ -155,9 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(args.plot, COMMAND)
     found = about(args)
     with prepared(args) as (folder, pictures):
-        alone = Alone(folder, pictures, args.dtype, args.max_tokens, args.repeats)
+        load = partial(load_shared, partial(load_endless, folder), folder, dtype=args.dtype)
+        alone = Alone(folder, load, pictures, args.max_tokens, args.repeats)
         found["dtype"] = alone.dtype
         found["alone"] = alone.measure(args.batch, args.images, args.requests)
+    if not alone.model.ranks.speaks:
+        return
     print(heading(found), *lines(found["alone"]), sep="\n")
     write_figures(found, args.out)
     if args.plot:

@@ -16,9 +16,17 @@ import mlx.core as mx
 
 from mlx_llava.analysis.machine import advice, describe, matmul_rate, read_rate
 from mlx_llava.analysis.predict import predict
-from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
+from mlx_llava.analysis.several import foresee, measure, report
+from mlx_llava.arguments import (
+    Parser,
+    add_ranks_arguments,
+    add_source_arguments,
+    command,
+    source_options,
+)
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.model.device import on_cpu
+from mlx_llava.model.ranks import Ranks, met
 
 
 def examine() -> dict[str, Any]:
@@ -42,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="calculate how fast this one should be, here and on Macs")
     add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_ranks_arguments(parser)
     return parser
 
 
@@ -78,18 +87,30 @@ def expected_lines(expected: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name:<10}{speed['first_token']:9.2f} s {speed['tokens_per_second']:10.1f}"
 
 
-@command
+@command(is_shared=True)
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    expected = predict(Source(args.model, **source_options(args))) if args.model else None
+    source = Source(args.model, **source_options(args)) if args.model else None
+    ranks, wire = met(), None
+    if isinstance(ranks, Ranks):
+        ranks.agree({})
+        wire = measure(ranks)
+        if not ranks.speaks:
+            return
+    expected = predict(source) if source else None
+    several = foresee(source, wire, ranks.size) if source and wire else []
     found = examine()
     if args.json:
-        print(json.dumps({**found, "expected": expected} if expected else found, indent=2))
+        more = {"expected": expected} if expected else {}
+        more |= {"ranks": {**vars(wire), "expected": several}} if wire else {}
+        print(json.dumps({**found, **more}, indent=2))
         return
     print(*lines(found), sep="\n")
     if expected:
         print(*expected_lines(expected), sep="\n")
+    if wire:
+        print("", *report(wire, several), sep="\n")
 
 
 if __name__ == "__main__":

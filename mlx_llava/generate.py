@@ -35,6 +35,7 @@ from mlx_llava.files import lasting_name
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.json_files import decode, numbered_lines
 from mlx_llava.model.device import DTYPES
+from mlx_llava.model.ranks import rank_here
 
 if TYPE_CHECKING:  # what --help does not wait for
     from mlx_llava import GenerationResponse, Llava, Processor
@@ -106,6 +107,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts-file does not go with {', '.join(given)}.")
     if args.prompt is not None and args.batch_size is not None:
         raise ValueError("--batch-size is for --prompts-file.")
+    if args.prompt_cache_file and rank_here() is not None:
+        raise ValueError("--prompt-cache-file is for one process; start it without mlx.launch.")
     if args.prompt_cache_file and args.max_kv_size:
         raise ValueError("--prompt-cache-file does not go with --max-kv-size.")
     if [args.prompt, *args.image, *args.video].count("-") > 1:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.files import one_line
-from mlx_llava.model.ranks import Alone, Ended, Ranks, join, rank_here
+from mlx_llava.model.ranks import Alone, Ended, Ranks, meet, met, rank_here
 
 if TYPE_CHECKING:
     from mlx_llava import Llava, Processor
 
-_USER_ERROR = 2
+_USER_ERROR, _INTERRUPTED = 2, 130
 #: What the other ranks say of an error waits so long for rank 0 to have it too.
 _PATIENCE = 1.0
 
@@ -38,6 +38,7 @@ def run(
     follow: Callable[[], None] | None,
     is_shared: bool,
     attempt: Attempt,
+    seconds: float,
 ) -> int:
     """Runs a command in this process, which is one of several.
 
@@ -46,15 +47,18 @@ def run(
         follow (callable, optional): What other ranks than 0 do in its place.
         is_shared (bool): They do the same.
         attempt (callable): Turns a user's errors into one line.
+        seconds (float): See `meet`.
     """
     if rank_here():
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
     try:
-        ranks = join()
-    except OSError as error:
+        ranks = meet(seconds)
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.__stderr__)
         return _USER_ERROR
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     if not isinstance(ranks, Ranks):
         return attempt(main)[0]
     ranks.leads = follow is not None
@@ -102,7 +106,7 @@ def follower(
         from mlx_llava.arguments import load_model
         from mlx_llava.generation.follow import follow
 
-        ranks = join()
+        ranks = met()
         assert isinstance(ranks, Ranks)
         follow(*load_model(build_parser().parse_args(argv)), ranks)
 
@@ -111,33 +115,28 @@ def follower(
 
 def load_together(
     load: Callable[[], tuple[Llava, Processor]],
-    where: Callable[[], Source],
+    source: Source,
     options: Mapping[str, Any],
-    seconds: float,
 ) -> tuple[Llava, Processor]:
     """Loads a model on every rank, where all have the same.
 
     Args:
         load (callable): Loads it.
-        where (callable): Says what is loaded.
+        source (Source): What is loaded.
         options (mapping): How, and what else has to be the same.
-        seconds (float): See `Ranks`.
 
     Raises:
         ValueError: They have not, or `load` raises it.
     """
-    ranks = join()
+    ranks = met()
     if isinstance(ranks, Ranks):
-        if seconds <= 0:
-            raise ValueError(f"--rank-timeout is {seconds:g}; it must be more than 0.")
-        ranks.seconds = seconds
-        ranks.agree({"options": dict(options), **_facts(where, ranks)})
+        ranks.agree({"options": dict(options), **_facts(source, ranks)})
     model, processor = load()
     model.ranks = ranks
     return model, processor
 
 
-def _facts(where: Callable[[], Source], ranks: Alone) -> dict[str, str]:
+def _facts(source: Source, ranks: Alone) -> dict[str, str]:
     """What tells a model from others: its config, and the names, shapes and kinds of tensors.
 
     Of rank 0 alone an error is raised; others have it as ``error``.
@@ -145,7 +144,7 @@ def _facts(where: Callable[[], Source], ranks: Alone) -> dict[str, str]:
     from mlx_llava.checkpoint.open import open_checkpoint
 
     try:
-        checkpoint = open_checkpoint(where())
+        checkpoint = open_checkpoint(source)
     except (ValueError, OSError) as error:
         if ranks.speaks:
             raise

@@ -37,7 +37,7 @@ from mlx_llava.folders import Kind, check_target, new_folder
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import JsonLines
 from mlx_llava.model.device import fast_dtype
-from mlx_llava.model.ranks import join
+from mlx_llava.model.ranks import met
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.lora import TARGETS, Adapter, save_adapter
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     options = TrainingOptions(**given_options(args, fields(TrainingOptions)))
     folder = Path(args.output)
-    rank = join().rank
+    rank = met().rank
     is_main = rank == 0
     kind: Kind = "model" if options.stage == "full" else "adapter"
     keep = [str(args.model or embedded_model()), args.base, args.vision_tower, args.mmproj]

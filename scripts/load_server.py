@@ -134,10 +134,12 @@ def resident_mb(pid: int) -> float:
     return int(printed.stdout) / 1000
 
 
-def run(url: str, pid: int, questions: Sequence[Question], clients: int) -> dict[str, Any]:
-    """Asks all questions; the figures, and what was wrong."""
+def run(
+    url: str, pid: int, questions: Sequence[Question], clients: int, warm_up: int
+) -> dict[str, Any]:
+    """Asks all questions, after others; the figures, and what was wrong."""
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(partial(ask, url), make_questions(len(questions), seed=-1)))
+        list(pool.map(partial(ask, url), make_questions(warm_up, seed=-1)))
         before = resident_mb(pid)
         started = time.perf_counter()
         results = list(pool.map(partial(ask, url), questions))
@@ -173,10 +175,13 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that run the model together"
+    )
     args = parser.parse_args()
-    with served(*OPTIONS) as server:
+    with served(*OPTIONS, ranks=args.ranks) as server:
         questions = make_questions(args.requests, args.seed)
-        figures = run(server.url, server.pid, questions, args.clients)
+        figures = run(server.url, server.pid, questions, args.clients, args.requests)
     print(json.dumps(figures))
     return int(bool(figures["wrong"] or figures["other_fates"] or figures["places_taken"]))
 

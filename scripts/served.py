@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -27,15 +33,44 @@ class Served:
 
 
 @contextmanager
-def served(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+def environments(size: int) -> Iterator[list[dict[str, str]]]:
+    """What tells so many processes of this machine that they are ranks, as `mlx.launch` does."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        bind = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in bind]))
+        stack.pop_all().close()
+        yield [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(size)]
+
+
+@contextmanager
+def ranked(command: list[str], size: int) -> Iterator[dict[str, str]]:
+    """Runs a command's ranks but the first; gives what is to be the environment of that."""
+    if size == 1:
+        yield {}
+        return
+    with environments(size) as (first, *others), ExitStack() as stack:
+        for one in others:
+            stack.enter_context(subprocess.Popen(command, env={**os.environ, **one}))
+        yield first
+
+
+@contextmanager
+def served(*arguments: str, env: dict[str, str] | None = None, ranks: int = 1) -> Iterator[Served]:
     """The command on a free port, until the block ends; then it is interrupted.
 
     Args:
         *arguments: Of the command.
         env: The environment, instead of this process's own.
+        ranks: How many processes run it together.
     """
     command = [sys.executable, "-m", "mlx_llava.server", *arguments, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with ExitStack() as stack:
+        more = stack.enter_context(ranked(command, ranks))
+        options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
+        process = stack.enter_context(
+            subprocess.Popen(command, env={**(env or os.environ), **more}, **options)
+        )
         assert process.stderr is not None
         line = next((line for line in process.stderr if line.startswith("page: ")), None)
         if line is None:

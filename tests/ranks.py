@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from served import environments
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [one.getsockname()[1] for one in sockets]
+
+@dataclass(frozen=True)
+class Finished:
+    """How a rank has ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Ranks(list["subprocess.Popen[str]"]):
+    """Processes that run."""
+
+    def finish(self, said: str = "", seconds: float = 60) -> list[Finished]:
+        """What becomes of each, where rank 0 is told something on its standard input."""
+        found = []
+        for process in self:
+            out, err = process.communicate(said if process is self[0] else None, timeout=seconds)
+            found.append(Finished(process.returncode, out, err))
+        return found
 
 
 @contextmanager
 def launched(
-    *command: str, size: int = 2, others: Sequence[str] | None = None
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """The ranks, all with one command or all but rank 0 with another; what is left is killed."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "MLX_HOSTFILE": str(hosts)}
-        ranks = []
-        for rank in range(size):
+    *command: str, size: int = 2, others: Sequence[str] | None = None, elsewhere: Path | None = None
+) -> Iterator[Ranks]:
+    """Starts ranks; what is left of them at the end is killed.
+
+    Args:
+        *command: What Python runs.
+        size: How many there are.
+        others: What all but rank 0 run instead.
+        elsewhere: The folder in which they do.
+    """
+    with environments(size) as found, ExitStack() as stack:
+        ranks = Ranks()
+        for rank, env in enumerate(found):
             process = subprocess.Popen(
                 [sys.executable, *(others if rank and others is not None else command)],
-                env={**env, "MLX_RANK": str(rank)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+                cwd=elsewhere if rank else None,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -47,12 +65,3 @@ def launched(
             stack.callback(process.communicate)
             stack.callback(process.kill)
         yield ranks
-
-
-def finish(ranks: Sequence[subprocess.Popen[str]], said: str = "") -> list[tuple[int, str, str]]:
-    """The exit code, output and errors of each rank, when rank 0 has been told what to say."""
-    found = []
-    for process in ranks:
-        out, err = process.communicate(said if process is ranks[0] else None, timeout=60)
-        found.append((process.returncode, out, err))
-    return found

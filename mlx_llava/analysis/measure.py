@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,9 @@ def rows_of(pictures: Sequence[str], batch: int, images: int) -> list[Row]:
     return [(text, list(pictures[i * images : (i + 1) * images])) for i in range(batch)]
 
 
-def load_endless(folder: str | Path, dtype: str | None) -> tuple[Llava, Processor]:
-    """A model that nothing but ``max_tokens`` ends the answers of."""
-    model, processor = load(folder, dtype=dtype)
+def load_endless(folder: str | Path, dtype: str | None, **shares: Any) -> tuple[Llava, Processor]:
+    """A model that nothing but ``max_tokens`` ends the answers of; more options are of `load`."""
+    model, processor = load(folder, dtype=dtype, **shares)
     processor.eos_ids = frozenset()
     template: Any = processor.template  # one of several dataclasses
     processor.template = replace(template, stops=())
@@ -91,17 +91,22 @@ def answer_rows(
 class Alone:
     """Measures this package by its own parts.
 
-    Takes a checkpoint, paths of as many pictures as the largest batch has (2 at least), what to
-    compute in, the length of every answer, and how often to measure each thing.
+    Takes a checkpoint, what loads it, paths of as many pictures as the largest batch has (2 at
+    least), the length of every answer, and how often to measure each thing.
     """
 
     def __init__(
-        self, folder: Path, pictures: list[str], dtype: str | None, max_tokens: int, repeats: int
+        self,
+        folder: Path,
+        load: Callable[[], tuple[Llava, Processor]],
+        pictures: list[str],
+        max_tokens: int,
+        repeats: int,
     ) -> None:
         self.folder, self.pictures = folder, pictures
         self.max_tokens, self.repeats = max_tokens, repeats
         started = time.perf_counter()
-        self.model, self.processor = load_endless(folder, dtype)
+        self.model, self.processor = load()
         self.load_seconds = time.perf_counter() - started
         self.flops = 1e9 * matmul_rate(self.model.language_model.dtype)
         self.bytes = 1e9 * read_rate()
@@ -192,8 +197,10 @@ class Alone:
             "decode_tokens_per_second": spread(decoding),
         }
 
-    def start(self) -> Figures:
-        """A whole process, from the shell to the first word and its end."""
+    def start(self) -> Figures | None:
+        """A whole process, from the shell to the first word and its end, where it is one."""
+        if self.model.ranks.size > 1:
+            return None
         command = [sys.executable, "-m", "mlx_llava.generate", "--model", str(self.folder)]
         command += ["--image", self.pictures[0], "--prompt", "What is this?", "--max-tokens", "1"]
         start = partial(subprocess.run, command, check=True, capture_output=True)
@@ -253,14 +260,20 @@ def tell(what: str) -> None:
     print(f"measuring {what} ...", file=sys.stderr)
 
 
+def _start_lines(alone: Figures) -> list[str]:
+    if not alone["start"]:
+        return []
+    seconds = alone["start"]["median"]
+    return [f"from the shell to the first word and the end of the process: {seconds:.2f} s"]
+
+
 def lines(alone: Figures) -> list[str]:
     """What `Alone.measure` found, for people."""
     found = [
         f"machine: matmul {alone['matmul_gflops']:.0f} GFLOP/s, reads "
         f"{alone['read_gb_per_second']:.1f} GB/s; load {alone['load']:.2f} s; peak memory of MLX "
         f"{alone['peak_memory_gb']:.2f} GB",
-        f"from the shell to the first word and the end of the process: "
-        f"{alone['start']['median']:.2f} s",
+        *_start_lines(alone),
         "images  tokens  preprocess  encode  prefill  first token  s per token  "
         "of the machine: encode prefill token",
     ]

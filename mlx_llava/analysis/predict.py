@@ -130,6 +130,18 @@ def _outline(checkpoint: Checkpoint) -> Llava:
     return model
 
 
+def outlined(source: Source) -> tuple[Llava, Inputs]:
+    """A checkpoint's model as it is stored, never to be computed, and a question about a picture.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The checkpoint is broken or not supported.
+    """
+    checkpoint = open_checkpoint(source)
+    inputs = make_processor(checkpoint)(PROMPT, Image.new("RGB", PICTURE), raw=True)
+    return _outline(checkpoint), inputs
+
+
 def predict(source: Source) -> dict[str, Any]:
     """The first token of a question about one picture, and the tokens after it, by calculation.
 
@@ -141,14 +153,12 @@ def predict(source: Source) -> dict[str, Any]:
         FileNotFoundError: A file is missing.
         ValueError: The checkpoint is broken or not supported.
     """
-    checkpoint = open_checkpoint(source)
-    inputs = make_processor(checkpoint)(PROMPT, Image.new("RGB", PICTURE), raw=True)
-    model = _outline(checkpoint)
+    model, inputs = outlined(source)
     stored = work_of(model, inputs, ANSWER)
     size = _nbytes(model)
     suit_device(model)
     try:
-        is_quantized = checkpoint.config.quantization is not None
+        is_quantized = model.config.quantization is not None
         check_weights(_nbytes(model), is_quantized, fitting_model())
     except ValueError as error:
         here: dict[str, Any] = {"refused": str(error)}

@@ -102,9 +102,11 @@ class Links:
         works: whether this rank does something that has to end within it.
     """
 
-    def __init__(self, rank: int, sockets: Mapping[int, socket.socket]) -> None:
-        self.rank, self.seconds = rank, SECONDS
-        self._links = {other: _Link(other, one) for other, one in sockets.items()}
+    def __init__(
+        self, rank: int, sockets: Mapping[int, socket.socket], seconds: float = SECONDS
+    ) -> None:
+        self.rank, self.seconds = rank, seconds
+        self._links = [_Link(other, one) for other, one in sockets.items()]
         self._inbox: queue.SimpleQueue[bytes | int] = queue.SimpleQueue()
         self._parent = os.getppid()
         self._pulses, self._due, self.works = 0, 0.0, False
@@ -112,13 +114,13 @@ class Links:
         self._told: int | None = None
         self._alone = threading.Event()
         self._selector = selectors.DefaultSelector()
-        for link in self._links.values():
+        for link in self._links:
             self._selector.register(link.socket, selectors.EVENT_READ, link)
         threading.Thread(target=self._watch, name="mlx_llava ranks", daemon=True).start()
 
     def send(self, message: bytes) -> None:
         """Says something to all others, in order."""
-        for link in self._links.values():
+        for link in self._links:
             try:
                 link.send(_MESSAGE, message)
             except OSError:
@@ -163,7 +165,7 @@ class Links:
                 self.receive()
 
     def _say_end(self, code: int, error: str) -> None:
-        for link in self._links.values():
+        for link in self._links:
             try:
                 link.socket.settimeout(GRACE_SECONDS)
                 link.send(_END, json.dumps({"code": code, "error": error}).encode())
@@ -201,8 +203,7 @@ class Links:
                     link.pulses, link.is_overdue = _LIFE.unpack(content)
         except OSError:
             self._selector.unregister(link.socket)
-            self._links.pop(link.rank)
-            if not self._links:
+            if not self._selector.get_map():
                 self._alone.set()
             self.fail(f"rank {link.rank} has ended")
 
@@ -218,7 +219,7 @@ class Links:
 
     def _beat(self, now: float) -> None:
         is_overdue = self.works and now > self._due
-        for link in self._links.values():
+        for link in self._links:
             try:
                 link.beat(_LIFE.pack(self._pulses, is_overdue))
             except OSError:
@@ -227,12 +228,12 @@ class Links:
     def _judge(self, now: float) -> None:
         if os.getppid() != self._parent:
             self.fail("what started the ranks has ended")
-        for link in self._links.values():
+        for link in self._links:
             if now - link.seen > self.seconds:
                 self.fail(f"rank {link.rank} has been silent for {self.seconds:g} s")
-        overdue = [link.is_overdue for link in self._links.values()]
+        overdue = [link.is_overdue for link in self._links]
         if self.rank == 0 and self.works and now > self._due and all(overdue):
-            pulses = {0: self._pulses, **{link.rank: link.pulses for link in self._links.values()}}
+            pulses = {0: self._pulses, **{link.rank: link.pulses for link in self._links}}
             behind = [rank for rank, n in pulses.items() if n < max(pulses.values())]
             who = f"rank {behind[0]} hangs" if behind else "all ranks wait for each other"
             self.fail(f"{who}: no step has ended for {self.seconds:g} s (--rank-timeout)")
@@ -255,10 +256,12 @@ def connect(addresses: Iterable[str], port: int, secret: bytes, rank: int) -> so
     return None
 
 
-def accept(listening: socket.socket, secret: bytes, size: int) -> dict[int, socket.socket]:
+def accept(
+    listening: socket.socket, secret: bytes, size: int, seconds: float
+) -> dict[int, socket.socket]:
     """The connections of all other ranks; of anybody else, none."""
     found: dict[int, socket.socket] = {}
-    listening.settimeout(SECONDS)
+    listening.settimeout(seconds)
     while len(found) < size - 1:
         connection, _ = listening.accept()
         connection.settimeout(1)

@@ -7,7 +7,6 @@ decide, rank 0 does, and tells.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import secrets
@@ -85,6 +84,7 @@ class Alone:
 
 
 ALONE = Alone()
+_met: list[Alone] = [ALONE]
 
 
 class Ranks(Alone):
@@ -97,18 +97,9 @@ class Ranks(Alone):
     group: mx.distributed.Group
     stream: mx.Stream | None = None
 
-    def __init__(self, group: mx.distributed.Group) -> None:
+    def __init__(self, group: mx.distributed.Group, seconds: float) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self._links = links.Links(self.rank, _connect(group))
-
-    @property
-    def seconds(self) -> float:
-        """How long a rank may be silent, and a step may take."""
-        return self._links.seconds
-
-    @seconds.setter
-    def seconds(self, seconds: float) -> None:
-        self._links.seconds = seconds
+        self._links = links.Links(self.rank, _connect(group, seconds), seconds)
 
     def tell(self, make: Callable[[], bytes]) -> None:
         if self.speaks and self.leads:
@@ -214,28 +205,38 @@ def rank_here() -> int | None:
     return int(given) if given and given.isdigit() else None
 
 
-@functools.cache
-def join() -> Alone:
-    """Meets the other ranks, once; `ALONE` if this process is the only one.
+def met() -> Alone:
+    """The ranks that this process belongs to; `ALONE` if it has met no others."""
+    return _met[-1]
+
+
+def meet(seconds: float) -> Alone:
+    """Meets the other ranks, if a launcher says that there are any; from then on, `met`.
+
+    Args:
+        seconds (float): How long that may take, and any of them may be silent afterwards.
 
     Raises:
         OSError: They cannot be met.
+        ValueError: The seconds make no sense.
     """
-    if rank_here() is None:
-        return ALONE
-    with _limited():
+    if not seconds > 0:
+        raise ValueError(f"--rank-timeout is {seconds:g}; it must be more than 0.")
+    with _limited(seconds):
         try:
             group = mx.distributed.init()
+            if group.size() > 1:
+                _met.append(Ranks(group, seconds))
         except RuntimeError as error:
             raise OSError(f"rank {rank_here()} cannot meet the others: {error}") from error
-        return ALONE if group.size() == 1 else Ranks(group)
+    return met()
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limited(seconds: float) -> Iterator[None]:
     """Ends this process where meeting takes too long, from outside: MLX stops all its threads."""
-    line = f"error: rank {rank_here()} has met no others within {links.SECONDS:g} s\\n"
-    code = f"import os, select; select.select([0], [], [], {links.SECONDS})[0] or "
+    line = f"error: rank {rank_here()} has met no others within {seconds:g} s\\n"
+    code = f"import os, select; select.select([0], [], [], {seconds})[0] or "
     code += f"(os.write(2, b'{line}'), os.kill({os.getpid()}, 9))"
     with subprocess.Popen([sys.executable, "-IS", "-c", code], stdin=subprocess.PIPE) as watch:
         try:
@@ -244,7 +245,7 @@ def _limited() -> Iterator[None]:
             watch.kill()
 
 
-def _connect(group: mx.distributed.Group) -> dict[int, socket.socket]:
+def _connect(group: mx.distributed.Group, seconds: float) -> dict[int, socket.socket]:
     """The sockets between rank 0 and the others.
 
     Raises:
@@ -259,7 +260,7 @@ def _connect(group: mx.distributed.Group) -> dict[int, socket.socket]:
         said = _share(group, secret + json.dumps(hello).encode())
         with listening:
             _check_found(group, True)
-            return links.accept(listening, secret, group.size())
+            return links.accept(listening, secret, group.size(), seconds)
     said = _share(group, b"")
     secret, hello = said[: links.SECRET_BYTES], json.loads(said[links.SECRET_BYTES :])
     launcher = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
