@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_llava.checkpoint.fused import split_lora
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import cast, suit_device
+from mlx_llava.checkpoint.share import Connect, take_layers, take_shard
 from mlx_llava.checkpoint.tensors import TOWER, LazyTensor
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
@@ -47,6 +48,9 @@ def load(
     template: str | None = None,
     as_stored: bool = False,
     lazy: bool = False,
+    group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
+    split: Sequence[int] | None = None,
     **source: Any,
 ) -> tuple[Llava, Processor]:
     """Loads a LLaVA checkpoint of any layout.
@@ -65,6 +69,11 @@ def load(
         template (str, optional): The name of a built-in template. Default: the checkpoint's.
         as_stored (bool): Keeps the checkpoint's numbers, also where others are faster.
         lazy (bool): Reads each weight when it is first used instead of now.
+        group (mx.distributed.Group, optional): All ranks that call this at the same time, of which
+            each loads and computes a part.
+        pipeline (bool): That part is some of the layers, not some of each layer.
+        split (sequence of int, optional): How many layers each rank gets. Default: as its memory
+            allows.
         **source: Fields of `Source`.
 
     Returns:
@@ -83,6 +92,9 @@ def load(
             lora = split_lora(lora, checkpoint.config.text_config)
             beside = low_rank_layers(lora)
             checkpoint.contents.merge(lora, beside)
+        connect = None
+        if group is not None and group.size() > 1:
+            connect = _take_share(checkpoint, group, pipeline, split, beside)
         model, processor = load_opened(checkpoint, image_mode, template)
     if beside:
         put_beside(model, beside)
@@ -96,9 +108,30 @@ def load(
     cast(model.language_model, dtype)
     model.vision_device = _device(vision_device)
     adopt(model)
+    if connect is not None:
+        connect(model)
     if not lazy:
         mx.eval(model.state)  # all of it: what is lazy cannot be used in another thread
     return model, processor
+
+
+def _take_share(
+    checkpoint: Checkpoint,
+    group: mx.distributed.Group,
+    pipeline: bool,
+    split: Sequence[int] | None,
+    beside: Mapping[str, LowRank],
+) -> Connect:
+    """Leaves this rank's part of a checkpoint; what is wrong with it, every rank finds."""
+    if beside:
+        raise ValueError(
+            "An adapter beside quantised layers cannot be shared by several ranks; make one model "
+            "of both with mlx_llava.fuse."
+        )
+    empty_model(checkpoint)
+    if pipeline or split:
+        return take_layers(checkpoint, group, split)
+    return take_shard(checkpoint, group)
 
 
 def load_opened(

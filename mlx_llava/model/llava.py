@@ -96,16 +96,20 @@ class Llava(nn.Module):
         Returns:
             list[mx.array]: The features of each image, (tokens, D).
         """
+        with mx.stream(self.vision_device or mx.default_device()):
+            return self.project(self.features(pixel_values), image_sizes)
+
+    def features(self, pixel_values: AnyArray) -> mx.array:
+        """What `select` gives of all tiles, (N, P, width), encoded some at a time."""
         depth, N = max(self.config.feature_layers), len(pixel_values)
         step = N if self.training else TILES_AT_ONCE
         chunks = []
-        with mx.stream(self.vision_device or mx.default_device()):
-            for start in range(0, N, step):
-                hidden_states = self.vision_tower(pixel_values[start : start + step], depth)
-                chunks.append(self.select(hidden_states))  # (step, P, width)
-                if step < N:
-                    mx.eval(chunks[-1])
-            return self.project(mx.concatenate(chunks), image_sizes)
+        for start in range(0, N, step):
+            hidden_states = self.vision_tower(pixel_values[start : start + step], depth)
+            chunks.append(self.select(hidden_states))  # (step, P, width)
+            if step < N:
+                mx.eval(chunks[-1])
+        return mx.concatenate(chunks)
 
     def show_images(
         self,

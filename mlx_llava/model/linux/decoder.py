@@ -26,6 +26,7 @@ from mlx_llava.model.linux.functions import (
 )
 from mlx_llava.model.linux.layers import Linear, PermutedLinear, QuantizedLinear, apply
 from mlx_llava.model.linux.weights import SOME, Array
+from mlx_llava.model.sharding import Sharded
 
 _LINEAR = (Linear, QuantizedLinear, PermutedLinear)
 
@@ -65,10 +66,10 @@ class DecoderLayer(llama.DecoderLayer):
         ).swapaxes(1, 2)  # (B, L, heads, W)
         mx.eval(seen)
         (output,) = apply(view(seen).reshape(*x.shape[:2], -1), attention.o_proj)
-        hidden = hidden + output
+        hidden = hidden + _total(attention, output)
         gates = apply(_norm(self.post_attention_layernorm, hidden), mlp.gate_proj, mlp.up_proj)
         (output,) = apply(gated(1, *gates), mlp.down_proj)
-        return mx.array(hidden + output)
+        return mx.array(hidden + _total(mlp, output))
 
     def _is_plain(self, x: mx.array) -> bool:
         """Whether all of it is what `adopt` has left, and in float32."""
@@ -79,6 +80,11 @@ class DecoderLayer(llama.DecoderLayer):
         return (
             fits(SMALLEST, x) and mlp.gate is swiglu and all(type(one) in _LINEAR for one in layers)
         )
+
+
+def _total(part: nn.Module, x: Array) -> Array:
+    """What a part of the block gives, on all ranks together where it is of several."""
+    return view(part.total(mx.array(x))) if isinstance(part, Sharded) else x
 
 
 def _norm(norm: nn.RMSNorm, x: Array) -> Array:
