@@ -182,13 +182,17 @@ def make_plan(
     Raises:
         ValueError: The checkpoint does not fit its config, or the settings make no sense.
     """
-    model, config, tensors = empty_model(checkpoint), checkpoint.config, checkpoint.contents.tensors
+    model, config, contents = empty_model(checkpoint), checkpoint.config, checkpoint.contents
     if dequantize and config.quantization is not None:
-        tensors = dict(tensors)
-        for path in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
-            plain_layer(tensors, path, config.quantization)
-        config = replace(config, quantization=None)
+        contents = replace(contents, tensors=dict(contents.tensors))
+        for path in [n.removesuffix(".scales") for n in contents.tensors if n.endswith(".scales")]:
+            plain_layer(contents.tensors, path, config.quantization)
+        text = config.text_config
+        if config.image_token_index >= text.vocab_size:  # as codes have it, which are not padded
+            text = replace(text, vocab_size=contents.add_placeholder())
+        config = replace(config, quantization=None, text_config=text)
         model = Llava(config)
+    tensors = contents.tensors
     if dtype is not None:
         target = read_dtype(dtype)
         tensors = {name: _cast(tensor, target) for name, tensor in tensors.items()}

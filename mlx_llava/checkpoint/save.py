@@ -62,7 +62,7 @@ def write_model(
     write_weights(folder, outputs, is_mlx=config.quantization is not None, progress=progress)
     tokenizer = processor.tokenizer
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(processor.eos_ids)})
-    write_json(folder / "tokenizer.json", tokenizer.spec)
+    write_json(folder / "tokenizer.json", tokenizer.to_spec())
     write_json(folder / "tokenizer_config.json", tokenizer.config)
     images = processor.image_processor
     write_json(folder / "preprocessor_config.json", images.to_dict())

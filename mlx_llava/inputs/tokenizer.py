@@ -107,6 +107,37 @@ class Tokenizer:
         config = {"add_bos_token": True, **config, **ends}
         return cls(spec, config, image_token_id, template)
 
+    def to_spec(self) -> dict[str, Any]:
+        """The tokenizer.json that says the same to others, who do not know LLaVA's rules.
+
+        They need ``<image>`` in it, and the begin of text where the original's code adds it.
+        """
+        spec = dict(self.spec)
+        if IMAGE_TOKEN not in self._added:
+            image, model = self.special_tokens[IMAGE_TOKEN], self.spec["model"]
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            token = {"id": image, "content": IMAGE_TOKEN, "special": True, **flags}
+            spec["added_tokens"] = [*self.spec["added_tokens"], token]
+            # There too: tokenizers gives those that are missing here the next free ids.
+            if isinstance(vocabulary := model.get("vocab"), dict):
+                spec["model"] = {**model, "vocab": {**vocabulary, IMAGE_TOKEN: image}}
+        if self.bos_ids and not spec.get("post_processor"):
+            spec["post_processor"] = self._beginning()
+        return spec
+
+    def _beginning(self) -> dict[str, Any]:
+        bos = self._backend.id_to_token(self.bos_ids[0])
+        start, *texts = (
+            {kind: {"id": name, "type_id": 0}}
+            for kind, name in (("SpecialToken", bos), ("Sequence", "A"), ("Sequence", "B"))
+        )
+        return {
+            "type": "TemplateProcessing",
+            "single": [start, texts[0]],
+            "pair": [start, *texts],
+            "special_tokens": {bos: {"id": bos, "ids": self.bos_ids, "tokens": [bos]}},
+        }
+
     def _id_of(self, key: str) -> int | None:
         token = self.config.get(key)
         text = token_text(token)
