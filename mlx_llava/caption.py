@@ -136,6 +136,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError("Name folders, files or patterns to caption.")
     if args.dry_run and not args.rename:
         raise ValueError("--dry-run shows what --rename would do; add it.")
+    if args.skip_existing and args.overwrite:
+        raise ValueError("--skip-existing leaves what --overwrite replaces; choose one of them.")
     if args.watch and (args.rename or args.overwrite):
         raise ValueError("--watch goes with neither --rename nor --overwrite; run them afterwards.")
     files = [place for place in args.pictures if args.watch and not expand_home(place).is_dir()]
@@ -204,7 +206,7 @@ def _watch(args: argparse.Namespace, run: Run, captioner: Captioner, others: set
     def find() -> Iterable[str]:
         others.clear()
         for place in args.pictures:
-            with suppress(ValueError):  # empty so far
+            with suppress(ValueError, OSError):  # empty so far, or gone for a while
                 yield from find_images(
                     [place], args.recursive, others, ENDINGS if args.videos else ()
                 )

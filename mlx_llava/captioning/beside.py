@@ -56,7 +56,8 @@ class TextFiles:
 
     def row(self, image: str) -> dict[str, Any]:
         """What a picture's text says."""
-        return {TEXT: self._beside.path(image).read_text(encoding="utf-8", errors="replace")[:-1]}
+        text = self._beside.path(image).read_text(encoding="utf-8", errors="replace")
+        return {TEXT: text.removesuffix("\n")}
 
     def write(self, image: str, values: Mapping[str, Any]) -> None:
         """Keeps a caption for good.
@@ -74,9 +75,9 @@ class TextFiles:
 class Sidecars:
     """An XMP file beside each picture, with its caption as dc:description.
 
-    Lightroom calls it ``photo.xmp``, and darktable ``photo.jpg.xmp``. The one that is there is
-    gone on with, of two the longer name, which can only be this picture's; a new one is
-    ``photo.xmp``, which both read.
+    Lightroom calls it ``photo.xmp``, as Adobe's specification does, and darktable
+    ``photo.jpg.xmp``. The one that is there is gone on with, of two the longer name, which can only
+    be this picture's; a new one is ``photo.xmp``.
     """
 
     def __init__(self, overwrite: bool = False) -> None:

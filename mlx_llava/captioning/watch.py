@@ -57,7 +57,7 @@ def whole_pictures(
         given.update(ready)
         looked = time.monotonic() - began
         yield ready
-        time.sleep(max(pause, 10 * looked))  # where looking takes long, more rarely
+        time.sleep(max(pause, 30 * looked))  # where looking takes long, more rarely
 
 
 def _looked_at(image: str, before: _File | None, now: float) -> _File:

@@ -18,12 +18,14 @@ from xml.sax.saxutils import escape
 #: Developments of many masks have some megabytes.
 MAX_BYTES = 32_000_000
 _MAX_DEPTH = 200
+_MAX_SPACES = 200
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _DC = "http://purl.org/dc/elements/1.1/"
 _XML = "http://www.w3.org/XML/1998/namespace"
 _DEFAULT = "x-default"
 #: What may be in what, from the outside in: by (namespace, name).
 _PATH = ((_RDF, "RDF"), (_RDF, "Description"), (_DC, "description"), (_RDF, "Alt"), (_RDF, "li"))
+_PATH_NAMES = (*(name for _, name in _PATH), None)
 _ROOT, _DESCRIPTION, _PROPERTY, _ALT, _ITEM = range(1, 6)
 _START_TAG = re.compile(rb"<(?:\"[^\"]*\"|'[^']*'|[^\"'>])*>")
 _ATTRIBUTE = re.compile(rb"\s+([^\s=]+)\s*=\s*(?:\"[^\"]*\"|'[^']*')")
@@ -53,8 +55,13 @@ class _Element:
     is_empty: bool  # <name/>
     close: int = 0  # its end tag
     end: int = 0
-    text: str = ""
+    parts: list[str] = field(default_factory=list)
     has_elements: bool = False
+
+    @property
+    def text(self) -> str:
+        """What was said in it."""
+        return "".join(self.parts)
 
     def resolve(self, name: str, is_attribute: bool = False) -> tuple[str, str]:
         """The namespace and the local name of a name with a prefix."""
@@ -65,6 +72,10 @@ class _Element:
         """The name under which an attribute stands here."""
         wanted = (space, local)
         return next((n for n in self.attributes if self.resolve(n, True) == wanted), None)
+
+
+#: Stands for all elements that no description is in.
+_OTHER = _Element("", 0, {}, {}, 0, 0, False)
 
 
 @dataclass
@@ -224,21 +235,25 @@ def _start(packet: _Packet, start: int, name: str, attributes: Mapping[str, str]
     if len(packet.stack) >= _MAX_DEPTH:
         raise ValueError(f"is nested more than {_MAX_DEPTH} deep, which no XMP needs")
     parent = packet.stack[-1] if packet.stack else None
+    if parent:
+        parent.has_elements = True
+        if parent is _OTHER or name.rpartition(":")[2] != _PATH_NAMES[parent.level]:
+            packet.stack.append(_OTHER)
+            return
     tag = _START_TAG.match(packet.data, start)
     if tag is None:
         raise ValueError("is no XMP: a tag without an end")
     spaces = parent.spaces if parent else {"xml": _XML}
     declared = {n[6:]: uri for n, uri in attributes.items() if n.partition(":")[0] == "xmlns"}
-    element = _Element(
-        *(name, 0, {**spaces, **declared} if declared else spaces, attributes),
-        *(start, tag.end(), tag[0].endswith(b"/>")),
-    )
+    spaces = {**spaces, **declared} if declared else spaces
+    if len(spaces) > _MAX_SPACES:
+        raise ValueError(f"has more than {_MAX_SPACES} namespaces, which no XMP needs")
+    is_empty = tag[0].endswith(b"/>")
+    element = _Element(name, 0, spaces, attributes, start, tag.end(), is_empty)
     level = parent.level if parent else 0
-    if level < len(_PATH) and element.resolve(name) == _PATH[level]:
+    if element.resolve(name) == _PATH[level]:
         element.level = level + 1
-    if parent:
-        parent.has_elements = True
-    packet.stack.append(element)
+    packet.stack.append(element if not parent or element.level else _OTHER)
     _note(packet, element)
 
 
@@ -265,13 +280,15 @@ def _note(packet: _Packet, element: _Element) -> None:
 def _add(packet: _Packet, text: str) -> None:
     """Keeps text that may be a description."""
     if packet.stack[-1] is packet.item:
-        packet.item.text += text
+        packet.item.parts.append(text)
     elif packet.own and not packet.own.end:
-        packet.own.text += text
+        packet.own.parts.append(text)
 
 
 def _end(packet: _Packet, index: int) -> None:
     element = packet.stack.pop()
+    if element is _OTHER:
+        return
     if element.is_empty:
         element.end = element.inside
     else:

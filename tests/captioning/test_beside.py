@@ -91,3 +91,6 @@ def test_texts_are_replaced_only_on_demand():
     assert Path("a.txt").read_text() == "theirs"
     TextFiles(overwrite=True).write("a.jpg", {"text": "mine", "tags": ["red", "round"], "x": None})
     assert Path("a.txt").read_text() == "mine\nred, round\n"
+    assert TextFiles().row("a.jpg") == {"text": "mine\nred, round"}
+    Path("a.txt").write_text("no line's end")
+    assert TextFiles().row("a.jpg") == {"text": "no line's end"}

@@ -122,6 +122,14 @@ def test_what_is_written_is_read_and_the_rest_stays(name, text):
     assert all(byte in rest for byte in kept)
 
 
+def test_packets_of_some_megabytes():
+    euros = "\u20ac" * 99
+    long = "".join(f"<q:mask n='{n}'>{euros}</q:mask>" for n in range(9000))
+    before = description(f"{long}{alt(item('old'))}{long}")
+    assert len(before) > 5_000_000
+    assert with_description(before, "new") == before.replace(b">old<", b">new<")
+
+
 def test_a_new_packet():
     data = with_description(None, "A star.")
     assert data.startswith(b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>\n')
@@ -151,6 +159,10 @@ HOSTILE = {
     "an unknown entity": (packet("&a;"), "is no XMP: undefined entity"),
     "depth": (b"<a>" * 100_000, "is nested more than 200 deep"),
     "size": (b"<a>" + b" " * xmp.MAX_BYTES, "which no XMP needs"),
+    "namespaces": (
+        b"<a %s><b/></a>" % b" ".join(b"xmlns:a%d='b'" % n for n in range(300)),
+        "has more than 200 namespaces",
+    ),
     "UTF-16": (packet("").decode().encode("utf-16"), "is UTF-16"),
     "an end": (packet("")[:-5], "is no XMP: unclosed token"),
     "another file": (b"\xff\xd8\xff\xe0", "is no XMP"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -245,6 +246,7 @@ def test_renaming_is_shown_done_gone_on_with_and_undone(photos, expected, capsys
         (["photos", "--dry-run"], "--dry-run shows what --rename would do"),
         (["photos", "--watch", "--rename"], "--watch goes with neither"),
         (["photos/*.png", "--watch"], "--watch looks into folders, and photos/*.png is none"),
+        (["photos", "--skip-existing", "--overwrite"], "choose one of them"),
         (["--undo", "nowhere"], "There is no undo file nowhere"),
         (["photos", "-p", "a=x", "-p", "a=y"], "Two prompts are named a"),
         (["photos", "--out", "txt", "--overwrite", "--resume"], "cannot tell what is done"),
@@ -301,6 +303,7 @@ def test_watching_in_one_process(photos, expected, monkeypatch, capsys):
 )
 def test_kills_of_a_watch_lose_nothing_and_double_nothing(count, kills, photos, drawings):
     sources, out = sorted(drawings.iterdir()), Path("captions.jsonl")
+    chance, deaths = random.Random(0), [count * n // (kills + 1) for n in range(1, kills + 1)]
     command = [sys.executable, "-m", "mlx_llava.caption", "photos", "--watch", "--xmp", "-m", "9"]
     shutil.rmtree(photos)
     photos.mkdir()
@@ -319,12 +322,9 @@ def test_kills_of_a_watch_lose_nothing_and_double_nothing(count, kills, photos, 
     process = start()
     try:
         for number in range(count):
-            if (
-                number
-                and number % (count // (kills + 1)) == 0
-                and number // (count // (kills + 1)) <= kills
-            ):
-                wait_for(number - 1)
+            if number in deaths:
+                wait_for(chance.randint(number // 2, number - 1))
+                time.sleep(chance.random() / 20)
                 process.kill()
                 process.communicate()
                 process = start()
