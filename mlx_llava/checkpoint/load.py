@@ -111,7 +111,8 @@ def load(
     if connect is not None:
         connect(model)
     if not lazy:
-        mx.eval(model.state)  # all of it: what is lazy cannot be used in another thread
+        # All of it: what is lazy cannot be used in another thread, and holds what was before.
+        mx.eval(model.state, mx.random.state)
     return model, processor
 
 

@@ -90,6 +90,7 @@ class Engine:
         batch_size: how many answers run at a time.
         capacity: how many answers may run and wait together.
         taken: how many of these places are taken.
+        is_loaded: whether the model takes memory.
         keep_alive: for how many seconds it stays loaded where nobody asks.
         last_used: when it was asked or has answered last, by `time.monotonic`.
     """
@@ -108,6 +109,7 @@ class Engine:
         self.batch_size = batch_size
         self.capacity = batch_size + max_waiting
         self.taken = 0
+        self.is_loaded = False
         self.keep_alive = math.inf
         self.last_used = 0.0
         self._checkpoint = checkpoint
@@ -121,10 +123,6 @@ class Engine:
     @property
     def running(self) -> int:
         return min(len(self._answers), self.batch_size)
-
-    @property
-    def is_loaded(self) -> bool:
-        return self._generator is not None
 
     def close(self) -> None:
         """Ends the thread and all that runs in it, and waits for it."""
@@ -230,12 +228,14 @@ class Engine:
             model, self.processor = self._checkpoint.load()
             self.weight_bytes = tree_reduce(_added, model.parameters(), 0)
             self._generator = self._new_generator(model)
+            self.is_loaded = True
             self.last_used = time.monotonic()
 
     def unload(self) -> None:
         """Forgets the model and earlier prompts, and gives their memory back to the system."""
         self._generator = None
         release_memory()
+        self.is_loaded = False
 
     def begin(self) -> None:
         """Begins all questions that wait, with the model loaded."""

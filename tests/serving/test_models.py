@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import count
+from pathlib import Path
 
 import httpx
 import ollama
@@ -17,11 +20,16 @@ import pytest
 from PIL import Image
 
 from mlx_llava import generate, load, server
+from mlx_llava.analysis import random_model
 from mlx_llava.checkpoint import load as loading
+from mlx_llava.inputs.image import png
 from mlx_llava.serving import model_thread
 from mlx_llava.serving.durations import as_seconds
-from tests.conftest import GOLDENS
+from tests.conftest import GOLDENS, ROOT
 from tests.servers import HTTP, MODEL, WIRES, endless, serving, user, waits_until
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from served import served
 
 PATHS = {MODEL: None, "llava": GOLDENS / "llava", "next": GOLDENS / "llava_next"}
 #: As they are given to the command.
@@ -209,6 +217,35 @@ def test_times(said, seconds):
 def test_what_is_no_time(said):
     with pytest.raises(ValueError, match="is no time; write it as 5m"):
         as_seconds(said)
+
+
+def test_memory_is_given_back(tmp_path, monkeypatch):
+    """Of a process that is a server's alone: within a tenth of what it took before."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system has no /proc to read a process's memory from")
+    clip, llama = random_model.SHAPES["tiny"]
+    wide = {**llama, "hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8}
+    monkeypatch.setitem(random_model.SHAPES, "wide", (clip, wide))
+    random_model.write_random_model("wide", tmp_path / "wide", "float16")
+
+    def resident(pid):
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1e3
+
+    picture = png(PICTURES[0])
+    with (
+        served("--model", str(server.embedded_model()), "--model", str(tmp_path / "wide")) as alone,
+        ollama.Client(host=alone.url, timeout=60) as client,
+    ):
+        unloaded = []
+        for _ in range(3):
+            client.generate("wide", "Hi", images=[picture], options={"num_predict": 2})
+            loaded = resident(alone.pid)
+            client.generate("wide", keep_alive=0)
+            assert waits_until(lambda: len(client.ps().models) == 1)
+            unloaded.append(resident(alone.pid))
+            assert loaded > unloaded[-1] + 80
+        before, *after = unloaded  # the first one also loads libraries, which stay
+        assert max(after) < before * 1.1
 
 
 class TestLoading:
