@@ -1,4 +1,4 @@
-"""Draw docs/page-*.png: the server's page, light, dark and on a phone, in a conversation.
+"""Draw docs/page-*.png: the server's page, light, dark and on a phone, in conversations.
 
 python scripts/photograph_page.py
 """
@@ -23,22 +23,30 @@ VIEWS: dict[str, dict[str, Any]] = {
     "dark": {"color_scheme": "dark", **LARGE},
     "phone": {"color_scheme": "light", **SMALL},
 }
-QUESTIONS = ("What is in this picture?", "What colour is the triangle?")
+CONVERSATIONS = (
+    ("pair.png", "What is to the left?"),
+    ("shapes.png", "What is in this picture?", "What colour is the triangle?"),
+)
 
 
 def photograph(chromium: Any, url: str, name: str) -> None:
-    """Asks two questions about the embedded model's example, and draws the page."""
+    """Asks about the embedded model's examples, and draws the page."""
     context = chromium.new_context(**VIEWS[name])
     page = context.new_page()
     page.goto(url)
-    page.get_by_label("Add pictures").set_input_files(str(embedded_model() / "examples/shapes.png"))
-    page.get_by_role("button", name="Remove picture 1").wait_for()
-    for i, question in enumerate(QUESTIONS):
-        page.get_by_label("Question").fill(question)
-        page.keyboard.press("Enter")
-        page.locator(".figures").nth(i).wait_for()
+    for picture, *questions in CONVERSATIONS:
+        page.get_by_role("button", name="New").click()
+        path = embedded_model() / "examples" / picture
+        page.get_by_label("Add pictures").set_input_files(str(path))
+        page.get_by_role("button", name="Remove picture 1").wait_for()
+        for i, question in enumerate(questions):
+            page.get_by_label("Question").fill(question)
+            page.keyboard.press("Enter")
+            page.locator(".figures").nth(i).wait_for()
     if name == "dark":
         page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("listitem").first.wait_for()
+    page.mouse.move(0, 0)
     page.screenshot(path=ROOT / "docs" / f"page-{name}.png", animations="disabled")
     context.close()
 

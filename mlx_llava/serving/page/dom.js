@@ -21,7 +21,7 @@ export function button(text, action, name) {
 
 // Tells screen readers something once.
 export function announce(text) {
-  $("announcer").textContent = text;
+  $("announcer").replaceChildren(make("span", { textContent: text })); // also what was said last
 }
 
 // What went wrong, and what can be done about it.

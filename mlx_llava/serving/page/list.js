@@ -122,13 +122,14 @@ async function forgetAll() {
 
 function showOptions(conversation) {
   named = conversation;
+  $("options").returnValue = "";
   $("title").value = conversation.title;
   $("options").showModal();
 }
 
 $("options").addEventListener("close", async () => {
   const title = $("title").value.trim();
-  if (!title || title === named.title) return;
+  if (!title || title === named.title || $("options").returnValue !== "done") return;
   await store.change(named.id, { title });
   await showList();
 });

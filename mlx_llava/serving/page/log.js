@@ -16,17 +16,32 @@ export function setActions(given) {
   actions = given;
 }
 
-const isAtEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < AT_END;
+// --- where people read -------------------------------------------------------------------
 
-export function scrollToEnd() {
-  $("log").scrollTop = $("log").scrollHeight;
+const $log = $("log");
+let isAtEnd = true; // and stays there, whatever grows; who reads further up is left there
+
+function scrollToEnd() {
+  isAtEnd = true;
+  $log.scrollTop = $log.scrollHeight;
 }
+
+const stay = () => isAtEnd && scrollToEnd();
+
+$log.addEventListener("scroll", () => {
+  isAtEnd = $log.scrollHeight - $log.scrollTop - $log.clientHeight < AT_END;
+});
+$log.addEventListener("load", stay, true);
+$log.addEventListener("loadedmetadata", stay, true);
+new ResizeObserver(stay).observe($log);
+
+// --- drawing -------------------------------------------------------------------------------
 
 // Draws a conversation anew.
 export function draw(turns) {
   drawn = new Map();
   holdOnly([...waiting(), ...turns.flatMap((turn) => turn.pictures)]);
-  $("log").replaceChildren(...(turns.length ? [] : [$welcome]));
+  $log.replaceChildren(...(turns.length ? [] : [$welcome]));
   turns.forEach(append);
   showTurns(turns);
   scrollToEnd();
@@ -46,7 +61,7 @@ function append(turn) {
   const tools = make("div", { className: "tools" });
   answer.append(make("p", { className: "who" }), text, tools);
   drawn.set(turn, { question, answer });
-  $("log").append(question, answer);
+  $log.append(question, answer);
   drawQuestion(turn);
 }
 
@@ -75,7 +90,12 @@ function showAnswer(turn, isLast) {
   question.querySelector(".tools").hidden = isRunning;
   answer.querySelector(".who").textContent = turn.model ?? "Model";
   showText(turn);
-  answer.querySelector(".tools").replaceChildren(...(isRunning ? [] : tools(turn, isLast)));
+  const shown = answer.querySelector(".tools");
+  const state = isRunning ? "" : JSON.stringify([isLast, !turn.answer, inWords(turn)]);
+  if (shown.dataset.state === state) return; // and leave the focus on its buttons
+  shown.dataset.state = state;
+  shown.replaceChildren(...(isRunning ? [] : tools(turn, isLast)));
+  stay();
 }
 
 function tools(turn, isLast) {
@@ -90,13 +110,12 @@ function tools(turn, isLast) {
   ];
 }
 
-// Shows what an answer is so far. Who reads further up is left there.
+// Shows what an answer is so far.
 export function showText(turn) {
   const element = drawn.get(turn)?.answer.querySelector(".text");
   if (!element) return;
-  const follows = actions.isRunning(turn) && isAtEnd($("log"));
   showMarkdown(element, turn.answer);
-  if (follows) scrollToEnd();
+  stay();
 }
 
 // Says an answer once, to those who do not see it.
@@ -133,6 +152,6 @@ function edit(turn) {
   field.focus();
 }
 
-$("log").addEventListener("click", ({ target }) => {
+$log.addEventListener("click", ({ target }) => {
   if (target.matches(".copy-code")) copy(target.nextSibling.innerText, target);
 });
