@@ -259,6 +259,8 @@ MUTATIONS = (
     ("weight of 16 bits not trained", "model/linux/layers", "return back, rows.astype(own.dtype)", "return back, mx.zeros_like(own)"),
     ("an old weight multiplied with", "model/linux/layers", "if found is None or not", "if found is None and not"),
     ("a weight's memory left to others", "model/linux/layers", "part[...] for name", "part for name"),
+    ("scales of two kinds taken for one", "model/linux/layers", "if scales.dtype != biases.dtype:", "if False:"),
+    ("an embedding's scales left in 16 bits", "checkpoint/precision", "isinstance(layer, nn.QuantizedLinear) and is_read_fast(layer)", "is_quantized(layer) and is_read_fast(layer)"),
     ("kernels need whole files", "model/linux/kernels", "except (OSError, EOFError, UnpicklingError):", "except ZeroDivisionError:"),
     ("kernels of all codes in one file", "model/linux/kernels", '    dot.__qualname__ = f"dot_{bits}_bits_{units}_words"\n', ""),
     ("codes of the last words left out", "model/linux/kernels", "for j in range(blocks * LANES, W):", "for j in range(0):"),

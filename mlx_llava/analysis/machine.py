@@ -24,6 +24,7 @@ from mlx_llava.model.blas import BLAS
 from mlx_llava.model.device import available_memory, on_cpu, total_memory
 from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.linux.functions import NUMPY
+from mlx_llava.model.linux.layers import is_read_fast
 from mlx_llava.model.quantized import float_dtype, is_quantized, plain_weight
 
 _GB = 1e9
@@ -99,8 +100,10 @@ def _with_random_weights(layer: nn.Module) -> nn.Module:
 
 def _in_turn(layers: list[nn.Module], rows: int) -> float:
     """The seconds that some layers take one after the other."""
-    x = mx.random.normal((1, rows, plain_weight(layers[0]).shape[1]))
-    x = x.astype(float_dtype(layers[0], mx.float32))
+    layer = layers[0]
+    x = mx.random.normal((1, rows, plain_weight(layer).shape[1]))
+    if not is_read_fast(layer):  # else inputs are float32
+        x = x.astype(float_dtype(layer, mx.float32))
     mx.eval(x)
     return _seconds(lambda: mx.eval([layer(x) for layer in layers]), 5)
 

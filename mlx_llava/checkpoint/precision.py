@@ -69,7 +69,7 @@ def suit_device(model: Llava) -> None:
             f"{_kind(kept)} are read as they are: {stored / 1e9:.2f} GB, in float32 "
             f"{floats / 1e9:.2f} GB."
         )
-    _compute_in_float32(model, {id(layer.weight) for layer in kept})
+    _compute_in_float32(model, {id(layer.weight) for layer in kept} | _scales(model))
     paths = {path for path, layer in model.named_modules() if id(layer) in changed}
     dequantize(model, mx.float32, paths)
     if not any(map(is_quantized, model.modules())):
@@ -77,13 +77,27 @@ def suit_device(model: Llava) -> None:
 
 
 def _compute_in_float32(model: Llava, kept: set[int]) -> None:
-    """Makes all weights float32 but those whose ids are kept; scales too, so that none rounds."""
+    """Makes all weights float32 but those whose ids are kept."""
 
     def widen(array: mx.array) -> mx.array:
         is_float = mx.issubdtype(array.dtype, mx.floating)
         return array.astype(mx.float32) if is_float and id(array) not in kept else array
 
     model.update(tree_map(widen, model.parameters()))
+
+
+def _scales(model: Llava) -> set[int]:
+    """The ids of scales that are read as they are stored.
+
+    An embedding and the projector give what their scales are: in 16 bits, it would be rounded.
+    """
+    return {
+        id(layer[name])
+        for part in (model.vision_tower, model.language_model)
+        for layer in part.modules()
+        if isinstance(layer, nn.QuantizedLinear) and is_read_fast(layer)
+        for name in ("scales", "biases")
+    }
 
 
 def _narrow_layers(model: Llava) -> list[nn.Module]:

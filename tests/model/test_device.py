@@ -134,6 +134,9 @@ def test_few_bits_stay_where_they_are_read_faster(tmp_path, caplog, kind):
     narrow = {"bfloat16": mx.bfloat16, "3 bits": mx.float32, "4 bits": mx.uint32}[kind]
     block, projector = model.language_model.layers[0], model.multi_modal_projector
     assert block.mlp.up_proj.weight.dtype == narrow
+    if kind == "4 bits":
+        assert block.mlp.up_proj.scales.dtype == mx.bfloat16
+        assert model.language_model.model.embed_tokens.scales.dtype == mx.float32
     assert model.language_model.dtype == model.vision_tower.dtype == mx.float32
     assert projector.linear_1.weight.dtype == mx.float32
     assert (model.config.quantization is None) == (kind != "4 bits")

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from mlx_llava.model.linux import vectors
 from mlx_llava.model.linux.vectors import LANES
@@ -53,6 +54,33 @@ def _compiled(function: Function) -> Function:
 
 
 @_jit
+def _float16(half: np.uint16) -> np.float32:
+    """A finite float16, given as uint16, as float32.
+
+    Its bits at their places in a float32 are a number 2 ** 112 times smaller.
+    """
+    bits = _word(half)
+    word = (bits & _word(0x8000)) << _word(16) | (bits & _word(0x7FFF)) << _word(13)
+    return _word(word).view(np.float32) * _float(2.0**112)
+
+
+@_jit
+def _bfloat16(half: np.uint16) -> np.float32:
+    return _word(_word(half) << _word(16)).view(np.float32)
+
+
+def _number(value: Any, is_bfloat16: bool) -> Any:
+    """A float32, or the number of 16 bits that a uint16 is, as float32."""
+
+
+@overload(_number, strict=False)  # type: ignore[untyped-decorator]
+def _overloaded_number(value: types.Number, is_bfloat16: bool) -> Function:  # noqa: ARG001
+    if isinstance(value, types.Float):
+        return lambda value, is_bfloat16: value  # noqa: ARG005
+    return lambda value, is_bfloat16: _bfloat16(value) if is_bfloat16 else _float16(value)
+
+
+@_jit
 def _in_blocks(x: Floats, blocks: int) -> Floats:
     """Inputs (R, C, U) in the order in which blocks of words take them, (R, blocks C LANES).
 
@@ -87,18 +115,25 @@ def _sums(x: Floats, units: int) -> Floats:
 def dot_words(bits: int, units: int) -> Function:
     """Products for codes of which a word holds a whole number, with so many words in a group.
 
-    Of codes (N, W), scales and biases (N, G), and inputs (R, C, U); to outputs (R, N).
+    Of codes (N, W), scales and biases (N, G), float32 or 16 bits as uint16, and inputs
+    (R, C, U); to outputs (R, N).
     """
     count, mask = 32 // bits, _word((1 << bits) - 1)
 
-    def dot(codes: Words, scales: Floats, biases: Floats, x: Floats, outputs: Floats) -> None:
-        W, blocks = codes.shape[1], codes.shape[1] // LANES
+    def dot(
+        codes: Words, scales: Any, biases: Any, is_bfloat16: bool, x: Floats, outputs: Floats
+    ) -> None:
+        G, W, blocks = scales.shape[1], codes.shape[1], codes.shape[1] // LANES
         ordered, sums, flat = _in_blocks(x, blocks), _sums(x, units), codes.reshape(-1)
+        factors, shifts = np.empty(G, np.float32), np.empty(G, np.float32)
         for n in range(len(codes)):
+            for g in range(G):
+                factors[g] = _number(scales[n, g], is_bfloat16)
+                shifts[g] = _number(biases[n, g], is_bfloat16)
             for r in range(len(x)):
                 total, lanes = _float(0), vectors.zeros()
-                for g in range(scales.shape[1]):
-                    total += biases[n, g] * sums[r, g]
+                for g in range(G):
+                    total += shifts[g] * sums[r, g]
                 for i in range(blocks):
                     first = n * W + i * LANES
                     if r == 0:
@@ -107,12 +142,12 @@ def dot_words(bits: int, units: int) -> Function:
                     for k in range(count):
                         own = vectors.load(ordered[r], (i * count + k) * LANES)
                         part = vectors.multiply_add(vectors.codes(words, k, bits), own, part)
-                    scale = vectors.load_repeated(scales[n], i * LANES // units, units)
+                    scale = vectors.load_repeated(factors, i * LANES // units, units)
                     lanes = vectors.multiply_add(scale, part, lanes)
                 for j in range(blocks * LANES, W):
                     for k in range(count):
                         code = _float(_int((codes[n, j] >> _word(bits * k)) & mask))
-                        total += scales[n, j // units] * code * x[r, k, j]
+                        total += factors[j // units] * code * x[r, k, j]
                 outputs[r, n] = total + vectors.total(lanes)
 
     # A name is a file: of one for all, two processes could leave each other's code in it.
@@ -155,19 +190,8 @@ def dot_bfloat16(weight: Halves, x: Floats, output: Floats) -> None:
     for n in range(len(weight)):
         total = _float(0)
         for i in range(weight.shape[1]):
-            total += _word(_word(weight[n, i]) << _word(16)).view(np.float32) * x[i]
+            total += _bfloat16(weight[n, i]) * x[i]
         output[n] = total
-
-
-@_jit
-def _widened(half: np.uint16) -> np.float32:
-    """A finite float16, given as uint16, as float32.
-
-    Its bits at their places in a float32 are a number 2 ** 112 times smaller.
-    """
-    bits = _word(half)
-    word = (bits & _word(0x8000)) << _word(16) | (bits & _word(0x7FFF)) << _word(13)
-    return _word(word).view(np.float32) * _float(2.0**112)
 
 
 @_compiled
@@ -176,7 +200,7 @@ def dot_float16(weight: Halves, x: Floats, output: Floats) -> None:
     for n in range(len(weight)):
         total = _float(0)
         for i in range(weight.shape[1]):
-            total += _widened(weight[n, i]) * x[i]
+            total += _float16(weight[n, i]) * x[i]
         output[n] = total
 
 
@@ -185,4 +209,4 @@ def widen_float16(weight: Halves, block: Floats) -> None:
     """float16 as uint16 (N, I) -> float32 (N, I)."""
     for n in range(len(weight)):
         for i in range(weight.shape[1]):
-            block[n, i] = _widened(weight[n, i])
+            block[n, i] = _float16(weight[n, i])

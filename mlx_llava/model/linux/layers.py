@@ -64,20 +64,25 @@ def _memory(array: mx.array) -> npt.NDArray[Any]:
 
 def _find(layer: nn.Module, weight: mx.array, **parts: mx.array) -> Weight:
     if is_quantized(layer):
-        scales, biases = (parts[name].astype(mx.float32) for name in ("scales", "biases"))
-        mx.eval(weight, scales, biases)
-        order = parts.get("input_permutation")
+        scales, biases, order = parts["scales"], parts["biases"], parts.get("input_permutation")
+        if scales.dtype != biases.dtype:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         return Affine(
             cast("npt.NDArray[Any]", view(weight)),
-            view(scales),
-            view(biases),
+            _words(scales),
+            _words(biases),
             layer.bits,
+            scales.dtype == mx.bfloat16,
             None if order is None else cast("npt.NDArray[Any]", view(order)),
         )
     if weight.dtype in HALVES:
-        words = cast("npt.NDArray[Any]", view(weight.view(mx.uint16)))
-        return Half(words, weight.dtype == mx.bfloat16)
+        return Half(_words(weight), weight.dtype == mx.bfloat16)
     return Plain(view(weight))
+
+
+def _words(array: mx.array) -> npt.NDArray[Any]:
+    """float32 as it is, 16 bits as uint16."""
+    return view(array.view(mx.uint16) if array.dtype in HALVES else array)
 
 
 def is_coded(layer: nn.Module) -> bool:

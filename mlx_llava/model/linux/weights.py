@@ -9,10 +9,10 @@ R rows, I inputs, N outputs, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from mlx_llava.model.linux.threads import parallel
 
 Array: TypeAlias = npt.NDArray[np.float32]
+Halves: TypeAlias = npt.NDArray[np.uint16]
 
 #: Up to so many rows, products of a matrix and a vector are faster than one of matrices.
 FEW = 4
@@ -101,11 +102,25 @@ class Plain:
             _dot_blocks(self, x, outputs, start, stop)
 
 
+def _widened(numbers: Array | Halves, is_bfloat16: bool) -> Array:
+    """float32 as it is, or made of 16 bits."""
+    if numbers.dtype == np.float32:
+        return cast("Array", numbers)
+    if not is_bfloat16 and kernels() is None:
+        return numbers.view(np.float16).astype(np.float32)
+    floats = np.empty(numbers.shape, np.float32)
+    if is_bfloat16:
+        np.left_shift(numbers, 16, out=floats.view(np.uint32), dtype=np.uint32)
+    else:
+        kernels().widen_float16(numbers, floats)
+    return floats
+
+
 @dataclass(frozen=True)
 class Half:
     """float16 or bfloat16 as 16-bit words, (N, I)."""
 
-    words: npt.NDArray[np.uint16]
+    words: Halves
     is_bfloat16: bool
 
     @property
@@ -121,16 +136,7 @@ class Half:
 
     def block(self, start: int, stop: int) -> Array:
         """Every 16-bit number is one of float32's."""
-        words = self.words[start:stop]
-        if self.is_bfloat16:
-            block = np.empty(words.shape, np.float32)
-            np.left_shift(words, 16, out=block.view(np.uint32), dtype=np.uint32)
-            return block
-        if kernels() is None:
-            return words.view(np.float16).astype(np.float32)
-        block = np.empty(words.shape, np.float32)
-        kernels().widen_float16(words, block)
-        return block
+        return _widened(self.words[start:stop], self.is_bfloat16)
 
     def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
         """By a kernel, if there are any."""
@@ -151,16 +157,18 @@ class Affine:
 
     Attributes:
         codes: uint32, (N, I bits / 32).
-        scales: (N, G).
-        biases: (N, G).
+        scales: (N, G), float32 or 16 bits.
+        biases: as the scales.
         bits: of a code.
+        is_bfloat16: what 16 bits are, if not float16.
         permutation: which input comes at each position, if they are not in order.
     """
 
     codes: npt.NDArray[np.uint32]
-    scales: Array
-    biases: Array
+    scales: Array | Halves
+    biases: Array | Halves
     bits: int
+    is_bfloat16: bool = False
     permutation: npt.NDArray[np.int32] | None = None
 
     @property
@@ -184,18 +192,22 @@ class Affine:
     def rows(self, indices: npt.NDArray[Any]) -> Array:
         """Rows of the matrix, (...) -> (..., I), their columns in the layer's order."""
         flat = indices.reshape(-1)
-        codes, scales, biases = self.codes[flat], self.scales[flat], self.biases[flat]
-        few = Affine(codes, scales, biases, self.bits, self.permutation)
+        parts = {name: getattr(self, name)[flat] for name in ("codes", "scales", "biases")}
+        few = replace(self, **parts)
         return self.restore(few.block(0, len(flat))).reshape(*indices.shape, -1)
 
     def block(self, start: int, stop: int) -> Array:
         """By a kernel, or by NumPy."""
-        part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
+        scales, biases = (
+            _widened(numbers[start:stop], self.is_bfloat16)
+            for numbers in (self.scales, self.biases)
+        )
+        codes, C = self.codes[start:stop], UNITS[self.bits][0]
         block = np.empty((stop - start, self.shape[1]), np.float32)
         if kernels() is None:
-            self._unpack(*part, block.reshape(stop - start, UNITS[self.bits][0], -1))
+            self._unpack(codes, scales, biases, block.reshape(stop - start, C, -1))
         else:
-            kernels().unpack(*part, self.bits, UNITS[self.bits][0], block)
+            kernels().unpack(codes, scales, biases, self.bits, C, block)
         return block
 
     def _unpack(self, codes: Any, scales: Array, biases: Array, block: Array) -> None:
@@ -220,7 +232,7 @@ class Affine:
         part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
         dot = kernels().dot_words(self.bits, self.codes.shape[1] // self.scales.shape[1])
         products = np.empty((len(x), stop - start), np.float32)
-        dot(*part, x.reshape(len(x), UNITS[self.bits][0], -1), products)
+        dot(*part, self.is_bfloat16, x.reshape(len(x), UNITS[self.bits][0], -1), products)
         outputs[:, start:stop] = products
 
 

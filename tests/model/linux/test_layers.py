@@ -41,11 +41,20 @@ def column_by_column(layer):
     return layer
 
 
+def with_scales_of_16_bits(layer, dtype=mx.bfloat16):
+    layer.scales, layer.biases = layer.scales.astype(mx.bfloat16), layer.biases.astype(dtype)
+    return layer
+
+
 LAYERS = {
     "4 bits": lambda: nn.Linear(64, 24).to_quantized(32, 4),
     "6 bits": lambda: nn.Linear(64, 24, bias=False).to_quantized(64, 6),
     "permuted": lambda: permuted(nn.Linear(64, 24).to_quantized(32, 4)),
     "scales column by column": lambda: column_by_column(nn.Linear(64, 24).to_quantized(32, 4)),
+    "scales of 16 bits": lambda: with_scales_of_16_bits(nn.Linear(64, 24).to_quantized(32, 4)),
+    "scales of two kinds": lambda: with_scales_of_16_bits(
+        nn.Linear(64, 24).to_quantized(32, 4), mx.float16
+    ),
     "bfloat16": lambda: halved(nn.Linear(64, 24)),
 }
 

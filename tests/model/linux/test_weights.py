@@ -50,10 +50,12 @@ def check(weight, plain):
 
 def affine(bits, group, dtype=mx.float32, permutation=None):
     """Codes of a random matrix, and the numbers that they stand for."""
-    arrays = mx.quantize(mx.array(normal(OUTPUTS, INPUTS)), group_size=group, bits=bits)
-    codes, scales, biases = arrays[0], *(a.astype(dtype).astype(mx.float32) for a in arrays[1:])
-    plain = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
-    weight = Affine(view(codes), view(scales), view(biases), bits, permutation)
+    codes, *floats = mx.quantize(mx.array(normal(OUTPUTS, INPUTS)), group_size=group, bits=bits)
+    stored = [array.astype(dtype) for array in floats]
+    wide = [array.astype(mx.float32) for array in stored]
+    plain = mx.dequantize(codes, *wide, group_size=group, bits=bits)
+    words = [view(array.view(mx.uint16) if array.itemsize == 2 else array) for array in stored]
+    weight = Affine(view(codes), *words, bits, dtype == mx.bfloat16, permutation)
     return weight, view(plain)
 
 
@@ -71,9 +73,10 @@ def test_permuted_codes(bits, kernels):
     check(weight, plain[:, np.argsort(permutation)])
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_rows_of_codes(bits, kernels):
-    weight, plain = affine(bits, 64)
+def test_rows_of_codes(bits, dtype, kernels):
+    weight, plain = affine(bits, 64, dtype)
     ids = np.array([[3, 0, 36], [7, 7, 1]])
     assert np.allclose(weight.rows(ids), plain[ids], atol=1e-6)
 
