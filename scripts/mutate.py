@@ -230,6 +230,7 @@ MUTATIONS = (
     ("control pieces numbered anew", "inputs/vocabulary", "for i, piece in enumerate(pieces)}", "for i, piece in enumerate(pieces) if piece.kind == 1}"),
     ("digits of SmolLM kept together", "inputs/vocabulary", '(r"\\p{N}", GPT_2)', "(GPT_2,)"),
     ("no begin of text in tokenizer.json", "inputs/tokenizer", 'if self.bos_ids and not spec.get("post_processor"):', "if False:"),
+    ("memory of laid out features not counted", "generation/memory", "2 * seen + LAID_OUT * rows * config.text_config.hidden_size", "0"),
     ("no <image> in tokenizer.json", "checkpoint/save", "tokenizer.to_spec()", "tokenizer.spec"),
     ("<image> where tokenizers puts it", "inputs/tokenizer", '{**vocabulary, IMAGE_TOKEN: image}', "vocabulary"),
     ("no row for the placeholder of codes that became plain", "checkpoint/convert", "if config.image_token_index >= text.vocab_size:", "if False:"),

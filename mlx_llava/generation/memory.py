@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from mlx_llava.inputs.processor import Inputs
 from mlx_llava.model.cache import group_size
-from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.config import AVERAGE, LlavaConfig
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import TILES_AT_ONCE, Llava
 
 _GB = 1e9
+#: How many arrays of all features live at once, at most, while they are projected and laid out.
+LAID_OUT = 5
 
 
 def kv_bytes(config: LlavaConfig, positions: int, itemsize: int, kv_bits: int | None = None) -> int:
@@ -34,14 +36,26 @@ def request_bytes(
     max_kv_size: int | None = None,
 ) -> dict[str, int]:
     """What an answer takes beside the weights, by what it is for."""
-    vision, prompt_tokens = config.vision_config, inputs.input_ids.shape[1]
+    prompt_tokens = inputs.input_ids.shape[1]
     positions = min(prompt_tokens + max_tokens, max_kv_size or prompt_tokens + max_tokens)
-    chunk, tiles = min(prompt_tokens, prefill_step), min(sum(inputs.image_tiles), TILES_AT_ONCE)
+    chunk = min(prompt_tokens, prefill_step)
     return {
         "keys and values": kv_bytes(config, positions, itemsize, kv_bits),
-        "pictures": tiles * vision.num_positions * (vision.intermediate_size * 2) * itemsize,
+        "pictures": _picture_numbers(config, inputs) * itemsize,
         "prefill": chunk * (config.text_config.intermediate_size * 3) * itemsize,
     }
+
+
+def _picture_numbers(config: LlavaConfig, inputs: Inputs) -> int:
+    """The numbers within the tower, or those of all tiles while they are projected and laid out."""
+    vision, tiles = config.vision_config, sum(inputs.image_tiles)
+    at_once = min(tiles, TILES_AT_ONCE)
+    within = at_once * vision.num_positions * vision.intermediate_size * 2
+    seen = tiles * config.tokens_per_tile * vision.hidden_size * len(config.feature_layers)
+    rows = tiles * config.tokens_per_tile
+    if config.pooling == AVERAGE:
+        rows = sum(inputs.whole_image_tokens)  # which are averaged before
+    return max(seen + within, 2 * seen + LAID_OUT * rows * config.text_config.hidden_size)
 
 
 class ContextError(ValueError):

@@ -6,6 +6,7 @@ N tiles, P patches of each, D width. LLaVA-NeXT: llava_arch.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import cast
 
@@ -177,4 +178,10 @@ def _interpolate(grid: mx.array, length: int, axis: int) -> mx.array:
     share = mx.array((places - below).reshape(-1, *[1] * (-1 - axis)))
     pair = (mx.array(at) for at in (below, np.minimum(below + 1, full - 1)))
     low, high = (mx.take(grid, at, axis) for at in pair)
-    return (low * (1 - share) + high * share).astype(grid.dtype)
+    return _between(low, high, share)
+
+
+@partial(mx.compile, shapeless=True)
+def _between(low: mx.array, high: mx.array, share: mx.array) -> mx.array:
+    """In one kernel, as the sum is float32 whatever the grid is."""
+    return (low * (1 - share) + high * share).astype(low.dtype)
