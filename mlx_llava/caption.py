@@ -89,10 +89,10 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--xmp", action="store_true", help="also as dc:description into each picture's sidecar")
     add("--resume", action="store_true", help="go on where an earlier run has ended")
-    add("--skip-existing", action="store_true", help="leave what has a caption as it is")
+    add("--skip-existing", action="store_true", help="pass over what has a caption, whose ever")
     add("--overwrite", action="store_true", help="replace captions that are there, of anybody")
     add("--watch", action="store_true", help="go on with new pictures of folders, until Control-C")
-    add("--rename", action="store_true", help="name pictures, and what belongs to them, so")
+    add("--rename", action="store_true", help="name files by their pictures' captions")
     add("--dry-run", action="store_true", help="only show what --rename would do")
     add("--undo", metavar="FILE", help="give files their names again, by a .renamed.jsonl file")
 
@@ -108,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = answer_options(args)
     options = replace(options, json_schema=with_columns_alone(options.json_schema))
     questions = read_questions(args.prompt or [], options.json_schema, args.prefix, args.suffix)
-    others: set[Path] = set()
-    images = [] if args.watch else _find(args, others)
     existing = Existing(args.resume or args.watch, args.skip_existing, args.overwrite)
     run = Run(args.out, questions.columns, _asked(args, questions, options), existing, args.xmp)
+    run.renames.finish()
+    others: set[Path] = set()
+    images = [] if args.watch else _find(args, others)
     rest = run.todo(images)
-    run.mend()
     captioner = Captioner(args, questions, options)
     try:
         if args.watch:

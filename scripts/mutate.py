@@ -414,6 +414,7 @@ MUTATIONS = (
     ("another prompt goes on in the old file", "captioning/settings", "        if differing:\n", "        if False:\n"),
     ("entities of XMP", "captioning/xmp", "parser.StartDoctypeDeclHandler = _refuse_doctype", "pass"),
     ("XMP nested without end", "captioning/xmp", "if len(packet.stack) >= _MAX_DEPTH:", "if False:"),
+    ("XMP of any number of namespaces", "captioning/xmp", "if len(spaces) > _MAX_SPACES:", "if False:"),
     ("XMP of any size", "captioning/xmp", "if len(data) > MAX_BYTES:", "if False:"),
     ("a description after which there is another", "captioning/xmp", "if self.inline or self.own:", "if False:"),
     ("half-written pictures", "captioning/watch", "if still == 0 or now < file.next_look:", "if now < file.next_look:"),

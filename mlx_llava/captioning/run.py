@@ -164,13 +164,6 @@ class Run:
             return self._captions.has(image)
         return image in self._rows
 
-    def mend(self) -> None:
-        """Takes away what a kill has left half written, and renames what it has left over."""
-        if not self._existing.starts_over:
-            self._captions.mend()
-        self.errors.mend()
-        self.renames.finish()
-
     def keep(self, image: str, values: Mapping[str, Any]) -> None:
         """Keeps a caption for good, or why it cannot be kept."""
         self._begin()
@@ -202,13 +195,16 @@ class Run:
             self._sidecars.write(image, whole_text(self.caption(image)))
 
     def _begin(self) -> None:
-        """Before the first line: replaces what is replaced, and says how is asked."""
+        """Before the first line: takes away what is replaced, and what is half written."""
         if self._has_begun:
             return
         self._has_begun = True
         if self._existing.starts_over:
             for path in self._tables():
                 path.unlink(missing_ok=True)
+        self.errors.path.parent.mkdir(parents=True, exist_ok=True)
+        self._captions.mend()
+        self.errors.mend()
         self._settings.keep()
 
     def caption(self, image: str) -> dict[str, Any]:
@@ -262,7 +258,6 @@ def _open_captions(out: str, columns: Sequence[str], existing: Existing) -> Capt
     path = Path(out)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return Lines(path, columns) if path.suffix == ".jsonl" else Table(path, columns)
 
 

@@ -36,10 +36,9 @@ class Settings:
         if before is None:
             return False
         differing = [
-            f"--{key.replace('_', '-')} was {_short(before.get(key))}, "
-            f"now {_short(self.given.get(key))}"
-            for key in {**before, **self.given}
-            if before.get(key) != self.given.get(key)
+            f"--{key.replace('_', '-')} was {_short(value)}, now {_short(self.given[key])}"
+            for key, value in before.items()
+            if key in self.given and value != self.given[key]  # other versions have other flags
         ]
         if differing:
             raise ValueError(

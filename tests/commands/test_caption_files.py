@@ -133,6 +133,31 @@ def test_another_way_of_asking_is_not_gone_on_with(photos, expected, capsys):
     assert [Path(line["image"]).name for line in lines()] == [*expected, "new.png", "newer.png"]
 
 
+def test_flags_of_other_versions_are_passed_over(capsys):
+    assert main(["photos", "-m", "1"]) == 0
+    path = Path("captions.settings.json")
+    settings = json.loads(path.read_text())
+    del settings["asked"]["min_p"]
+    settings["asked"]["gone"] = 1
+    path.write_text(json.dumps(settings))
+    assert main(["photos", "-m", "1", "--resume"]) == 0
+    assert "0 written, 4 done before" in capsys.readouterr().err
+
+
+def test_half_a_line_of_each_file_is_mended_before_there_is_another(photos, expected, capsys):
+    first, *_ = sorted(expected)
+    (photos / "broken.png").write_bytes(b"broken")
+    assert main(["photos", "--out", "new/a.jsonl"]) == 2
+    (photos / "other.png").write_bytes(b"broken")
+    for name in ("new/a.jsonl", "new/a.errors.jsonl"):
+        Path(name).write_bytes(Path(name).read_bytes()[:-9])
+    (photos / first).with_suffix(".xmp").write_bytes(b"<!DOCTYPE x><x/>")
+    assert main(["photos", "--out", "new/a.jsonl", "--resume", "--xmp"]) == 2
+    assert [Path(line["image"]).name for line in lines("new/a.jsonl")] == [*expected]
+    failed = [Path(line["image"]).name for line in lines("new/a.errors.jsonl")]
+    assert sorted(failed) == [first, "broken.png", "other.png"]
+
+
 def test_somebody_elses_settings_are_not_replaced(capsys):
     Path("captions.settings.json").write_text('{"mine": 1}')
     assert main(["photos"]) == 2
@@ -237,6 +262,22 @@ def test_renaming_is_shown_done_gone_on_with_and_undone(photos, expected, capsys
     assert "6 files have their old names again" in capsys.readouterr().err
     assert hashes(photos) == before
     assert not Path("captions.renamed.jsonl").exists()
+
+
+def test_a_renaming_that_was_cut_off_is_finished_before_anything(photos, expected, capsys):
+    first, second, *others = sorted(expected)
+    (photos / second).rename(photos / Path(first).with_suffix(".jpg"))
+    for name in others:
+        (photos / name).unlink()
+    assert main(["photos", "--rename"]) == 0
+    after = hashes(photos)
+    (move,) = lines("captions.renamed.jsonl")
+    assert move["files"] == [".jpg", ".png"]
+    (photos / f"{move['to']}.png").rename(photos / first)  # as if this one were still to come
+    capsys.readouterr()
+    assert main(["photos", "--resume"]) == 0
+    assert "0 written, 2 done before, 0 failed" in capsys.readouterr().err
+    assert hashes(photos) == after
 
 
 @pytest.mark.parametrize(
