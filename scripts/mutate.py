@@ -467,6 +467,7 @@ MUTATIONS = (
     ("a row that leaves forgets its positions", "model/batch_cache", "set_positions(cache, self._positions[row])", "pass"),
     ("pictures in fewer tokens are the same to what is kept", "generation/prompt_cache", "shown = () if count == total else (count,)", "shown = ()"),
     ("context of tokens, not of positions", "generation/memory", "context_length - inputs.positions", "context_length - prompt_tokens"),
+    ("gradient of a step silently zero", "model/linux/decoder", "return cast(\"mx.array\", step(x))", "return self._step(x, mask, start, cache)"),
     ("one position for all of a few tokens", "model/linux/decoder", "first if first.ndim == 2 else ", ""),
     ("NaN let through", "checkpoint/verify", "if bad := int((~mx.isfinite(values)).sum()):", "if bad := 0:"),
     ("ids that the embedding has not let through", "checkpoint/verify", "if max(text) >= rows:", "if False:"),

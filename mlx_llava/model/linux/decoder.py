@@ -8,6 +8,8 @@ B rows, L new tokens, D width, W head width.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -48,6 +50,27 @@ class DecoderLayer(llama.DecoderLayer):
             mx.eval(x)
         except ValueError:  # mx.compile traces: there are no values yet
             return super().__call__(x, mask, start, cache)
+
+        @mx.custom_function
+        def step(x: mx.array) -> mx.array:
+            return self._step(x, mask, start, cache)
+
+        @step.vjp
+        def _vjp(*_: Any) -> Any:
+            raise ValueError(
+                f"{x.size // x.shape[-1]} tokens after a cache have no gradient on Linux's CPU; "
+                "take it of one pass without a cache, or set MLX_LLAVA_BLAS=off."
+            )
+
+        return cast("mx.array", step(x))
+
+    def _step(
+        self,
+        x: mx.array,
+        mask: Mask | list[Mask],
+        start: mx.array | int,
+        cache: LayerCache | BatchLayer,
+    ) -> mx.array:
         attention, mlp, hidden = self.self_attn, self.mlp, view(x)  # (B, L, D)
         normed = _norm(self.input_layernorm, hidden)
         queries, keys, values = (

@@ -22,7 +22,7 @@ from mlx_llava.model.linux.threads import parallel
 Array: TypeAlias = npt.NDArray[np.float32]
 Halves: TypeAlias = npt.NDArray[np.uint16]
 
-#: Up to so many rows, products of a matrix and a vector are faster than one of matrices.
+#: Up to so many rows, BLAS's products of a matrix and a vector are faster than one of matrices.
 FEW = 4
 #: Up to so many, BLAS is faster with the weight on the left.
 SOME = 16
@@ -49,6 +49,10 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """N, I."""
+
+    @property
+    def few(self) -> int:
+        """Up to how many rows `dot` is the fastest."""
 
     def order(self, x: Array) -> Array:
         """Inputs (R, I) in the order of the columns."""
@@ -78,6 +82,8 @@ class Plain:
     """float32, (N, I)."""
 
     values: Array
+
+    few = FEW
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,6 +128,8 @@ class Half:
 
     words: Halves
     is_bfloat16: bool
+
+    few = FEW
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -176,6 +184,14 @@ class Affine:
         """N, I."""
         return len(self.codes), self.codes.shape[1] * 32 // self.bits
 
+    @property
+    def few(self) -> int:
+        """The kernel reads a row's codes once, which stay in a cache for all rows of inputs."""
+        return SOME if self._has_kernel() else FEW
+
+    def _has_kernel(self) -> bool:
+        return kernels() is not None and self.bits in kernels().WHOLE
+
     def order(self, x: Array) -> Array:
         """All first codes' inputs, then all second ones'."""
         if self.permutation is not None:
@@ -226,7 +242,7 @@ class Affine:
 
     def dot(self, x: Array, outputs: Array, start: int, stop: int) -> None:
         """By a kernel, if there is one for so many bits."""
-        if kernels() is None or self.bits not in kernels().WHOLE:
+        if not self._has_kernel():
             _dot_blocks(self, x, outputs, start, stop)
             return
         part = (self.codes[start:stop], self.scales[start:stop], self.biases[start:stop])
@@ -251,14 +267,15 @@ class _Product:
 
     def __init__(self, x: Array, weight: Weight) -> None:
         N, self._weight, self._rows = weight.shape[0], weight, weight.order(x)
-        self._is_left = FEW < len(x) <= SOME
+        self._is_few = len(x) <= weight.few
+        self._is_left = not self._is_few and len(x) <= SOME
         self._columns = np.ascontiguousarray(self._rows.T) if self._is_left else self._rows.T
         self._outputs = np.empty((N, len(x)) if self._is_left else (len(x), N), np.float32)
 
     def share(self, start: int, stop: int) -> None:
         """The outputs from start to stop, of `SHARES`."""
         start, stop = (self._weight.shape[0] * end // SHARES for end in (start, stop))
-        if len(self._rows) <= FEW:
+        if self._is_few:
             self._weight.dot(self._rows, self._outputs, start, stop)
             return
         for own, block in _blocks(self._weight, start, stop):

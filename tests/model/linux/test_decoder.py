@@ -129,3 +129,17 @@ def test_a_step_that_is_compiled():
     assert mx.allclose(
         mx.compile(step)(mx.array([[3]]), states), step(mx.array([[3]]), states), atol=1e-5
     )
+
+
+def test_a_step_after_a_cache_has_no_gradient():
+    """Rather than one of zeros."""
+    model = random_decoder()
+    adopt(model)
+    cache = make_cache(CONFIG)
+    model(mx.array([[1, 2]]), cache=cache)
+
+    def loss(embeddings):
+        return model(input_embeddings=embeddings, cache=cache).sum()
+
+    with pytest.raises(ValueError, match="3 tokens after a cache have no gradient"):
+        mx.eval(mx.grad(loss)(mx.random.normal((1, 3, 128))))
