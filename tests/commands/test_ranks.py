@@ -136,7 +136,7 @@ def test_a_server_answers_as_with_one_process():
     """Eight clients at a time, some of whom go away or ask for what there is not."""
     questions = load_server.make_questions(24, seed=1)
     with served(*load_server.OPTIONS, ranks=2) as server:
-        found = load_server.run(server.url, server.pid, questions, clients=8, warm_up=0)
+        found = load_server.run(server.url, server.pid, (), questions, clients=8)
     assert (found["wrong"], found["other_fates"], found["places_taken"]) == ([], 0, 0)
 
 
