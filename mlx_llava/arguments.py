@@ -171,18 +171,20 @@ def load_shared(
     return load_together(functools.partial(load, **options), where, told)
 
 
-def look_at_model(args: argparse.Namespace) -> tuple[Processor, int]:
-    """What `load_model` would load, but for the weights: of these, how many bytes are stored."""
-    from mlx_llava.checkpoint.load import make_processor
+def look_at_model(args: argparse.Namespace) -> tuple[Processor, int, int]:
+    """What `load_model` would load, but for the weights: their bytes as stored, their number."""
+    from mlx_llava.checkpoint.load import count_parameters, make_processor
     from mlx_llava.checkpoint.open import open_checkpoint
     from mlx_llava.json_files import sensible_values
     from mlx_llava.model.device import total_memory
 
     with sensible_values(args.model or "the embedded model"):
-        checkpoint = open_checkpoint(Source(args.model, **source_options(args)), total_memory())
+        source = Source(args.model, **source_options(args))
+        checkpoint = open_checkpoint(source, total_memory())
         processor = make_processor(checkpoint, args.image_mode, args.template)
     tensors = checkpoint.contents.tensors.values()
-    return processor, sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in tensors)
+    stored = sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in tensors)
+    return processor, stored, count_parameters(checkpoint.config)
 
 
 def say_if_embedded(args: argparse.Namespace) -> None:

@@ -170,6 +170,13 @@ def make_processor(
     return processor
 
 
+def count_parameters(config: LlavaConfig) -> int:
+    """How many numbers a model has, also where they are stored as codes."""
+    arrays: dict[str, mx.array] = dict(tree_flatten(Llava(config).parameters()))  # not computed
+    mx.eval(mx.random.state)
+    return sum(array.size for array in arrays.values())
+
+
 def empty_model(checkpoint: Checkpoint) -> Llava:
     """A model that has yet to get a checkpoint's tensors, and would take them all."""
     config, tensors = checkpoint.config, checkpoint.contents.tensors

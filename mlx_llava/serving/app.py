@@ -32,7 +32,8 @@ from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.metrics import Metrics
 from mlx_llava.serving.models import Models
 from mlx_llava.serving.ollama_models import Ollama
-from mlx_llava.serving.openai import ChatRequest, CompletionRequest
+from mlx_llava.serving.openai_chat import ChatRequest
+from mlx_llava.serving.openai_completions import CompletionRequest
 from mlx_llava.serving.page_files import PageFiles, page_paths
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request

@@ -49,12 +49,12 @@ class Checkpoint:
 
     Attributes:
         name: of the model, as clients know it.
-        look: reads all but the weights: what prepares prompts, and the weights' bytes.
+        look: reads all but the weights: what prepares prompts, their bytes, and their number.
         load: reads it whole.
     """
 
     name: str
-    look: Callable[[], tuple[Processor, int]]
+    look: Callable[[], tuple[Processor, int, int]]
     load: Callable[[], tuple[Llava, Processor]]
 
 
@@ -87,6 +87,7 @@ class Engine:
         thread: in which it runs.
         processor: the model's processor.
         weight_bytes: what the model's weights take; before it is loaded, in its files.
+        parameters: how many numbers the model has.
         batch_size: how many answers run at a time.
         capacity: how many answers may run and wait together.
         taken: how many of these places are taken.
@@ -117,7 +118,7 @@ class Engine:
         self._generator: BatchGenerator | None = None
         self._questions: list[_Question] = []
         self._answers: dict[int, _Answer] = {}
-        self.processor, self.weight_bytes = thread.run(checkpoint.look)
+        self.processor, self.weight_bytes, self.parameters = thread.run(checkpoint.look)
         thread.engines.append(self)
 
     @property

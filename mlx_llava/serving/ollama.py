@@ -13,23 +13,22 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, FailFast, Field, model_validator
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.image import is_data_url
 from mlx_llava.serving.durations import as_seconds
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import (
     MAX_MESSAGES,
-    Form,
     RequestForm,
     Stops,
     parameter,
     short_schema,
 )
+from mlx_llava.serving.ollama_messages import ChatMessage, Images
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, Token, as_json
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
@@ -47,11 +46,6 @@ _OPTIONS = (
     "frequency_penalty min_p num_predict presence_penalty repeat_penalty seed stop temperature "
     "top_k top_p"
 ).split()
-
-
-def _as_url(image: str) -> str:
-    """Base64, and nothing else: neither a path nor a place elsewhere."""
-    return image if is_data_url(image) else f"data:;base64,{image}"
 
 
 def _as_seed(number: int) -> int | None:
@@ -72,25 +66,6 @@ def _as_schema(format: Any) -> Any:
 
 
 Duration = Annotated[Annotated[float, AllowInfNan()], BeforeValidator(_as_duration)]
-Images = Annotated[list[Annotated[str, AfterValidator(_as_url)]], FailFast()]
-
-
-class _Message(Form):
-    role: Literal["system", "user", "assistant"]
-    content: str = ""
-    images: Images = Field(default_factory=list)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _said(cls, message: Any) -> Any:
-        """What is null is left out."""
-        if not isinstance(message, dict):
-            return message
-        refuse_said(message, {"tool_calls": ([],)})
-        return {name: value for name, value in message.items() if value is not None}
-
-    def turn(self) -> Turn:
-        return self.role, [self.content], len(self.images)
 
 
 class _AnswerRequest(RequestForm):
@@ -204,7 +179,7 @@ class _AnswerRequest(RequestForm):
 class ChatRequest(_AnswerRequest):
     """Of ``POST /api/chat``."""
 
-    messages: Annotated[list[_Message], FailFast()] = Field([], max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field([], max_length=MAX_MESSAGES)
 
     def asked(self) -> tuple[list[Any], list[str], str]:
         images = [url for message in self.messages for url in message.images]

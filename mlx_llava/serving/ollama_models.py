@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.chat_template import ChatTemplate
+from mlx_llava.inputs.messages import Message
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import Form, read_form
@@ -86,11 +92,17 @@ class Ollama:
         text = processor.config.text_config
         info = {
             "general.architecture": text.model_type,
+            "general.parameter_count": engine.parameters,
             f"{text.model_type}.context_length": processor.context_length,
             f"{text.model_type}.embedding_length": text.hidden_size,
             f"{text.model_type}.block_count": text.num_hidden_layers,
         }
-        said = {"license": "", "modelfile": "", "parameters": "", "template": ""}
+        said = {
+            "license": "",
+            "modelfile": "",
+            "parameters": _parameters(processor, self._api.defaults),
+            "template": _template(processor.template),
+        }
         videos = ["video"] if processor.config.pooling else []  # others see single images
         kinds = {"capabilities": ["completion", "vision", *videos], "model_info": info}
         about = {"details": _details(engine), "modified_at": self._since}
@@ -131,9 +143,34 @@ def _details(engine: Engine) -> dict[str, Any]:
         "format": "mlx",
         "family": families[0],
         "families": families,
-        "parameter_size": "",
+        "parameter_size": _short(engine.parameters),
         "quantization_level": f"Q{bits}" if bits else "",
     }
+
+
+def _short(number: int) -> str:
+    units = {"B": 1e9, "M": 1e6, "K": 1e3}
+    unit = next((unit for unit, size in units.items() if number >= size), "K")
+    return f"{number / units[unit]:.1f}{unit}"
+
+
+def _parameters(processor: Processor, defaults: Options) -> str:
+    """What holds where a request does not say, in the lines of a Modelfile."""
+    said = {
+        "num_ctx": processor.context_length,
+        "num_predict": defaults.max_tokens,
+        "temperature": defaults.temp,
+    }
+    lines = [*said.items(), *(("stop", json.dumps(stop)) for stop in processor.template.stops)]
+    return "\n".join(f"{name:<30} {value}" for name, value in lines)
+
+
+def _template(template: ChatTemplate) -> str:
+    """What is put around a system text, if it may have one, and a question."""
+    system, question = Message("system", "{{ .System }}"), Message("user", "{{ .Prompt }}")
+    with suppress(ValueError):
+        return template.render([system, question])
+    return template.render([question])
 
 
 def _expires_at(engine: Engine) -> str:

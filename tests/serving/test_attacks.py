@@ -34,7 +34,8 @@ from mlx_llava.serving.anthropic import MessagesRequest
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.images import Images, read_below
-from mlx_llava.serving.openai import ChatRequest, CompletionRequest
+from mlx_llava.serving.openai_chat import ChatRequest
+from mlx_llava.serving.openai_completions import CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from mlx_llava.serving.responses import ResponseRequest
 from mlx_llava.serving.settings import Settings

@@ -21,7 +21,8 @@ from mlx_llava.inputs.messages import Message, Reading, read_messages
 from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
-from mlx_llava.serving.openai import ChatRequest, CompletionRequest
+from mlx_llava.serving.openai_chat import ChatRequest
+from mlx_llava.serving.openai_completions import CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
 from tests.conftest import ROOT, shared_data
 from tests.servers import MODEL

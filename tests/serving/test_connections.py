@@ -16,7 +16,7 @@ from mlx_llava.serving import app as api
 from mlx_llava.serving import http as connection
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import MAX_BRACKETS, MAX_COMMAS, MAX_TEXTS, read_form, read_json
-from mlx_llava.serving.openai import ChatRequest
+from mlx_llava.serving.openai_chat import ChatRequest
 from tests.servers import MODEL, endless, receive, serving, user, waits_until
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image import png
 from mlx_llava.serving import images
-from mlx_llava.serving.openai import ChatRequest
+from mlx_llava.serving.openai_chat import ChatRequest
 from mlx_llava.serving.requests import Request
 from mlx_llava.serving.workers import Workers
 from tests.inputs.test_image_files import OTHERS, flood, scan_bomb

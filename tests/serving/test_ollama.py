@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import time
 
 import httpx
 import ollama
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_llava import generate
@@ -162,6 +164,16 @@ class TestModels:
         assert shown.capabilities == ["completion", "vision"]
         assert shown.modelinfo["general.architecture"] == "llama"
         assert shown.modelinfo["llama.context_length"] == tiny[1].context_length
+        sizes = [array.size for _, array in tree_flatten(tiny[0].parameters())]
+        assert shown.modelinfo["general.parameter_count"] == sum(sizes)
+        assert shown.details.parameter_size == "1.9M"
+        assert shown.parameters.splitlines() == [
+            f"{'num_ctx':<30} 1024",
+            f"{'num_predict':<30} 512",
+            f"{'temperature':<30} 0.0",
+            f'{"stop":<30} "</s>"',
+        ]
+        assert shown.template == "SYSTEM: {{ .System }} USER: {{ .Prompt }} ASSISTANT:"
 
     def test_are_pulled_if_they_are_here(self, client, named):
         assert client.pull("llava").status == "success"
@@ -290,10 +302,12 @@ class TestRequests:
             ("format", {"format": "xml"}),
             ("format", {"format": [1]}),
             ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
-            ("messages.0.role", {"messages": [turn("Hi", role="tool")]}),
+            ("messages.0.role", {"messages": [turn("Hi", role="robot")]}),
             ("messages.0.content", {"messages": [{"role": "user", "content": [{}]}]}),
             ("messages.0.images", {"messages": [{**turn("Hi"), "images": "x"}]}),
-            ("tool_calls", {"messages": [{**turn("Hi"), "tool_calls": [{}]}]}),
+            ("messages.0.tool_calls", {"messages": [{**turn("Hi"), "tool_calls": "x"}]}),
+            ("keep_alive", {"keep_alive": "soon"}),
+            ("keep_alive", {"keep_alive": {}}),
         ],
         ids=str,
     )
@@ -322,6 +336,33 @@ class TestRequests:
             ]
         ]
         assert request.images == ["data:;base64,/9j/", "data:image/png;base64,iVBORw0KGgo="]
+
+    def test_tools_say_what_the_user_says(self):
+        call = {"function": {"name": "light", "arguments": {"where": "hall"}}}
+        messages = [
+            turn("Is it dark?"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": '{"data": "no"}', "tool_name": "light"},
+        ]
+        assert read(messages=messages)[1].prompts == [
+            [
+                Message("user", "Is it dark?"),
+                Message("assistant", '{"where": "hall"}'),
+                Message("user", '{"data": "no"}'),
+            ]
+        ]
+
+    def test_marks_of_pictures_are_no_words(self):
+        messages = [turn("At one:\n[img]\nat two:\n[img]\n[img]?", "/9j/", "/9k/")]
+        message = Message("user", "At one:\n\nat two:\n\n[img]?", images=2)
+        assert read(messages=messages)[1].prompts == [[message]]
+
+    @pytest.mark.parametrize(
+        ("said", "seconds"), [(-1, math.inf), ("5m", 300), (0, 0), (None, None), ("1.5h", 5400)]
+    )
+    def test_how_long_a_model_stays(self, said, seconds):
+        for kind in (ChatRequest, GenerateRequest):
+            assert read(kind, keep_alive=said)[1].keep_alive == seconds
 
     def test_formats(self):
         for format, expected in (("json", ANY_OBJECT), (COLOUR, COLOUR), ("", None), (None, None)):
@@ -379,6 +420,7 @@ TOOL = {
     "type": "function",
     "function": {"name": "HassTurnOn", "parameters": {"type": "object", "properties": {}}},
 }
+CALL = {"function": {"name": "HassTurnOn", "arguments": {"name": "lamp"}}}
 #: What programs send with their defaults, as their sources build it: path, body.
 PROGRAMS = {
     "Frigate 0.16's description": (
@@ -402,6 +444,40 @@ PROGRAMS = {
             "tools": [TOOL],
             "stream": True,
             "options": {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3},
+        },
+    ),
+    "Frigate's description by chat": (
+        "chat",
+        {
+            "messages": [
+                {"role": "user", "content": f"{QUESTION}\n[img]\n[img]", "images": [BASE64] * 2}
+            ],
+            "stream": False,
+            "format": LABELS,
+            "options": {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3},
+        },
+    ),
+    "Frigate's chat with a tool's result": (
+        "chat",
+        {
+            "messages": [
+                {"role": "system", "content": "You are a helpful assistant for Frigate."},
+                {"role": "user", "content": "What is at the door?"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "{}", "tool_call_id": "a", "name": "get_live_context"},
+                {"role": "user", "content": f"{QUESTION}\n[img]", "images": [BASE64]},
+            ],
+            "tools": [TOOL],
+            "stream": False,
+            "options": {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3},
+        },
+    ),
+    "Frigate's count of tokens": (
+        "chat",
+        {
+            "messages": [{"role": "user", "content": ".", "images": [BASE64]}],
+            "stream": False,
+            "options": {"temperature": 0.5, "repeat_penalty": 1.05, "num_predict": 1},
         },
     ),
     "PhotoPrism's caption": (
@@ -436,6 +512,23 @@ PROGRAMS = {
                 {"role": "user", "content": "Hi"},
                 {"role": "assistant", "content": "Hello.", "tool_calls": None},
                 {"role": "user", "content": QUESTION, "images": [BASE64]},
+            ],
+            "tools": [TOOL],
+            "stream": True,
+            "keep_alive": -1,
+            "think": False,
+            "options": {"num_ctx": 8192.0},
+            "format": None,
+        },
+    ),
+    "Home Assistant's conversation after a tool": (
+        "chat",
+        {
+            "messages": [
+                {"role": "system", "content": "You are a voice assistant for Home Assistant."},
+                {"role": "user", "content": "Turn on the light", "images": None},
+                {"role": "assistant", "content": "", "thinking": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": '{"data": {"success": []}, "error": null}'},
             ],
             "tools": [TOOL],
             "stream": True,
