@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import time
+from dataclasses import replace
 
 import httpx
 import ollama
@@ -174,6 +175,12 @@ class TestModels:
             f'{"stop":<30} "</s>"',
         ]
         assert shown.template == "SYSTEM: {{ .System }} USER: {{ .Prompt }} ASSISTANT:"
+
+    def test_tell_whether_they_know_videos(self, client, named, monkeypatch):
+        processor = named.engine.processor
+        config = replace(processor.config, model_type="llava_next_video")
+        monkeypatch.setattr(processor, "config", config)
+        assert client.show("llava").capabilities == ["completion", "vision", "video"]
 
     def test_are_pulled_if_they_are_here(self, client, named):
         assert client.pull("llava").status == "success"

@@ -9,11 +9,13 @@ import { messages } from "./messages.js";
 import { loadModels, model } from "./models.js";
 import { thumbnail } from "./pictures.js";
 import { about, chunks } from "./server.js";
-import { options, set } from "./settings.js";
+import { options, set, setting } from "./settings.js";
 import * as store from "./store.js";
 
 // How often an answer is kept while it is made, in milliseconds.
 const KEEP_EVERY = 1000;
+const FRAME = 16;
+const TOO_MUCH = ["context_length_exceeded", "too_many_images", "request_too_large"];
 const CUT = "cut"; // where what a reload cuts off is kept until the page is back
 
 // conversation: {id, title, at, thumbnail, turns, isStored, isForgotten, behind, keeping}, of which
@@ -212,7 +214,7 @@ async function receive(conversation, turn, signal) {
   const request = { model: turn.model, messages: said, ...options() };
   let kept = began;
   for await (const { choices: [choice], usage, timings } of chunks(request, signal)) {
-    if (choice?.delta.content) grow(conversation, turn, choice.delta.content);
+    if (choice?.delta.content) grow(turn, choice.delta.content);
     turn.finish = choice?.finish_reason ?? turn.finish;
     if (usage) turn.took = figures({ usage, timings }, (performance.now() - began) / 1000, context);
     if (performance.now() - kept < KEEP_EVERY) continue;
@@ -222,16 +224,21 @@ async function receive(conversation, turn, signal) {
 }
 
 let isWaiting = false;
+let cost = 0; // of drawing, in milliseconds
 
-// Draws what came since the last time, once a frame.
-function grow(conversation, turn, text) {
+// Draws what came since the last time: once a frame, or as often as takes a fifth of the time.
+function grow(turn, text) {
   turn.answer += text;
   if (isWaiting) return;
   isWaiting = true;
-  requestAnimationFrame(() => {
-    isWaiting = false;
-    for (const run of runs.values()) if (run.conversation === current) log.showText(run.turn);
-  });
+  setTimeout(drawGrown, Math.max(FRAME, 4 * cost));
+}
+
+function drawGrown() {
+  isWaiting = false;
+  const began = performance.now();
+  if (isRunning()) log.showText(runs.get(current.id).turn);
+  cost = performance.now() - began;
 }
 
 // What becomes of a turn whose answer did not come, or not whole.
@@ -263,11 +270,12 @@ async function takeBack(conversation, turn) {
 
 function remedies({ code }, turn) {
   const retry = () => (current.turns.includes(turn) ? again(turn) : $("form").requestSubmit());
-  const shown = current.turns.filter(({ pictures }) => pictures.length).length;
+  const shown = [...current.turns.map(({ pictures }) => pictures), attachments.waiting()];
+  const hasEarlier = shown.filter(({ length }) => length).length > 1;
   if (code === "unreachable") {
     return [button("Try again", async () => { await loadModels(); retry(); })];
   }
-  if (["context_length_exceeded", "too_many_images"].includes(code) && shown) {
+  if (TOO_MUCH.includes(code) && hasEarlier && setting("shown") === "all") {
     return [button("Show the model only the newest pictures", () => { set("shown", "last"); retry(); })];
   }
   return [];

@@ -1,7 +1,7 @@
 // The list of conversations: by day, searched, renamed, forgotten.
 
-import { $, announce, button, confirmed, later, make, showNotice } from "./dom.js";
-import { saveAll, saveJson, saveMarkdown } from "./export.js";
+import { $, announce, button, confirmed, later, make, showError, showNotice } from "./dom.js";
+import { openSaved, saveAll, saveJson, saveMarkdown } from "./export.js";
 import * as store from "./store.js";
 
 const NARROW = matchMedia("(max-width: 40rem)");
@@ -131,6 +131,16 @@ $("options").addEventListener("close", async () => {
   const title = $("title").value.trim();
   if (!title || title === named.title || $("options").returnValue !== "done") return;
   await store.change(named.id, { title });
+  await showList();
+});
+$("open-saved").addEventListener("change", async () => {
+  const [file] = $("open-saved").files;
+  try {
+    showNotice(`Opened ${await openSaved(file)} of ${file.name}.`);
+  } catch {
+    showError(`${file.name} has no conversations that were saved here.`);
+  }
+  $("open-saved").value = "";
   await showList();
 });
 $("save-markdown").addEventListener("click", () => saveMarkdown(named.id));

@@ -20,16 +20,20 @@ export function setActions(given) {
 
 const $log = $("log");
 let isAtEnd = true; // and stays there, whatever grows; who reads further up is left there
+let top = 0; // where it was scrolled to when that was known
 
 function scrollToEnd() {
   isAtEnd = true;
   $log.scrollTop = $log.scrollHeight;
+  top = $log.scrollTop;
 }
 
-const stay = () => isAtEnd && scrollToEnd();
+// Who has just scrolled up may do so before the browser tells it.
+const stay = () => isAtEnd && $log.scrollTop > top - AT_END && scrollToEnd();
 
 $log.addEventListener("scroll", () => {
-  isAtEnd = $log.scrollHeight - $log.scrollTop - $log.clientHeight < AT_END;
+  top = $log.scrollTop;
+  isAtEnd = $log.scrollHeight - top - $log.clientHeight < AT_END;
 });
 $log.addEventListener("load", stay, true);
 $log.addEventListener("loadedmetadata", stay, true);

@@ -3,6 +3,7 @@
 import { headers } from "./settings.js";
 
 const MANY_BYTES = 20_000_000;
+const FEWER = "Send fewer pictures or shorter videos, or start the server with a larger --max-body.";
 
 // What the server does not do, in its words; `code` is for what can be done about it.
 class Refusal extends Error {
@@ -22,8 +23,8 @@ async function send(path, options = {}) {
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => ({}));
-  const { message, code } = Object(told.error);
-  throw new Refusal(message ?? `The server answered ${response.status}.`, code);
+  const { message = `The server answered ${response.status}.`, code } = Object(told.error);
+  throw new Refusal(code === "request_too_large" ? `${message} ${FEWER}` : message, code);
 }
 
 function unreachable(body) {

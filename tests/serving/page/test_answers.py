@@ -181,6 +181,17 @@ def test_the_end_of_an_answer_leaves_people_where_they_are(served, open_page):
         page.close()
 
 
+def test_the_end_stays_in_sight(open_page):
+    """Also where pictures are drawn only after the answer is there, and where it is longer."""
+    page = open_page(viewport={"width": 800, "height": 400})
+    for count in (1, 2):
+        ask(page, "Describe the picture.", SHAPES, SHAPES)
+        answered(page, count)
+        expect(figures(page)).to_be_in_viewport()
+    page.reload()
+    expect(figures(page)).to_be_in_viewport()
+
+
 def test_a_reload_keeps_question_answer_and_draft(served, open_page):
     with endless(served) as server:
         page = open_page(server)

@@ -127,7 +127,7 @@ def test_fifty_conversations_by_day_and_by_words(page):
     expect(page.get_by_text("No conversation has these words.")).to_be_visible()
 
 
-def test_a_conversation_is_renamed_and_saved(page):
+def test_a_conversation_is_renamed_saved_and_opened_again(page):
     ask(page, QUESTION, SHAPES)
     answered(page)
     press(page, "Conversations")
@@ -157,6 +157,14 @@ def test_a_conversation_is_renamed_and_saved(page):
     assert (first["question"], first["answer"], first["model"]) == (QUESTION, "red", "tiny-llava")
     assert first["pictures"][0]["url"] == data_url(SHAPES.read_bytes())
     assert second["question"] == "And the square?"
+    press(page, "Forget The triangle")
+    expect(listed(page)).to_have_count(0)
+    page.get_by_label("Open saved conversations").set_input_files(saved.value.path())
+    press(page, "The triangle", exact=True)
+    assert answered(page, 2)[0] == "red"
+    expect(page.get_by_role("img", name="Picture 1")).to_be_visible()
+    page.get_by_label("Open saved conversations").set_input_files(str(SHAPES))
+    expect(page.get_by_role("alert")).to_contain_text("shapes.png has no conversations")
 
 
 def test_two_tabs_lose_nothing(page):

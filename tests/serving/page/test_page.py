@@ -134,6 +134,17 @@ def test_too_many_pictures_for_the_model_are_fewer_at_a_press(served, open_page)
         page.close()
 
 
+def test_a_body_that_is_too_large(served, open_page, tmp_path):
+    (tmp_path / "long.mp4").write_bytes(bytes(2_000_000))
+    with serving("--max-body", "1", engine=served.engine) as strict:
+        page = open_page(strict)
+        ask(page, QUESTION, tmp_path / "long.mp4")
+        expect(page.get_by_role("alert")).to_contain_text(
+            "more than 1,000,000 bytes. Send fewer pictures or shorter videos"
+        )
+        page.close()
+
+
 def test_api_key(served, open_page):
     with serving("--api-key", "0123456789abcdef", engine=served.engine) as guarded:
         page = open_page(guarded)
