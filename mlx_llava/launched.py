@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.files import one_line
-from mlx_llava.model.ranks import Alone, Ended, Ranks, meet, met, rank_here
+from mlx_llava.model.ranks import USER_ERROR, Alone, Ended, Ranks, meet, met, rank_here
 
 if TYPE_CHECKING:
     from mlx_llava import Llava, Processor
 
-_USER_ERROR, _INTERRUPTED = 2, 130
+_INTERRUPTED = 130
 #: What the other ranks say of an error waits so long for rank 0 to have it too.
 _PATIENCE = 1.0
 
@@ -56,7 +56,7 @@ def run(
         ranks = meet(seconds)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.__stderr__)
-        return _USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
     if not isinstance(ranks, Ranks):

@@ -43,6 +43,7 @@ TESTS = (
     *(
         "tests/tuner/test_gradients.py",
         "tests/tuner/test_trainer.py",
+        "tests/commands/test_ranks.py",
         "tests/analysis/test_attribution.py",
         "tests/analysis/test_predict.py",
     ),
@@ -360,7 +361,7 @@ MUTATIONS = (
     ("a model that cannot be loaded ends the thread", "serving/engine", "except Exception as error:\n            logger.exception(f", "except ZeroDivisionError as error:\n            logger.exception(f"),
     ("cancelled questions load models", "serving/engine", "        self._questions = [question for question in self._questions if question.send is not send]\n", ""),
     ("two models of one name", "server", "if name in engines:", "if False:"),
-    ("one adapter for all models", "server", "if len(given) > 1:", "if False:"),
+    ("one adapter for all models", "server", "    if len(models) > 1 and given:", "    if False:"),
     ("another API's errors in OpenAI's shape", "serving/guard", 'error.response(scope["path"])', "error.response()"),
     ("paths and URLs among Ollama's pictures", "serving/ollama_messages", 'f"data:;base64,{image}"', "image"),
     ("Ollama's options without effect taken", "serving/ollama", "        refuse_said(options, _UNSUPPORTED_OPTIONS)\n", ""),
@@ -494,6 +495,16 @@ MUTATIONS = (
     ("llm's earlier turns forgotten", "llm_plugin", "map(_read, prompt.messages)", "map(_read, prompt.messages[-1:])"),
     ("llm's schemas passed over", "llm_plugin", "json_schema=prompt.schema", "json_schema=None"),
     ("llm's temperature unknown", "llm_plugin", "_OURS = {\"temperature\": \"temp\"}", "_OURS = {\"temp\": \"temp\"}"),
+    ("every rank's tokens added up", "model/ranks", "own = tokens * int(self.speaks)", "own = tokens"),
+    ("ranks that differ let be", "model/ranks", "if theirs.get(name) != ours[name]:", "if False:"),
+    ("a rank's silence overlooked", "model/links", "if now - link.seen > self.seconds:", "if False:"),
+    ("a rank's end overlooked", "model/links", 'self.fail(f"rank {link.rank} has ended")\n\n    def _take_end', 'pass\n\n    def _take_end'),
+    ("a rank that hangs overlooked", "model/links", "and all(overdue)", "and False"),
+    ("all ranks speak", "launched", "    if rank_here():\n", "    if False:\n"),
+    ("an answer that was stopped goes on elsewhere", "generation/stream", 'orders("close")', 'orders("step")'),
+    ("a template of rank 0 alone", "generation/follow", "else self._processor.with_template(template)", "else self._processor"),
+    ("other ranks not told of a cancellation", "generation/batch", 'self._order("remove", uid=uid)', "pass"),
+    ("rank 0's prompts alone reused", "generation/stream", "cache=None if prompt_cache is None else prompt_cache.order", "cache=None"),
 )  # fmt: skip
 
 

@@ -28,7 +28,19 @@ PAGES = sorted(
     + [ROOT / "weights" / "tiny-llava" / "README.md", ROOT / "packaging" / "README.md"]
 )
 #: Flags of other programs that the pages name.
-FOREIGN = {"--no-git", "--options", "--quiet", "--repository", "--schema", "--sdist", "--silent"}
+FOREIGN = {
+    *("--no-git", "--options", "--quiet", "--repository", "--schema", "--sdist", "--silent"),
+    *(
+        "--backend",
+        "--env",
+        "--from",
+        "--hostfile",
+        "--hosts",
+        "--output-hostfile",
+        "--over",
+        "--to",
+    ),
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -32,9 +32,12 @@ T = TypeVar("T")
 
 #: By what a launcher says that a process is one of several.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+#: Where rank 0 is for JACCL.
+COORDINATOR = "MLX_JACCL_COORDINATOR"
 #: Where rank 0 is, if the others cannot know.
 ADDRESS = "MLX_LLAVA_RANK0"
 _HELLO_BYTES = 1024
+USER_ERROR = 2
 
 
 class Alone:
@@ -126,7 +129,7 @@ class Ranks(Alone):
 
     def agreed(self, tokens: mx.array) -> mx.array:
         self._links.work()
-        own = tokens if self.speaks else mx.zeros_like(tokens)
+        own = tokens * int(self.speaks)  # the same operations everywhere, in the same order
         return mx.distributed.all_sum(own, group=self.group, stream=self.stream)
 
     @contextmanager
@@ -184,6 +187,10 @@ class Ranks(Alone):
 
     def end(self, code: int, error: str = "") -> NoReturn:
         """Ends this process, and rank 0 all of them; others tell it their error."""
+        if self.speaks and code in (0, USER_ERROR):  # else a step may have been left half done
+            with suppress(RuntimeError), self.working():  # what was queued ahead needs all ranks
+                mx.synchronize()
+                mx.synchronize(mx.default_stream(mx.cpu))
         sys.stdout.flush()
         self._links.end(code, error)
 
@@ -224,7 +231,9 @@ def meet(seconds: float) -> Alone:
         raise ValueError(f"--rank-timeout is {seconds:g}; it must be more than 0.")
     with _limited(seconds):
         try:
-            group = mx.distributed.init()
+            # MLX prefers MPI, if it is installed, whoever has launched this.
+            backend = "jaccl" if COORDINATOR in os.environ else "any"
+            group = mx.distributed.init(backend=backend)
             if group.size() > 1:
                 _met.append(Ranks(group, seconds))
         except RuntimeError as error:
@@ -290,7 +299,7 @@ def _check_found(group: mx.distributed.Group, found: bool) -> None:
 
 def _hosts() -> list[list[str]]:
     """The addresses of each rank that the launcher knows."""
-    if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
+    if coordinator := os.environ.get(COORDINATOR):
         return [[coordinator.rpartition(":")[0]]]
     file = os.environ.get("MLX_HOSTFILE")
     ranks = json.loads(Path(file).read_text()) if file else []
