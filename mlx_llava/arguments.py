@@ -116,6 +116,23 @@ def add_ranks_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how several processes run a command together, and what of a model each has."""
+    add_ranks_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--pipeline",
+        action="store_true",
+        help="under mlx.launch: each rank has some of the layers, not some of each",
+    )
+    add(
+        "--split",
+        type=lambda text: [int(part) for part in text.split(",")],
+        metavar="N,N",
+        help="of a --pipeline: how many layers each rank has (default: as its memory allows)",
+    )
+
+
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what videos to show, and how many frames of each."""
     add = parser.add_argument
@@ -163,6 +180,8 @@ def load_shared(
         **options: Of `load`.
     """
     if rank_here() is None:
+        if options.get("pipeline") or options.get("split"):
+            raise ValueError("--pipeline and --split are for several ranks; see mlx.launch.")
         return load(**options)
     from mlx_llava.launched import load_together
 

@@ -26,7 +26,7 @@ from mlx_llava.analysis.measure import (
     tell,
 )
 from mlx_llava.analysis.random_model import SHAPES, write_random_model
-from mlx_llava.arguments import Parser, add_ranks_arguments, command, load_shared
+from mlx_llava.arguments import Parser, add_share_arguments, command, load_shared
 from mlx_llava.checkpoint.hub import find_checkpoint
 from mlx_llava.files import check_output, own_file
 from mlx_llava.json_files import write_json
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--requests", type=int, default=0, help="short prompts, to see how memory grows")
     add("--plot", type=Path, metavar="FILE", help="draw the figures; needs mlx-llava[plot]")
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     return parser
 
 
@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(args.plot, COMMAND)
     found = about(args)
     with prepared(args) as (folder, pictures):
-        load = partial(load_shared, partial(load_endless, folder), folder, dtype=args.dtype)
+        shares = {name: getattr(args, name) for name in ("dtype", "pipeline", "split")}
+        load = partial(load_shared, partial(load_endless, folder), folder, **shares)
         alone = Alone(folder, load, pictures, args.max_tokens, args.repeats)
         found["dtype"] = alone.dtype
         found["alone"] = alone.measure(args.batch, args.images, args.requests)

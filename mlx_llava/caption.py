@@ -22,7 +22,7 @@ from mlx_llava.arguments import (
     add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
-    add_ranks_arguments,
+    add_share_arguments,
     answer_options,
     command,
     load_model,
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_tokens_argument(parser)
     add_answer_arguments(parser, max_tokens=128)
     add_model_arguments(parser)
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     return parser
 
 

@@ -23,7 +23,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
-    add_ranks_arguments,
+    add_share_arguments,
     add_video_arguments,
     answer_options,
     command,
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Chat with a LLaVA model about pictures. /help lists what can be typed.",
     )
     add_model_arguments(parser)
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="to begin with; repeatable")
     add_video_arguments(parser)

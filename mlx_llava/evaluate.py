@@ -22,7 +22,7 @@ from mlx_llava.arguments import (
     add_frames_argument,
     add_image_tokens_argument,
     add_model_arguments,
-    add_ranks_arguments,
+    add_share_arguments,
     answer_options,
     command,
     load_model,
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--template vicuna_v1 --image-mode pad.",
     )
     add_model_arguments(parser)
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     add = parser.add_argument
     add("--questions", type=Path, required=True, metavar="FILE", help="JSON lines, or ScienceQA's")
     paths = "what paths of pictures and videos are relative to"

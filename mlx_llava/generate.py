@@ -23,7 +23,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_image_tokens_argument,
     add_model_arguments,
-    add_ranks_arguments,
+    add_share_arguments,
     add_video_arguments,
     answer_options,
     command,
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA model about pictures. Only the answer goes to stdout.",
     )
     add_model_arguments(parser)
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     add = parser.add_argument
     add(
         "--image",

@@ -114,14 +114,14 @@ def follower(
 
 
 def load_together(
-    load: Callable[[], tuple[Llava, Processor]],
+    load: Callable[..., tuple[Llava, Processor]],
     source: Source,
     options: Mapping[str, Any],
 ) -> tuple[Llava, Processor]:
     """Loads a model on every rank, where all have the same.
 
     Args:
-        load (callable): Loads it.
+        load (callable): Loads it; where it can share it, with all ranks as ``group``.
         source (Source): What is loaded.
         options (mapping): How, and what else has to be the same.
 
@@ -131,7 +131,8 @@ def load_together(
     ranks = met()
     if isinstance(ranks, Ranks):
         ranks.agree({"options": dict(options), **_facts(source, ranks)})
-    model, processor = load()
+    shares = "pipeline" in options and ranks.size > 1
+    model, processor = load(group=ranks.group) if shares else load()
     model.ranks = ranks
     return model, processor
 

@@ -24,7 +24,7 @@ from mlx_llava.arguments import (
     add_answer_arguments,
     add_loading_arguments,
     add_options,
-    add_ranks_arguments,
+    add_share_arguments,
     answer_options,
     command,
     given_options,
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(models=None)
     add_adapter_argument(parser)
     add_loading_arguments(parser)
-    add_ranks_arguments(parser)
+    add_share_arguments(parser)
     add_options(parser, fields(Settings))
     add_answer_arguments(parser)
     return parser

@@ -201,8 +201,8 @@ def _compare(rank: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
     for name in ours:
         if theirs.get(name) != ours[name]:
             raise ValueError(
-                f"The {name} of rank {rank} is {theirs.get(name)}, that of rank 0 is "
-                f"{ours[name]}; all ranks need the same."
+                f"The {name} of rank {rank} {'are' if name[-1] == 's' else 'is'} "
+                f"{theirs.get(name)}, rank 0 has {ours[name]}; all ranks need the same."
             )
 
 

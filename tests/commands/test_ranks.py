@@ -83,7 +83,7 @@ def test_a_chat_is_as_with_one_process(images, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     assert chat.main(command) == 0
     alone = capsys.readouterr()
-    with launched("-m", "mlx_llava.chat", *command) as ranks:
+    with launched("-m", "mlx_llava.chat", *command, "--pipeline") as ranks:
         first, second = ranks.finish(said)
     assert (first.code, first.out, first.err) == (0, alone.out, alone.err)
     assert (second.code, second.out, second.err) == (0, "", "")
@@ -126,7 +126,8 @@ def test_an_evaluation_is_that_of_one_process(drawings, tmp_path, capsys):
     command += ["--image-folder", str(drawings), "--answers"]
     assert evaluate.main([*command, str(tmp_path / "alone.jsonl")]) == 0
     alone = capsys.readouterr().out
-    with launched("-m", "mlx_llava.evaluate", *command, str(tmp_path / "a.jsonl")) as ranks:
+    split = [str(tmp_path / "a.jsonl"), "--pipeline", "--split", "3,1"]
+    with launched("-m", "mlx_llava.evaluate", *command, *split) as ranks:
         first, second = ranks.finish()
     assert (first.code, first.out) == (0, alone)
     assert (second.code, second.out) == (0, "")
@@ -183,7 +184,7 @@ def test_a_rank_that_hangs_ends_all():
     [
         (["--model", str(GOLDENS / "llava_next")], "The model of rank 1 is "),
         (["--model", "there/is/none"], "rank 1: "),
-        (["--dtype", "float16"], "The options of rank 1 is "),
+        (["--pipeline"], "The options of rank 1 are "),
     ],
 )
 def test_ranks_that_differ_are_refused(more, message):
