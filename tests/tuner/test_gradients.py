@@ -103,9 +103,24 @@ def reference(model, batch, config) -> tuple[float, dict[str, np.ndarray]]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+    gradients = {k: g for name, whole in gradients.items() for k, g in split(name, whole, config)}
     if PATCH_EMBEDDING in gradients:
         gradients[PATCH_EMBEDDING] = gradients[PATCH_EMBEDDING].transpose(0, 2, 3, 1)
     return loss.item(), gradients
+
+
+def split(name, gradient, config):
+    """Of Phi-3's fused layers those of the layers that they are, by row."""
+    text = config.text_config
+    if "qkv_proj" in name:
+        queries, keys = (n * text.dims_per_head for n in (text.num_attention_heads, text.kv_heads))
+        parts = np.split(gradient, [queries, queries + keys])
+        yield from ((name.replace("qkv", one), g) for one, g in zip("qkv", parts, strict=True))
+    elif "gate_up_proj" in name:
+        for one, part in zip(("gate", "up"), np.split(gradient, 2), strict=True):
+            yield name.replace("gate_up", one), part
+    else:
+        yield name, gradient
 
 
 def of_images(pixels, layouts, config):
@@ -153,6 +168,7 @@ def assert_equal(found: dict, expected: dict) -> None:
     "name",
     [
         *("vicuna", "gqa", "tied_head", "mistral_window", "qwen2"),
+        *("phi3", "qwen2_windows"),
         *("layer_list", "pad", "next", "siglip", "vip", "onevision"),
         *("next_video of videos", "next_stride of videos", "onevision of videos"),
     ],
