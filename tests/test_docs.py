@@ -10,10 +10,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+import mlx_llava
 from mlx_llava.cli import COMMANDS
 from mlx_llava.inputs.templates import TEMPLATES
 from tests.conftest import ROOT
@@ -24,7 +26,7 @@ from served import served
 
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     + [ROOT / "weights" / "tiny-llava" / "README.md", ROOT / "packaging" / "README.md"]
 )
 #: Flags of other programs that the pages name.
@@ -78,7 +80,8 @@ def test_every_template_is_listed():
 
 def test_every_page_is_in_the_index():
     index = links(DOCS / "README.md")
-    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= {*index}
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert pages - {"README.md"} <= {*index}
     assert {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} <= {
         *index
     }
@@ -129,7 +132,7 @@ def test_the_commands_about_captions_run(tmp_path, monkeypatch, capsys):
 def test_the_servers_page_is_true(monkeypatch, capsys):
     """The server as the page starts it, on a free port, and all that the page asks of it."""
     page = DOCS / "server.md"
-    start, curl, generate, as_ollama, asks_ollama = blocks(page, "sh")
+    start, _, curl, generate, as_ollama, asks_ollama = blocks(page, "sh")
     monkeypatch.chdir(ROOT)
     assert start.split() == "python -m mlx_llava.server".split() == as_ollama.split()[:3]
     with served(*as_ollama.split()[3:]) as server:
@@ -154,6 +157,21 @@ def test_the_servers_page_is_true(monkeypatch, capsys):
     assert json.loads(shell(generate.replace("python ", f"{sys.executable} "))) == {"colour": "red"}
 
 
+def test_the_server_of_several_models_has_them(hub_cache):
+    for name in ("llava-1.5-7b-hf", "llava-interleave-qwen-0.5b-hf"):
+        snapshot = hub_cache / f"models--llava-hf--{name}" / "snapshots" / "abc"
+        shutil.copytree(ROOT / "weights" / "tiny-llava", snapshot)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    _, start, *_ = blocks(DOCS / "server.md", "sh")
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    with (
+        served(*start.split()[3:], env=environment) as server,
+        urllib.request.urlopen(f"{server.url}/v1/models") as models,
+    ):
+        assert [model["id"] for model in json.load(models)["data"]] == ["llava", "small"]
+
+
 def shell(code: str) -> str:
     """What a shell prints."""
     return subprocess.run(
@@ -162,7 +180,15 @@ def shell(code: str) -> str:
 
 
 def test_no_page_has_code_that_nothing_runs():
-    tried = {"captions.md", "how-it-works.md", "prompts.md", "server.md", "tools.md", "training.md"}
+    tried = {
+        "how-fast.md",
+        "captions.md",
+        "how-it-works.md",
+        "prompts.md",
+        "server.md",
+        "tools.md",
+        "training.md",
+    }
     for page in DOCS.glob("*.md"):
         if page.name not in tried:
             assert not blocks(page, "python") + blocks(page, "sh"), page
@@ -177,6 +203,8 @@ def test_every_flag_exists():
         known |= {*re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', script.read_text("utf-8"))}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
+        if page.name == "coming-from.md":  # what stands there on the left is others'
+            text = "\n".join(row.split("|")[2] for row in text.splitlines() if row.count("|") > 2)
         used = {*re.findall(r"(?<![-\w])--[a-z][a-z-]*", text)}
         assert used <= known, (page.name, used - known)
 
@@ -186,11 +214,48 @@ def test_diagrams_are_what_the_script_draws():
         assert (DOCS / f"{name}.svg").read_text(encoding="utf-8") == str(draw()), name
 
 
-def test_the_api_page_is_what_the_docstrings_say():
-    pytest.importorskip("griffe", reason="pip install '.[test]'")
-    import make_api_docs
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The documentation as a site, built with all warnings as errors."""
+    pytest.importorskip("mkdocs", reason="the site: pip install '.[docs]'")
+    target = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(target)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return target
 
-    assert (DOCS / "api.md").read_text(encoding="utf-8") == make_api_docs.page()
-    for names in make_api_docs.NAMES.values():
-        for name in names:
-            assert f"### {name}\n" in make_api_docs.PAGE.read_text(encoding="utf-8")
+
+def test_every_page_is_in_the_site(site):
+    built = {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")}
+    pages = {str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md")}
+    notebooks = {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {"index", *notebooks, *pages} - {"README"} <= built
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    assert all(f" {page}." in navigation for page in {*notebooks, *pages} - {"README"})
+
+
+def test_the_api_is_described_with_its_options(site):
+    page = (site / "api.html").read_text(encoding="utf-8")
+    for name in mlx_llava.__all__:
+        assert f'id="mlx_llava.{name}"' in page or name == "__version__"
+    text = re.sub("<[^>]*>", "", page)
+    assert "texts that end the answer, beside the template" in text.lower()  # of Options
+    assert "the checkpoint is broken, not supported, or larger than memory" in text.lower()
+
+
+def test_no_link_of_the_site_leads_nowhere(site):
+    """Also those that mkdocs does not see: in HTML, and to what stands outside docs/."""
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        body = (
+            html[html.index("<article") : html.rindex("</article>")] if "<article" in html else ""
+        )
+        for target in re.findall(r'(?:href|src)="([^"#?]+)', body):
+            if not target.startswith(("http", "data:", "mailto:", "javascript:")):
+                assert (page.parent / target).exists(), (page, target)

@@ -91,15 +91,20 @@ def test_the_test_command_is_what_ci_runs():
     assert os.access(ROOT / SHELL[1].strip(), os.X_OK)
 
 
-@pytest.fixture
-def hub(hub_cache, tmp_path, monkeypatch) -> Path:
-    """A hub cache in which the embedded model stands for LLaVA 1.5, and a folder of data."""
+def provide_hub(cache: Path) -> None:
+    """Makes the embedded model stand for those of the hub that pages name."""
     for name in ("llava-hf--llava-1.5-7b-hf", "mlx-community--llava-1.5-7b-4bit"):
-        snapshot = hub_cache / f"models--{name}" / "snapshots" / "abc"
+        snapshot = cache / f"models--{name}" / "snapshots" / "abc"
         shutil.copytree(EMBEDDED, snapshot)
         reference = snapshot.parent.parent / "refs" / "main"
         reference.parent.mkdir()
         reference.write_text("abc")
+
+
+@pytest.fixture
+def hub(hub_cache, tmp_path, monkeypatch) -> Path:
+    """A hub cache in which the embedded model stands for LLaVA 1.5, and a folder of data."""
+    provide_hub(hub_cache)
     shutil.copy(SHAPES, tmp_path / "photo.jpg")
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A star."}]
     (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}] * 4))
