@@ -31,9 +31,11 @@ function scrollToEnd() {
 // Who has just scrolled up may do so before the browser tells it.
 const stay = () => isAtEnd && $log.scrollTop > top - AT_END && scrollToEnd();
 
+// Only who scrolls up leaves the end: where it moves away meanwhile, it is followed.
 $log.addEventListener("scroll", () => {
+  const isNear = $log.scrollHeight - $log.scrollTop - $log.clientHeight < AT_END;
+  isAtEnd = isNear || (isAtEnd && $log.scrollTop >= top);
   top = $log.scrollTop;
-  isAtEnd = $log.scrollHeight - top - $log.clientHeight < AT_END;
 });
 $log.addEventListener("load", stay, true);
 $log.addEventListener("loadedmetadata", stay, true);
