@@ -157,7 +157,8 @@ def test_the_command_draws_a_video(tmp_path, capsys):
     for i, frame in enumerate(drawn(4).frames):
         frame.save(tmp_path / "frames" / f"{i}.png")
     out = tmp_path / "report.html"
-    shown = ["--video", str(tmp_path / "frames"), "--frames", "2", "--max-tokens", "2"]
+    shown = ["--video", str(tmp_path / "frames"), "--frames", "2", "--max-tokens", "1"]
+    shown += ["--window", "3"]
     assert main([*shown, "--prompt", "What moves?", "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip()
     assert out.read_text(encoding="utf-8").count("data:image/png;base64,") == 2 + 3
