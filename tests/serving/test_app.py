@@ -26,7 +26,7 @@ from mlx_llava import generate, server, stream_generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.model.llava import Llava
 from tests.conftest import ROOT
-from tests.servers import MODEL, endless, serving, user, waits_until
+from tests.servers import HTTP, MODEL, endless, serving, user, waits_until
 
 EMBEDDED = ROOT / "weights/tiny-llava"
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
@@ -408,6 +408,15 @@ def test_open_webui(served):
             timeout=60,
         )
         assert reply.status_code == 200, reply.text
+
+
+def test_files_of_the_page_need_no_key_and_are_never_stale(served):
+    with serving("--api-key", "0123456789abcdef", engine=served.engine) as guarded:
+        for path in ("/", "/page.js", "/vendor/purify.min.js"):
+            reply = httpx.get(guarded.url + path, headers={"Accept": "text/html"}, **HTTP)
+            assert (reply.status_code, reply.headers["cache-control"]) == (200, "no-cache")
+            known = {"If-None-Match": reply.headers["etag"], "Accept": "text/html"}
+            assert httpx.get(guarded.url + path, headers=known, **HTTP).status_code == 304
 
 
 def test_metrics_count(served, client):

@@ -109,7 +109,7 @@ export async function ask(text) {
   pictures.forEach(({ id }) => unkept.add(id));
   const turn = { id: store.newId(), made: Date.now(), text, pictures: named, answer: "" };
   conversation.turns.push(turn);
-  conversation.title ||= text;
+  conversation.title ||= store.titleOf(text);
   conversation.at = turn.made;
   history.replaceState(null, "", `#${conversation.id}`);
   await run(conversation, turn, { isNew: true });
@@ -132,7 +132,7 @@ async function edit(turn, text) {
     showNotice("The conversation as it was is kept; this is a new one.");
   }
   const edited = current.turns.at(-1);
-  if (current.title === edited.text) await rename(current, text);
+  if (current.title === store.titleOf(edited.text)) await rename(current, store.titleOf(text));
   edited.text = text;
   log.draw(current.turns);
   await run(current, edited);

@@ -9,6 +9,7 @@ const DAY = 86_400_000;
 
 let actions = {}; // {currentId, open, leave}
 let shown = ""; // what the list has, to draw it only where that changes
+let asked = 0; // how often the list was asked for
 let named = null; // the conversation whose options are open
 const urls = [];
 
@@ -20,9 +21,12 @@ export function setActions(given) {
 
 export async function showList() {
   if ($("history").hidden) return;
+  asked += 1;
+  const mine = asked;
   const words = $("search").value.trim();
   const stored = await store.list().catch(() => []);
   const found = words ? await store.search(words) : null;
+  if (mine !== asked) return; // what was asked since comes too
   const listed = found ? stored.filter(({ id }) => found.has(id)) : stored;
   const days = listed.map(({ at }) => day(at));
   const drawn = JSON.stringify([actions.currentId(), listed.map(({ id, title }, i) => [id, title, days[i]])]);

@@ -7,6 +7,9 @@ const ALL = ["conversations", "turns", "pictures"];
 const channel = new BroadcastChannel("mlx_llava");
 let opening = null;
 
+const LONGEST_TITLE = 200;
+
+export const titleOf = (question) => question.trim().split("\n")[0].slice(0, LONGEST_TITLE);
 export const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
 
 function open() {

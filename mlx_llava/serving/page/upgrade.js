@@ -15,7 +15,7 @@ function divide(transaction) {
     if (!cursor) return;
     const { id, turns, at } = cursor.value;
     turns.forEach((turn, number) => divideTurn(transaction, id, turn, at - turns.length + number));
-    const title = turns[0]?.text || "A picture";
+    const title = turns[0]?.text.slice(0, 200) || "A picture";
     cursor.update({ id, title, at, thumbnail: null });
     cursor.continue();
   };

@@ -209,6 +209,16 @@ def test_two_tabs_that_ask_at_once(served, open_page):
             assert sorted(tab.locator(".user .text").all_inner_texts()) == sorted(
                 ["The first", "From one", "From another"]
             )
+        ask(page, "Go on")
+        begun(page)
+        press(other, "Conversations")
+        press(other, "Forget The first")
+        for tab in (page, other):
+            expect(tab.get_by_text("Drop, paste or choose")).to_be_visible()
+        expect(button(page, "Send")).to_be_visible()
+        other.reload()
+        press(other, "Conversations")
+        expect(other.get_by_text("No conversations yet.")).to_be_visible()
         page.close()
 
 
