@@ -21,6 +21,7 @@ from mlx_llava.checkpoint.save import save  # noqa: E402
 from mlx_llava.generation.jobs import batch_generate  # noqa: E402
 from mlx_llava.generation.prompt_cache import PromptCache  # noqa: E402
 from mlx_llava.generation.steps import generate_step  # noqa: E402
+from mlx_llava.inputs.messages import Message  # noqa: E402
 from mlx_llava.inputs.video import Video  # noqa: E402
 from tests.conftest import MACHINES, as_on  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
@@ -219,6 +220,22 @@ def test_templates_put_images_before_videos(mixed):
     assert re.search(r"<video x \d+> or <image x \d+>\?", marked.prompts[0])
     with pytest.raises(ValueError, match="1 <video> marks but 0 videos were given"):
         processor("What is in <video>?")
+
+
+def test_what_is_learned_begins_as_the_prompt_does(mixed):
+    case, _, processor = mixed
+    one, other = film(case, 0, 1), image(0, 2)
+    turns = [Message("user", "What?", images=2), Message("assistant", "A dog.")]
+    expected = processor("What?", other, video=one)
+    for shown in ([one, other], [other, one]):  # whose order is the template's
+        ids, learned, images = processor.learnable(turns, shown)
+        prompt = expected.input_ids[0].tolist()
+        assert (ids[: len(prompt)], learned.index(True)) == (prompt, len(prompt))
+        tiles = processor.image_processor.batch([images])
+        assert np.array_equal(tiles.pixel_values, expected.pixel_values)
+        assert tiles.image_sizes == expected.image_sizes
+    told = processor.learnable([Message("user", "<video> is a tag"), turns[1]], [])
+    assert not processor.config.are_placeholders(np.array(told.ids)).any()
 
 
 def test_videos_are_known_again_by_their_pixels(mixed):
