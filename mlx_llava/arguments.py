@@ -182,7 +182,8 @@ def load_shared(
     if rank_here() is None:
         if options.get("pipeline") or options.get("split"):
             raise ValueError("--pipeline and --split are for several ranks; see mlx.launch.")
-        return load(**options)
+        with progress_bar("loading", unit="B", unit_scale=True, leave=False) as show:
+            return load(**options, progress=show)
     from mlx_llava.launched import load_together
 
     where = source if isinstance(source, Source) else Source(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from mlx_llava.signatures import takes
 
 logger = logging.getLogger("mlx_llava")
 
+#: So many bytes of weights are read together.
+_AT_ONCE = 1 << 26
+
 
 @takes(Source, "model")
 def load(
@@ -51,6 +54,7 @@ def load(
     group: mx.distributed.Group | None = None,
     pipeline: bool = False,
     split: Sequence[int] | None = None,
+    progress: Callable[[int, int], object] = lambda _done, _total: None,
     **source: Any,
 ) -> tuple[Llava, Processor]:
     """Loads a LLaVA checkpoint of any layout.
@@ -74,6 +78,7 @@ def load(
         pipeline (bool): That part is some of the layers, not some of each layer.
         split (sequence of int, optional): How many layers each rank gets. Default: as its memory
             allows.
+        progress (callable): Is told the bytes that are read, and how many there will be.
         **source: Fields of `Source`.
 
     Returns:
@@ -112,8 +117,23 @@ def load(
         connect(model)
     if not lazy:
         # All of it: what is lazy cannot be used in another thread, and holds what was before.
-        mx.eval(model.state, mx.random.state)
+        mx.eval(mx.random.state)
+        _read(model, progress)
     return model, processor
+
+
+def _read(model: Llava, progress: Callable[[int, int], object]) -> None:
+    """Reads all weights, some at a time, so that one sees how it goes on."""
+    leaves = dict(tree_flatten(model.state)).values()
+    arrays = [leaf for leaf in leaves if isinstance(leaf, mx.array)]
+    total, done, waiting = sum(array.nbytes for array in arrays), 0, list[mx.array]()
+    for array in arrays:
+        waiting.append(array)
+        done += array.nbytes
+        if done == total or sum(one.nbytes for one in waiting) > _AT_ONCE:
+            mx.eval(waiting)
+            waiting.clear()
+            progress(done, total)
 
 
 def _take_share(

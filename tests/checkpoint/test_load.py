@@ -549,3 +549,13 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path):
             files.write_arrays(tmp_path / "a.safetensors", {"a": mx.zeros((8192,))})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def test_loading_says_how_far_it_has_come(monkeypatch):
+    monkeypatch.setattr("mlx_llava.checkpoint.load._AT_ONCE", 10_000)
+    told: list[tuple[int, int]] = []
+    load(GOLDENS / "llava", progress=lambda *now: told.append(now))
+    done = [now for now, _ in told]
+    assert len(done) > 5
+    assert done == sorted(done)
+    assert {total for _, total in told} == {done[-1]}
