@@ -7,6 +7,7 @@ indices of words of the answer and `layers` of layers; without these it is all o
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,10 @@ Drawing: TypeAlias = Any
 PANEL = 1.55
 #: Panels in a row.
 COLUMNS = 6
+#: Points of the smallest letters.
+SMALL = 9
+#: Numbers of a token that are drawn of it.
+COLUMNS_SHOWN = 32
 #: What the colours of attention mean.
 SHARE = "attention per 1 % of area"
 
@@ -66,6 +71,14 @@ def _label(word: str) -> str:
     return plain(word) if word.isprintable() and word.strip() else plain(repr(word))
 
 
+def headline(figure: Drawing, finding: str) -> Drawing:
+    """A figure with one sentence above it that says what there is to see in it."""
+    lines = finding.count("\n") + 1
+    figure.set_figheight(figure.get_figheight() + 0.22 * lines + 0.1)
+    figure.suptitle(plain(finding), fontsize=11, fontweight="bold")
+    return figure
+
+
 def plot_pictures(
     images: Sequence[Image.Image],
     titles: Sequence[str] = (),
@@ -80,7 +93,7 @@ def plot_pictures(
     figure, axes = _panels(len(images), columns, figure)
     for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
         one.imshow(_small(image))
-        one.set_title(title, fontsize=9)
+        one.set_title(title, fontsize=SMALL)
     return figure
 
 
@@ -103,10 +116,10 @@ def plot_maps(
         one.imshow(grey, cmap="gray", extent=extent)
         style = {"alpha": 0.7, "interpolation": "nearest", "vmax": largest, **colours}
         shown = one.imshow(heat, extent=extent, **style)
-        one.set_title(title, fontsize=9)
+        one.set_title(title, fontsize=SMALL)
     bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.02)
-    bar.set_label(label, fontsize=7)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -196,20 +209,20 @@ def plot_lens(
 ) -> Drawing:
     """The likeliest words and their probabilities, (layers + 1, Q), with titles of positions."""
     layers, positions = probabilities.shape
-    figure = figure or _new(0.62 * positions + 1.8, 0.3 * layers + 1.0)
+    figure = figure or _new(0.75 * positions + 1.8, 0.32 * layers + 1.2)
     axes = figure.subplots()
     shown = axes.imshow(probabilities, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for layer, position in np.ndindex(layers, positions):
         colour = "black" if probabilities[layer, position] > 0.6 else "white"
         text = _label(words[layer][position])
-        axes.text(position, layer, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.text(position, layer, text, ha="center", va="center", fontsize=SMALL, color=colour)
     axes.set_yticks(range(layers), ["embedding", *(f"layer {i}" for i in range(1, layers))])
     axes.set_xticks(range(positions), [_label(title) for title in titles], rotation=60)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("the word that came", fontsize=8)
+    axes.tick_params(labelsize=SMALL)
+    axes.set_xlabel("the word that came", fontsize=SMALL)
     bar = figure.colorbar(shown, fraction=0.04, pad=0.02)
-    bar.set_label("probability", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label("probability", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -221,17 +234,18 @@ def plot_nearest_words(
 ) -> Drawing:
     """Of words of features, (F,), those of a picture's first tile, each on its patch."""
     image = explanation.images[picture]
-    figure = figure or _new(5, 5 * image.height / image.width)
+    boxes = explanation.boxes[picture]
+    first = np.flatnonzero(~np.isnan(boxes[:, 0]))[: explanation.tile_patches]
+    side = max(5, 0.6 * len(first) ** 0.5)  # room for the letters
+    figure = figure or _new(side, side * image.height / image.width)
     axes = figure.subplots()
     extent = (0, image.width, image.height, 0)
     axes.imshow(_small(image), alpha=0.35, extent=extent)
-    boxes = explanation.boxes[picture]
-    first = np.flatnonzero(~np.isnan(boxes[:, 0]))[: explanation.tile_patches]
-    size = 7 if len(first) < 100 else 3.5
     for feature in first:
         left, top, right, bottom = boxes[feature]
         x, y = (left + right) / 2, (top + bottom) / 2
-        axes.text(x, y, _label(words[feature]), ha="center", va="center", size=size, clip_on=True)
+        text = _label(words[feature])
+        axes.text(x, y, text, ha="center", va="center", size=SMALL, clip_on=True)
     axes.set(xticks=[], yticks=[])
     return figure
 
@@ -253,59 +267,92 @@ def plot_shares(shares: Mapping[str, Array], chance: float, figure: Drawing = No
         axes.bar(left, values.mean(axis=0), width, label=name)
     axes.axhline(chance, color="black", linestyle="--", linewidth=1, label="chance")
     axes.set(xticks=layers, xlabel="layer", ylabel="share of attention")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=SMALL)
     return figure
 
 
 def plot_flow(model: Llava, explanation: Explanation, figure: Drawing = None) -> Drawing:
     """The way from one picture and a question to an answer, in the arrays of one run.
 
-    A row is a token, in units of its own length; a column is one of its numbers. The letters are
-    those of Liu et al. 2023 (arXiv:2304.08485), figure 1.
+    A row is a token, a column one of its numbers: those that differ most between tokens, each as
+    it differs from the others of its column; beside a patch stands its own colour. The letters
+    are H for what is encoded and Z for what W makes of it; Liu et al. 2023 (arXiv:2304.08485),
+    figure 1, has the two the other way round.
     """
     if figure is None:
-        figure = _new(9.6, 4)
-        figure.get_layout_engine().set(w_pad=0.14)
-    trace, layer = explanation.trace, model.config.feature_layers[-1]
-    tower = "SigLIP" if model.config.vision_config.is_siglip else "CLIP"
+        figure = _new(11, 4.8)
+        figure.get_layout_engine().set(w_pad=0.12)
+    trace, config = explanation.trace, model.config
+    tower = "SigLIP" if config.vision_config.is_siglip else "CLIP"
     embedded = trace.hidden_states[0][: trace.queries[0] + 1]
-    words = np.delete(embedded, explanation.positions[0], axis=0)
-    panels = {
-        "X_v": (explanation.inputs.tiles()[0], "$X_v$: the picture"),
-        "Z_v": (
-            trace.vision_states[layer, 0, model.config.drops_first :],
-            f"$Z_v = g(X_v)$: {tower}",
-        ),
-        "H_v": (trace.image_features[0], "$H_v = W Z_v$: projector"),
-        "H_q": (words, "$H_q$: the embedded words"),
-        "all": (embedded, "$H_q$ around $H_v$"),
-    }
+    is_patch = np.isin(np.arange(len(embedded)), explanation.positions[0])
+    tile = explanation.inputs.tiles()[0]
     axes = figure.subplot_mosaic(
-        [["X_v", "Z_v", "H_v", "all", "X_a"], [".", ".", "H_q", "all", "X_a"]],
-        width_ratios=[1, 1.2, 1.2, 1.2, 1],
+        [["X_v", "H_v", "Z_v", "all", "f", "X_a"], ["X_q", "H_q", "H_q", "all", "f", "X_a"]],
+        width_ratios=[1, 1.2, 1.2, 1.2, 0.8, 1],
+        height_ratios=[2, 1],
     )
-    for name, (content, title) in panels.items():
-        axes[name].set_title(title, fontsize=9)
+    seen = trace.vision_states[config.feature_layers[-1], 0, config.drops_first :]
+    small = tile.resize((config.vision_config.patches_per_side,) * 2, Image.Resampling.BOX)
+    colours = np.asarray(small).reshape(-1, 3)
+    axes["X_v"].imshow(tile)
+    _rows(axes["H_v"], seen, colours)
+    _rows(axes["Z_v"], trace.image_features[0], colours)
+    _rows(axes["H_q"], embedded[~is_patch])
+    marks = np.full((len(embedded), 3), 255)
+    marks[is_patch] = np.resize(colours, (is_patch.sum(), 3))
+    lengths = np.linalg.norm(embedded, axis=1, keepdims=True)  # which the decoder norms first
+    shown = _rows(axes["all"], embedded / np.maximum(lengths, 1e-12), marks)
+    layers = f"{config.text_config.num_hidden_layers} layers\nof attention"
+    spoken = re.sub(r"<[^>]*>", " ", re.split("<image[^>]*>", explanation.inputs.prompts[0])[-1])
+    texts = {"X_q": textwrap.shorten(spoken, 90), "X_a": explanation.answer}
+    for name, text in {**texts, "f": f"the decoder\n\n{layers}"}.items():
+        wrapped = "\n".join(textwrap.fill(line, 15) for line in plain(text.strip()).split("\n"))
+        axes[name].text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=SMALL)
+    for name, title in {
+        "X_v": "$X_v$: the picture",
+        "X_q": "$X_q$: the question",
+        "H_v": f"$H_v = g(X_v)$: {tower}",
+        "Z_v": "$Z_v = W H_v$: projector",
+        "H_q": "$H_q$: the question's words, embedded",
+        "all": "$Z_v$ among $H_q$",
+        "f": "$f$",
+        "X_a": "$X_a = f(Z_v, H_q)$: the answer",
+    }.items():
+        axes[name].set_title(title, fontsize=SMALL)
         axes[name].set(xticks=[], yticks=[])
-        axes[name].set_xlabel(_show(axes[name], content), fontsize=8)
-    axes["X_a"].set_title("$X_a$: the answer", fontsize=9)
-    axes["X_a"].axis("off")
-    text = "\n".join(textwrap.wrap(plain(explanation.answer), 18))
-    axes["X_a"].text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
-    arrows = {("H_v", "all"): 0.76, ("H_q", "all"): 0.24}  # where they end; others in the middle
-    for start, end in (("X_v", "Z_v"), ("Z_v", "H_v"), *arrows, ("all", "X_a")):
+    for name in ("X_q", "X_a"):
+        axes[name].axis("off")
+    axes["f"].set_facecolor("0.92")
+    bar = figure.colorbar(shown, ax=axes["X_a"], location="bottom", ticks=[-2, 0, 2])
+    bar.set_label(
+        "a number against the\nothers of its column,\nin standard deviations", fontsize=SMALL
+    )
+    arrows = {("Z_v", "all"): 0.7, ("H_q", "all"): 0.15}  # where they end; others in the middle
+    for start, end in (
+        *(("X_v", "H_v"), ("H_v", "Z_v"), ("X_q", "H_q")),
+        *(*arrows, ("all", "f"), ("f", "X_a")),
+    ):
         figure.add_artist(_arrow(axes[start], axes[end], arrows.get((start, end), 0.5)))
     return figure
 
 
-def _show(axes: Any, content: Image.Image | Array) -> str:
-    """Draws a picture, or the rows of an array; returns its size."""
-    if isinstance(content, Image.Image):
-        axes.imshow(content)
-        return f"{content.height} x {content.width} x 3"
-    scaled = content / np.maximum(content.std(axis=1, keepdims=True), 1e-12)
-    axes.imshow(scaled, aspect="auto", cmap="viridis", vmin=-2, vmax=2)
-    return f"{content.shape[0]} x {content.shape[1]}"
+def _rows(axes: Any, rows: Array, colours: Array | None = None) -> Any:
+    """Draws the columns of an array in which its rows differ most, beside each row's colour."""
+    spread = rows.std(axis=0)
+    most = np.argsort(-spread)[:COLUMNS_SHOWN]
+    scaled = (rows - rows.mean(axis=0))[:, most] / np.maximum(spread[most], 1e-12)
+    _, _, directions = np.linalg.svd(scaled, full_matrices=False)
+    scaled = scaled[:, np.argsort(directions[0])]  # columns that go together stand together
+    count, width = scaled.shape
+    style = {"aspect": "auto", "interpolation": "nearest"}
+    shown = axes.imshow(scaled, cmap="PuOr", vmin=-2, vmax=2, **style)
+    if colours is not None:
+        strip = (-0.12 * width - 0.5, -0.5, count - 0.5, -0.5)
+        axes.imshow(np.resize(colours, (count, 1, 3)).astype(np.uint8), extent=strip, **style)
+        axes.set_xlim(strip[0], width - 0.5)
+    axes.set_xlabel(f"{rows.shape[0]} x {rows.shape[1]}", fontsize=SMALL)
+    return shown
 
 
 def _arrow(start: Any, end: Any, height: float) -> ConnectionPatch:

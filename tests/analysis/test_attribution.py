@@ -17,6 +17,7 @@ from PIL import Image
 from mlx_llava import load
 from mlx_llava.analysis import report
 from mlx_llava.analysis.boxes import feature_boxes, heat_map, patch_boxes
+from mlx_llava.analysis.heads import given_words, take_head
 from mlx_llava.analysis.trace import trace
 from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_words
 from mlx_llava.files import check_output
@@ -437,13 +438,19 @@ def test_without_matplotlib_it_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["loaded", "loaded_next", "embedded"])
 def test_every_figure_shows_something(mode, request):
-    from mlx_llava.analysis import plots
+    from mlx_llava.analysis import lessons, plots
 
     model, processor = request.getfixturevalue(mode)
     seen = explain(model, processor, "What is it?", GOLDENS / "picture.png", max_tokens=3)
     effect = mask_effect(model, processor, seen, window=2)
     nearest = nearest_words(model, processor, seen.trace.image_features[0], 1)
+    head = take_head(model, seen.trace, 0, 0)
+    given = [words[0] for words in given_words(model, processor, head.writes[seen.positions[0]])]
+    labels = [str(i) for i in range(len(seen.trace.logits))]
     figures = [
+        plots.headline(plots.plot_pictures(seen.images), "$ is no mathematics"),
+        lessons.plot_lights(seen, head, 1, given),
+        lessons.plot_steps(head, int(seen.trace.queries[1]), labels),
         plots.plot_pictures(seen.images),
         plots.plot_attention(seen, layers=[0]),
         plots.plot_heads(seen, 0),
