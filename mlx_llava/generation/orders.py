@@ -83,7 +83,7 @@ def _plain(inputs: Inputs) -> dict[str, Any]:
 
 def _read(plain: dict[str, Any]) -> dict[str, Any]:
     sizes = plain.pop("sizes")
-    layouts = None if sizes is None else [_layout(size) for size in sizes]
+    layouts = None if sizes is None else tuple(map(_layout, sizes))
     lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
     lists["videos"] = tuple(FramesTaken(*video) for video in plain["videos"])
     return {**plain, **lists, "image_sizes": layouts}
