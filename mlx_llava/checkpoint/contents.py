@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ class Contents:
         padded = -(-(rows + 2) // 64) * 64
 
         def pad(weight: mx.array) -> mx.array:
-            mean = weight.astype(mx.float32).mean(axis=0, keepdims=True).astype(weight.dtype)
+            # Not all at once: in float32, a 7B model's takes half a GB.
+            parts = mx.split(weight, [*range(4096, rows, 4096)])
+            sums = [part.astype(mx.float32).sum(axis=0, keepdims=True) for part in parts]
+            mean = (reduce(mx.add, sums) / rows).astype(weight.dtype)
             new = mx.broadcast_to(mean, (padded - rows, weight.shape[1]))
             return mx.concatenate([weight, new])
 

@@ -30,16 +30,18 @@ def take_shard(checkpoint: Checkpoint, group: mx.distributed.Group) -> Connect:
     config, rank, size = checkpoint.config, group.rank(), group.size()
     text = config.text_config
     sharding.check_sharding(text, config.quantization, size)
-    tensors = checkpoint.contents.tensors
-    for name in filter(sharding.is_cut, tensors):
-        own = partial(sharding.cut, name, kv_heads=text.kv_heads, rank=rank, size=size)
-        tensors[name] = _read_at_once(tensors[name].then(own))
+    contents = checkpoint.contents
+    cut = partial(sharding.cut, kv_heads=text.kv_heads, rank=rank, size=size)
+    contents.tensors = {
+        name: _read_at_once(tensor.then(partial(cut, name)) if sharding.is_cut(name) else tensor)
+        for name, tensor in contents.tensors.items()
+    }
     checkpoint.config = replace(config, text_config=sharding.rank_config(text, size))
     return partial(sharding.shard, group=group)
 
 
 def _read_at_once(tensor: LazyTensor) -> LazyTensor:
-    """So that the whole, of which it is a part, is forgotten before the next one is read."""
+    """So that what it is made of is forgotten before the next one is read."""
 
     def read() -> mx.array:
         array = mx.contiguous(tensor.read())
@@ -71,7 +73,8 @@ def take_layers(
     text = pipeline.rank_config(config.text_config, layers)
     quantization = config.quantization and _own(config.quantization, layers)
     checkpoint.config = replace(config, text_config=text, quantization=quantization)
-    contents.tensors = _own(contents.tensors, layers)
+    own = _own(contents.tensors, layers)
+    contents.tensors = {name: _read_at_once(tensor) for name, tensor in own.items()}
     return partial(pipeline.connect, group=group)
 
 
