@@ -20,6 +20,7 @@ from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_llava import batch_generate, stream_generate
@@ -33,9 +34,9 @@ from mlx_llava.model.llava import Llava
 from tests.conftest import as_on
 
 #: Of prompts through a pipeline: those of tiny models are short.
-CHUNK = 7
+CHUNK = 16
 #: How many tokens are made of a prompt, and of each of several.
-TOKENS = 6
+TOKENS = 5
 LENGTHS = (2, 5, 3)
 
 
@@ -69,6 +70,14 @@ def observe(model: Llava, processor: Processor, folder: Path, whole: bool) -> di
         )
         again += [(part.token, part.cached_tokens) for part in stream]
     return {**seen, "again": again}
+
+
+def held(model: Llava) -> int:
+    """The bytes of the decoder's layers."""
+    layers: dict[str, mx.array] = dict(
+        tree_flatten([x.parameters() for x in model.language_model.layers])
+    )
+    return sum(array.nbytes for array in layers.values())
 
 
 def _counting(operation: Any, count: Counter[str], x: mx.array, *args: Any, **how: Any) -> mx.array:
@@ -117,7 +126,8 @@ def differences(ours: dict[str, Any], folder: Path, machine: str) -> dict[str, A
     logits = np.load(folder / f"{machine}.npy")
     error = np.abs(ours.pop("logits") - logits).max() / np.abs(logits).max()
     same = json.loads(json.dumps(ours))
-    return {"error": float(error), "differ": [name for name in same if same[name] != theirs[name]]}
+    differ = [name for name in same if same[name] != theirs[name]]
+    return {"error": float(error), "differ": differ, "whole": theirs["held"]}
 
 
 def do(job: dict[str, Any], group: mx.distributed.Group) -> dict[str, Any]:
@@ -131,7 +141,7 @@ def do(job: dict[str, Any], group: mx.distributed.Group) -> dict[str, Any]:
         if job["count"]:
             return {"crosses": steps_counted(model, processor, folder)}
         seen = observe(model, processor, folder, job["whole"])
-        return differences(seen, folder, job["machine"])
+        return {**differences(seen, folder, job["machine"]), "held": held(model)}
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from mlx_llava.checkpoint.convert import Quantization, convert  # noqa: E402
 from mlx_llava.model import pipeline  # noqa: E402
 from mlx_llava.model.config import LlavaConfig  # noqa: E402
 from mlx_llava.model.crossing import pipelined_step, sharded_step, tiles_step  # noqa: E402
-from mlx_llava.model.sharding import check_sharding, cut  # noqa: E402
+from mlx_llava.model.sharding import check_sharding, cut, is_cut  # noqa: E402
 from mlx_llava.model.text_config import TextConfig  # noqa: E402
 from tests.conftest import MACHINES, as_on, load_as_stored  # noqa: E402
-from tests.model.rank import CHUNK, observe  # noqa: E402
+from tests.model.rank import CHUNK, held, observe  # noqa: E402
 from tests.ranks import launched  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -147,18 +147,28 @@ def _make(folder: Path, name: str, bits: int | None) -> Path:
         with as_on(machine):
             seen = observe(model, processor, folder, whole)
         np.save(folder / f"{machine}.npy", seen.pop("logits"))
-        (folder / f"{machine}.json").write_text(json.dumps(seen))
+        (folder / f"{machine}.json").write_text(json.dumps({**seen, "held": held(model)}))
     return folder
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if not job.count], ids=str)
 def test_several_ranks_answer_as_one(job, found):
+    if refused := REFUSED.get(str(job)):
+        assert found[str(job)] == [{"refused": refused}] * job.size
+        return
     for rank in found[str(job)]:
-        if (refused := REFUSED.get(str(job))) is not None:
-            assert rank == {"refused": refused}
-            continue
         assert rank["differ"] == []
         assert rank["error"] < TOLERANCE
+
+
+@pytest.mark.parametrize("how", [{}, LAYERS], ids=["sharded", "pipeline"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_rank_holds_its_part(bits, how, found):
+    """Of every layer's weights, beside norms and biases, or of the layers."""
+    ranks = found[str(Job(2, "wide", how, bits, whole=True))]
+    whole = ranks[0]["whole"]
+    assert sum(rank["held"] for rank in ranks) == pytest.approx(whole, rel=0.02 if not how else 0)
+    assert all(rank["held"] <= 0.61 * whole for rank in ranks)
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.count], ids=str)
@@ -241,12 +251,38 @@ def test_a_layer_that_is_not_quantised_has_no_groups_to_divide():
     check_sharding(replace(SMALL, intermediate_size=100), {**CODES, "group_size": 32}, 2)
 
 
-@pytest.mark.parametrize(("name", "whole"), [("q_proj", False), ("down_proj", False)])
-def test_parts_are_the_whole(name, whole):
+def parts_of(name: str, array: mx.array, kv_heads: int = 6) -> list[mx.array]:
+    name = f"language_model.model.layers.0.{name}"
+    assert is_cut(name)
+    return [cut(name, array, kv_heads, rank, size=6) for rank in range(6)]
+
+
+def test_parts_are_the_whole():
     array = mx.arange(24 * 12).reshape(24, 12)
-    name = f"language_model.model.layers.0.mlp.{name}.weight"
-    parts = [cut(name, array, kv_heads=6, rank=rank, size=3) for rank in range(3)]
-    assert mx.array_equal(mx.concatenate(parts, axis=name.count("down")), array)
+    for name in ("mlp.up_proj.weight", "self_attn.k_proj.scales"):
+        assert mx.array_equal(mx.concatenate(parts_of(name, array)), array)
+    for name in ("mlp.down_proj.weight", "self_attn.o_proj.biases"):
+        assert mx.array_equal(mx.concatenate(parts_of(name, array), axis=1), array)
+    assert mx.array_equal(
+        mx.concatenate(parts_of("self_attn.q_proj.bias", array[:, 0])), array[:, 0]
+    )
+    assert mx.array_equal(sum(parts_of("self_attn.o_proj.bias", array[:, 0])), array[:, 0])
+    assert not is_cut("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight")
+
+
+def test_fewer_heads_of_keys_and_values_than_ranks_are_several_ranks_own():
+    array = mx.arange(24 * 12).reshape(24, 12)
+    parts = parts_of("self_attn.v_proj.weight", array, kv_heads=2)
+    assert all(mx.array_equal(part, array[:12]) for part in parts[:3])
+    assert all(mx.array_equal(part, array[12:]) for part in parts[3:])
+
+
+def test_permuted_inputs_are_whole_or_refused():
+    order = mx.arange(12)
+    name = "self_attn.q_proj.input_permutation"
+    assert all(mx.array_equal(part, order) for part in parts_of(name, order))
+    with pytest.raises(ValueError, match="is of GPTQ's act-order.*; use --pipeline"):
+        parts_of("mlp.down_proj.input_permutation", order)
 
 
 @pytest.mark.parametrize(
