@@ -75,6 +75,14 @@ def check_factors(scaling: Mapping[str, Any] | None, dims: int) -> None:
         if not isinstance(factors, list) or len(factors) != dims // 2:
             found = len(factors) if isinstance(factors, list) else factors
             _ROPE.refuse(key, found, f"lists of {dims // 2} factors")
+        if not all(map(_is_positive, factors)):
+            _ROPE.refuse(key, factors, "positive numbers")
+    if not _is_positive(factor := scaling["attention_factor"]):
+        _ROPE.refuse("attention_factor", factor, "positive numbers")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def context_of(scaling: Mapping[str, Any] | None, positions: int) -> int:

@@ -413,6 +413,25 @@ REFUSED = {
         },
         "long_factor=1; mlx_llava supports lists of 64 factors",
     ),
+    "factor_of_0": (
+        {
+            "text_config": {
+                "rope_scaling": {
+                    **ROPES["longrope"]["rope_scaling"],
+                    "short_factor": [1.0] * 63 + [0],
+                }
+            }
+        },
+        "short_factor=.* supports positive numbers",
+    ),
+    "attention_factor": (
+        {
+            "text_config": {
+                "rope_scaling": {**ROPES["longrope"]["rope_scaling"], "attention_factor": "1"}
+            }
+        },
+        "attention_factor='1'; mlx_llava supports positive numbers",
+    ),
     "no_factor": ({"text_config": {"rope_scaling": {"type": "linear"}}}, "needs factor"),
     "partial": ({"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial"),
     "act": ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
