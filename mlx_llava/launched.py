@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_llava.checkpoint.hub import Source
 from mlx_llava.files import one_line
-from mlx_llava.model.ranks import USER_ERROR, Alone, Ended, Ranks, meet, met, rank_here
+from mlx_llava.model.ranks import PATIENCE, USER_ERROR, Alone, Ended, Ranks, meet, met, rank_here
 
 if TYPE_CHECKING:
     from mlx_llava import Llava, Processor
 
 _INTERRUPTED = 130
-#: What the other ranks say of an error waits so long for rank 0 to have it too.
-_PATIENCE = 1.0
 
 #: Does something, and gives the exit code and the error, which was printed.
 Attempt = Callable[[Callable[[], None]], tuple[int, str]]
@@ -72,7 +70,7 @@ def run(
 
 def _end(ranks: Ranks, code: int, error: str) -> NoReturn:
     if error and not ranks.speaks:
-        time.sleep(_PATIENCE)
+        time.sleep(PATIENCE)  # rank 0 may have it too
     ranks.end(code, error)
 
 
@@ -85,6 +83,7 @@ def _outcome(job: Callable[[], None], attempt: Attempt) -> tuple[int, str]:
         code = ended.code if isinstance(ended.code, int) else 0
         return code, "its arguments make no sense" if code else ""
     except BaseException as error:
+        time.sleep(PATIENCE)
         traceback.print_exc(file=sys.__stderr__)
         return 1, one_line(Exception(f"{type(error).__name__}: {error}"))
 

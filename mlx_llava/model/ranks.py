@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -32,11 +33,15 @@ T = TypeVar("T")
 
 #: By what a launcher says that a process is one of several.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-#: Where rank 0 is for JACCL.
+#: What says where the ranks of a ring are, and where rank 0 is for JACCL.
+HOSTFILE = "MLX_HOSTFILE"
 COORDINATOR = "MLX_JACCL_COORDINATOR"
 #: Where rank 0 is, if the others cannot know.
 ADDRESS = "MLX_LLAVA_RANK0"
 _HELLO_BYTES = 1024
+LONGEST_SECONDS = 86_400
+#: What follows from a rank that is gone waits so long for that to be said.
+PATIENCE = 1.0
 USER_ERROR = 2
 
 
@@ -163,6 +168,7 @@ class Ranks(Alone):
         self._links.work(tokens)
 
     def fail(self, why: str) -> None:
+        time.sleep(PATIENCE)
         self._links.fail(why)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
@@ -208,6 +214,9 @@ def _compare(rank: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
 
 def rank_here() -> int | None:
     """The rank that this process was given; None if it is no one's."""
+    hosts = os.environ.get(HOSTFILE)
+    if hosts and Path(hosts).is_file() and not Path(hosts).read_text().strip():
+        return None  # which `mlx.launch` writes for one process
     given = next((os.environ[name] for name in LAUNCHED if name in os.environ), None)
     return int(given) if given and given.isdigit() else None
 
@@ -227,8 +236,10 @@ def meet(seconds: float) -> Alone:
         OSError: They cannot be met.
         ValueError: The seconds make no sense.
     """
-    if not seconds > 0:
-        raise ValueError(f"--rank-timeout is {seconds:g}; it must be more than 0.")
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise ValueError(
+            f"--rank-timeout is {seconds:g}; it must be more than 0, at most {LONGEST_SECONDS}."
+        )
     with _limited(seconds):
         try:
             # MLX prefers MPI, if it is installed, whoever has launched this.
@@ -301,6 +312,6 @@ def _hosts() -> list[list[str]]:
     """The addresses of each rank that the launcher knows."""
     if coordinator := os.environ.get(COORDINATOR):
         return [[coordinator.rpartition(":")[0]]]
-    file = os.environ.get("MLX_HOSTFILE")
+    file = os.environ.get(HOSTFILE)
     ranks = json.loads(Path(file).read_text()) if file else []
     return [[address.rpartition(":")[0] for address in addresses] for addresses in ranks]

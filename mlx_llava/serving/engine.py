@@ -267,8 +267,8 @@ class Engine:
             self._fail(self._answers[error.uid].send, ValueError(str(error)))
             return
         except Exception as error:
-            logger.exception("The model has failed; all answers that ran are lost.")
             generator.model.ranks.fail(f"The model has failed: {error}")
+            logger.exception("The model has failed; all answers that ran are lost.")
             for send in {answer.send for answer in self._answers.values()}:
                 self._fail(send, ApiError(503, f"The model has failed: {error}"))
             self._generator = self._new_generator(generator.model)

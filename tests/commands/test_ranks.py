@@ -214,6 +214,22 @@ def test_only_rank_0_says_what_is_wrong(command, message):
     assert second.err == ""
 
 
+MEASURES = """
+import sys
+from mlx_llava import doctor
+doctor.examine = lambda: {"advice": []}
+sys.exit(doctor.main(["--json"]))
+"""
+
+
+def test_the_doctor_measures_what_is_between_them():
+    with launched("-c", MEASURES) as ranks:
+        first, second = ranks.finish()
+    found = json.loads(first.out)["ranks"]
+    assert 0 < found["latency"] < 1 < found["rate"]
+    assert (second.code, second.out, second.err) == (0, "", "")
+
+
 def test_a_launcher_starts_them(images, capsys):
     """All that `mlx.launch` prints; its own exit code says nothing."""
     launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--"]
