@@ -22,7 +22,6 @@ from mlx_llava.serving.forms import (
     MAX_PARTS,
     Form,
     RequestForm,
-    Schema,
     Stops,
     as_parts,
     parameter,
@@ -30,6 +29,7 @@ from mlx_llava.serving.forms import (
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, as_json, event
 from mlx_llava.serving.requests import Request, Turn, arrange, begun
+from mlx_llava.serving.schemas import Schema
 from mlx_llava.serving.tools import ForcedTools, Growing, forced_tools
 
 #: What would change the answer, and the values that do not.
@@ -223,7 +223,7 @@ class MessagesRequest(CountRequest):
 
 def _block(tool: str | None, text: str) -> dict[str, Any]:
     if tool is None:
-        return {"type": "text", "text": text, "citations": None}
+        return {"type": "text", "text": text}
     said = from_json(text or "{}", allow_partial=True)  # where the answer is cut off
     return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": tool, "input": said}
 

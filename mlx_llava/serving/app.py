@@ -235,9 +235,14 @@ class _Stream(StreamingResponse):
 
 
 def _check_content_type(http: HttpRequest) -> None:
-    """Refuses what a web page could send without being allowed to."""
-    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    """Refuses what a web page could send without being allowed to.
+
+    LiteLLM says no type to Ollama's API. A page can do so too, but a browser tells of it.
+    """
+    headers = http.headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_of_page = "origin" in headers or "sec-fetch-site" in headers
+    if kind != "application/json" and (is_of_page or "content-type" in headers):
         raise ApiError(400, "The Content-Type must be application/json.")
 
 

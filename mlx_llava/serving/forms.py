@@ -21,7 +21,6 @@ MAX_COMMAS = 250_000  # of which texts have many
 MAX_MESSAGES = MAX_PARTS = 1000
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
-MAX_SCHEMA_LENGTH = 100_000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 #: Options that a request has under their own names, and as they are.
 _OPTIONS = {option.name for option in fields(Options)} - {"stop", "json_schema"}
@@ -72,17 +71,6 @@ class RequestForm(Form):
 AnyForm = TypeVar("AnyForm", bound=Form)
 
 
-def short_schema(schema: Any) -> Any:
-    """A schema, unless it is longer than any answer needs.
-
-    Raises:
-        ValueError: It is.
-    """
-    if (length := len(str(schema))) > MAX_SCHEMA_LENGTH:
-        raise ValueError(f"it has {length:,} characters of {MAX_SCHEMA_LENGTH:,}")
-    return schema
-
-
 def as_list(value: Any) -> Any:
     """Takes a text for a list of one."""
     return [value] if isinstance(value, str) else value
@@ -96,7 +84,6 @@ def as_parts(content: Any, kind: str = "text") -> Any:
     return [{"type": kind, "text": p} if isinstance(p, str) else p for p in parts]
 
 
-Schema: TypeAlias = Annotated[dict[str, Any], BeforeValidator(short_schema)]
 Stops: TypeAlias = Annotated[
     list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]],
     BeforeValidator(as_list),

@@ -26,12 +26,12 @@ from mlx_llava.serving.forms import (
     RequestForm,
     Stops,
     parameter,
-    short_schema,
 )
 from mlx_llava.serving.ollama_messages import ChatMessage, Images
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, Token, as_json
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
+from mlx_llava.serving.schemas import closed, short_schema
 
 LINES = "application/x-ndjson"
 _UNSUPPORTED: Neutral = {"suffix": ("",), "think": (False,)}
@@ -62,7 +62,7 @@ def _as_schema(format: Any) -> Any:
     """Takes Ollama's words for no schema, and for one of any object."""
     if isinstance(format, str):
         return _FORMATS.get(format, format)
-    return short_schema(format) if isinstance(format, dict) else format
+    return closed(short_schema(format)) if isinstance(format, dict) else format
 
 
 Duration = Annotated[Annotated[float, AllowInfNan()], BeforeValidator(_as_duration)]

@@ -12,10 +12,11 @@ from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.chat_messages import ChatMessage
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import MAX_MESSAGES, Form, Schema
+from mlx_llava.serving.forms import MAX_MESSAGES, Form
 from mlx_llava.serving.openai import AnswerRequest, MaxTokens, logprobs
 from mlx_llava.serving.replies import Piece
 from mlx_llava.serving.requests import Request, arrange, begun
+from mlx_llava.serving.schemas import Schema
 from mlx_llava.serving.tools import ForcedTools, Growing, forced_tools
 
 MAX_FRAMES = 64

@@ -14,10 +14,8 @@ from mlx_llava.generation.sampling import Options
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import (
     MAX_MESSAGES,
-    MAX_SCHEMA_LENGTH,
     Form,
     RequestForm,
-    Schema,
     Stops,
     parameter,
 )
@@ -27,6 +25,7 @@ from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 from mlx_llava.serving.response_events import Response
 from mlx_llava.serving.response_items import Item, as_items
+from mlx_llava.serving.schemas import MAX_SCHEMA_LENGTH, Schema
 from mlx_llava.serving.tools import ForcedTools, forced_tools
 
 #: What would change the answer, and the values that do not.

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.serving.errors import ApiError
-from mlx_llava.serving.forms import short_schema
 from mlx_llava.serving.replies import Piece
+from mlx_llava.serving.schemas import closed, short_schema
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,6 @@ def _call(index: int, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-def _closed(schema: Any) -> Any:
-    """A schema whose objects have only the properties that it names, where it does not say."""
-    if isinstance(schema, list):
-        return [_closed(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    closed = {k: v if k in _AS_THEY_ARE else _closed(v) for k, v in schema.items()}
-    if "properties" in schema and not _OPENING & schema.keys():
-        closed["additionalProperties"] = False
-    return closed
-
-
-#: What is no schema, and what is one only together with others.
-_AS_THEY_ARE = frozenset("const default enum examples required allOf".split())
-#: What lets an object have other properties.
-_OPENING = frozenset(
-    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf $ref".split()
-)
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -142,4 +122,4 @@ def _function(tool: Any) -> tuple[str, Mapping[str, Any]] | None:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
     schema = function.get("parameters", function.get("input_schema"))
-    return function["name"], _closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT
+    return function["name"], closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT

@@ -627,6 +627,11 @@ class TestHeaders(EveryApi):
                 timeout=60,
             )
             refused(reply, 400, "Content-Type")
+        for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": served.url}):
+            reply = httpx.post(
+                served.url + served.wire.path, content=body, headers=headers, timeout=60
+            )
+            refused(reply, 400, "Content-Type")
 
     def test_paths_that_climb(self, served):
         for path in ("/../server.py", "/%2e%2e/server.py", "/..%2fserver.py", "//etc/passwd"):

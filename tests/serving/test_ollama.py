@@ -581,6 +581,14 @@ PROGRAMS = {
 }
 
 
+def test_a_client_that_says_no_type(named):
+    """LiteLLM's, for `ollama/` and `ollama_chat/`."""
+    for path, body in (PROGRAMS["PhotoPrism's caption"], PROGRAMS["Open WebUI's title"]):
+        text = json.dumps({"model": "llava", **body})
+        reply = httpx.post(f"{named.url}/api/{path}", content=text, **HTTP)
+        assert reply.json()["done_reason"] == "stop"
+
+
 @pytest.mark.parametrize(("path", "body"), PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_what_programs_send(named, path, body):
     reply = post(named, path, {"model": "llava:7b", **body})

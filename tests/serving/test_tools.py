@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import anthropic
 import openai
@@ -217,6 +218,16 @@ def test_every_api_says_the_same(served, client, tiny, question):
     with anthropic.Anthropic(base_url=served.url, api_key="none", timeout=60) as other:
         (block,) = other.messages.create(**WIRES["anthropic"].body(fields)).content
     assert chat == response == block.text == expected
+
+
+@pytest.mark.parametrize("wire", ["openai", "responses", "anthropic", "ollama chat"])
+def test_objects_have_the_properties_that_their_schema_names(served, wire):
+    """As instructor's and Frigate's schemas, which say nothing of others."""
+    schema = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = replace(served, wire=WIRES[wire])
+    reply = asked.post(messages=[user(PICTURE, QUESTION)], response_format=format, max_tokens=60)
+    assert '{\\"colour\\": \\"red\\"}' in reply.text
 
 
 def test_pictures_as_files(client):
