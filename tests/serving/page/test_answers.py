@@ -159,24 +159,27 @@ def test_the_end_of_an_answer_leaves_people_where_they_are(served, open_page):
         page = open_page(server, viewport={"width": 800, "height": 400})
         ask(page, "Go on.\n" * 40)
         begun(page)
+        press(page, "Stop")
+        ask(page, "And on.")
+        begun(page)
         where = """() => {
             const log = document.getElementById("log");
             log.scrollTop = 0;
-            log.focus();
-            const text = document.querySelector(".assistant .text p").firstChild;
+            document.querySelector(".assistant .tools button").focus({ preventScroll: true });
+            const text = document.querySelector("[aria-busy] .text p").firstChild;
             getSelection().setBaseAndExtent(text, 0, text, 1);
             return text.data.slice(0, 1);
         }"""
         selected = page.evaluate(where)
-        length = page.locator(".assistant .text").inner_text()
+        length = page.locator("[aria-busy] .text").inner_text()
         page.wait_for_function(
-            "length => document.querySelector('.assistant .text').innerText.length > length",
+            "length => document.querySelector('[aria-busy] .text').innerText.length > length",
             arg=len(length),
         )
         page.keyboard.press("Escape")
-        expect(figures(page)).to_have_text("stopped")
+        expect(page.locator(".figures")).to_have_text(["stopped", "stopped"])
         assert page.evaluate("() => document.getElementById('log').scrollTop") == 0
-        assert page.evaluate("() => document.activeElement.id") == "log"
+        assert page.evaluate("() => document.activeElement.innerText") == "Copy"
         assert page.evaluate("() => getSelection().toString()") == selected
         page.close()
 

@@ -199,15 +199,22 @@ def test_two_tabs_that_ask_at_once(served, open_page):
         other = page.context.new_page()
         other.goto(page.url)
         expect(figures(other)).to_have_text("stopped")
+        for tab in (page, other):
+            press(tab, "Again")
+            begun(tab)
+        for tab in (page, other):
+            press(tab, "Stop")
+        for tab in (page, other):  # both have both answers to the one question
+            expect(tab.locator(".figures")).to_have_count(2)
         for tab, text in ((page, "From one"), (other, "From another")):
             ask(tab, text)
             begun(tab)
         for tab in (page, other):
             press(tab, "Stop")
         for tab in (page, other):
-            expect(tab.locator(".figures")).to_have_count(3)
+            expect(tab.locator(".figures")).to_have_count(4)
             assert sorted(tab.locator(".user .text").all_inner_texts()) == sorted(
-                ["The first", "From one", "From another"]
+                ["The first", "The first", "From one", "From another"]
             )
         ask(page, "Go on")
         begun(page)
