@@ -17,10 +17,13 @@ class Crossing(NamedTuple):
     nbytes: int
 
 
-def sharded_step(text: TextConfig, tokens: int, itemsize: int) -> Crossing:
-    """New tokens of some rows, by tensor parallelism: two sums a block."""
-    times = 2 * text.num_hidden_layers
-    return Crossing(times, times * tokens * text.hidden_size * itemsize)
+def sharded_step(text: TextConfig, tokens: int, itemsize: int, rows: int = 1) -> Crossing:
+    """New tokens of some rows, by tensor parallelism: two sums a block.
+
+    In the last block, they are of each row's last token alone.
+    """
+    states = (text.num_hidden_layers - 1) * tokens + rows
+    return Crossing(2 * text.num_hidden_layers, 2 * states * text.hidden_size * itemsize)
 
 
 def pipelined_step(

@@ -83,15 +83,19 @@ class Attention(nn.Module):
         mask: Mask | list[Mask],
         start: mx.array | int,
         cache: LayerCache | BatchLayer | None,
+        last_only: bool = False,
     ) -> mx.array:
-        queries = self._heads(self.q_proj(x), self.n_heads)  # (B, heads, L, head width)
+        asks, first = (x[:, -1:], _last(start, x.shape[1])) if last_only else (x, start)
+        queries = self._heads(self.q_proj(asks), self.n_heads)  # (B, heads, L or 1, head width)
         keys = self._heads(self.k_proj(x), self.n_kv_heads)  # (B, kv heads, L, head width)
         values = self._heads(self.v_proj(x), self.n_kv_heads)
-        queries, keys = self.rope(queries, start), self.rope(keys, start)
+        queries, keys = self.rope(queries, first), self.rope(keys, start)
+        if last_only:
+            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
         x = attend(
             cache, queries, keys, values, attention=self.attention, scale=self.scale, mask=mask
-        )  # (B, heads, L, head width)
-        return self.o_proj(x.swapaxes(1, 2).flatten(2))  # (B, L, D)
+        )  # (B, heads, L or 1, head width)
+        return self.o_proj(x.swapaxes(1, 2).flatten(2))  # (B, L or 1, D)
 
     def _heads(self, x: mx.array, n: int) -> mx.array:
         return x.reshape(*x.shape[:2], n, self.head_dim).swapaxes(1, 2)
@@ -130,8 +134,10 @@ class DecoderLayer(nn.Module):
         mask: Mask | list[Mask],
         start: mx.array | int,
         cache: LayerCache | BatchLayer | None,
+        last_only: bool = False,
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, start, cache)  # (B, L, D)
+        seen = self.self_attn(self.input_layernorm(x), mask, start, cache, last_only)
+        x = (x[:, -1:] if last_only else x) + seen  # (B, L or 1, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -232,9 +238,10 @@ class LanguageModel(nn.Module):
         if input_embeddings is None:
             assert input_ids is not None
             input_embeddings = self.embed(input_ids)
-        states = self.hidden_states(input_embeddings, cache, attention_mask, positions)
+        last_only = last_only and input_embeddings.shape[1] > 1
+        states = self._states(input_embeddings, cache, attention_mask, positions, last_only)
         (x,) = deque(states, maxlen=1)
-        return self.logits(x[:, -1:] if last_only else x)  # (B, L or 1, V)
+        return self.logits(x)  # (B, L or 1, V)
 
     def hidden_states(
         self,
@@ -244,6 +251,17 @@ class LanguageModel(nn.Module):
         positions: Ids | None = None,
     ) -> Iterator[mx.array]:
         """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
+        return self._states(x, cache, attention_mask, positions)
+
+    def _states(
+        self,
+        x: mx.array,
+        cache: Sequence[LayerCache | BatchLayer] | None,
+        attention_mask: mx.array | None,
+        positions: Ids | None,
+        last_only: bool = False,
+    ) -> Iterator[mx.array]:
+        """Those; of the last block, the last token's alone if that is all that is asked for."""
         first = cache[0] if cache else None
         start, mask = self._positions(x.shape[1], first, attention_mask, positions)
         windows = self.config.windows
@@ -251,7 +269,8 @@ class LanguageModel(nn.Module):
         yield x
         for i, layer in enumerate(self.layers):
             block = checkpoint(layer) if self.gradient_checkpointing else layer
-            x = block(x, masks[windows[i]], start, cache[i] if cache else None)  # (B, L, D)
+            last = last_only and i == len(self.layers) - 1
+            x = block(x, masks[windows[i]], start, cache[i] if cache else None, last)
             yield x
 
     def logits(self, x: mx.array) -> mx.array:
@@ -270,3 +289,10 @@ def _start(positions: Ids) -> mx.array | int:
     first, last = int(positions[0, 0]), int(positions[0, -1])
     in_order = len(positions) == 1 and last - first == positions.shape[1] - 1
     return first if in_order else mx.array(positions)
+
+
+def _last(start: mx.array | int, L: int) -> mx.array | int:
+    """The position of the last of L tokens, of which `start` is the first's, or all."""
+    if isinstance(start, mx.array) and start.ndim == 2:
+        return start[:, -1:]
+    return start + (L - 1)

@@ -51,8 +51,9 @@ class Attention(Sharded, llama.Attention):
         mask: Mask | list[Mask],
         start: mx.array | int,
         cache: LayerCache | BatchLayer | None,
+        last_only: bool = False,
     ) -> mx.array:
-        return self.total(super().__call__(x, mask, start, cache))  # (B, L, D)
+        return self.total(super().__call__(x, mask, start, cache, last_only))  # (B, L or 1, D)
 
 
 class MLP(Sharded, llama.MLP):

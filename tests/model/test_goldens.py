@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -65,6 +67,32 @@ def test_right_padding_gives_the_same_logits_as_left(loaded):
     right = model(ids, attention_mask=mask)
     alone = model(ids[1:, :3])
     assert mx.abs(right[1, :3] - alone[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [3, 20], ids=["few", "many"])
+@pytest.mark.parametrize("how", ["plain", "padded", "window", "jumping"])
+def test_the_last_token_alone_says_what_it_says_among_all(how, length, machine):
+    """And leaves the same keys and values."""
+    model, _ = load(GOLDENS / "llava")
+    decoder = model.language_model
+    if how == "window":
+        decoder.config = replace(decoder.config, sliding_window=4)
+    results = []
+    for last_only in (False, True):
+        cache = decoder.make_cache()
+        decoder(mx.array([[5, 6], [7, 8]]), cache=cache)
+        ids = mx.arange(2 * length).reshape(2, length) + 20
+        told = {}
+        if how == "padded":
+            told["attention_mask"] = mx.array([[1] * (2 + length), [0] + [1] * (1 + length)])
+        if how == "jumping":
+            told["positions"] = np.arange(2 + length, dtype=np.int32)[None] ** 2
+        logits = decoder(ids, cache=cache, last_only=last_only, **told)
+        results.append((logits[:, -1:], cache[-1].state))
+    assert results[1][0].shape == results[0][0].shape
+    assert mx.abs(results[0][0] - results[1][0]).max() < 1e-5
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        assert mx.abs(ours - theirs).max() < 1e-5
 
 
 def test_later_tokens_never_change_earlier_logits(loaded):

@@ -182,7 +182,7 @@ def test_what_crosses_is_what_arithmetic_says(job, found, monkeypatch):
         for n, rows in ((tokens, 1), (1, 1), (3, 3)):
             text = config.text_config
             pipelined = pipelined_step(text, n, 4, rows, sends)
-            expected.append(pipelined if job.how else sharded_step(text, n, 4))
+            expected.append(pipelined if job.how else sharded_step(text, n, 4, rows))
         for counts, one in zip((images, prefill, *steps), expected, strict=True):
             assert (counts.pop("bytes"), sum(counts.values())) == (one.nbytes, one.times)
 

@@ -42,14 +42,15 @@ class DecoderLayer(llama.DecoderLayer):
         mask: Mask | list[Mask],
         start: mx.array | int,
         cache: LayerCache | BatchLayer | None,
+        last_only: bool = False,
     ) -> mx.array:
         """Only decoding is done here: a few tokens after what is cached."""
         if cache is None or x.size > SOME * x.shape[-1] or not self._is_plain(x):
-            return super().__call__(x, mask, start, cache)
+            return super().__call__(x, mask, start, cache, last_only)
         try:
             mx.eval(x)
         except ValueError:  # mx.compile traces: there are no values yet
-            return super().__call__(x, mask, start, cache)
+            return super().__call__(x, mask, start, cache, last_only)
 
         @mx.custom_function
         def step(x: mx.array) -> mx.array:
@@ -62,7 +63,8 @@ class DecoderLayer(llama.DecoderLayer):
                 "take it of one pass without a cache, or set MLX_LLAVA_BLAS=off."
             )
 
-        return cast("mx.array", step(x))
+        outputs = cast("mx.array", step(x))
+        return outputs[:, -1:] if last_only else outputs
 
     def _step(
         self,
