@@ -1,6 +1,7 @@
 """Sixteen numbers at a time, in functions that numba compiles: one AVX-512 register, or a few.
 
 What numba makes of a loop over single numbers is as fast or three times slower, at LLVM's whim.
+numba keeps what it has compiled until kernels.py changes: touch that file after a change here.
 """
 
 from __future__ import annotations
