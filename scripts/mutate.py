@@ -44,6 +44,7 @@ TESTS = (
         "tests/tuner/test_gradients.py",
         "tests/tuner/test_trainer.py",
         "tests/commands/test_ranks.py",
+        "tests/model/test_sharding.py",
         "tests/analysis/test_attribution.py",
         "tests/analysis/test_predict.py",
     ),
@@ -512,6 +513,18 @@ MUTATIONS = (
     ("a template of rank 0 alone", "generation/follow", "else self._processor.with_template(template)", "else self._processor"),
     ("other ranks not told of a cancellation", "generation/batch", 'self._order("remove", uid=uid)', "pass"),
     ("rank 0's prompts alone reused", "generation/stream", "cache=None if prompt_cache is None else prompt_cache.order", "cache=None"),
+    ("other ranks' heads left out", "model/sharding", "self.total(super().__call__(x, mask, start, cache))", "super().__call__(x, mask, start, cache)"),
+    ("other ranks' hidden units left out", "model/sharding", "self.total(super().__call__(x))", "super().__call__(x)"),
+    ("a bias added by every rank", "model/sharding", "return array if rank == 0 else mx.zeros_like(array)", "return array"),
+    ("a head of keys cut in two", "model/sharding", 'parts = min(size, kv_heads) if layer in ("k", "v") else size', "parts = size"),
+    ("heads of keys that do not divide", "model/sharding", "if kv_heads % size and size % kv_heads:", "if False:"),
+    ("a group of codes cut in two", "model/sharding", "for path, n in groups if n % size", "for path, n in groups if False"),
+    ("the first rank's state taken for the last's", "model/pipeline", "states[-len(x) :]", "states[: len(x)]"),
+    ("windows of other layers", "model/pipeline", "config.layer_types[layers.start : layers.stop]", "config.layer_types[: len(layers)]"),
+    ("layers that no rank has", "model/pipeline", "or sum(split) != depth", ""),
+    ("settings of other layers' codes", "checkpoint/share", "config.quantization and _own(config.quantization, layers)", "config.quantization"),
+    ("what fills a rank's tiles up taken for tiles", "model/tiles", "group=self.group)[:N]", "group=self.group)"),
+    ("other ranks left out on Linux", "model/linux/decoder", "view(part.total(mx.array(x))) if isinstance(part, Sharded) else x", "x"),
 )  # fmt: skip
 
 

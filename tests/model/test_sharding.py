@@ -135,7 +135,10 @@ def _make(folder: Path, name: str, bits: int | None) -> Path:
     tiny.save(case, folder)
     if bits:
         plain = folder.rename(folder.with_name(f"{folder.name}-plain"))
-        convert(plain, folder, quantization=Quantization(bits, 32))
+        recipe = "mixed_4_6" if bits == 4 else None  # layers of more bits than others
+        convert(
+            plain, folder, quantization=Quantization(None if recipe else bits, 32, recipe=recipe)
+        )
     prompts, pictures = tiny.rows(case)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     for row, images in enumerate(pictures):
