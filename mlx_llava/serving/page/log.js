@@ -156,6 +156,7 @@ function edit(turn) {
   question.querySelector(".text").replaceWith(field);
   question.querySelector(".tools").replaceChildren(button("Ask", save), button("Cancel", leave));
   field.focus();
+  question.lastChild.scrollIntoView({ block: "nearest" });
 }
 
 $log.addEventListener("click", ({ target }) => {
