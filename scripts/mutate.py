@@ -370,6 +370,8 @@ MUTATIONS = (
     ("an error in a stream of lines untold", "serving/ollama", 'yield line(error.body("/api/"))', "pass"),
     ("marks of Ollama's pictures read as words", "serving/ollama_messages", 'self.content.replace(MARK, "", len(self.images))', "self.content"),
     ("what Ollama's tools give said by the model", "serving/ollama_messages", '"user" if self.role == "tool" else self.role', '"assistant" if self.role == "tool" else self.role'),
+    ("descriptions of tools without bounds", "serving/tools", "if lines and len(text) <= MAX_DESCRIPTIONS else", "if lines else"),
+    ("descriptions after an answer", "serving/tools", ' and turns[-1][0] == "user"', ""),
     ("objects left open", "serving/schemas", "return closed(short_schema(schema))", "return short_schema(schema)"),
     ("pages of others may leave the type out", "serving/app", "(is_of_page or ", "("),
     ("any model pulled", "serving/ollama_models", "        self._api.models.find(asked.model)\n", ""),

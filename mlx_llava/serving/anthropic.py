@@ -30,7 +30,7 @@ from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, as_json, event
 from mlx_llava.serving.requests import Request, Turn, arrange, begun
 from mlx_llava.serving.schemas import Schema
-from mlx_llava.serving.tools import ForcedTools, Growing, forced_tools
+from mlx_llava.serving.tools import ForcedTools, Growing, described, forced_tools
 
 #: What would change the answer, and the values that do not.
 UNSUPPORTED: Neutral = {"container": (), "context_management": ({},), "mcp_servers": ([],)}
@@ -148,11 +148,14 @@ class CountRequest(RequestForm):
         turns, prefill = begun([message.turn() for message in self.messages])
         return Request(
             self.model,
-            [arrange([*(system if self.system else ()), *turns])],
+            [arrange([*(system if self.system else ()), *described(turns, self._tools())])],
             defaults,
             images=[url for message in self.messages for url in message.images()],
             prefill=prefill,
         )
+
+    def _tools(self) -> ForcedTools | None:
+        return forced_tools(self.tools, self.tool_choice)
 
 
 class MessagesRequest(CountRequest):
@@ -202,9 +205,6 @@ class MessagesRequest(CountRequest):
         end = self._end(said, piece)
         yield _event("message_delta", delta=end, usage=_usage(piece.figures))
         yield _event("message_stop")
-
-    def _tools(self) -> ForcedTools | None:
-        return forced_tools(self.tools, self.tool_choice)
 
     def _head(self) -> dict[str, Any]:
         head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant"}

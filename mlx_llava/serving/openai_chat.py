@@ -17,7 +17,7 @@ from mlx_llava.serving.openai import AnswerRequest, MaxTokens, logprobs
 from mlx_llava.serving.replies import Piece
 from mlx_llava.serving.requests import Request, arrange, begun
 from mlx_llava.serving.schemas import Schema
-from mlx_llava.serving.tools import ForcedTools, Growing, forced_tools
+from mlx_llava.serving.tools import ForcedTools, Growing, described, forced_tools
 
 MAX_FRAMES = 64
 
@@ -88,7 +88,7 @@ class ChatRequest(AnswerRequest):
         turns, prefill = begun([message.turn() for message in self.messages])
         return Request(
             self.model,
-            [arrange(turns)],
+            [arrange(described(turns, tools))],
             options,
             prefill=prefill,
             images=[url for message in self.messages for url in message.images()],

@@ -26,7 +26,7 @@ from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 from mlx_llava.serving.response_events import Response
 from mlx_llava.serving.response_items import Item, as_items
 from mlx_llava.serving.schemas import MAX_SCHEMA_LENGTH, Schema
-from mlx_llava.serving.tools import ForcedTools, forced_tools
+from mlx_llava.serving.tools import ForcedTools, described, forced_tools
 
 #: What would change the answer, and the values that do not.
 UNSUPPORTED: Neutral = {
@@ -92,6 +92,7 @@ class ResponseRequest(RequestForm):
         earlier = self._earlier()
         turns, prefill = begun([*earlier.turns, *(item.turn() for item in self.input)])
         instructions: list[Turn] = [("system", [self.instructions or ""], 0)]
+        shown = described(turns, self._tools())
         self._turns = turns
         said = {"tool_choice": self.tool_choice or "auto", "tools": self.tools or []}
         if len(str(said)) > MAX_SCHEMA_LENGTH:  # which no stream should repeat
@@ -99,7 +100,7 @@ class ResponseRequest(RequestForm):
         self._repeated = said
         self._asked = Request(
             self.model,
-            [arrange([*(instructions if self.instructions else ()), *turns])],
+            [arrange([*(instructions if self.instructions else ()), *shown])],
             self._with_format(self.options(defaults, self.stop)),
             images=[*earlier.images, *(url for item in self.input for url in item.images())],
             prefill=prefill,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.replies import Piece
+from mlx_llava.serving.requests import Turn
 from mlx_llava.serving.schemas import closed, short_schema
+
+#: Characters of descriptions that a question leaves room for; longer ones are not shown.
+MAX_DESCRIPTIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,27 @@ class ForcedTools:
 
     Attributes:
         schemas: of the arguments, by the names of the tools.
+        descriptions: what they are for, of those that say so.
     """
 
     schemas: Mapping[str, Mapping[str, Any]]
+    descriptions: Mapping[str, str]
+
+    def text(self) -> str:
+        """What is said of them, or nothing, if it leaves no room for a question."""
+        lines = [*filter(None, map(self._line, self.schemas))]
+        text = "\n".join(["Answer with the arguments of", *lines])
+        return text if lines and len(text) <= MAX_DESCRIPTIONS else ""
+
+    def _line(self, name: str) -> str:
+        properties = self.schemas[name].get("properties")
+        described = {
+            key: value["description"]
+            for key, value in (properties if isinstance(properties, Mapping) else {}).items()
+            if isinstance(value, Mapping) and isinstance(value.get("description"), str)
+        }
+        said = [self.descriptions.get(name, ""), *(f"{k}: {v}" for k, v in described.items())]
+        return f"{name}: {'; '.join(filter(None, said))}" if any(said) else ""
 
     def schema(self) -> dict[str, Any]:
         """What the answer has to follow."""
@@ -41,6 +63,13 @@ class ForcedTools:
                 end = None if finish_reason == "length" else -1
                 return name, text[len(opening) : end]
         return None, ""
+
+
+def described(turns: Sequence[Turn], tools: ForcedTools | None) -> list[Turn]:
+    """Turns, with what is said of tools after the question."""
+    text = tools.text() if tools else ""
+    is_asked = bool(text and turns) and turns[-1][0] == "user"
+    return [*turns, ("user", [text], 0)] if is_asked else [*turns]
 
 
 def _call(index: int, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +128,8 @@ def forced_tools(tools: Any, choice: Any) -> ForcedTools | None:
     kind = choice.get("type") if isinstance(choice, Mapping) else choice
     if kind in (None, "", "auto", "none"):
         return None
-    schemas = dict(filter(None, map(_function, tools if isinstance(tools, list) else ())))
+    functions = [*filter(None, map(_function, tools if isinstance(tools, list) else ()))]
+    schemas = {name: schema for name, schema, _ in functions}
     if kind in ("function", "tool"):
         function = choice.get("function", choice)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -113,13 +143,18 @@ def forced_tools(tools: Any, choice: Any) -> ForcedTools | None:
         short_schema(schemas)
     except ValueError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from error
-    return ForcedTools(schemas)
+    return ForcedTools(schemas, {name: description for name, _, description in functions})
 
 
-def _function(tool: Any) -> tuple[str, Mapping[str, Any]] | None:
-    """Its name and the schema of its arguments, if a tool is a function."""
+def _function(tool: Any) -> tuple[str, Mapping[str, Any], str] | None:
+    """Its name, the schema of its arguments and its description, if a tool is a function."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
     schema = function.get("parameters", function.get("input_schema"))
-    return function["name"], closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT
+    said = function.get("description")
+    return (
+        function["name"],
+        closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT,
+        said if isinstance(said, str) else "",
+    )

@@ -156,7 +156,8 @@ class TestJson:
         asked = asking(IMAGE, text(QUESTION), tools=[TOOL], tool_choice=choice)
         reply = client.messages.create(**asked)
         (call,) = reply.content
-        said = generate(*tiny, QUESTION, PICTURE, json_schema=SCHEMA)
+        question = f"{QUESTION}\nAnswer with the arguments of\npaint: Paints."
+        said = generate(*tiny, question, PICTURE, json_schema=SCHEMA)
         assert (call.type, call.name, call.input) == ("tool_use", "paint", json.loads(said))
         assert reply.stop_reason == "tool_use"
         with client.messages.stream(**asked) as stream:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
-from mlx_llava.serving.tools import ForcedTools, forced_tools
+from mlx_llava.serving.tools import ForcedTools, described, forced_tools
 from tests.conftest import ROOT
 from tests.servers import MODEL, WIRES, user
 
@@ -45,8 +45,9 @@ NAMED = {"type": "function", "function": {"name": "paint"}}
 
 @pytest.fixture(scope="module")
 def painted(tiny):
-    """What `generate` says where it has to paint."""
-    return generate(*tiny, QUESTION, PICTURE, json_schema=SCHEMA)
+    """What `generate` says where it has to paint, and is told so."""
+    question = f"{QUESTION}\nAnswer with the arguments of\npaint: Paints."
+    return generate(*tiny, question, PICTURE, json_schema=SCHEMA)
 
 
 def ask(client, *messages, **options):
@@ -105,6 +106,24 @@ class TestForcedTools:
         assert tools.schema()["properties"]["s"] == expected
         assert tools.schema()["additionalProperties"] is False
 
+    def test_what_they_are_for_is_read_after_the_question(self):
+        properties = {"x": {"description": "how far"}, "y": {}, "z": {"description": 1}, "u": True}
+        tools = [
+            {"name": "go", "description": "Goes.", "parameters": {"properties": properties}},
+            {"name": "stop", "parameters": {"properties": {"at": {"description": "where"}}}},
+            {"name": "wait"},
+        ]
+        question = ("user", ["Where to?"], 1)
+        said = "Answer with the arguments of\ngo: Goes.; x: how far\nstop: at: where"
+        forced = forced_tools(tools, "required")
+        assert described([question], forced) == [question, ("user", [said], 0)]
+        long = {"name": "go", "description": "x" * 3000}
+        for offered in ([tools[2]], [long]):
+            assert described([question], forced_tools(offered, "required")) == [question]
+        answer = ("assistant", ["There."], 0)
+        assert described([question, answer], forced) == [question, answer]
+        assert described([question], forced_tools(tools, "auto")) == [question]
+
     def test_a_call_that_is_cut_off_is_said_to_be(self, client, painted):
         (said,) = ask(client, tools=[PAINT], tool_choice=NAMED, max_tokens=3).choices
         assert said.finish_reason == "length"
@@ -154,7 +173,7 @@ class TestForcedTools:
 
 
 def test_the_last_bracket_of_several_is_no_argument():
-    tools = ForcedTools({"a": {}, "é": {}})
+    tools = ForcedTools({"a": {}, "é": {}}, {})
     whole = '{"name": "é", "arguments": {"x": {}}}'
     assert tools.read(whole, "stop") == ("é", '{"x": {}}')
     assert tools.read(whole[:-1], "length") == ("é", '{"x": {}}')
