@@ -461,7 +461,7 @@ MUTATIONS = (
     ("forced tokens are not followed", "generation/json_schema", "            self.follow(token)\n", "            pass\n"),
     ("forced tokens beyond the longest answer", "generation/json_schema", "self._matcher.compute_ff_tokens()[:limit]", "self._matcher.compute_ff_tokens()"),
     ("forced tokens cost no chance", "generation/steps", "if self._sampler is not greedy:", "if False:"),
-    ("penalties forget forced tokens", "generation/steps", "            self._remember(mx.array([one], mx.uint32))\n", ""),
+    ("penalties forget forced tokens", "generation/steps", "            self.remember(mx.array([one], mx.uint32))\n", ""),
     ("more is forced than a rolling cache takes", "generation/steps", "min(remaining, room(cache)) - 1", "remaining - 1"),
     ("constrained rows hold up the others", "generation/batch", "ahead = queues_ahead() and any(", "ahead = queues_ahead() and all("),
     ("unread tokens chosen over", "generation/row", "(self.choice is None or self.choose.constraint is None)", "True"),

@@ -213,7 +213,10 @@ class BatchGenerator:
     def _take(self) -> None:
         """Chooses tokens from the logits that there are."""
         for row in list(self._rows):
-            self._attempt(row, row.take)
+            self._attempt(row, row.draw)
+        drawn = {row: row.drawn[0] for row in self._rows if row.drawn is not None}
+        for row, token in zip(drawn, self.model.ranks.agreed_each([*drawn.values()]), strict=True):
+            row.take(token)
         mx.async_eval([row.choice for row in self._rows if row.choice is not None])
 
     def _admit(self) -> list[tuple[int, GenerationResponse]]:

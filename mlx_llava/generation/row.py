@@ -35,6 +35,7 @@ class Row:
         tokens: its answer so far.
         logits: those that the next token is to be chosen from, (1, V).
         choice: the next token, if it was chosen and not read.
+        drawn: the same before it is taken.
         feed: what the model reads next, (n,).
         encode_seconds: how long embedding took, and
         started: when that was done.
@@ -43,6 +44,7 @@ class Row:
     prompt: Prompt
     logits: mx.array | None = None
     choice: Choice | None = None
+    drawn: Choice | None = None
     feed: mx.array
 
     def __init__(
@@ -90,12 +92,17 @@ class Row:
         self.encode_seconds = self.started = 0.0
         self._first: float | None = None
 
-    def take(self) -> tuple[()]:
-        """Chooses the next token where there are logits, unless a constraint awaits the last."""
+    def draw(self) -> tuple[()]:
+        """Draws the next token where there are logits, unless a constraint awaits the last."""
         if self.logits is not None and (self.choice is None or self.choose.constraint is None):
-            self.choice, self.logits = self.choose(self.logits), None
-            self.feed = self.choice[0]
+            self.drawn, self.logits = self.choose.draw(self.logits), None
         return ()
+
+    def take(self, token: mx.array) -> None:
+        """Takes a token in the place of the one that was drawn."""
+        assert self.drawn is not None
+        self.choice, self.drawn, self.feed = (token, self.drawn[1]), None, token
+        self.choose.remember(token)
 
     def read(self, choice: Choice, was_fed: bool) -> list[GenerationResponse]:
         """Reads a token that was chosen, and says it and what follows for certain.

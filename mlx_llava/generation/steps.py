@@ -78,7 +78,14 @@ class Chooser:
         self._ranks = ranks
 
     def __call__(self, logits: mx.array) -> Choice:
-        """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from.
+        """Logits (1, V) -> an id (1,), and the log-probabilities (1, V) it was chosen from."""
+        token, logprobs = self.draw(logits)
+        token = self._ranks.agreed(token)
+        self.remember(token)
+        return token, logprobs
+
+    def draw(self, logits: mx.array) -> Choice:
+        """The same, before ranks agree on it and it is to be remembered.
 
         What a constraint allows is found while the logits are computed.
         """
@@ -89,9 +96,7 @@ class Chooser:
             mx.async_eval(logits)
             logits = self.constraint(logits)
         logprobs = log_softmax(logits)
-        token = self._ranks.agreed(self._sampler(logprobs))
-        self._remember(token)
-        return token, logprobs
+        return self._sampler(logprobs), logprobs
 
     def follow(self, token: int | None, limit: int) -> list[tuple[int, mx.array]]:
         """The tokens, at most `limit`, that have to follow one that was read, or the prompt.
@@ -110,11 +115,12 @@ class Chooser:
             logprobs = mx.where(is_it, 0.0, -mx.inf)
             if self._sampler is not greedy:
                 self._sampler(logprobs[None])  # a draw of one, so that later draws stay the same
-            self._remember(mx.array([one], mx.uint32))
+            self.remember(mx.array([one], mx.uint32))
             forced.append((one, logprobs))
         return forced
 
-    def _remember(self, token: mx.array) -> None:
+    def remember(self, token: mx.array) -> None:
+        """Lets what follows depend on a token, where it does."""
         if self._processors:
             self._seen = mx.concatenate([self._seen, token])
 

@@ -72,7 +72,11 @@ class Alone:
         return choose()
 
     def agreed(self, tokens: mx.array) -> mx.array:
-        """Rank 0's tokens."""
+        """Rank 0's tokens, an array."""
+        return tokens
+
+    def agreed_each(self, tokens: list[mx.array]) -> list[mx.array]:
+        """Rank 0's tokens, arrays of one each, agreed on together."""
         return tokens
 
     @contextmanager
@@ -136,6 +140,12 @@ class Ranks(Alone):
         self._links.work()
         own = tokens * int(self.speaks)  # the same operations everywhere, in the same order
         return mx.distributed.all_sum(own, group=self.group, stream=self.stream)
+
+    def agreed_each(self, tokens: list[mx.array]) -> list[mx.array]:
+        if not tokens:
+            return []
+        together = self.agreed(mx.concatenate(tokens))
+        return [together[i : i + 1] for i in range(len(tokens))]
 
     @contextmanager
     def working(self, tokens: int = 1) -> Iterator[None]:
