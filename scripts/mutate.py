@@ -515,7 +515,7 @@ MUTATIONS = (
     ("a template of rank 0 alone", "generation/follow", "else self._processor.with_template(template)", "else self._processor"),
     ("other ranks not told of a cancellation", "generation/batch", 'self._order("remove", uid=uid)', "pass"),
     ("rank 0's prompts alone reused", "generation/stream", "cache=None if prompt_cache is None else prompt_cache.order", "cache=None"),
-    ("other ranks' heads left out", "model/sharding", "self.total(super().__call__(x, mask, start, cache))", "super().__call__(x, mask, start, cache)"),
+    ("other ranks' heads left out", "model/sharding", "self.total(super().__call__(x, mask, start, cache, last_only))", "super().__call__(x, mask, start, cache, last_only)"),
     ("other ranks' hidden units left out", "model/sharding", "self.total(super().__call__(x))", "super().__call__(x)"),
     ("a bias added by every rank", "model/sharding", "return array if rank == 0 else mx.zeros_like(array)", "return array"),
     ("a head of keys cut in two", "model/sharding", 'parts = min(size, kv_heads) if layer in ("k", "v") else size', "parts = size"),
