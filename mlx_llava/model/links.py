@@ -176,7 +176,8 @@ class Links:
     def fail(self, why: str, code: int = FAILED) -> None:
         """Ends this process from whatever thread, with one line, unless it is ending."""
         if self._ending.acquire(blocking=False):
-            print(f"error: {why}", file=sys.__stderr__, flush=True)
+            with suppress(OSError):  # who listened has gone
+                print(f"error: {why}", file=sys.__stderr__, flush=True)
             self._say_end(code, why)
             os._exit(code)
 

@@ -207,7 +207,8 @@ class Ranks(Alone):
             with suppress(RuntimeError), self.working():  # what was queued ahead needs all ranks
                 mx.synchronize()
                 mx.synchronize(mx.default_stream(mx.cpu))
-        sys.stdout.flush()
+        with suppress(OSError):  # who listened has gone
+            sys.stdout.flush()
         self._links.end(code, error)
 
 
