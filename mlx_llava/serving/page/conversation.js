@@ -3,11 +3,11 @@
 import * as attachments from "./attachments.js";
 import { $, button, showError, showNotice } from "./dom.js";
 import { figures } from "./figures.js";
+import { fresh, keepCut, read, remember, unkept } from "./keeping.js";
 import * as log from "./log.js";
 import { blobOf, hold } from "./media.js";
 import { messages } from "./messages.js";
 import { loadModels, model } from "./models.js";
-import { thumbnail } from "./pictures.js";
 import { about, chunks } from "./server.js";
 import { options, set, setting } from "./settings.js";
 import * as store from "./store.js";
@@ -16,28 +16,10 @@ import * as store from "./store.js";
 const KEEP_EVERY = 1000;
 const FRAME = 16;
 const TOO_MUCH = ["context_length_exceeded", "too_many_images", "request_too_large"];
-const CUT = "cut"; // where what a reload cuts off is kept until the page is back
 
-// conversation: {id, title, at, thumbnail, turns, isStored, isForgotten, behind, keeping}, of which
-// `behind` are the turns that are not stored as they are, and `keeping` ends when all else is.
-// turn: {id, made, started, text, pictures, answer, model, finish, took, problem}
 let current = fresh();
 let changed = () => {};
 const runs = new Map(); // {conversation, turn, controller} by the id of the conversation
-const unkept = new Set(); // ids of pictures that are not stored yet
-
-function held(conversation) {
-  return { ...conversation, behind: new Set(), keeping: Promise.resolve() };
-}
-
-function fresh() {
-  return held({ id: store.newId(), title: "", at: 0, thumbnail: null, isStored: false, turns: [] });
-}
-
-async function read(id) {
-  const kept = await store.read(id).catch(() => null);
-  return kept && held({ ...kept, isStored: true });
-}
 
 export const currentId = () => current.id;
 export const isRunning = () => runs.has(current.id);
@@ -140,7 +122,7 @@ async function edit(turn, text) {
 
 async function rename(conversation, title) {
   conversation.title = title;
-  if (conversation.isStored) await store.change(conversation.id, { title }).catch(tellUnkept);
+  if (conversation.isStored) await store.change(conversation.id, { title }).catch(() => {});
 }
 
 async function copyUpTo(turn) {
@@ -281,67 +263,4 @@ function remedies({ code }, turn) {
   return [];
 }
 
-// --- keeping it ----------------------------------------------------------------------------
-
-// Keeps a turn after all that is being kept; whether the conversation is then stored as it is.
-function remember(conversation, turn) {
-  conversation.behind.add(turn);
-  conversation.keeping = conversation.keeping.then(() => keepAll(conversation));
-  return conversation.keeping;
-}
-
-async function keepAll(conversation) {
-  for (const turn of [...conversation.behind]) {
-    conversation.behind.delete(turn);
-    if (conversation.isForgotten || !conversation.turns.includes(turn)) continue;
-    try {
-      conversation.isForgotten = !(await keep(conversation, turn));
-    } catch (error) {
-      conversation.behind.add(turn);
-      tellUnkept(error);
-      return false;
-    }
-  }
-  return !conversation.isForgotten;
-}
-
-// Whether it was kept, and not forgotten meanwhile.
-async function keep(conversation, turn) {
-  const fresh = turn.pictures.filter(({ id }) => unkept.has(id));
-  const blobs = await Promise.all(fresh.map(async (picture) => [picture.id, await blobOf(picture)]));
-  conversation.thumbnail ??= await thumbnailOf(fresh);
-  if (!(await store.save(conversation, turn, blobs))) return false;
-  conversation.isStored = true;
-  fresh.forEach(({ id }) => unkept.delete(id));
-  return true;
-}
-
-async function thumbnailOf(pictures) {
-  const first = pictures.find(({ kind }) => kind !== "Video");
-  return first ? thumbnail(await blobOf(first)).catch(() => null) : null;
-}
-
-function tellUnkept(error) {
-  showNotice(
-    error.name === "QuotaExceededError"
-      ? "The browser has no room left: this conversation is not kept. Forget others, or pictures in them."
-      : "The browser does not keep this conversation: private windows may not.",
-  );
-}
-
-// What an answer is so far when the page goes away, where nothing can be waited for.
-addEventListener("pagehide", () => {
-  const cut = [...runs.values()].map(({ conversation, turn }) => [conversation.id, turn.id, turn.answer]);
-  sessionStorage.setItem(CUT, JSON.stringify(cut));
-});
-
-// Keeps what was being answered when the page went away.
-export async function recover() {
-  const cut = JSON.parse(sessionStorage.getItem(CUT) ?? "[]");
-  sessionStorage.removeItem(CUT);
-  for (const [id, turnId, answer] of cut) {
-    const kept = await read(id);
-    const turn = kept?.turns.find((one) => one.id === turnId);
-    if (turn && !turn.finish) await remember(kept, Object.assign(turn, { answer }));
-  }
-}
+addEventListener("pagehide", () => keepCut(runs.values()));

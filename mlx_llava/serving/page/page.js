@@ -3,6 +3,7 @@
 import * as attachments from "./attachments.js";
 import * as conversation from "./conversation.js";
 import { $ } from "./dom.js";
+import { recover } from "./keeping.js";
 import * as list from "./list.js";
 import { loadModels, model } from "./models.js";
 import { loadSettings } from "./settings.js";
@@ -56,5 +57,5 @@ loadSettings(loadModels);
 loadModels();
 $("question").value = sessionStorage.getItem(DRAFT) ?? "";
 showDraft();
-await conversation.recover();
+await recover();
 if (location.hash) conversation.open(location.hash.slice(1));
