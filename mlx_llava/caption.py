@@ -30,9 +30,9 @@ from mlx_llava.arguments import (
 )
 from mlx_llava.captioning.questions import PROMPT, Questions, read_questions, with_columns_alone
 from mlx_llava.captioning.rename import Renames, plan
-from mlx_llava.captioning.run import BESIDE, Existing, Run
+from mlx_llava.captioning.run import BESIDE, Existing, Run, renames_path
 from mlx_llava.captioning.watch import whole_pictures
-from mlx_llava.files import expand_home, real_path
+from mlx_llava.files import expand_home, only_writer, real_path
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
@@ -102,9 +102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     if args.undo:
-        _undo(Renames(Path(args.undo)))
+        with only_writer(Path(args.undo)):
+            _undo(Renames(Path(args.undo)))
         return
     _check_flags(args)
+    with only_writer(renames_path(args.out), args.out):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Captions what there is to caption."""
     options = answer_options(args)
     options = replace(options, json_schema=with_columns_alone(options.json_schema))
     questions = read_questions(args.prompt or [], options.json_schema, args.prefix, args.suffix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,42 @@ def hidden(path: Path, ending: str) -> Path:
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return path.with_name(f".{name}{ending}")
+
+
+@contextmanager
+def locked(path: Path, what: str | Path) -> Iterator[None]:
+    """Holds a file as long as this process lives, so that one alone writes something.
+
+    Args:
+        path (Path): The file, which is made where there is none.
+        what (str or Path): What is written, for the error.
+
+    Raises:
+        FileExistsError: Another process holds it.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{what} is being written by another command; wait until it has ended."
+            ) from error
+        except OSError:  # a disk without locks
+            pass
+        yield
+
+
+@contextmanager
+def only_writer(path: Path, what: str | Path = "") -> Iterator[None]:
+    """Holds that no other process writes what belongs to a file; FileExistsError where one does."""
+    path = real_path(path)
+    lock = hidden(path, ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock, what or path):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def expand_home(path: str | Path) -> Path:
@@ -96,6 +133,22 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def add_bytes(path: Path, data: bytes) -> None:
+    """Adds to a file all that is given or, where the disk is full, nothing of it.
+
+    Raises:
+        OSError: It cannot be added.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def is_file(path: Path) -> bool:

@@ -6,7 +6,6 @@ While it is being written, its manifest lists nothing yet.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mlx_llava.files import expand_home, hidden, is_same_file, real_path
+from mlx_llava.files import expand_home, hidden, is_same_file, locked, real_path
 from mlx_llava.json_files import read_json, write_json
 from mlx_llava.version import __version__
 
@@ -63,7 +62,7 @@ def new_folder(
     remove_folder(beside, kind)
     remove_folder(hidden(place, ".replaced"), kind)
     beside.mkdir()
-    with _locked(beside / MANIFEST):
+    with locked(beside / MANIFEST, beside):
         try:
             write_json(beside / MANIFEST, {"kind": kind})
             yield beside
@@ -132,27 +131,12 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file as long as this process lives; FileExistsError where another one does."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"{path.parent} is being written by another command; wait until it has ended."
-            ) from error
-        except OSError:  # a disk without locks
-            pass
-        yield
-
-
 def _remove_unfinished(beside: Path, kind: Kind) -> None:
     """Removes what a kill has left while it was being filled."""
     if beside.is_symlink() or not beside.is_dir():
         return
     if os.path.lexists(beside / MANIFEST):
-        with _locked(beside / MANIFEST):
+        with locked(beside / MANIFEST, beside):
             is_unfinished = not _listed(beside, kind)
     else:
         is_unfinished = not any(beside.iterdir())

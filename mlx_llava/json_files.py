@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.files import whole_file
+from mlx_llava.files import add_bytes, whole_file
 
 _BOM = "\ufeff"
 _REQUIRED = object()
@@ -286,8 +286,7 @@ class JsonLines:
         """Adds a line."""
         line = json.dumps(record, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(line.encode(errors=self._errors))
+        add_bytes(self.path, line.encode(errors=self._errors))
 
     def _decode(self, data: bytes) -> str:
         if self._errors == "surrogateescape":

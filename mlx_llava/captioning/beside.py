@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ class Sidecars:
                 raise ValueError(f"{path} {error}.") from error
             if data == before:
                 return
+            if before is not None and not path.stat().st_mode & stat.S_IWUSR:
+                raise ValueError(f"{path} is protected from being written.")
             with whole_file(path) as beside:
                 beside.write_bytes(data)
                 if before is not None:

@@ -22,6 +22,22 @@ BESIDE = "txt"
 Captions: TypeAlias = "Lines | Table | TextFiles"
 
 
+def renames_path(out: str) -> Path:
+    """The undo file of captions that go to `out`.
+
+    Raises:
+        ValueError: They cannot go there.
+    """
+    return _base(out).with_suffix(".renamed.jsonl")
+
+
+def _base(out: str) -> Path:
+    path = Path("captions.jsonl" if out == BESIDE else out)
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
+    return path
+
+
 @dataclass(frozen=True)
 class Existing:
     """What becomes of captions that are there already; without any of these, a run is refused.
@@ -77,10 +93,10 @@ class Run:
                 asked for otherwise.
             FileExistsError: There are captions already.
         """
-        base = Path("captions" if out == BESIDE else out)
+        base = _base(out)
         self._captions = _open_captions(out, columns, existing)
         self.errors = Lines(base.with_suffix(".errors.jsonl"), ("error",))
-        self.renames = Renames(base.with_suffix(".renamed.jsonl"))
+        self.renames = Renames(renames_path(out))
         self._settings = Settings(base.with_suffix(".settings.json"), asked)
         self._sidecars = Sidecars(existing.overwrites) if xmp else None
         self._existing = existing
@@ -256,8 +272,6 @@ def _open_captions(out: str, columns: Sequence[str], existing: Existing) -> Capt
             raise ValueError(f"--overwrite with --out {BESIDE} cannot tell what is done already.")
         return TextFiles(existing.overwrites)
     path = Path(out)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"--out is {out}; it must end in .jsonl or .csv, or be {BESIDE}.")
     return Lines(path, columns) if path.suffix == ".jsonl" else Table(path, columns)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_llava.captioning.questions import TEXT, as_text
-from mlx_llava.files import whole_file
+from mlx_llava.files import add_bytes, whole_file
 from mlx_llava.json_files import JsonLines, read_bytes
 
 _BOM = "\ufeff"
@@ -78,9 +78,8 @@ class Table:
         """Keeps a caption for good."""
         is_new = not self.path.exists() or not self.path.stat().st_size
         row = _row([image, *map(as_text, values.values())])
-        with self.path.open("ab") as file:
-            rows = f"{_BOM + self.head if is_new else ''}{row}"
-            file.write(rows.encode(errors="surrogateescape"))
+        rows = f"{_BOM + self.head if is_new else ''}{row}"
+        add_bytes(self.path, rows.encode(errors="surrogateescape"))
 
     def _read(self) -> tuple[str, str]:
         """The whole rows, after which no quotation is open, and what a kill has left of one."""

@@ -60,6 +60,14 @@ def test_a_description_is_replaced_only_on_demand():
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_protected_sidecar_stays():
+    Sidecars().write("a.jpg", "mine")
+    Path("a.xmp").chmod(0o444)
+    with pytest.raises(ValueError, match=r"a\.xmp is protected from being written"):
+        Sidecars(overwrite=True).write("a.jpg", "yours")
+    assert read_description(Path("a.xmp").read_bytes()) == "mine"
+
+
 @pytest.mark.parametrize("content", [b"notes", b"<!DOCTYPE x><x/>", b"\xff\xfe<\0"])
 def test_what_is_no_sidecar_stays(content):
     Path("a.xmp").write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import resource
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -92,3 +93,17 @@ def test_columns(kind, tmp_path):
     assert kept.rows() == [("a.png", {"caption": "x", "tags": tags})]
     with pytest.raises(ValueError, match="or of other columns"):
         kind(tmp_path / "a").rows()
+
+
+@pytest.mark.parametrize("kind", [Lines, Table])
+def test_a_full_disk_leaves_no_half_of_a_line(kind, tmp_path):
+    kept, (soft, hard) = kind(tmp_path / "captions"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept.write("a.jpg", {TEXT: "first"})
+    whole = kept.path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+    try:
+        with pytest.raises(OSError, match="captions cannot be written: File too large"):
+            kept.write("b.jpg", {TEXT: "second"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept.path.read_bytes() == whole

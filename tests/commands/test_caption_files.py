@@ -22,6 +22,7 @@ from mlx_llava.captioning import watch
 from mlx_llava.captioning.questions import PROMPT
 from mlx_llava.captioning.run import Run
 from mlx_llava.captioning.xmp import read_description, with_description
+from mlx_llava.files import only_writer
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -68,7 +69,8 @@ def lines(name: str = "captions.jsonl") -> list[dict]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path): sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files = (path for path in folder.iterdir() if path.is_file())
+    return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_sidecars(photos, expected, capsys):
@@ -163,6 +165,19 @@ def test_somebody_elses_settings_are_not_replaced(capsys):
     assert main(["photos"]) == 2
     assert "captions.settings.json exists already" in capsys.readouterr().err
     assert Path("captions.settings.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["photos", "--resume"], ["photos", "--watch"], ["--undo", "captions.renamed.jsonl"]],
+)
+def test_two_commands_do_not_write_one_file(arguments, capsys):
+    Path("captions.renamed.jsonl").touch()
+    with only_writer(Path("captions.renamed.jsonl")):
+        before = hashes(Path())
+        assert main(arguments) == 2
+        assert "is being written by another command" in capsys.readouterr().err
+        assert hashes(Path()) == before
 
 
 def test_what_is_replaced_is_there_until_there_is_something_else(expected, capsys):
