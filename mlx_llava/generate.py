@@ -214,7 +214,7 @@ def _as_json(prompt: str, tokens: list[int], last: GenerationResponse, load: flo
 
 def _report(last: GenerationResponse, load: float) -> str:
     """The lines of timings for people."""
-    from mlx_llava.inputs.processor import in_part
+    from mlx_llava.inputs.inputs import in_part
 
     shown = in_part(last.whole_image_tokens, last.image_tokens)
     videos = last.inputs.videos

@@ -25,7 +25,8 @@ from mlx_llava.checkpoint.original import translate
 from mlx_llava.checkpoint.verify import QUESTION, example_image, verify
 from mlx_llava.files import one_line
 from mlx_llava.inputs.chat_template import JinjaTemplate
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.templates import Guess, guess_template
 from mlx_llava.inputs.video import Video
 from mlx_llava.model.config import LlavaConfig

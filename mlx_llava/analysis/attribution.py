@@ -21,8 +21,9 @@ from mlx_llava.analysis.pictures import Picture, pictures_of
 from mlx_llava.analysis.trace import Array, Trace, as_numpy, trace, with_answer
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import load_image
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Conversation, as_list
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import plain_weight
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mlx.utils import tree_flatten
 
 from mlx_llava.generation.memory import kv_bytes
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 from mlx_llava.analysis.boxes import Array, feature_boxes, frame_boxes, patch_boxes
 from mlx_llava.inputs.image_processor import ImageProcessor, Pixels
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.video import Video
 
 #: Into how many parts, in each direction, a picture is cut to be masked.

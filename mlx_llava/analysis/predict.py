@@ -18,7 +18,7 @@ from mlx_llava.checkpoint.hub import Source, checkpoint_name, find_checkpoint
 from mlx_llava.checkpoint.load import empty_model, make_processor
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import arrays_of, suit_device
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.device import check_weights, on_cpu
 from mlx_llava.model.llava import Llava
 

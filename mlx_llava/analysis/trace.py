@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.cache import Attention, KVCache
 from mlx_llava.model.layers import Mask
 from mlx_llava.model.llava import Llava

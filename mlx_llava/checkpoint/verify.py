@@ -17,7 +17,8 @@ from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import empty_model, load_opened
 from mlx_llava.checkpoint.open import Checkpoint, open_checkpoint
 from mlx_llava.checkpoint.precision import suit_device
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.device import configure_device
 from mlx_llava.model.linux.adopt import adopt

@@ -21,7 +21,8 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import BATCH_SIZE, Options, greedy
 from mlx_llava.generation.steps import PREFILL_STEP, begin, log_softmax, queues_ahead
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.batch_cache import make_batch_cache
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import Llava

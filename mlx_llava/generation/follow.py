@@ -12,7 +12,8 @@ from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.stream import stream_generate
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.ranks import Ranks
 

@@ -12,8 +12,9 @@ from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Conversation
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.json_files import Place, decode, field, parse
 from mlx_llava.model.llava import Llava
 from mlx_llava.signatures import takes

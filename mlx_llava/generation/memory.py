@@ -5,7 +5,7 @@ Estimates: weights and keys and values are exact, the rest is the largest arrays
 
 from __future__ import annotations
 
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.cache import group_size
 from mlx_llava.model.config import AVERAGE, LlavaConfig
 from mlx_llava.model.device import available_memory

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.image_processor import ImageProcessor
-from mlx_llava.inputs.processor import FramesTaken, Inputs
+from mlx_llava.inputs.inputs import FramesTaken, Inputs
 from mlx_llava.model.anyres import Frames, Layout
 from mlx_llava.model.ranks import Alone
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.files import whole_file
 from mlx_llava.inputs.image_processor import Pixels
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.anyres import Layout
 from mlx_llava.model.cache import Cache, fork, nbytes, set_positions
 from mlx_llava.model.config import LlavaConfig

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_llava.inputs import html as display
-from mlx_llava.inputs.processor import Inputs, in_part
+from mlx_llava.inputs.inputs import Inputs, in_part
 
 
 @dataclass(frozen=True)

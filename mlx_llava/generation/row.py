@@ -14,7 +14,8 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import PREFILL_STEP, Choice, Chooser
 from mlx_llava.generation.stops import Answer
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.cache import make_cache
 from mlx_llava.model.llava import Llava
 

@@ -11,8 +11,9 @@ from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options
 from mlx_llava.generation.steps import PREFILL_STEP, decode
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Conversation
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.llava import Llava
 from mlx_llava.signatures import takes
 

@@ -22,7 +22,8 @@ from starlette.routing import Mount, Route
 from starlette.types import Send
 
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.inputs import Inputs
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.serving.anthropic import CountRequest, MessagesRequest
 from mlx_llava.serving.engine import Engine
 from mlx_llava.serving.errors import ApiError, refusals

@@ -8,8 +8,9 @@ from itertools import takewhile
 from typing import Any, TypeAlias
 
 from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Message
-from mlx_llava.inputs.processor import Inputs, Processor
+from mlx_llava.inputs.processor import Processor
 from mlx_llava.serving.errors import ApiError, context_error
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_llava.generation.memory import request_bytes
-from mlx_llava.inputs.processor import Inputs
+from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.anyres import Frames, num_tiles, num_tokens
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_llava.generation.orders import pack, unpack
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.processor import FramesTaken
+from mlx_llava.inputs.inputs import FramesTaken
 from mlx_llava.model.anyres import Frames
 from tests.conftest import PICTURE
 
