@@ -40,6 +40,20 @@ if a < b:
 <div style="position:fixed"><script>alert(1)</script></div>
 """
 SHOW = "async (text) => (await import('/markdown.js')).showMarkdown(welcome, text)"
+HOSTILE = (
+    "<svg onload=alert(1)>",
+    "[x](data:text/html,<script>alert(1)</script>)",
+    "[x](&#106;avascript:alert(1))",
+    "[x](//example.org)",
+    '[x](https://e.org "onmouseover=alert(1)")',
+    '```"><img src=x onerror=alert(1)>\nx\n```',
+    "<a href='javascript:alert(1)'>x</a>",
+)
+#: Attributes of what is shown that run, fetch or disguise something.
+HARMFUL = """root => [...root.querySelectorAll("*:not(button)")]
+    .flatMap((one) => [...one.attributes])
+    .filter(({ name, value }) => /^on|src|style|title/.test(name) || /^(java|data|\\/)/.test(value))
+    .map(({ name, value }) => [name, value])"""
 
 
 def test_stop_keeps_what_was_said(served, open_page):
@@ -69,7 +83,7 @@ def test_what_the_model_says_is_text(served, open_page):
         page.close()
 
 
-def test_markdown(page):
+def test_markdown_is_shown_and_harmless(page):
     page.evaluate(SHOW, MARKDOWN)
     shown = page.locator("#welcome")
     assert shown.locator("h1").inner_text() == "Shapes"
@@ -84,40 +98,12 @@ def test_markdown(page):
     assert shown.locator("script, img, div[style], iframe").count() == 0
     assert "<script>alert(1)</script>" in shown.inner_text()
     assert "[no link](javascript:alert(1))" in shown.inner_text()
-
-
-HOSTILE = (
-    "<svg onload=alert(1)>",
-    "[x](data:text/html,<script>alert(1)</script>)",
-    "[x](&#106;avascript:alert(1))",
-    "[x](//example.org)",
-    '[x](https://e.org "onmouseover=alert(1)")',
-    '```"><img src=x onerror=alert(1)>\nx\n```',
-    "<a href='javascript:alert(1)'>x</a>",
-)
-#: Attributes of what is shown that run, fetch or disguise something.
-HARMFUL = """root => [...root.querySelectorAll("*:not(button)")]
-    .flatMap((one) => [...one.attributes])
-    .filter(({ name, value }) => /^on|src|style|title/.test(name) || /^(java|data|\\/)/.test(value))
-    .map(({ name, value }) => [name, value])"""
-
-
-def test_hostile_markdown(page):
     for text in HOSTILE:
         page.evaluate(SHOW, text)
-        assert page.locator("#welcome").evaluate(HARMFUL) == [], text
+        assert shown.evaluate(HARMFUL) == [], text
 
 
-def test_code_is_copied(open_page):
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    page.evaluate(SHOW, MARKDOWN)
-    press(page, "Copy code")
-    expect(button(page, "Copy code")).to_have_text("Copied")
-    said = page.evaluate("() => navigator.clipboard.readText()")
-    assert said.rstrip() == 'if a < b:\n    print("x")'
-
-
-def test_copy(open_page):
+def test_answers_and_code_are_copied(open_page):
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     ask(page, QUESTION, SHAPES)
     answered(page)
@@ -125,6 +111,11 @@ def test_copy(open_page):
     assert page.evaluate("() => navigator.clipboard.readText()") == "red"
     expect(page.get_by_role("status").first).to_have_text("Copied")
     expect(button(page, "Copied")).to_be_visible()
+    page.evaluate(SHOW.replace("welcome", "document.querySelector('.assistant .text')"), MARKDOWN)
+    press(page, "Copy code")
+    expect(button(page, "Copy code")).to_have_text("Copied")
+    said = page.evaluate("() => navigator.clipboard.readText()")
+    assert said.rstrip() == 'if a < b:\n    print("x")'
 
 
 def test_copy_without_a_secure_address(page):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 
-import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
@@ -170,31 +169,32 @@ def test_one_of_several_models_is_chosen(served, open_page):
         page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_themes(open_page, scheme):
-    page = open_page(color_scheme=scheme)
-
+def test_themes(page):
     def is_dark():
         colour = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         return sum(map(int, re.findall(r"\d+", colour)[:3])) < 384
 
-    assert is_dark() == (scheme == "dark")
-    other = {"light": "dark", "dark": "light"}[scheme]
-    press(page, "Settings")
-    page.get_by_label("Theme").select_option(other)
-    assert is_dark() == (other == "dark")
+    for scheme, other in (("light", "dark"), ("dark", "light")):
+        page.emulate_media(color_scheme=scheme)
+        assert is_dark() == (scheme == "dark")
+        press(page, "Settings")
+        page.get_by_label("Theme").select_option(other)
+        assert is_dark() == (other == "dark")
+        page.get_by_label("Theme").select_option("")
+        press(page, "Done")
 
 
-@pytest.mark.parametrize("width", [320, 390])
-def test_phones(open_page, width):
-    page = open_page(viewport={"width": width, "height": 560}, **PHONE)
+def test_phones(open_page):
+    page = open_page(viewport={"width": 320, "height": 560}, **PHONE)
     ask(page, QUESTION + " " + "x" * 300, SHAPES)
     answered(page)
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-    page.get_by_role("button", name="Settings").tap()
-    expect(page.get_by_role("dialog")).to_be_visible()
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-    page.keyboard.press("Escape")
+    for width in (390, 320):
+        page.set_viewport_size({"width": width, "height": 560})
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        page.get_by_role("button", name="Settings").tap()
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        page.keyboard.press("Escape")
     button(page, "Conversations").tap()
     button(page, re.compile(f"^{re.escape(QUESTION)}")).tap()
     expect(page.get_by_role("navigation")).to_be_hidden()
@@ -257,16 +257,16 @@ def test_screen_readers_hear_each_answer_once(page):
     expect(page.get_by_role("log")).to_have_attribute("aria-live", "off")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(open_page, scheme):
-    page = open_page(color_scheme=scheme)
+def test_axe_finds_nothing(page):
     ask(page, QUESTION, SHAPES)
     answered(page)
     add(page, SHAPES)
     press(page, "Conversations")
     expect(listed(page)).to_have_count(1)
-    results = Axe().run(page)
-    assert results.violations_count == 0, results.generate_report()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        results = Axe().run(page)
+        assert results.violations_count == 0, results.generate_report()
     press(page, "Settings")
     results = Axe().run(page)
     assert results.violations_count == 0, results.generate_report()

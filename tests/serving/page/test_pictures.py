@@ -111,14 +111,14 @@ def test_formats_that_the_browser_cannot_read(page, tmp_path):
 
 
 def test_large_photographs_are_made_smaller(served, open_page, tmp_path):
-    """Seven of 12 megapixels in one conversation, on a server that takes 24 of a request."""
+    """Three of 12 megapixels in one conversation, on a server that takes 10 of a request."""
     exif = Image.Exif()
     exif[0x0112] = 6  # held upright
     large = Image.open(SHAPES).convert("RGB").resize((4000, 3000))
     large.save(tmp_path / "large.jpg", exif=exif)
-    with serving("--max-pixels", "24", engine=served.engine) as strict:
+    with serving("--max-pixels", "10", engine=served.engine) as strict:
         page = open_page(strict)
-        add(page, *[tmp_path / "large.jpg"] * 7)
+        add(page, *[tmp_path / "large.jpg"] * 3)
         *pictures, _ = sent(page)
         assert {(opened(part).format, opened(part).size) for part in pictures} == {
             ("JPEG", (1536, 2048))
