@@ -182,13 +182,15 @@ def _model_thread() -> Iterator[ModelThread]:
 def _open_model(name: str, args: argparse.Namespace, thread: ModelThread) -> Engine:
     from mlx_llava.serving.engine import Checkpoint, Engine
 
-    return Engine(
+    engine = Engine(
         Checkpoint(name, partial(look_at_model, args), partial(load_model, args)),
         thread,
         batch_size=args.batch_size,
         max_waiting=args.max_waiting,
         prompt_cache_bytes=args.prompt_cache * MEGA,
     )
+    args.offline = True  # a folder that is gone later is no repository of that name
+    return engine
 
 
 def make_app(models: Models, defaults: Options, settings: Settings) -> ASGIApp:

@@ -431,6 +431,8 @@ MUTATIONS = (
     ("a protected sidecar is replaced", "captioning/beside", "if before is not None and not path.stat()", "if False and not path.stat()"),
     ("half a line on a full disk", "files", "            file.truncate(size)\n", ""),
     ("two commands add to one file", "files", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    ("another model under its name", "serving/engine", "if _PREPARING(processor) != _PREPARING(self.processor):", "if False:"),
+    ("a folder becomes a repository", "server", "args.offline = True", "pass"),
     ("half-written pictures", "captioning/watch", "if still == 0 or now < file.next_look:", "if now < file.next_look:"),
     ("a broken picture waits for ever", "captioning/watch", "if still >= patience or", "if"),
     ("a name is taken from another", "captioning/rename", "        if os.path.lexists(new):\n            raise", "        if False:\n            raise"),

@@ -138,7 +138,9 @@ def naming(name: str, kind: str = "image") -> Iterator[None]:
         yield
     except Exception as error:
         is_clear = isinstance(error, (OSError, SyntaxError, ValueError)) and str(error)
-        said = getattr(error, "strerror", None) or str(error)  # FFmpeg's number tells nobody anything
+        said = getattr(error, "strerror", None) or str(
+            error
+        )  # FFmpeg's number tells nobody anything
         why = said if is_clear else f"{type(error).__name__} {error}"
         raise ValueError(f"{name} is a broken {kind}: {' '.join(why.split())}") from error
 

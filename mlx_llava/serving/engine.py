@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import anyio
@@ -38,6 +39,11 @@ from mlx_llava.serving.replies import Piece, Token
 from mlx_llava.serving.workers import forget
 
 logger = logging.getLogger(__name__)
+
+#: All of a processor that prompts come of.
+_PREPARING = attrgetter(
+    *("config", "image_processor", "template", "eos_ids", "tokenizer.spec", "tokenizer.config")
+)
 
 #: Takes the pieces of a request's answers, or the error that ends all of them, to who asked; and
 #: None when they begin.
@@ -227,7 +233,9 @@ class Engine:
     def load(self) -> None:
         """Loads the model, unless it is; raises what `checkpoint.load` does."""
         if self._generator is None:
-            model, self.processor = self._checkpoint.load()
+            model, processor = self._checkpoint.load()
+            if _PREPARING(processor) != _PREPARING(self.processor):  # prompts wait that it made
+                raise ValueError("its files are another model's now; start the server again.")
             self.weight_bytes = tree_reduce(_added, model.parameters(), 0)
             self._generator = self._new_generator(model)
             self.is_loaded = True

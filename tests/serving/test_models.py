@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import shutil
 import sys
 import threading
 import time
@@ -125,6 +126,21 @@ class TestAnswers:
 
     def test_names_may_have_a_tag(self, several):
         assert ask(several, "next:34b") == ask(several, "next")
+
+    def test_are_never_another_models_whatever_becomes_of_the_files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(PATHS["llava"], "some/model")
+        with serving("--model", "own=some/model", "--keep-alive", "0") as running:
+            first = ask(running, "own")
+            Path("some/model").rename("some/gone")
+            with pytest.raises(openai.InternalServerError, match="not among the downloaded"):
+                ask(running, "own")
+            shutil.copytree(PATHS["next"], "some/model")
+            with pytest.raises(openai.InternalServerError, match="another model's now; start"):
+                ask(running, "own")
+            shutil.rmtree("some/model")
+            Path("some/gone").rename("some/model")
+            assert ask(running, "own") == first
 
 
 class TestMemory:
