@@ -108,7 +108,7 @@ MUTATIONS = (
     ("post_layernorm applied", "model/clip", "return self.vision_model(mx.array(pixel_values).astype(self.dtype), num_layers)", "return [self.vision_model.post_layernorm(x) for x in self.vision_model(mx.array(pixel_values).astype(self.dtype), num_layers)]"),
     ("no norm before ViP-LLaVA's projector", "model/projector", 'if "projector_layernorm" in self:', "if False:"),
     ("ViP-LLaVA's layer of another key", "model/config", '.startswith("4."):', '.startswith("5."):'),
-    ("ViP-LLaVA's class token kept", "model/config", 'fixed={"vision_feature_select_strategy": "default",', 'fixed={'),
+    ("ViP-LLaVA's class token kept", "model/llava_classes", 'fixed={"vision_feature_select_strategy": "default",', 'fixed={'),
     ("a class token of SigLIP counted", "model/vision_config", "**2 + self.has_class_token", "**2 + 1"),
     ("exact GELU in SigLIP", "model/layers", '"gelu_pytorch_tanh": gelu_tanh', '"gelu_pytorch_tanh": nn.gelu'),
     ("quick GELU in SigLIP", "model/vision_config", '"hidden_act": "gelu_pytorch_tanh",', '"hidden_act": "quick_gelu",'),

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.model.anyres import Frames, Layout, Size, laid_grid, unpadded_grid
-from mlx_llava.model.config import AVERAGE, BILINEAR, LlavaConfig
+from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.layout import lay_out, pool_first
+from mlx_llava.model.llava_classes import AVERAGE, BILINEAR
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 

@@ -21,8 +21,9 @@ from mlx_llava.checkpoint.tensors import PROJECTOR, LazyTensor, canonical_name, 
 from mlx_llava.inputs.templates import guess_template
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import read_json
-from mlx_llava.model.config import LlavaConfig, read_ends, unknown_keys
+from mlx_llava.model.config import LlavaConfig, unknown_keys
 from mlx_llava.model.config_checks import unknown_warning
+from mlx_llava.model.config_values import read_ends
 
 
 @dataclass

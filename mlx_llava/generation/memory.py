@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.model.cache import group_size
-from mlx_llava.model.config import AVERAGE, LlavaConfig
+from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import available_memory
 from mlx_llava.model.llava import TILES_AT_ONCE, Llava
+from mlx_llava.model.llava_classes import AVERAGE
 
 _GB = 1e9
 #: How many arrays of all features live at once, at most, while they are projected and laid out.

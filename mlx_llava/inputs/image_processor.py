@@ -29,7 +29,8 @@ from mlx_llava.model.anyres import (
     canvas_size,
     num_tokens,
 )
-from mlx_llava.model.config import LlavaConfig, read_pinpoints
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.config_values import read_pinpoints
 
 Pixels: TypeAlias = npt.NDArray[np.float32]
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from mlx_llava.model.config import BILINEAR, LlavaConfig
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava_classes import BILINEAR
 
 Size: TypeAlias = tuple[int, int]
 

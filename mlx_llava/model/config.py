@@ -7,23 +7,17 @@ that changes the maths is read or refused by name (known_keys.py).
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mlx_llava.model.config_checks import Section, names_of, refuse_value
+from mlx_llava.model.config_checks import Section, names_of
+from mlx_llava.model.config_values import read_ends, read_pinpoints, read_placeholders
 from mlx_llava.model.known_keys import CHANGES
+from mlx_llava.model.llava_classes import AVERAGE, BILINEAR, CLASSES, POOLINGS
 from mlx_llava.model.text_config import TextConfig, unknown_text_keys
-from mlx_llava.model.vision_config import (
-    ACTIVATIONS,
-    CLIP_L_336,
-    SIGLIP_SO400M,
-    VISION,
-    VisionConfig,
-)
+from mlx_llava.model.vision_config import ACTIVATIONS, VISION, VisionConfig
 
 #: Keys that transformers does not know; written only where they say something.
 _EXTENSIONS = frozenset(
@@ -39,67 +33,8 @@ _ANYRES_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008
 
 
 @dataclass(frozen=True)
-class _Class:
-    """A class of transformers.
-
-    Attributes:
-        name: how the names of its config, its model and its processors begin.
-        defaults: what it has instead of `LlavaConfig`'s.
-        fixed: what it has whatever config.json says, which it ignores.
-        tower: its ``vision_config`` where there is none, and the kind of one that names none.
-        decoder: the kind of a ``text_config`` that names none.
-        pooling: how the features of a video's frames become fewer, one of `POOLINGS`; None where
-            frames are images.
-    """
-
-    name: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    tower: Mapping[str, Any] = field(default_factory=lambda: CLIP_L_336)
-    decoder: str = "llama"
-    pooling: str | None = None
-
-
-#: Averages of squares of the tower's features (LLaVA-NeXT-Video), or every grid of projected ones
-#: scaled to half of its side, with one newline behind all (OneVision).
-POOLINGS = AVERAGE, BILINEAR = "average", "bilinear"
-_NO_NORM = {"projector_layernorm_eps": None}
-#: By ``model_type``.
-_CLASSES: Mapping[str, _Class] = {
-    "llava": _Class("Llava", fixed=_NO_NORM),
-    "llava_next": _Class("LlavaNext", fixed=_NO_NORM),
-    "llava_next_video": _Class(
-        "LlavaNextVideo",
-        {"image_token_index": 32001, "video_token_index": 32000},
-        fixed=_NO_NORM,
-        pooling=AVERAGE,
-    ),
-    "llava_onevision": _Class(
-        "LlavaOnevision",
-        {
-            "image_token_index": 151646,
-            "video_token_index": 151647,
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "image_grid_pinpoints": tuple(product(range(384, 2305, 384), repeat=2)),
-            "vision_aspect_ratio": "anyres_max_9",
-        },
-        fixed=_NO_NORM,
-        tower=SIGLIP_SO400M,
-        decoder="qwen2",
-        pooling=BILINEAR,
-    ),
-    "vipllava": _Class(
-        "VipLlava",
-        {"vision_feature_layer": (-2, -5, -8, -11, 6), "projector_layernorm_eps": 1e-5},
-        fixed={"vision_feature_select_strategy": "default", "multimodal_projector_bias": True},
-    ),
-}
-
-
-@dataclass(frozen=True)
 class LlavaConfig:
-    """A whole LLaVA (transformers' LlavaConfig, and those of its `_CLASSES`).
+    """A whole LLaVA (transformers' LlavaConfig, and those of its `CLASSES`).
 
     Attributes:
         vision_feature_layer: which of the tower's hidden states is read; 0 is the embedding.
@@ -161,9 +96,9 @@ class LlavaConfig:
         if data["model_type"] != "llava_onevision":  # to others they mean nothing
             data = {key: value for key, value in data.items() if key not in _OF_ONEVISION}
         _TOP.check(data)
-        kind = _CLASSES[data["model_type"]]
+        kind = CLASSES[data["model_type"]]
         given = {key: value for key, value in data.items() if value is not None}
-        data = {**kind.defaults, **given, **_placeholders(given), **kind.fixed}
+        data = {**kind.defaults, **given, **read_placeholders(given), **kind.fixed}
         ends = data.get("eos_token_id")
         if ends is None:
             ends = (data.get("text_config") or {}).get("eos_token_id")
@@ -199,7 +134,7 @@ class LlavaConfig:
     @property
     def pooling(self) -> str | None:
         """How the features of a video's frames become fewer; None where frames are images."""
-        return _CLASSES[self.model_type].pooling
+        return CLASSES[self.model_type].pooling
 
     @property
     def frame_side(self) -> int:
@@ -228,7 +163,7 @@ class LlavaConfig:
     @property
     def class_name(self) -> str:
         """How the names of transformers' classes for this model begin."""
-        return _CLASSES[self.model_type].name
+        return CLASSES[self.model_type].name
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -291,7 +226,7 @@ _TOP = Section(
     | {"image_token_id", "video_token_id", "quantization_config", "use_image_newline_parameter"},
     CHANGES,
     {
-        "model_type": tuple(_CLASSES),
+        "model_type": tuple(CLASSES),
         "projector_hidden_act": ACTIVATIONS,
         "vision_feature_select_strategy": ("default", "full"),
         "mm_patch_merge_type": ("spatial_unpad", "spatial", "flat"),
@@ -326,28 +261,6 @@ def projector_layers(kind: str) -> int:
     return int(match[1])
 
 
-def read_pinpoints(
-    pinpoints: str | Sequence[Sequence[int]], side: int = 1
-) -> tuple[tuple[int, int], ...]:
-    """Reads ``image_grid_pinpoints``: pairs, the text of some, or LLaVA-NeXT's range of tiles.
-
-    A range, ``"(1x1),...,(6x6)"``, is every grid from the first to the last of tiles with a side
-    of so many pixels (mm_utils.py, process_anyres_image).
-    """
-    if isinstance(pinpoints, str) and "x" in pinpoints:
-        grids = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
-        if len(grids) < 2:
-            raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no range of grids.")
-        ends = zip(grids[0], grids[-1], strict=True)
-        heights, widths = (range(a * side, b * side + 1, side) for a, b in ends)
-        return tuple(product(heights, widths))
-    try:
-        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"image_grid_pinpoints={pinpoints!r} is no list of pairs.") from error
-    return tuple((int(height), int(width)) for height, width in pairs)
-
-
 def _read_vip(data: dict[str, Any]) -> dict[str, Any]:
     """The layers of a ViP-LLaVA under the key that LLaVA's have.
 
@@ -365,25 +278,6 @@ def _read_vip(data: dict[str, Any]) -> dict[str, Any]:
 def _part(given: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Mapping[str, Any]:
     """A part of config.json: all of the default, or what is given and the default's kind."""
     return default if given is None else {"model_type": default["model_type"], **given}
-
-
-def _placeholders(data: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of placeholders, under their old or their new names, if there are any."""
-    found: dict[str, int] = {}
-    for what in ("image", "video"):
-        given = {data[k] for k in (f"{what}_token_index", f"{what}_token_id") if data.get(k)}
-        if len(given) > 1:
-            raise ValueError(f"config.json gives the {what} token two ids: {sorted(given)}.")
-        found |= {f"{what}_token_index": int(i) for i in given}
-    return found
-
-
-def read_ends(ids: object, where: str) -> tuple[int, ...]:
-    """Reads an ``eos_token_id``: one id, several, or null."""
-    ends = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(end) is int for end in ends):
-        refuse_value(where, "eos_token_id", ids, "an id or a list of ids")
-    return tuple(ends)
 
 
 def _mlx_quantization(data: Mapping[str, Any]) -> dict[str, Any] | None:

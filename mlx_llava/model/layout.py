@@ -24,7 +24,8 @@ from mlx_llava.model.anyres import (
     num_tiles,
     unpadded_grid,
 )
-from mlx_llava.model.config import AVERAGE, BILINEAR, LlavaConfig
+from mlx_llava.model.config import LlavaConfig
+from mlx_llava.model.llava_classes import AVERAGE, BILINEAR
 
 
 def lay_out(

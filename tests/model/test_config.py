@@ -12,15 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_llava.model import layers
-from mlx_llava.model.config import (
-    ACTIVATIONS,
-    LlavaConfig,
-    VisionConfig,
-    read_pinpoints,
-    unknown_keys,
-)
+from mlx_llava.model.config import LlavaConfig, unknown_keys
+from mlx_llava.model.config_values import read_pinpoints
 from mlx_llava.model.llama import rope_frequencies
 from mlx_llava.model.text_config import TextConfig
+from mlx_llava.model.vision_config import ACTIVATIONS, VisionConfig
 from tests.published.llava_hf import VICUNA_7B
 from tests.published.row import CLIP_336
 

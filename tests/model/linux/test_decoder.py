@@ -10,11 +10,11 @@ import pytest
 
 from mlx_llava.model.batch_cache import RaggedCache
 from mlx_llava.model.cache import RollingKVCache, make_cache
-from mlx_llava.model.config import TextConfig
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.linux import decoder, functions
 from mlx_llava.model.linux.adopt import adopt
 from mlx_llava.model.llama import LanguageModel
+from mlx_llava.model.text_config import TextConfig
 
 pytestmark = pytest.mark.skipif(
     not functions.NUMPY or not on_cpu(), reason="NumPy is used on Linux's CPU only"
