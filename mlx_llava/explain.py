@@ -30,6 +30,7 @@ from mlx_llava.arguments import (
     load_model,
     progress_bar,
 )
+from mlx_llava.checkpoint.hub import embedded_note
 from mlx_llava.files import check_output
 
 __all__ = [
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with progress_bar("masking", unit="part") as progress:
         shown = sections(model, processor, found, window=args.window, progress=progress)
-    write_report(shown, f"{args.prompt} {found.answer}", args.out)
+    question = args.prompt if args.model else f"{args.prompt} ({embedded_note()})"
+    write_report(shown, question, found.answer, args.out)
     print(found.answer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +82,16 @@ class Explanation:
         """A map (height, width) over a picture of what each of its features (F,) got."""
         image = self.images[picture]
         return heat_map(values, self.boxes[picture], (image.height, image.width), longest)
+
+
+def folded(words: Sequence[str]) -> dict[int, str]:
+    """The first of each run of the same word, by position, with how often it comes."""
+    runs: dict[int, str] = {}
+    for _, run in groupby(range(len(words)), words.__getitem__):
+        first, *others = run
+        times = f" ({len(others) + 1} times)" if others else ""
+        runs[first] = words[first] + times
+    return runs
 
 
 def explain(

@@ -19,7 +19,7 @@ from matplotlib.patches import ConnectionPatch
 from matplotlib.ticker import LogFormatter
 from PIL import Image
 
-from mlx_llava.analysis.attribution import Explanation, MaskEffect
+from mlx_llava.analysis.attribution import Explanation, MaskEffect, folded
 from mlx_llava.analysis.boxes import LONGEST, Array, paint
 from mlx_llava.model.llava import Llava
 
@@ -104,11 +104,16 @@ def plot_maps(
     label: str,
     columns: int = COLUMNS,
     figure: Drawing = None,
+    largest: float | None = None,
 ) -> Drawing:
-    """Maps, (height, width) in a picture's proportions, over it; `label` says what colours mean."""
+    """Maps, (height, width) in a picture's proportions, over it; `label` says what colours mean.
+
+    Where a map is NaN, the picture stays as it is. All have one scale, that ends at `largest`, or
+    at the largest value.
+    """
     figure, axes = _panels(len(maps), columns, figure)
-    largest = max(float(np.abs(one).max()) for one in maps) or 1.0
-    is_signed = any(float(one.min()) < 0 for one in maps)
+    largest = largest or max(float(np.nanmax(np.abs(one))) for one in maps) or 1.0
+    is_signed = any(float(np.nanmin(one)) < 0 for one in maps)
     colours = {"cmap": "PuOr" if is_signed else "viridis", "vmin": -largest * is_signed}
     extent = (0, image.width, image.height, 0)
     grey = _small(image).convert("L")
@@ -124,9 +129,13 @@ def plot_maps(
 
 
 def _density(explanation: Explanation, picture: int, values: Array) -> Array:
-    """A map of how much of what the features got, (F,), is on 1 % of the picture's area."""
+    """A map of how much of what the features got, (F,), is on 1 % of the picture's area.
+
+    NaN where the model has not looked, as outside of the square that is cut out.
+    """
     heat = explanation.on_picture(values, picture)
-    return heat * heat.size / 100
+    was_read = explanation.on_picture(np.ones_like(values), picture) > 0
+    return np.where(was_read, heat * heat.size / 100, np.nan)
 
 
 def _plot_words(
@@ -137,12 +146,40 @@ def _plot_words(
     values: Array,
     label: str,
     figure: Drawing,
+    largest: float | None = None,
 ) -> Drawing:
-    """A map for each word, drawn of its values, (G, values)."""
-    chosen = range(len(explanation.words)) if words is None else words
-    titles = [_label(explanation.words[word]) for word in chosen]
-    maps = [draw(values[word]) for word in chosen]
-    return plot_maps(explanation.images[picture], maps, titles, label, figure=figure)
+    """A map for each word, or each run of one, drawn of its values, (G, values)."""
+    if words is None:
+        chosen = folded(explanation.words)
+    else:
+        chosen = {word: explanation.words[word] for word in words}
+    maps, titles = [draw(values[word]) for word in chosen], [*map(_label, chosen.values())]
+    image = explanation.images[picture]
+    return plot_maps(image, maps, titles, label, figure=figure, largest=largest)
+
+
+def plot_overview(explanation: Explanation, figure: Drawing = None) -> Drawing:
+    """Each picture, and where all of the answer looked in it: words', layers' and heads' mean."""
+    count = len(explanation.images)
+    figure = figure or _new(6.4, 2.6 * count)
+    parts = np.array(figure.subfigures(count, 1)).flatten()
+    for i, (part, image) in enumerate(zip(parts, explanation.images, strict=True)):
+        left, right = part.subfigures(1, 2, width_ratios=(1, 1.2))
+        plot_pictures([image], figure=left)
+        mean = explanation.attention(i).mean(axis=(0, 1, 2))
+        plot_maps(image, [_density(explanation, i, mean)], [""], SHARE, figure=right)
+    return figure
+
+
+def largest_share(explanation: Explanation) -> float:
+    """Where one scale for all words' attention and rollout in all pictures ends."""
+    shares = [
+        float(np.nanmax(_density(explanation, i, values[word])))
+        for i in range(len(explanation.images))
+        for values in (explanation.attention(i).mean(axis=(0, 1)), explanation.rollout(i))
+        for word in folded(explanation.words)
+    ]
+    return max(shares, default=0.0)
 
 
 def plot_attention(
@@ -151,12 +188,13 @@ def plot_attention(
     words: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     figure: Drawing = None,
+    largest: float | None = None,
 ) -> Drawing:
     """Where each word looked in a picture, by the mean head of the mean layer."""
     attention = explanation.attention(picture)
     chosen = attention if layers is None else attention[list(layers)]
     draw, mean = partial(_density, explanation, picture), chosen.mean(axis=(0, 1))
-    return _plot_words(explanation, picture, words, draw, mean, SHARE, figure)
+    return _plot_words(explanation, picture, words, draw, mean, SHARE, figure, largest)
 
 
 def plot_rollout(
@@ -164,10 +202,11 @@ def plot_rollout(
     picture: int = 0,
     words: Sequence[int] | None = None,
     figure: Drawing = None,
+    largest: float | None = None,
 ) -> Drawing:
     """How much of each part of a picture came to each word through all layers."""
     draw, rollout = partial(_density, explanation, picture), explanation.rollout(picture)
-    return _plot_words(explanation, picture, words, draw, rollout, SHARE, figure)
+    return _plot_words(explanation, picture, words, draw, rollout, SHARE, figure, largest)
 
 
 def plot_heads(

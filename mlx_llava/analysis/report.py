@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.analysis.attribution import Explanation, logit_lens, mask_effect
+from mlx_llava.analysis.attribution import Explanation, folded, logit_lens, mask_effect
 from mlx_llava.files import own_file
 from mlx_llava.inputs.image import data_url
 from mlx_llava.inputs.processor import Processor
@@ -25,6 +25,7 @@ FORMATS = (".png", ".html")
 #: What reports say of themselves, so that only they are written over.
 COMMAND = "mlx_llava.explain"
 
+_OVERVIEW = "The picture, and where the answer looked in it. Grey is what the model has not read."
 _ATTENTION = "Where each word looked when it was chosen; all layers, mean head."
 _ROLLOUT = "What came from the picture to each word through all layers together."
 _MASKING = "How much less likely each word becomes when a part of the picture is hidden."
@@ -34,6 +35,7 @@ _PAGE = """<!doctype html>
 <meta name="generator" content="{command}">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
 img {{ max-width: 100% }} h2 {{ margin-bottom: 0 }} p {{ margin-top: 0.2em; color: #444 }}</style>
+<p>{question}</p>
 <h1>{title}</h1>
 {body}
 </html>
@@ -64,42 +66,47 @@ def sections(
     """What a report shows; options are those of `mask_effect`."""
     from mlx_llava.analysis import plots
 
-    found = []
+    found, words = [], folded(explanation.words)
     if explanation.images:
-        shown = partial(plots.plot_pictures, explanation.images)
-        found.append(Section("Pictures", "As they were read.", ROW, shown))
-    height = ROW * -(-len(explanation.words) // plots.COLUMNS)
+        height = 1.6 * ROW * len(explanation.images)
+        shown = partial(plots.plot_overview, explanation)
+        found.append(Section("Where it looked", _OVERVIEW, height, shown))
+    height = ROW * max(1.3, -(-len(words) // plots.COLUMNS))  # with room for the scale's name
+    largest = plots.largest_share(explanation)
     for i, _ in enumerate(explanation.images):
         effect = mask_effect(model, processor, explanation, i, **mask_options)
+        attention = partial(plots.plot_attention, explanation, i, largest=largest)
+        rollout = partial(plots.plot_rollout, explanation, i, largest=largest)
         for title, caption, draw in (
-            ("attention", _ATTENTION, partial(plots.plot_attention, explanation, i)),
-            ("rollout", _ROLLOUT, partial(plots.plot_rollout, explanation, i)),
+            ("attention", _ATTENTION, attention),
+            ("rollout", _ROLLOUT, rollout),
             ("masking", _MASKING, partial(plots.plot_mask_effect, explanation, effect, i)),
         ):
             found.append(Section(f"Picture {i + 1}: {title}", caption, height, draw))
-    observed = explanation.trace.hidden_states[:, explanation.trace.queries]
+    observed = explanation.trace.hidden_states[:, explanation.trace.queries][:, [*words]]
     tokens, probabilities = logit_lens(model, observed)
-    words = [[processor.tokenizer.text_of(int(i)) for i in layer] for layer in tokens[..., 0]]
-    draw = partial(plots.plot_lens, words, probabilities[..., 0], explanation.words)
-    return [*found, Section("Layer by layer", _LENS, 1.2 + 0.3 * len(words), draw)]
+    said = [[processor.tokenizer.text_of(int(i)) for i in layer] for layer in tokens[..., 0]]
+    draw = partial(plots.plot_lens, said, probabilities[..., 0], [*words.values()])
+    return [*found, Section("Layer by layer", _LENS, 1.2 + 0.3 * len(said), draw)]
 
 
-def write_report(found: list[Section], title: str, path: Path) -> None:
+def write_report(found: list[Section], question: str, answer: str, path: Path) -> None:
     """Writes a PNG or a page that needs no other file, as the path ends; see `own_file`."""
-    content = _png(found, title) if path.suffix == ".png" else _page(found, title)
+    write = _png if path.suffix == ".png" else _page
+    content = write(found, question, " ".join(folded(answer.split()).values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     with own_file(path, COMMAND) as beside:
         beside.write_bytes(content)
 
 
-def _png(found: list[Section], title: str) -> bytes:
+def _png(found: list[Section], question: str, answer: str) -> bytes:
     from matplotlib.figure import Figure
 
     from mlx_llava.analysis import plots
 
     heights = [section.height + 0.5 for section in found]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=100, layout="constrained")
-    figure.suptitle(plots.plain(title), fontsize=12)
+    figure.suptitle(plots.plain(f"{question}\n{answer}"), fontsize=12)
     parts = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False).flatten()
     for part, section in zip(parts, found, strict=True):
         part.suptitle(f"{section.title}. {section.caption}", fontsize=9)
@@ -107,7 +114,7 @@ def _png(found: list[Section], title: str) -> bytes:
     return _saved(figure)
 
 
-def _page(found: list[Section], title: str) -> bytes:
+def _page(found: list[Section], question: str, answer: str) -> bytes:
     from matplotlib.figure import Figure
 
     body = []
@@ -119,8 +126,8 @@ def _page(found: list[Section], title: str) -> bytes:
             f"<h2>{heading}</h2>\n<p>{caption}</p>\n"
             f'<img alt="{heading}" src="{data_url(_saved(figure))}">'
         )
-    head = {"command": COMMAND, "title": html.escape(title)}
-    return _PAGE.format(**head, body="\n".join(body)).encode()
+    shown = {"question": html.escape(question), "title": html.escape(answer)}
+    return _PAGE.format(**shown, command=COMMAND, body="\n".join(body)).encode()
 
 
 def _saved(figure: Any) -> bytes:

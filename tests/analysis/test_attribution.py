@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mlx_llava import load
 from mlx_llava.analysis import report
+from mlx_llava.analysis.attribution import folded
 from mlx_llava.analysis.boxes import feature_boxes, heat_map, patch_boxes
 from mlx_llava.analysis.heads import given_words, take_head
 from mlx_llava.analysis.trace import trace
@@ -370,6 +372,41 @@ def test_text_of_a_token_keeps_its_space(embedded):
 SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 
 
+def test_a_report_begins_with_the_answer_and_folds_what_is_repeated(tmp_path, capsys):
+    Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "wide.png")
+    out = tmp_path / "report.html"
+    arguments = ["--image", str(tmp_path / "wide.png"), "--prompt", "What is in this picture?"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    (heading,) = re.findall("<h1>(.*)</h1>", page)
+    times = [int(n) for n in re.findall(r"\((\d+) times\)", heading)]
+    single = len(heading.split()) - 3 * len(times)
+    assert single + sum(times) == len(capsys.readouterr().out.split())
+    assert "this is the embedded model, which only knows drawings" in page
+    assert re.findall("<h2>(.*?)</h2>", page)[0] == "Where it looked"
+
+
+def test_repeated_words_are_one():
+    assert folded(["a", "b", "b", "b", "a"]) == {0: "a", 1: "b (3 times)", 4: "a"}
+
+
+def test_what_the_model_has_not_read_is_left_as_it_is(embedded):
+    from mlx_llava.analysis import plots
+
+    wide = Image.open(SHAPES).convert("RGB").resize((400, 200))
+    seen = explain(*embedded, "What is it?", wide, max_tokens=2)
+    figure = plots.plot_overview(seen)
+    drawn = np.asarray(figure.subfigs[0].subfigs[1].axes[0].images[-1].get_array().filled(np.nan))
+    is_outside = np.isnan(drawn)
+    columns = drawn.shape[1]
+    assert is_outside[:, : columns // 4 - 1].all()
+    assert not is_outside[:, columns // 4 + 1 : -columns // 4 - 1].any()
+    words = plots.plot_attention(seen, largest=plots.largest_share(seen)).axes
+    rollout = plots.plot_rollout(seen, largest=plots.largest_share(seen)).axes
+    limits = {axes.images[-1].get_clim() for axes in [words[0], rollout[0]]}
+    assert len(limits) == 1
+
+
 def test_the_command_draws_a_picture(tmp_path, capsys):
     out = tmp_path / "new" / "report.png"
     arguments = ["--image", str(SHAPES), "--prompt", "What is in this picture?", "--window", "2"]
@@ -395,6 +432,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path):
     assert "<script" not in page
     assert "&lt;script&gt;$a" in page
     assert page.count("<h2>") == page.count("data:image/png;base64,") == 2 + 2 * 3
+    assert page.index("<h1>") < page.index("<h2>")
     assert "http" not in page
     check_output(out, "mlx_llava.explain")
 
