@@ -89,7 +89,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     eyes = Eyes(partial(start_engine, args), settings, answer_options(args), args.image_tokens)
     say_if_embedded(args)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # what waits for stdin hears nothing else
-    anyio.run(serve, make_server(eyes, instructions(settings)), eyes)
+    try:
+        anyio.run(serve, make_server(eyes, instructions(settings)), eyes)
+    except Exception as error:
+        raise _first(error) from error  # a client that is gone, say
+
+
+def _first(error: Exception) -> Exception:
+    """What went wrong first, of what anyio's tasks raised together."""
+    while errors := getattr(error, "exceptions", ()):
+        error = errors[0]
+    return error
 
 
 if __name__ == "__main__":

@@ -506,6 +506,7 @@ MUTATIONS = (
     ("a model that failed once fails for ever", "serving/mcp", "            self._loading = None  # so", "            pass  # so"),
     ("agents wait for ever", "serving/mcp", "deadline, text = anyio.current_time() + seconds", "deadline, text = anyio.current_time() + 3600"),
     ("other arguments passed over", "serving/mcp", " or len(texts) != len(given):", ":"),
+    ("a traceback for who is gone", "mcp", "raise _first(error) from error", "raise"),
     ("Control-C unheard", "mcp", "signal.signal(signal.SIGINT, signal.SIG_DFL)", "pass"),
     ("llm's earlier turns forgotten", "llm_plugin", "map(_read, prompt.messages)", "map(_read, prompt.messages[-1:])"),
     ("llm's schemas passed over", "llm_plugin", "json_schema=prompt.schema", "json_schema=None"),

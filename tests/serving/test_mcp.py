@@ -226,6 +226,21 @@ def test_control_c_ends_it():
         assert process.wait(60) == -signal.SIGINT
 
 
+def test_a_client_that_is_gone_ends_it_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        COMMAND,
+        input=_request("initialize", 1, START) + b"\n",
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **ENVIRONMENT},
+        check=True,
+    )
+    os.close(writing)
+    assert b"Traceback" not in ended.stderr
+
+
 def _request(method: str, number: int, params) -> bytes:
     request = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
     return json.dumps(request).encode()
