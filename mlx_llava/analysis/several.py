@@ -19,13 +19,12 @@ from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.precision import arrays_of, suit_device
 from mlx_llava.model.device import total_memory
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.pipeline import CHUNK
 from mlx_llava.model.ranks import Ranks
 
 #: The bytes of an all_sum by which latency and rate are measured, and how often each is.
 SHORT, LONG = 4096, 16 << 20
 _REPEATS = {SHORT: 50, LONG: 5}
-#: How many tokens of a prompt go through a pipeline together.
-CHUNK = 256
 #: Of a decoder of 32 layers.
 SUMS_OF_7B = 64
 HOW = ("tensor parallel", "pipeline")

@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -42,45 +43,34 @@ class LanguageModel(llama.LanguageModel):
     group: mx.distributed.Group
     wire: mx.Dtype
 
-    def __call__(
-        self,
-        input_ids: mx.array | None = None,
-        cache: Sequence[LayerCache | BatchLayer] | None = None,
-        input_embeddings: mx.array | None = None,
-        attention_mask: mx.array | None = None,
-        last_only: bool = False,
-        positions: Ids | None = None,
-    ) -> mx.array:
-        """See `llama.LanguageModel`; what goes into a cache comes in chunks."""
-        if input_embeddings is None:
-            assert input_ids is not None
-            input_embeddings = self.embed(input_ids)
-        x, length = input_embeddings, input_embeddings.shape[1]
-        step = CHUNK if cache and attention_mask is None and positions is None else length
-        states = [
-            next(self.hidden_states(x[:, start : start + step], cache, attention_mask, positions))
-            for start in range(0, length, step)
-        ]
-        x = states[-1][:, -1:] if last_only else mx.concatenate(states, axis=1)
-        return self.logits(x)  # (B, L or 1, V)
-
-    def hidden_states(
+    def _states(
         self,
         x: mx.array,
-        cache: Sequence[LayerCache | BatchLayer] | None = None,
-        attention_mask: mx.array | None = None,
-        positions: Ids | None = None,
+        cache: Sequence[LayerCache | BatchLayer] | None,
+        attention_mask: mx.array | None,
+        positions: Ids | None,
+        last_only: bool = False,
     ) -> Iterator[mx.array]:
+        """What this rank's last layer makes of the whole; what goes into a cache is in chunks."""
+        length = x.shape[1]
+        step = CHUNK if cache and attention_mask is None and positions is None else length
+        states = [
+            self._hand_on(x[:, start : start + step], cache, attention_mask, positions)
+            for start in range(0, length, step)
+        ]
+        yield states[-1][:, -1:] if last_only else mx.concatenate(states, axis=1)
+
+    def _hand_on(self, x: mx.array, *context: Any) -> mx.array:
         """What this rank's last layer makes of what the rank before sends, (B, L, D)."""
         rank, group = self.group.rank(), self.group
         if rank > 0:
             x = mx.distributed.recv(x.shape, self.wire, rank - 1, group=group)
-        (x,) = deque(super().hidden_states(x, cache, attention_mask, positions), maxlen=1)
+        (x,) = deque(super()._states(x, *context), maxlen=1)
         x = x.astype(self.wire)
         if rank + 1 < group.size():
             x = mx.distributed.send(x, rank + 1, group=group)
         mx.async_eval(x)  # also of a chunk of which nobody asks for more than the cache
-        yield x
+        return x
 
     def logits(self, x: mx.array) -> mx.array:
         """What the last rank's hidden state (B, L, D) says, on every rank: logits (B, L, V)."""
