@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import math
 import os
 import sys
 import warnings
@@ -202,8 +201,7 @@ def look_at_model(args: argparse.Namespace) -> tuple[Processor, int, int]:
         source = Source(args.model, **source_options(args))
         checkpoint = open_checkpoint(source, total_memory())
         processor = make_processor(checkpoint, args.image_mode, args.template)
-    tensors = checkpoint.contents.tensors.values()
-    stored = sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in tensors)
+    stored = sum(tensor.nbytes for tensor in checkpoint.contents.tensors.values())
     return processor, stored, count_parameters(checkpoint.config)
 
 

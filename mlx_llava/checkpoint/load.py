@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,7 +160,7 @@ def load_opened(
     """The model of a checkpoint, if memory holds it and it fits its config, and its processor."""
     processor = make_processor(checkpoint, image_mode, template)
     tensors = checkpoint.contents.tensors
-    nbytes = sum(math.prod(t.shape) * t.dtype.size for t in tensors.values())
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_weights(nbytes, checkpoint.config.quantization is not None, fitting_model())
     model = empty_model(checkpoint)
     model.load_weights([(name, tensor.read()) for name, tensor in tensors.items()])

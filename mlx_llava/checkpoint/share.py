@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,6 +87,6 @@ def _split_by_memory(
     depth: int, tensors: Mapping[str, LazyTensor], group: mx.distributed.Group
 ) -> list[int]:
     whole = _own(tensors, range(0))
-    nbytes = sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in whole.values())
+    nbytes = sum(tensor.nbytes for tensor in whole.values())
     memory = mx.distributed.all_gather(mx.array([total_memory() >> 20]), group=group)
     return pipeline.split_layers(depth, cast("list[int]", memory.tolist()), nbytes >> 20)

@@ -7,6 +7,7 @@ bare CLIP's.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,11 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: mx.Dtype
     read: Callable[[], mx.array]  # reads or computes it, every time anew, and keeps nothing
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes once it is read."""
+        return math.prod(self.shape) * self.dtype.size
 
     def then(self, change: Callable[[mx.array], mx.array]) -> LazyTensor:
         """This tensor after a change by MLX operations; shape and dtype follow from it."""
