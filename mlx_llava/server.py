@@ -180,10 +180,10 @@ def _model_thread() -> Iterator[ModelThread]:
 
 
 def _open_model(name: str, args: argparse.Namespace, thread: ModelThread) -> Engine:
-    from mlx_llava.serving.engine import Checkpoint, Engine
+    from mlx_llava.serving.engine import Engine, ModelFiles
 
     engine = Engine(
-        Checkpoint(name, partial(look_at_model, args), partial(load_model, args)),
+        ModelFiles(name, partial(look_at_model, args), partial(load_model, args)),
         thread,
         batch_size=args.batch_size,
         max_waiting=args.max_waiting,

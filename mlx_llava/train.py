@@ -41,7 +41,7 @@ from mlx_llava.model.ranks import met
 from mlx_llava.tuner.data import Examples
 from mlx_llava.tuner.lora import TARGETS, Adapter, save_adapter
 from mlx_llava.tuner.recipe import TrainingOptions, prepare
-from mlx_llava.tuner.samples import MISSING, LeftOut, Reading, Skipped, read_samples, summary
+from mlx_llava.tuner.samples import MISSING, LeftOut, Skipped, TrainingFile, read_samples, summary
 from mlx_llava.tuner.trainer import Report, Trainer
 
 #: The part of the samples that may be without their files.
@@ -176,7 +176,7 @@ def _check_folder(target: Path, kind: Kind, resume: bool, keep: Sequence[str | N
             )
 
 
-def _check_missing(path: str, reading: Reading, image_folder: str) -> None:
+def _check_missing(path: str, reading: TrainingFile, image_folder: str) -> None:
     """Raises ValueError where so much is missing that the folder is probably another."""
     missing = sum(count for reason, count in reading.problems.items() if reason in MISSING)
     total = len(reading.samples) + len(reading.left_out)

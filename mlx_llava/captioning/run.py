@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from mlx_llava.captioning.beside import Sidecars, TextFiles
 from mlx_llava.captioning.questions import as_text, whole_text
 from mlx_llava.captioning.rename import Renames
-from mlx_llava.captioning.settings import Settings
+from mlx_llava.captioning.settings import RunSettings
 from mlx_llava.captioning.tables import Lines, Table
 from mlx_llava.files import is_same_file, one_line
 
@@ -97,7 +97,7 @@ class Run:
         self._captions = _open_captions(out, columns, existing)
         self.errors = Lines(base.with_suffix(".errors.jsonl"), ("error",))
         self.renames = Renames(renames_path(out))
-        self._settings = Settings(base.with_suffix(".settings.json"), asked)
+        self._settings = RunSettings(base.with_suffix(".settings.json"), asked)
         self._sidecars = Sidecars(existing.overwrites) if xmp else None
         self._existing = existing
         self._seen, self._before, self._passed = set[str](), set[str](), set[str]()

@@ -13,7 +13,7 @@ from mlx_llava.json_files import read_json, write_json
 COMMAND = "mlx_llava.caption"
 
 
-class Settings:
+class RunSettings:
     """A file that says how the captions beside it were asked for."""
 
     def __init__(self, path: Path, given: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ Send: TypeAlias = Callable[["Piece | Exception | None"], None]
 
 
 @dataclass
-class Checkpoint:
+class ModelFiles:
     """A model's files.
 
     Attributes:
@@ -105,7 +105,7 @@ class Engine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelFiles,
         thread: ModelThread,
         *,
         batch_size: int,

@@ -110,7 +110,7 @@ def _identity(place: Place, record: Any) -> str:
     return f"{file}, {record.get('line')}, {record.get('index')}"
 
 
-class Reading(NamedTuple):
+class TrainingFile(NamedTuple):
     """What a training file holds.
 
     Attributes:
@@ -131,7 +131,7 @@ class Reading(NamedTuple):
 
 def read_samples(
     path: str | Path, image_folder: str | Path, protect: Callable[[str], str]
-) -> Reading:
+) -> TrainingFile:
     """Reads a training file: a list, or one object a line.
 
     As in the original, a conversation begins with its first human turn, and the images and
@@ -147,7 +147,7 @@ def read_samples(
     Raises:
         ValueError: The file is no JSON, or nothing in it can be used.
     """
-    reading = Reading([], [], Counter())
+    reading = TrainingFile([], [], Counter())
     for place, entry in read_records(Path(path)):
         try:
             messages, images = _read_sample(entry, Path(image_folder))

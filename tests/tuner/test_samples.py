@@ -19,7 +19,7 @@ from mlx_llava.inputs.templates import TEMPLATES
 from mlx_llava.inputs.video import load_video
 from mlx_llava.train import main
 from mlx_llava.tuner.data import IGNORED, Examples
-from mlx_llava.tuner.samples import Film, Reading, read_samples
+from mlx_llava.tuner.samples import Film, TrainingFile, read_samples
 from tests.conftest import GOLDENS, PICTURE, shared_data
 
 LLAVA = GOLDENS / "llava"
@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *entries, protect=str, lines: bool = False) -> Reading:
+def read(folder: Path, *entries, protect=str, lines: bool = False) -> TrainingFile:
     text = "\n".join(map(json.dumps, entries)) if lines else json.dumps(entries)
     (folder / "train.json").write_text(text)
     return read_samples(folder / "train.json", folder, protect)
