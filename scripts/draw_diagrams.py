@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PACKAGE = DOCS.parent / "mlx_llava"
 #: Files at the top of the package that are no commands.
 GROUND = ("files", "folders", "json_files", "signatures", "version")
-INSIDE = ("__init__", "__main__", "arguments", "cli")
+INSIDE = ("__init__", "__main__", "arguments", "cli", "launched", "llm_plugin")
 # Tints that stay apart for colour-blind readers, being of different lightness too.
 SEEN, PROJECTED, WORD, DECODER, INK = "#dbeafe", "#fbcf8b", "#f1f1f1", "#cfe3c4", "#444444"
 
