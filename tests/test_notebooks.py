@@ -6,9 +6,13 @@ import base64
 import io
 import sys
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from PIL import Image
+
+from mlx_llava import load
 
 nbformat = pytest.importorskip("nbformat", reason="pip install '.[test]'")
 pytest.importorskip("nbclient")
@@ -20,6 +24,16 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import run_notebooks  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+#: What is right in each notebook's exercise, and what is not.
+EXERCISES = {
+    "1_quickstart": ("86", "85"),
+    "2_clip_encoder": ("576", "577"),
+    "3_projection": ("[[0.5, 0.5], [0.5, 0.5]]", "[[1, 1], [1, 1]]"),
+    "4_inside_llava": ("0.67", "0.5"),
+    "5_two_stages": ("4_198_400", "4_194_304"),
+    "6_finetune": ("4096", "16384"),
+    "7_convert_and_quantise": ("4.5", "4"),
+}
 
 
 def figures(notebook) -> list[list[bytes]]:
@@ -50,6 +64,22 @@ def test_it_is_a_short_story_with_its_outputs(path):
     assert "/tmp" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_exercise_knows_the_answer(path, capsys):
+    cells = nbformat.read(path, as_version=4).cells
+    assert "## Exercise" in cells[-2].source
+    given, first = cells[-1].source.partition("\n")[::2]
+    assert given == "answer = None"
+    examples = ROOT / "weights" / "tiny-llava" / "examples"
+    known = {"np": np, "mx": mx, "nn": nn, "processor": load()[1]}
+    known |= {"PICTURE": examples / "shapes.png", "SECOND": examples / "pair.png"}
+    for answer, said in zip(
+        ("None", *EXERCISES[path.stem]), ("Your turn.", "Right.", "Not yet"), strict=True
+    ):
+        exec(f"answer = {answer}\n{first}", dict(known))
+        assert capsys.readouterr().out.startswith(said)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_shows_what_it_was_kept_with(path):
@@ -64,4 +94,4 @@ def test_it_runs_and_shows_what_it_was_kept_with(path):
 
 
 def test_all_are_here():
-    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "6", "7"]
+    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5", "6", "7"]

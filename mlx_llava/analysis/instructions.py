@@ -77,7 +77,7 @@ def plot_instructions(counts: Mapping[tuple[str, str], int], figure: Any = None)
         common = nouns.most_common(MOST_NOUNS)
         inner.append((verb, count))
         outer += [*common, ("", count - sum(n for _, n in common))]
-        colours.append(_colour(i))
+        colours.append(_colour(i, 0.2))
         shades += [_colour(i, 0.35 + 0.07 * j) for j in range(len(common))] + ["0.95"]
     if rest:
         inner.append(("others", rest))
