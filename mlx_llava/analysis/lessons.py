@@ -6,7 +6,7 @@ Queries are blue, keys orange and values green, in shades that colour-blind read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from mlx_llava.analysis.attribution import Explanation
 from mlx_llava.analysis.boxes import heat_map
 from mlx_llava.analysis.heads import Head
-from mlx_llava.analysis.plots import SMALL, plain
+from mlx_llava.analysis.panels import SMALL, Drawing, plain
 from mlx_llava.analysis.trace import Array
 
-Drawing: TypeAlias = Any
 #: A patch whose score is lower by this than the best gets less than a hundredth of its weight.
 FAINT = 4.6
 SEEKS, PALE_SEEKS, DARK_MARKS = "#0072B2", "#9DC3DF", "#A86F00"

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,55 +20,16 @@ from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from mlx_llava.analysis.attribution import Explanation, MaskEffect, folded
-from mlx_llava.analysis.boxes import LONGEST, Array, paint
+from mlx_llava.analysis.boxes import Array, paint
+from mlx_llava.analysis.panels import SMALL, Drawing, new_figure, panels, plain, thumbnail, title_of
 from mlx_llava.model.llava import Llava
 
-#: A figure of matplotlib, or a part of one.
-Drawing: TypeAlias = Any
-#: Inches of one panel.
-PANEL = 1.55
 #: Panels in a row.
 COLUMNS = 6
-#: Points of the smallest letters.
-SMALL = 9
 #: Numbers of a token that are drawn of it.
 COLUMNS_SHOWN = 32
 #: What the colours of attention mean.
 SHARE = "attention per 1 % of area"
-
-
-def _new(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=80, layout="constrained")
-
-
-def _panels(count: int, columns: int, figure: Drawing) -> tuple[Drawing, list[Any]]:
-    """A figure and so many axes in it, without ticks."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = figure or _new(columns * PANEL, rows * (PANEL + 0.15))
-    grid = {"squeeze": False, "subplot_kw": {"xticks": [], "yticks": []}}
-    axes = figure.subplots(rows, columns, **grid).flatten()
-    for one in axes[count:]:
-        one.remove()
-    return figure, list(axes[:count])
-
-
-def _small(image: Image.Image) -> Image.Image:
-    """A picture as large as it is drawn; photographs of many megapixels would take long."""
-    copy = image.copy()
-    copy.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
-    return copy
-
-
-def plain(text: str) -> str:
-    """Text in which matplotlib finds no mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _label(word: str) -> str:
-    """A word as a title, with what cannot be seen spelt out."""
-    word = word.strip() or word
-    return plain(word) if word.isprintable() and word.strip() else plain(repr(word))
 
 
 def headline(figure: Drawing, finding: str) -> Drawing:
@@ -90,9 +51,9 @@ def plot_pictures(
     Like all of these functions it draws into `figure`, a figure of matplotlib's or a part of one,
     or into a new one where there is none, and returns it.
     """
-    figure, axes = _panels(len(images), columns, figure)
+    figure, axes = panels(len(images), columns, figure)
     for one, image, title in zip(axes, images, titles or [""] * len(images), strict=True):
-        one.imshow(_small(image))
+        one.imshow(thumbnail(image))
         one.set_title(title, fontsize=SMALL)
     return figure
 
@@ -111,12 +72,12 @@ def plot_maps(
     Where a map is NaN, the picture stays as it is. All have one scale, that ends at `largest`, or
     at the largest value.
     """
-    figure, axes = _panels(len(maps), columns, figure)
+    figure, axes = panels(len(maps), columns, figure)
     largest = largest or max(float(np.nanmax(np.abs(one))) for one in maps) or 1.0
     is_signed = any(float(np.nanmin(one)) < 0 for one in maps)
     colours = {"cmap": "PuOr" if is_signed else "viridis", "vmin": -largest * is_signed}
     extent = (0, image.width, image.height, 0)
-    grey = _small(image).convert("L")
+    grey = thumbnail(image).convert("L")
     for one, heat, title in zip(axes, maps, titles, strict=True):
         one.imshow(grey, cmap="gray", extent=extent)
         style = {"alpha": 0.7, "interpolation": "nearest", "vmax": largest, **colours}
@@ -153,7 +114,7 @@ def _plot_words(
         chosen = folded(explanation.words)
     else:
         chosen = {word: explanation.words[word] for word in words}
-    maps, titles = [draw(values[word]) for word in chosen], [*map(_label, chosen.values())]
+    maps, titles = [draw(values[word]) for word in chosen], [*map(title_of, chosen.values())]
     image = explanation.images[picture]
     return plot_maps(image, maps, titles, label, figure=figure, largest=largest)
 
@@ -161,7 +122,7 @@ def _plot_words(
 def plot_overview(explanation: Explanation, figure: Drawing = None) -> Drawing:
     """Each picture, and where all of the answer looked in it: words', layers' and heads' mean."""
     count = len(explanation.images)
-    figure = figure or _new(6.4, 2.6 * count)
+    figure = figure or new_figure(6.4, 2.6 * count)
     parts = np.array(figure.subfigures(count, 1)).flatten()
     for i, (part, image) in enumerate(zip(parts, explanation.images, strict=True)):
         left, right = part.subfigures(1, 2, width_ratios=(1, 1.2))
@@ -248,15 +209,15 @@ def plot_lens(
 ) -> Drawing:
     """The likeliest words and their probabilities, (layers + 1, Q), with titles of positions."""
     layers, positions = probabilities.shape
-    figure = figure or _new(0.75 * positions + 1.8, 0.32 * layers + 1.2)
+    figure = figure or new_figure(0.75 * positions + 1.8, 0.32 * layers + 1.2)
     axes = figure.subplots()
     shown = axes.imshow(probabilities, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for layer, position in np.ndindex(layers, positions):
         colour = "black" if probabilities[layer, position] > 0.6 else "white"
-        text = _label(words[layer][position])
+        text = title_of(words[layer][position])
         axes.text(position, layer, text, ha="center", va="center", fontsize=SMALL, color=colour)
     axes.set_yticks(range(layers), ["embedding", *(f"layer {i}" for i in range(1, layers))])
-    axes.set_xticks(range(positions), [_label(title) for title in titles], rotation=60)
+    axes.set_xticks(range(positions), [title_of(title) for title in titles], rotation=60)
     axes.tick_params(labelsize=SMALL)
     axes.set_xlabel("the word that came", fontsize=SMALL)
     bar = figure.colorbar(shown, fraction=0.04, pad=0.02)
@@ -276,14 +237,14 @@ def plot_nearest_words(
     boxes = explanation.boxes[picture]
     first = np.flatnonzero(~np.isnan(boxes[:, 0]))[: explanation.tile_patches]
     side = max(5, 0.6 * len(first) ** 0.5)  # room for the letters
-    figure = figure or _new(side, side * image.height / image.width)
+    figure = figure or new_figure(side, side * image.height / image.width)
     axes = figure.subplots()
     extent = (0, image.width, image.height, 0)
-    axes.imshow(_small(image), alpha=0.35, extent=extent)
+    axes.imshow(thumbnail(image), alpha=0.35, extent=extent)
     for feature in first:
         left, top, right, bottom = boxes[feature]
         x, y = (left + right) / 2, (top + bottom) / 2
-        text = _label(words[feature])
+        text = title_of(words[feature])
         axes.text(x, y, text, ha="center", va="center", size=SMALL, clip_on=True)
     axes.set(xticks=[], yticks=[])
     return figure
@@ -297,7 +258,7 @@ def plot_shares(shares: Mapping[str, Array], chance: float, figure: Drawing = No
         chance (float): What even attention would give.
         figure (optional): Where to draw.
     """
-    figure = figure or _new(6, 2.6)
+    figure = figure or new_figure(6, 2.6)
     axes = figure.subplots()
     width = 0.8 / len(shares)
     for i, (name, values) in enumerate(shares.items()):
@@ -319,7 +280,7 @@ def plot_flow(model: Llava, explanation: Explanation, figure: Drawing = None) ->
     figure 1, has the two the other way round.
     """
     if figure is None:
-        figure = _new(11, 4.8)
+        figure = new_figure(11, 4.8)
         figure.get_layout_engine().set(w_pad=0.12)
     trace, config = explanation.trace, model.config
     tower = "SigLIP" if config.vision_config.is_siglip else "CLIP"

@@ -102,11 +102,11 @@ def write_report(found: list[Section], question: str, answer: str, path: Path) -
 def _png(found: list[Section], question: str, answer: str) -> bytes:
     from matplotlib.figure import Figure
 
-    from mlx_llava.analysis import plots
+    from mlx_llava.analysis.panels import plain
 
     heights = [section.height + 0.5 for section in found]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=100, layout="constrained")
-    figure.suptitle(plots.plain(f"{question}\n{answer}"), fontsize=12)
+    figure.suptitle(plain(f"{question}\n{answer}"), fontsize=12)
     parts = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False).flatten()
     for part, section in zip(parts, found, strict=True):
         part.suptitle(f"{section.title}. {section.caption}", fontsize=9)
