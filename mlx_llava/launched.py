@@ -14,18 +14,22 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_llava.checkpoint.hub import Source
+from mlx_llava.checkpoint.tensors import PROJECTOR
 from mlx_llava.files import one_line
 from mlx_llava.model.ranks import PATIENCE, USER_ERROR, Alone, Ended, Ranks, meet, met, rank_here
 
 if TYPE_CHECKING:
     from mlx_llava import Llava, Processor
+    from mlx_llava.checkpoint.open import Checkpoint
 
 _INTERRUPTED = 130
+#: So many numbers of a tensor tell it from another.
+SAMPLE = 64
 
 #: Does something, and gives the exit code and the error, which was printed.
 Attempt = Callable[[Callable[[], None]], tuple[int, str]]
@@ -137,7 +141,7 @@ def load_together(
 
 
 def _facts(source: Source, ranks: Alone) -> dict[str, str]:
-    """What tells a model from others: its config, and the names, shapes and kinds of tensors.
+    """What tells a model from others: its config, what tensors there are, and some of them.
 
     Of rank 0 alone an error is raised; others have it as ``error``.
     """
@@ -149,7 +153,24 @@ def _facts(source: Source, ranks: Alone) -> dict[str, str]:
         if ranks.speaks:
             raise
         return {"error": one_line(error)}
-    tensors = checkpoint.contents.tensors.items()
-    told = sorted(f"{name} {tensor.shape} {tensor.dtype}" for name, tensor in tensors)
-    facts = json.dumps([checkpoint.config.to_dict(), told], sort_keys=True)
-    return {"model": hashlib.sha256(facts.encode()).hexdigest()[:16]}
+    tokenizer = checkpoint.tokenizer
+    says = [tokenizer.spec, tokenizer.config, tokenizer.chat_template, checkpoint.eos_ids]
+    return {
+        "model": _digest([checkpoint.config.to_dict(), *_sampled(checkpoint)]),
+        "tokenizer": _digest(says),
+    }
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sampled(checkpoint: Checkpoint) -> Iterator[str]:
+    """Names, shapes and kinds of all tensors; of the last block's and the projector's, numbers."""
+    last = checkpoint.config.text_config.num_hidden_layers - 1
+    read = (PROJECTOR, f"language_model.model.layers.{last}.")
+    for name, tensor in sorted(checkpoint.contents.tensors.items()):
+        yield f"{name} {tensor.shape} {tensor.dtype}"
+        if name.startswith(read):
+            flat = tensor.read().reshape(-1)
+            yield str(flat[:: max(1, flat.size // SAMPLE)].tolist())

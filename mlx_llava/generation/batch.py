@@ -141,8 +141,8 @@ class BatchGenerator:
         Raises:
             AnswerError: One row has failed and is gone. The others lost nothing: call it again.
         """
-        self._order("next")
         with self.model.ranks.working():
+            self._order("next")
             return self._next()
 
     def _next(self) -> list[tuple[int, GenerationResponse]]:

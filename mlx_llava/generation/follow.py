@@ -75,7 +75,8 @@ class _Follower:
         next(self._streams[of])
 
     def close(self, of: int) -> None:
-        self._streams.pop(of).close()
+        if stream := self._streams.pop(of, None):  # once is enough
+            stream.close()
 
     def _cache(self, cache: dict[str, Any] | None) -> PromptCache | None:
         if cache is None:

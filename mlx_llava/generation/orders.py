@@ -78,14 +78,18 @@ def _plain(inputs: Inputs) -> dict[str, Any]:
     sizes: Any = inputs.image_sizes and [
         {"frames": size.frames} if isinstance(size, Frames) else size for size in inputs.image_sizes
     ]
-    return {**{name: inputs[name] for name in _FIELDS}, "videos": inputs.videos, "sizes": sizes}
+    videos = [(*video[:-1], [*video.images]) for video in inputs.videos]
+    return {**{name: inputs[name] for name in _FIELDS}, "videos": videos, "sizes": sizes}
 
 
 def _read(plain: dict[str, Any]) -> dict[str, Any]:
     sizes = plain.pop("sizes")
     layouts = None if sizes is None else tuple(map(_layout, sizes))
     lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    lists["videos"] = tuple(FramesTaken(*video) for video in plain["videos"])
+    lists["videos"] = tuple(
+        FramesTaken(frames, tokens, range(images[0], images[-1] + 1))
+        for frames, tokens, images in plain["videos"]
+    )
     return {**plain, **lists, "image_sizes": layouts}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_llava.generation.orders import Orders
 from mlx_llava.generation.prompt_cache import PromptCache
@@ -65,35 +67,40 @@ def stream_generate(
         max_kv_size=max_kv_size,
     )
     orders = Orders(model.ranks)
-    orders(
-        *("stream", inputs, how),
-        template=processor.template.name,
-        cache=None if prompt_cache is None else prompt_cache.order,
-        prefill_step=prefill_step,
-        kv_bits=kv_bits,
-        max_kv_size=max_kv_size,
-    )
-    with model.ranks.working():
+
+    def choices() -> Iterator[tuple[int, mx.array]]:
+        orders(
+            *("stream", inputs, how),
+            template=processor.template.name,
+            cache=None if prompt_cache is None else prompt_cache.order,
+            prefill_step=prefill_step,
+            kv_bits=kv_bits,
+            max_kv_size=max_kv_size,
+        )
         reuse = prompt_cache or PromptCache(model, max_feature_bytes=0)
         ((_, embeddings),) = embedded([row], reuse)
-    try:
-        steps = decode(
+        for choice in decode(
             *(embeddings, model.language_model, row.cache, row.choose),
             max_tokens=row.max_tokens,
             prefill_step=prefill_step,
-        )
-        for token, logprobs in model.ranks.steps(steps):
+        ):
+            yield choice
+            orders("step")
+
+    try:
+        for token, logprobs in model.ranks.steps(choices()):
             response = row.respond(token, logprobs)
             yield response
-            orders("step")
             if response.finish_reason:
+                orders("close")
                 return
     except (GeneratorExit, KeyboardInterrupt):
         orders("close")
         raise
     finally:
-        if prompt_cache is not None:
-            row.store(prompt_cache)
+        if prompt_cache is not None and row.started:
+            with model.ranks.working():
+                row.store(prompt_cache)
 
 
 @takes(Options, others=True)

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from typing import NoReturn
+from contextlib import ExitStack, suppress
+from typing import NoReturn, cast
 
 #: A rank that is silent for so long, or in which nothing moves, ends all of them.
 SECONDS = 30.0
@@ -34,8 +34,10 @@ SECRET_BYTES = 32
 #: What a frame is, and how many bytes follow.
 _HEAD = struct.Struct(">cQ")
 _BEAT, _MESSAGE, _END = b"b", b"m", b"e"
-#: How far a rank has come, and whether it is overdue.
+#: How far a rank has come, and whether it is overdue, or waits.
 _LIFE = struct.Struct(">Q?")
+#: What rank 0 tells is done in fewer steps than these.
+_PULSES = 1 << 32
 
 
 class Ended(BaseException):
@@ -99,7 +101,8 @@ class Links:
 
     Attributes:
         seconds: the deadline.
-        works: whether this rank does something that has to end within it.
+        works: whether this rank does something that has to end within it, and
+        waits: whether it has nothing to do until another says something.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class Links:
         self._links = [_Link(other, one) for other, one in sockets.items()]
         self._inbox: queue.SimpleQueue[bytes | int] = queue.SimpleQueue()
         self._parent = os.getppid()
-        self._pulses, self._due, self.works = 0, 0.0, False
+        self._pulses, self._due, self.works, self.waits = 0, 0.0, False, False
         self._ending = threading.Lock()
         self._told: int | None = None
         self._alone = threading.Event()
@@ -132,10 +135,16 @@ class Links:
         Raises:
             Ended: Rank 0 has ended.
         """
+        self.waits = True
         message = self._inbox.get()
+        self.waits = False
         if isinstance(message, int):
             raise Ended(message)
         return message
+
+    def begin(self) -> None:
+        """Begins what rank 0 has told, after which all have come as far."""
+        self._pulses = (self._pulses // _PULSES + 1) * _PULSES
 
     def work(self, tokens: int = 1) -> None:
         """Begins, or goes on with, what takes longer the more tokens it reads."""
@@ -145,7 +154,6 @@ class Links:
 
     def rest(self) -> None:
         """Has nothing to do, for however long."""
-        self._pulses += 1
         self.works = False
 
     def end(self, code: int, error: str = "") -> NoReturn:
@@ -219,12 +227,15 @@ class Links:
             timer.start()
 
     def _beat(self, now: float) -> None:
-        is_overdue = self.works and now > self._due
+        is_overdue = self.waits or self._is_overdue(now)
         for link in self._links:
             try:
                 link.beat(_LIFE.pack(self._pulses, is_overdue))
             except OSError:
                 continue  # its end will be read
+
+    def _is_overdue(self, now: float) -> bool:
+        return self.works and now > self._due
 
     def _judge(self, now: float) -> None:
         if os.getppid() != self._parent:
@@ -233,7 +244,7 @@ class Links:
             if now - link.seen > self.seconds:
                 self.fail(f"rank {link.rank} has been silent for {self.seconds:g} s")
         overdue = [link.is_overdue for link in self._links]
-        if self.rank == 0 and self.works and now > self._due and all(overdue):
+        if self.rank == 0 and self._is_overdue(now) and all(overdue):
             pulses = {0: self._pulses, **{link.rank: link.pulses for link in self._links}}
             behind = [rank for rank, n in pulses.items() if n < max(pulses.values())]
             who = f"rank {behind[0]} hangs" if behind else "all ranks wait for each other"
@@ -260,19 +271,42 @@ def connect(addresses: Iterable[str], port: int, secret: bytes, rank: int) -> so
 def accept(
     listening: socket.socket, secret: bytes, size: int, seconds: float
 ) -> dict[int, socket.socket]:
-    """The connections of all other ranks; of anybody else, none."""
+    """The connections of all other ranks; of anybody else, none, and nobody is waited for.
+
+    Raises:
+        TimeoutError: They do not come.
+    """
     found: dict[int, socket.socket] = {}
-    listening.settimeout(seconds)
-    while len(found) < size - 1:
-        connection, _ = listening.accept()
-        connection.settimeout(1)
-        try:
-            told = connection.recv(len(secret) + 1, socket.MSG_WAITALL)
-        except OSError:
-            told = b""
-        is_rank = len(told) == len(secret) + 1 and hmac.compare_digest(told[:-1], secret)
-        if is_rank and told[-1] not in found:
-            found[told[-1]] = connection
-        else:
-            connection.close()
+    end = time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector, ExitStack() as strangers:
+        selector.register(listening, selectors.EVENT_READ)
+        while len(found) < size - 1:
+            ready = selector.select(max(0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"{size - 1 - len(found)} ranks have not come to rank 0")
+            for key, _ in ready:
+                if key.fileobj is listening:
+                    connection, _ = listening.accept()
+                    connection.setblocking(False)
+                    strangers.enter_context(connection)
+                    selector.register(connection, selectors.EVENT_READ, bytearray())
+                    continue
+                connection = cast("socket.socket", key.fileobj)
+                if not _has_said(connection, key.data, len(secret) + 1):
+                    continue
+                selector.unregister(connection)
+                told, rank = key.data[:-1], [*key.data[-1:]]
+                if hmac.compare_digest(told, secret) and rank[0] not in found:
+                    found[rank[0]] = connection.dup()
+                connection.close()
     return found
+
+
+def _has_said(connection: socket.socket, told: bytearray, length: int) -> bool:
+    """Reads on; whether it has said so much, or will say no more."""
+    try:
+        part = connection.recv(length - len(told))
+    except OSError:
+        part = b""
+    told += part
+    return not part or len(told) == length

@@ -80,8 +80,8 @@ class Alone:
         return tokens
 
     @contextmanager
-    def working(self, tokens: int = 1) -> Iterator[None]:  # noqa: ARG002 - see `Ranks`
-        """Does what all ranks do together, and the longer the more tokens are read."""
+    def working(self) -> Iterator[None]:
+        """Does what all ranks do together; Control-C waits until they have."""
         yield
 
     def steps(self, items: Iterator[T]) -> Iterator[T]:
@@ -115,7 +115,9 @@ class Ranks(Alone):
 
     def tell(self, make: Callable[[], bytes]) -> None:
         if self.speaks and self.leads:
-            self._links.send(make())
+            with self.working():
+                self._links.send(make())
+                self._links.begin()
 
     def orders(self) -> Iterator[bytes]:
         """What rank 0 tells, one after the other; ends with it.
@@ -126,6 +128,7 @@ class Ranks(Alone):
         while True:
             order = self._links.receive()
             with self.working():
+                self._links.begin()
                 yield order
 
     def decide(self, choose: Callable[[], T]) -> T:
@@ -148,18 +151,18 @@ class Ranks(Alone):
         return [together[i : i + 1] for i in range(len(tokens))]
 
     @contextmanager
-    def working(self, tokens: int = 1) -> Iterator[None]:
-        """See `Alone`; Control-C waits until all ranks have done it."""
-        is_outer = not self._links.works
-        self._links.work(tokens)
+    def working(self) -> Iterator[None]:
+        if self._links.works:  # it is a part of something that is done together
+            yield
+            return
+        self._links.work()
         pressed: list[int] = []
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, lambda n, _: pressed.append(n)) if is_main else None
         try:
             yield
         finally:
-            if is_outer:
-                self._links.rest()
+            self._links.rest()
             if is_main:
                 signal.signal(signal.SIGINT, before)
         if pressed and callable(before):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import ast
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_llava import caption, chat, evaluate
+from mlx_llava.checkpoint.hub import Source
 from mlx_llava.generate import main as generate
+from mlx_llava.launched import _facts
 from mlx_llava.model.links import SECONDS
+from mlx_llava.model.ranks import ALONE
 from tests.conftest import GOLDENS, ROOT
 from tests.ranks import Ranks, launched
 from tests.servers import endless_schema
@@ -50,6 +55,7 @@ def test_a_prompts_file_is_answered_as_by_one_process(images, tmp_path, capsys):
         {
             "prompt": QUESTIONS[i % 3],
             "images": [Path(images[i % 6]).name] if i % 3 else [],
+            **({"videos": ["."]} if i == 3 else {}),
             **({"temp": 0.8, "seed": i} if i % 2 else {}),
             **({"json_schema": {"enum": ["red", "blue"]}} if i % 4 == 1 else {}),
             **({"logit_bias": {"99999999": 1}} if i == 6 else {}),
@@ -90,18 +96,36 @@ def test_a_chat_is_as_with_one_process(images, capsys, monkeypatch):
     assert (second.code, second.out, second.err) == (0, "", "")
 
 
+PRESSES_AT_ONCE = """
+import os, signal, sys
+from mlx_llava import chat
+from mlx_llava.generation.prompt_cache import PromptCache
+embed = PromptCache.embed
+def press(self, prompts):
+    os.kill(os.getpid(), signal.SIGINT)
+    PromptCache.embed = embed
+    return embed(self, prompts)
+PromptCache.embed = press
+sys.exit(chat.main(sys.argv[1:]))
+"""
+
+
 def test_control_c_ends_an_answer_and_the_chat_goes_on(images):
+    """While the picture is encoded, and in the midst of the answer."""
     command = ["--image", images[0], "-m", "100000", "--json-schema"]
-    with launched("-m", "mlx_llava.chat", *command, json.dumps(endless_schema())) as ranks:
-        for _ in range(2):
-            tell(ranks, QUESTIONS[0])
-            assert ranks[0].stdout.read(3).strip().startswith("[")
-            ranks[0].send_signal(signal.SIGINT)
-            ranks[1].send_signal(signal.SIGINT)  # as a terminal does
-            while ranks[0].stderr.readline() != "stopped\n":
-                pass
-            ranks[0].stdout.readline()
+    with launched("-c", PRESSES_AT_ONCE, *command, json.dumps(endless_schema())) as ranks:
+        tell(ranks, QUESTIONS[0])
+        await_line(ranks, "stopped\n")
+        tell(ranks, QUESTIONS[0])
+        assert ranks[0].stdout.read(3).strip().startswith("[")
+        ranks[0].send_signal(signal.SIGINT)
+        ranks[1].send_signal(signal.SIGINT)  # as a terminal does
+        await_line(ranks, "stopped\n")
         assert [rank.code for rank in ranks.finish("/exit\n")] == [0, 0]
+
+
+def await_line(ranks: Ranks, line: str) -> None:
+    assert line in iter(ranks[0].stderr.readline, "")
 
 
 def tell(ranks: Ranks, line: str) -> None:
@@ -164,10 +188,11 @@ def test_a_rank_that_is_stopped_ends_the_other():
 
 
 HANGS = """
-import sys, time
+import itertools, sys, time
 from mlx_llava.generation.follow import _Follower
 from mlx_llava.generate import main
-_Follower.step = lambda self, of: time.sleep(100)
+calls, step = itertools.count(), _Follower.step
+_Follower.step = lambda self, of: step(self, of) if next(calls) < 20 else time.sleep(100)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -213,6 +238,25 @@ def test_only_rank_0_says_what_is_wrong(command, message):
     assert (first.code, second.code) == (2, 2)
     assert message in first.err
     assert second.err == ""
+
+
+def test_models_of_other_numbers_or_words_are_told_apart(tmp_path):
+    """A folder is told from itself with another fine-tune's weights, and another's vocabulary."""
+    facts = launched_facts(shutil.copytree(GOLDENS / "llava", tmp_path / "model"))
+    assert facts == launched_facts(GOLDENS / "llava")
+    weights = mx.load(str(tmp_path / "model" / "model.safetensors"))
+    name = max(n for n in weights if "language_model" in n and "v_proj" in n)
+    weights[name] = weights[name] * 1.001
+    mx.save_safetensors(str(tmp_path / "model" / "model.safetensors"), weights, {"format": "pt"})
+    others = launched_facts(tmp_path / "model")
+    assert others["model"] != facts["model"]
+    assert others["tokenizer"] == facts["tokenizer"]
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert launched_facts(tmp_path / "model")["tokenizer"] != facts["tokenizer"]
+
+
+def launched_facts(folder: Path) -> dict[str, str]:
+    return _facts(Source(folder), ALONE)
 
 
 MEASURES = """

@@ -11,7 +11,6 @@ from PIL import Image
 
 from mlx_llava.generation.orders import pack, unpack
 from mlx_llava.generation.sampling import Options
-from mlx_llava.inputs.inputs import FramesTaken
 from mlx_llava.model.anyres import Frames
 from tests.conftest import PICTURE
 
@@ -25,11 +24,14 @@ def test_inputs_cross_as_they_are(images, both):
     check(inputs, processor)
 
 
-def test_videos_cross_as_they_are(loaded):
+def test_videos_cross_as_they_are(loaded, tmp_path):
     _, processor = loaded
-    inputs = processor("What?", [PICTURE, PICTURE])
-    video = {"image_sizes": (Frames(3), None), "videos": (FramesTaken(3, 4, 1),)}
-    check(replace(inputs, **video), processor)
+    for i in range(3):
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    inputs = processor("What?", PICTURE, video=[tmp_path, tmp_path], frames=2)
+    assert [video.images for video in inputs.videos] == [range(1, 3), range(3, 5)]
+    check(inputs, processor)
+    check(replace(inputs, image_sizes=(Frames(3), None)), processor)
 
 
 def check(inputs, processor):

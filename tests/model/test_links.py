@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ SECRET = b"s" * links.SECRET_BYTES
 
 
 def test_strangers_are_turned_away():
-    """Of a rank with another secret, one that says too little, and a number that is taken."""
+    """With another secret, in silence, saying too little, and with a number that is taken."""
     with links.listen("127.0.0.1") as listening:
         port = listening.getsockname()[1]
         found: dict[int, socket.socket] = {}
@@ -22,6 +23,7 @@ def test_strangers_are_turned_away():
             target=lambda: found.update(links.accept(listening, SECRET, 3, seconds=20))
         )
         thread.start()
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
         strangers = [links.connect(["127.0.0.1"], port, bytes(len(SECRET)), 1)]
         strangers.append(socket.create_connection(("127.0.0.1", port)))
         strangers[-1].sendall(SECRET[:5])
@@ -29,8 +31,9 @@ def test_strangers_are_turned_away():
         ranks = [links.connect(["127.0.0.1"], port, SECRET, 1)]
         strangers.append(links.connect(["127.0.0.1"], port, SECRET, 1))
         ranks.append(links.connect(["127.0.0.1"], port, SECRET, 2))
-        thread.join(20)
+        thread.join(5)
         assert sorted(found) == [1, 2]
+        strangers += silent
         for one in strangers:
             one.settimeout(5)
             assert not one.recv(1)
@@ -66,6 +69,32 @@ def test_messages_come_in_order_whatever_their_size(pair):
     thread.join()
     second.send(b"and back")
     assert first.receive() == b"and back"
+
+
+def test_a_rank_that_waits_for_what_was_told_before_hangs(pair, monkeypatch):
+    """As where it alone could not do what rank 0 does, whatever each counts within that."""
+    first, second = pair
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for one in pair:
+        one.seconds = 5.0
+        monkeypatch.setattr(one, "fail", said.put)
+    for _ in range(3):
+        second.begin()
+        second.work()
+        second.rest()
+        first.begin()
+    first.work()
+    first._due = 0.0
+    with pytest.raises(queue.Empty):  # it may be slow
+        said.get(timeout=1.2)
+    threading.Thread(target=second.receive, daemon=True).start()
+    first.work()
+    first._due = 0.0
+    why = said.get(timeout=20)
+    first.rest()
+    assert why == "rank 1 hangs: no step has ended for 5 s (--rank-timeout)"
+    for one in pair:
+        one.seconds = links.SECONDS
 
 
 def test_what_takes_long_for_its_tokens_is_not_overdue(pair):
