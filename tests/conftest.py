@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,18 +26,27 @@ load_as_stored = partial(load, as_stored=True)
 MACHINES = ("mac", "linux")
 SHARED = Path(os.environ.get("MLX_LLAVA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
+#: Many tests start Python: what is compiled is kept, also where a container's image forbids it.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     mx.random.seed(0)
 
 
+@pytest.fixture(scope="session")
+def hub_caches(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("hubs")
+
+
 @pytest.fixture(autouse=True)
-def hub_cache(tmp_path_factory, monkeypatch) -> Path:
+def hub_cache(hub_caches, monkeypatch) -> Path:
     """An empty Hugging Face cache, so that nothing depends on the user's own."""
     from huggingface_hub import constants
 
-    cache = tmp_path_factory.mktemp("hub")
+    cache = Path(tempfile.mkdtemp(dir=hub_caches))  # pytest's would count all those before
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     return cache
 
