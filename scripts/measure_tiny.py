@@ -4,7 +4,9 @@ python scripts/measure_tiny.py                # the figures of its model card, f
 python scripts/measure_tiny.py --seed 5       # on other pictures
 
 Every answer is greedy and right if it is the expected text to the letter. The intervals are
-Wilson's, for 95 %.
+Wilson's, for 95 %. Then: how often it says so about what it does not know - pictures of
+scripts/others.py, and crops of photographs where $MLX_LLAVA_TEST_DATA or ../shared/data has some -
+and how often projected patches of things lie near the words for them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_llava import evaluate, load  # noqa: F401 - load first, for its BLAS
+from PIL import Image
+
+from mlx_llava import evaluate, load  # load first, for its BLAS
+from mlx_llava.analysis.trace import as_numpy
+from mlx_llava.explain import nearest_words
+from mlx_llava.inputs.image import load_image
 from mlx_llava.json_files import read_records
 
+import others  # isort: skip
 import shapes  # isort: skip
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +39,12 @@ SPLITS = {
     "places": "pairs at a place where training never shows them",
 }
 SEED, QUESTIONS = 2026, 1050
+#: Of each kind of pictures that are no drawings, of photographs, and whose patches are looked at.
+OTHERS, CROPS, DRAWINGS = 30, 200, 200
+#: As `tests/conftest.py` finds it.
+PHOTOGRAPHS = (
+    Path(os.environ.get("MLX_LLAVA_TEST_DATA") or ROOT.parent / "shared" / "data") / "images"
+)
 Counts = dict[str, tuple[int, int]]
 
 
@@ -48,6 +65,13 @@ def measure(
     """
     if not (folder / "question.jsonl").exists():
         shapes.write_split(folder, split, questions, seed)
+    return count_right(model, folder, shapes.TYPES, *more, name=name)
+
+
+def count_right(
+    model: Path, folder: Path, types: Sequence[str], *more: str, name: str = ""
+) -> Counts:
+    """Right answers to a folder's questions, and how many they are, by type."""
     answers = folder / f"{model.name}{name}.jsonl"
     arguments = [
         *("--model", str(model), "--questions", str(folder / "question.jsonl")),
@@ -61,10 +85,79 @@ def measure(
     rates = json.loads(out.getvalue())
     asked = [question["category"] for _, question in read_records(folder / "question.jsonl")]
     counts = {"all": (round(rates["accuracy"] * len(asked)), len(asked))}
-    for type_ in shapes.TYPES:
+    for type_ in types:
         count = asked.count(type_)
         counts[type_] = (round(rates[f"accuracy, {type_}"] * count), count)
     return counts
+
+
+def measure_refusals(model: Path, work: Path, seed: int) -> Counts:
+    """How often it says what it knows: about each kind of other pictures, and its own drawings.
+
+    Its own are those that `measure` asked about.
+    """
+    folder = work / "others"
+    kinds = [*others.KINDS, *others.HELD_OUT_KINDS]
+    pictures = [(kind, others.make(kind, seed + n)) for n in range(OTHERS) for kind in kinds]
+    if PHOTOGRAPHS.is_dir():
+        pictures += [("photographs", crop) for crop in crops(sorted(PHOTOGRAPHS.iterdir()), seed)]
+    write_others(folder, pictures, seed)
+    types = list(dict.fromkeys(kind for kind, _ in pictures))
+    counts = count_right(model, folder, types)
+    said = [
+        answer["text"] == others.ANSWER
+        for split in SPLITS
+        for _, answer in read_records(work / split / f"{model.name}.jsonl")
+    ]
+    return {**counts, "its own drawings": (sum(said), len(said))}
+
+
+def crops(paths: Sequence[Path], seed: int) -> list[Image.Image]:
+    """Squares of any size from anywhere in photographs, as many from each."""
+    random_, cut = random.Random(f"crops {seed}"), []
+    for number in range(CROPS):
+        photograph = load_image(paths[number % len(paths)])
+        side = random_.randint(others.SIDE, min(photograph.size))
+        left, top = (random_.randint(0, length - side) for length in photograph.size)
+        cut.append(photograph.crop((left, top, left + side, top + side)))
+    return cut
+
+
+def write_others(folder: Path, pictures: Sequence[tuple[str, Image.Image]], seed: int) -> None:
+    """Pictures that are no drawings, by kind, and a question about each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    random_, lines = random.Random(f"others {seed}"), []
+    for number, (kind, picture) in enumerate(pictures):
+        picture.save(folder / shapes.image_name(number))
+        question = shapes.Question(kind, others.ask(random_), others.ANSWER)
+        lines.append(json.dumps(shapes.question_line(number, question)) + "\n")
+    (folder / "question.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def refusal_table(counts: Counts) -> str:
+    """How often it said that it only knows drawings, a row for each kind, as Markdown."""
+    rows = [["shown", "said so in % (interval)"], ["---", "---"]]
+    names = {"all": "all but its own", **{k: f"{k} (held out)" for k in others.HELD_OUT_KINDS}}
+    names["photographs"] = "photographs (held out)"
+    rows += [[names.get(kind, kind), cell(*count)] for kind, count in counts.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def near_words(model: Path, seed: int) -> tuple[int, int]:
+    """Of how many patches of things the colour or the shape is among the five nearest words."""
+    llava, processor = load(model, dtype="float32")
+    side = llava.config.vision_config.patches_per_side
+    hits = count = 0
+    for scene in shapes.make_scenes("seen", DRAWINGS, seed):
+        pixels = processor.image_processor([scene.draw()])
+        words = nearest_words(llava, processor, as_numpy(llava.encode_images(pixels)[0]), 5)
+        things = {thing.cell: thing for thing in scene.things}
+        for patch, nearest in enumerate(words):
+            row, column = divmod(patch, side)
+            if thing := things.get(row * 3 // side * 3 + column * 3 // side):
+                hits += any(word.strip() in thing.pair for word, _ in nearest)
+                count += 1
+    return hits, count
 
 
 def add(*parts: Counts) -> Counts:
@@ -106,6 +199,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         print(table(measure_all(args.model, Path(work), args.questions, args.seed)))
+        print("", refusal_table(measure_refusals(args.model, Path(work), args.seed)), sep="\n")
+    near = cell(*near_words(args.model, args.seed))
+    print(f"\npatches of things with their colour or shape among the five nearest words: {near}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Makes weights/tiny-llava: a LLaVA that knows coloured shapes, from nothing, by LLaVA's stages.
 
-python scripts/train_tiny.py        # about an hour on 2 cores; started again, it goes on
+python scripts/train_tiny.py        # under 90 minutes on 2 cores; started again, it goes on
 
 1. vision: the encoder learns to name what each patch belongs to (as CLIP's comes trained).
 2. language: the decoder learns to talk, and to look things up (as Vicuna's comes trained).
@@ -9,7 +9,9 @@ python scripts/train_tiny.py        # about an hour on 2 cores; started again, i
 
 At last it is measured, in 16, 8 and 4 bits, and gets its card.
 
-Everything after the encoder is `mlx_llava.train`; pictures and texts are scripts/shapes.py's.
+Everything after the encoder is `mlx_llava.train`, whose loss also pulls projected patches to the
+words for what they show (scripts/patches.py). Pictures and texts are scripts/shapes.py's, and of
+what is no drawing of that world scripts/others.py's.
 """
 
 from __future__ import annotations
@@ -20,16 +22,14 @@ import math
 import random
 import shutil
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_llava import load  # isort: skip - before mlx.core, for its BLAS
 import measure_tiny
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
+import others
+import patches
 import shapes
 from fast_cpu import installed
 from mlx.utils import tree_flatten, tree_unflatten
@@ -43,14 +43,12 @@ from tokenizers import (
     processors,
     trainers,
 )
-from tqdm import trange
 
 from mlx_llava import generate, train
 from mlx_llava.checkpoint.convert import Quantization, convert
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import MANIFEST, new_folder
-from mlx_llava.inputs.image import load_image
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.inputs.tokenizer import BYTES_OF
@@ -58,11 +56,12 @@ from mlx_llava.inputs.tokenizer import Tokenizer as LlavaTokenizer
 from mlx_llava.inputs.vocabulary import GPT_2
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
-from mlx_llava.tuner.recipe import make_schedule, unfreeze_tower
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "weights" / "tiny-llava"
 PICTURES = 24_000
+#: Pictures of which the model shall say that it does not know such, and questions about each.
+OTHERS, QUESTIONS = 6_000, 3
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
 #: One token each, as the other places are.
@@ -101,27 +100,19 @@ CONFIG: dict[str, Any] = {
         "rms_norm_eps": 1e-5,
     },
 }
-#: What the encoder names of each patch, and how many names there are (0: nothing is there).
-NAMES = {
-    "shape": 1 + len(shapes.SHAPES),
-    "colour": 1 + len(shapes.COLOURS),
-    "size": 1 + len(shapes.SIZES),
-    "cell": 9,
-}
 #: Name, split, seed and questions of the card's pictures.
 EXAMPLES = (
     ("shapes", "seen", 172, ["What is in this picture?", "How many objects are there?"]),
     ("pair", "pairs", 8, ["Describe the picture.", "What is at the top right?"]),
 )
-VISION_STEPS, VISION_BATCH, VISION_RATE = 1500, 64, 2e-3
-#: The part of the batches in which the encoder sees no colours.
-GREY = 1 / 3
+#: What the encoder's names are told with.
+HEADS = "heads.safetensors"
 #: The stages of mlx_llava.train: --stage, training file, --template, --steps, --learning-rate.
 STAGES = {
-    "language": ("full", "facts", "plain", 2500, 2e-3),
+    "language": ("full", "facts", "plain", 2700, 2e-3),
     "align": ("projector", "captions", "plain", 200, 1e-3),
-    "instruct": ("full", "short", None, 3600, 1.5e-3),
-    "refine": ("full", "long", None, 1800, 1e-3),
+    "instruct": ("full", "short", None, 4200, 1.5e-3),
+    "refine": ("full", "long", None, 2100, 1e-3),
 }
 
 
@@ -129,6 +120,9 @@ def make_data(folder: Path) -> None:
     """Pictures, and what `STAGES` learns about them."""
     scenes = shapes.make_scenes("train", PICTURES, seed=0)
     shapes.write_pictures(folder, scenes)
+    numbers = range(PICTURES, PICTURES + OTHERS)
+    paths = [folder / shapes.image_name(number) for number in numbers]
+    others.write_pictures(paths, [*others.KINDS], seed=0)
     chance = random.Random(0)
     more_chance = random.Random(1)
     files: dict[str, list[Any]] = {"facts": [], "captions": [], "short": [], "long": []}
@@ -143,8 +137,23 @@ def make_data(folder: Path) -> None:
         files["short"].append(shapes.training_sample(number, short))
         long = shapes.conversation(more_chance, scene)
         files["long"].append(shapes.training_sample(number, long))
+    for number in numbers:
+        for file, questions in about_another(random.Random(f"other {number}")).items():
+            files[file].append(shapes.training_sample(number, questions))
     for file, samples in files.items():
         (folder / f"{file}.json").write_text(json.dumps(samples), encoding="utf-8")
+
+
+def about_another(chance: random.Random) -> dict[str, list[shapes.Question]]:
+    """What each training file says of a picture that is no drawing, about as long as the others."""
+    asked = others.conversation(chance, QUESTIONS)
+    said = " ".join(f"{question.text} {question.answer}" for question in asked)
+    return {
+        "facts": [shapes.Question("caption", "", said)],
+        "captions": [shapes.Question("caption", "", others.ANSWER)],
+        "short": others.conversation(chance, QUESTIONS),
+        "long": others.conversation(chance, 1 + QUESTIONS),
+    }
 
 
 def make_tokenizer(folder: Path) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def make_tokenizer(folder: Path) -> dict[str, Any]:
         samples = json.loads((folder / "train" / f"{file}.json").read_text(encoding="utf-8"))
         # As they stand in a prompt: after a space.
         texts += [f" {t['value']}" for sample in samples[:4000] for t in sample["conversations"]]
-    texts += [CHAT_TEXT] * 4000
+    texts += [CHAT_TEXT, f" {others.ANSWER}"] * 4000
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     begin = SPECIAL_TOKENS.index("<s>")
@@ -228,79 +237,13 @@ def _first(name: str, array: mx.array) -> mx.array:
     return mx.random.normal(array.shape) * scale
 
 
-class PatchNames(nn.Module):
-    """What the encoder is trained with: names for the thing that each patch belongs to."""
-
-    def __init__(self, model: Llava) -> None:
-        super().__init__()
-        self.vision_tower = model.vision_tower
-        dims = model.config.vision_config.hidden_size
-        self.layer = model.config.feature_layers[0]
-        self.heads = [nn.Linear(dims, count) for count in NAMES.values()]
-
-    def __call__(self, pixel_values: mx.array) -> list[mx.array]:
-        features = self.vision_tower(pixel_values, num_layers=self.layer)[-1][:, 1:]
-        return [head(features) for head in self.heads]
-
-
-def patch_names(scenes: list[shapes.Scene]) -> np.ndarray:
-    """The right name of every patch in every head, (scenes, patches, heads)."""
-    cells = np.zeros((len(scenes), 9, len(NAMES)), np.int32)
-    cells[:, :, -1] = np.arange(9)
-    for row, scene in zip(cells, scenes, strict=True):
-        for thing in scene.things:
-            row[thing.cell, :3] = (
-                1 + shapes.SHAPES.index(thing.shape),
-                1 + list(shapes.COLOURS).index(thing.colour),
-                1 + list(shapes.SIZES).index(thing.size),
-            )
-    patches = shapes.SIDE // CONFIG["vision_config"]["patch_size"]
-    row, column = np.divmod(np.arange(patches**2), patches)
-    return cells[:, row * 3 // patches * 3 + column * 3 // patches]
-
-
 def train_vision(work: Path, target: Path) -> None:
     """Stage 1: the encoder; written as a whole model whose other parts know nothing yet."""
     model, processor = new_model(work)
-    learner = PatchNames(model)
-    learner.freeze()
-    for head in learner.heads:
-        head.unfreeze()
-    unfreeze_tower(model)
-    names = patch_names(shapes.make_scenes("train", PICTURES, seed=0))
-    pixels = np.stack(
-        [np.asarray(load_image(p)) for p in sorted((work / "train/images").iterdir())]
-    )
-    rate = make_schedule(VISION_RATE, VISION_STEPS, warmup_ratio=0.03)
-    optimizer = optim.AdamW(rate, weight_decay=0.01)
-    state = [learner.state, optimizer.state]
-
-    def loss(pixel_values: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
-        logits = learner(pixel_values)
-        losses = [
-            nn.losses.cross_entropy(head, labels[..., i], reduction="mean")
-            for i, head in enumerate(logits)
-        ]
-        return (mx.stack(losses) * weights).sum()
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(pixel_values: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
-        value, gradients = nn.value_and_grad(learner, loss)(pixel_values, labels, weights)
-        optimizer.update(learner, optim.clip_grad_norm(gradients, 1.0)[0])
-        return value
-
-    chance = np.random.default_rng(0)
-    with trange(VISION_STEPS, desc="vision", disable=None) as bar:
-        for _ in bar:
-            chosen = chance.integers(0, PICTURES, VISION_BATCH)
-            batch, weights = pixels[chosen], np.ones(len(NAMES))
-            if chance.random() < GREY:  # so that shapes are known in any colour
-                batch = np.repeat(batch.mean(axis=-1, keepdims=True), 3, axis=-1).astype(np.uint8)
-                weights[list(NAMES).index("colour")] = 0
-            pixel_values = mx.array(processor.image_processor.normalize(batch))
-            value = step(pixel_values, mx.array(names[chosen]), mx.array(weights, mx.float32))
-            mx.eval(state, value)
-            bar.set_postfix_str(f"loss {value.item():.4f}")
+    drawings = shapes.make_scenes("train", PICTURES, seed=0)
+    paths = [work / "train" / shapes.image_name(n) for n in range(PICTURES + OTHERS)]
+    scenes = [*drawings, *[None] * OTHERS]
+    patches.train_encoder(model, processor, paths, scenes, work / HEADS)
     save(model, processor, target, force=True)
 
 
@@ -326,8 +269,9 @@ def run_stage(work: Path, name: str, start: Path) -> Path:
         **({"template": template} if template else {}),
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    if train.main([*arguments, "--resume"]):
-        raise SystemExit(f"{name} failed")
+    with patches.pulled_to_words(work / HEADS, load(start, lazy=True)[1].tokenizer):
+        if train.main([*arguments, "--resume"]):
+            raise SystemExit(f"{name} failed")
     if stage == "projector":
         save(*load(start, adapter_path=output / "adapter"), result)
     return result
@@ -351,6 +295,8 @@ def finish(trained: Path, work: Path, out: Path) -> None:
         name: measure_tiny.measure_all(model, folder, measure_tiny.QUESTIONS, measure_tiny.SEED)
         for name, model in variants.items()
     }
+    refusals = measure_tiny.measure_refusals(half, folder, measure_tiny.SEED)
+    near = measure_tiny.near_words(half, measure_tiny.SEED)
     made = work / "made"
     with new_folder(made, "model", force=True) as beside:
         shutil.copytree(half, beside, dirs_exist_ok=True)
@@ -364,8 +310,12 @@ def finish(trained: Path, work: Path, out: Path) -> None:
             by_bits=measure_tiny.table(held_out),
             examples="\n\n".join(examples),
             pairs=", ".join(sorted(" ".join(pair) for pair in shapes.HELD_OUT_PAIRS)),
+            refusals=measure_tiny.refusal_table(refusals),
+            near=measure_tiny.cell(*near),
             pictures=PICTURES,
-            vision_steps=VISION_STEPS,
+            others=OTHERS,
+            kinds=", ".join(others.KINDS),
+            vision_steps=patches.STEPS,
             steps=", ".join(f"{name} {stage[3]}" for name, stage in STAGES.items()),
         )
         (beside / "README.md").write_text(card, encoding="utf-8")
