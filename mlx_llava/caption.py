@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
     run = Run(args.out, questions.columns, _asked(args, questions, options), existing, args.xmp)
     run.renames.finish()
     others: set[Path] = set()
-    images = [] if args.watch else _find(args, others)
+    images = [] if args.watch else _find(args, args.pictures, others)
     rest = run.todo(images)
     captioner = Captioner(args, questions, options)
     try:
@@ -161,9 +161,8 @@ def _asked(args: argparse.Namespace, questions: Questions, options: Options) -> 
     return {**asked, "prompt": dict(questions.prompts), "json_schema": options.json_schema}
 
 
-def _find(args: argparse.Namespace, others: set[Path]) -> list[str]:
-    endings = ENDINGS if args.videos else ()
-    return find_images(args.pictures, args.recursive, others, endings)
+def _find(args: argparse.Namespace, places: Sequence[str], others: set[Path]) -> list[str]:
+    return find_images(places, args.recursive, others, ENDINGS if args.videos else ())
 
 
 class Captioner:
@@ -214,9 +213,7 @@ def _watch(args: argparse.Namespace, run: Run, captioner: Captioner, others: set
         others.clear()
         for place in args.pictures:
             with suppress(ValueError, OSError):  # empty so far, or gone for a while
-                yield from find_images(
-                    [place], args.recursive, others, ENDINGS if args.videos else ()
-                )
+                yield from _find(args, [place], others)
 
     print("Waiting for pictures; Control-C ends it.", file=sys.stderr)
     for images in whole_pictures(find, run.is_done):
