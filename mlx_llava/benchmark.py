@@ -147,6 +147,7 @@ def plot(found: Figures, path: Path) -> None:
             [row["batch"] for row in rows], rates, marker="o", label=f"{count} pictures a row"
         )
     right.set(xlabel="rows at once", ylabel="decoded tokens per second", ylim=(0, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -476,7 +476,7 @@ def test_without_matplotlib_it_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["loaded", "loaded_next", "embedded"])
 def test_every_figure_shows_something(mode, request):
-    from mlx_llava.analysis import lessons, plots
+    from mlx_llava.analysis import flow, lessons, plots
 
     model, processor = request.getfixturevalue(mode)
     seen = explain(model, processor, "What is it?", GOLDENS / "picture.png", max_tokens=3)
@@ -495,7 +495,7 @@ def test_every_figure_shows_something(mode, request):
         plots.plot_rollout(seen, words=[1, 2]),
         plots.plot_mask_effect(seen, effect),
         plots.plot_nearest_words(seen, [words[0][0] for words in nearest]),
-        plots.plot_flow(model, seen),
+        flow.plot_flow(model, seen),
         plots.plot_shares({"one": np.full((3, 2), 0.5), "two": np.full((5, 2), 0.1)}, chance=0.2),
         plots.plot_losses([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "valid_loss": 3.0}]),
     ]
