@@ -128,6 +128,7 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     """
     path = real_path(path)
     beside = hidden(path, f".partial{ending}")
+    beside.unlink(missing_ok=True)  # a kill has left it
     try:
         yield beside
         beside.replace(path)

@@ -430,6 +430,7 @@ MUTATIONS = (
     ("XMP of any size", "captioning/xmp", "if len(data) > MAX_BYTES:", "if False:"),
     ("a description after which there is another", "captioning/xmp", "if self.inline or self.own:", "if False:"),
     ("a protected sidecar is replaced", "captioning/beside", "if before is not None and not path.stat()", "if False and not path.stat()"),
+    ("what a kill has left is gone on with", "files", "    beside.unlink(missing_ok=True)  # a kill", "    pass  # a kill"),
     ("half a line on a full disk", "files", "            file.truncate(size)\n", ""),
     ("two commands add to one file", "files", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("another model under its name", "serving/engine", "if _PREPARING(processor) != _PREPARING(self.processor):", "if False:"),

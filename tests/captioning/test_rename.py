@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_llava.captioning.rename import Renames, clean_name, plan
+from mlx_llava.captioning.rename import Move, Renames, clean_name, plan
 
 MANY_SCRIPTS = "\u092e\u0940\u0928\u093e \u4e00\u53ea\u732b"
 
@@ -222,6 +222,18 @@ def test_what_cannot_be_undone_now_can_be_later(folder, tmp_path):
     away.rename(folder)
     assert undo.undo() == (2, [])
     assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_what_a_kill_has_left_of_an_undo_file_is_no_part_of_the_next(folder, tmp_path):
+    renames = Renames(tmp_path / "undo.jsonl")
+    moves = [Move(str(folder), name, name * 2, (".jpg",)) for name in ("a", "b")]
+    for move in moves:
+        (folder / f"{move.old}.jpg").touch()
+        renames.apply(move)
+    (tmp_path / ".undo.jsonl.partial").write_bytes(renames.path.read_bytes())
+    (folder / "b.jpg").touch()  # so that one stays
+    assert renames.undo()[0] == 1
+    assert renames.moves() == moves[1:]
 
 
 def test_two_files_of_one_number_are_not_one(folder, tmp_path, monkeypatch):
