@@ -284,7 +284,7 @@ def test_the_earliest_of_several_stops_ends_the_text():
 def test_shared_data_is_where_the_tests_look_for_it():
     """Says in the report whether the real tokenizer took part."""
     if not SHARED.exists():
-        pytest.skip(f"{SHARED} is missing: the real LLaMA tokenizer was not tested")
+        pytest.skip(f"{SHARED} is missing; set MLX_LLAVA_TEST_DATA")
 
 
 LLAMA_3_TEXTS = [

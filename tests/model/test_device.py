@@ -75,7 +75,7 @@ def test_a_blas_that_came_before_ours_is_not_said_to_be_ours():
 
     libraries = backend._candidates()
     if len(libraries) < 2:
-        pytest.skip("takes two BLAS libraries")
+        pytest.skip("takes two BLAS libraries: pip install '.[train]' brings MKL")
     first, second = libraries[:2]
     code = f"import ctypes; ctypes.CDLL({first!r}, mode=ctypes.RTLD_GLOBAL); " + BLAS
     assert blas_in(code, MLX_LLAVA_BLAS=second) == "None"

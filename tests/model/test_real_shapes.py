@@ -48,7 +48,10 @@ def write_checkpoint(folder: Path, tokenizer_model: bytes):
     return model.float()
 
 
-@pytest.mark.skipif(not mx.is_available(mx.gpu) and not backend.BLAS, reason="slow without a BLAS")
+@pytest.mark.skipif(
+    not mx.is_available(mx.gpu) and not backend.BLAS,
+    reason="takes minutes without a fast BLAS: pip install '.[train]'",
+)
 def test_ids_and_logits_at_real_shapes(llama_tokenizer_model, tmp_path):
     import sentencepiece
     from transformers.image_utils import load_image

@@ -458,7 +458,9 @@ def test_a_run_is_not_resumed_with_other_options(folder, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform != "linux" and "CI" in os.environ, reason="needs loopback sockets")
+@pytest.mark.skipif(
+    sys.platform != "linux" and "CI" in os.environ, reason="CI's Macs have no loopback sockets"
+)
 def test_two_processes_learn_what_one_does(folder):
     more = ["--steps", "6", "--valid", str(folder / "train.json"), "--validate-every", "3"]
     more += ["--stage", "projector"]

@@ -18,6 +18,7 @@ from mlx_llava.model.linux.weights import Affine, Half, Plain, multiply, multipl
 
 pytestmark = pytest.mark.skipif(not NUMPY, reason="NumPy multiplies on Linux only")
 HAS_NUMBA = NUMPY and weights.kernels() is not None
+NEEDS_NUMBA = "there is no numba: pip install '.[cpu]'"
 ROWS = (1, 3, 4, 5, 16, 600)
 OUTPUTS, INPUTS = 37, 384
 
@@ -28,7 +29,7 @@ def kernels(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(weights, "kernels", lambda: None)
     elif not HAS_NUMBA:
-        pytest.skip("takes numba")
+        pytest.skip(NEEDS_NUMBA)
 
 
 def normal(*shape):
@@ -110,7 +111,7 @@ def test_parts_of_several_threads_and_blocks(kernels, monkeypatch):
     check(Plain(values := normal(OUTPUTS, INPUTS)), values)
 
 
-@pytest.mark.skipif(not HAS_NUMBA, reason="takes numba")
+@pytest.mark.skipif(not HAS_NUMBA, reason=NEEDS_NUMBA)
 @pytest.mark.parametrize("can_write", [True, False])
 def test_kernels_are_kept_where_a_folder_can_be_written(tmp_path, can_write):
     """And work where there is none, which numba refuses."""
@@ -136,7 +137,7 @@ def double(x, output):
     output[:] = x + x
 
 
-@pytest.mark.skipif(not HAS_NUMBA, reason="takes numba")
+@pytest.mark.skipif(not HAS_NUMBA, reason=NEEDS_NUMBA)
 @pytest.mark.parametrize("cut", ["*.nbi", "*.nbc"])
 def test_kernels_work_where_a_disk_is_full_or_a_file_was_cut_off(tmp_path, monkeypatch, cut):
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
@@ -157,7 +158,7 @@ def test_kernels_work_where_a_disk_is_full_or_a_file_was_cut_off(tmp_path, monke
     assert doubled() == [2, 2, 2]
 
 
-@pytest.mark.skipif(not HAS_NUMBA, reason="takes numba")
+@pytest.mark.skipif(not HAS_NUMBA, reason=NEEDS_NUMBA)
 def test_kernels_of_other_codes_are_kept_in_other_files(monkeypatch):
     kernels = weights.kernels()
     monkeypatch.setattr(kernels, "_compiled", lambda function: function)
