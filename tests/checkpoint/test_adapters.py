@@ -24,7 +24,6 @@ from tests.conftest import load_as_stored as load
 from tests.conftest import shared_data
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install '.[test]'")
-peft = pytest.importorskip("peft", reason="the oracle: pip install '.[test]'")
 layouts = pytest.importorskip("tests.layouts")
 tiny = pytest.importorskip("tests.tiny")
 
@@ -58,6 +57,8 @@ def base(reference, tmp_path_factory) -> Path:
 
 def trained(reference, folder: Path, **settings: Any) -> Any:
     """An adapter of PEFT's with random numbers in all that it trains; returns its model."""
+    # Here, as it takes two seconds to import: every process of pytest imports all tests.
+    peft = pytest.importorskip("peft", reason="the oracle: pip install '.[test]'")
     with quietly():
         config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, **settings})
         model = peft.get_peft_model(copy.deepcopy(reference), config)
