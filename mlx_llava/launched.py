@@ -62,6 +62,9 @@ def run(
     except KeyboardInterrupt:
         return _INTERRUPTED
     if not isinstance(ranks, Ranks):
+        if rank := rank_here():  # which nobody would hear
+            print(f"error: rank {rank} has nobody to meet: no hostfile", file=sys.__stderr__)
+            return USER_ERROR
         return attempt(main)[0]
     ranks.leads = follow is not None
     job = main if is_shared or ranks.speaks or follow is None else follow
@@ -133,7 +136,8 @@ def load_together(
     """
     ranks = met()
     if isinstance(ranks, Ranks):
-        ranks.agree({"options": dict(options), **_facts(source, ranks)})
+        told = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        ranks.agree({**_facts(source, ranks), **told})
     shares = "pipeline" in options and ranks.size > 1
     model, processor = load(group=ranks.group) if shares else load()
     model.ranks = ranks

@@ -514,7 +514,7 @@ MUTATIONS = (
     ("llm's schemas passed over", "llm_plugin", "json_schema=prompt.schema", "json_schema=None"),
     ("llm's temperature unknown", "llm_plugin", "_OURS = {\"temperature\": \"temp\"}", "_OURS = {\"temp\": \"temp\"}"),
     ("every rank's tokens added up", "model/ranks", "own = tokens * int(self.speaks)", "own = tokens"),
-    ("ranks that differ let be", "model/ranks", "if theirs.get(name) != ours[name]:", "if False:"),
+    ("ranks that differ let be", "model/ranks", "if theirs.get(name) != ours.get(name):", "if False:"),
     ("a rank's silence overlooked", "model/links", "if now - link.seen > self.seconds:", "if False:"),
     ("a rank's end overlooked", "model/links", 'self.fail(f"rank {link.rank} has ended")\n\n    def _take_end', 'pass\n\n    def _take_end'),
     ("a rank that hangs overlooked", "model/links", "and all(overdue)", "and False"),

@@ -218,11 +218,11 @@ class Ranks(Alone):
 def _compare(rank: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if error := theirs.get("error"):
         raise ValueError(f"rank {rank}: {error}")
-    for name in ours:
-        if theirs.get(name) != ours[name]:
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
             raise ValueError(
-                f"The {name} of rank {rank} {'are' if name[-1] == 's' else 'is'} "
-                f"{theirs.get(name)}, rank 0 has {ours[name]}; all ranks need the same."
+                f"The {name} of rank {rank} is {theirs.get(name)}, rank 0 has {ours.get(name)}; "
+                "all ranks need the same."
             )
 
 

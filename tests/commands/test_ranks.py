@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -210,7 +211,7 @@ def test_a_rank_that_hangs_ends_all():
     [
         (["--model", str(GOLDENS / "llava_next")], "The model of rank 1 is "),
         (["--model", "there/is/none"], "rank 1: "),
-        (["--pipeline"], "The options of rank 1 are "),
+        (["--pipeline"], "The --pipeline of rank 1 is True, rank 0 has False; "),
     ],
 )
 def test_ranks_that_differ_are_refused(more, message):
@@ -257,6 +258,14 @@ def test_models_of_other_numbers_or_words_are_told_apart(tmp_path):
 
 def launched_facts(folder: Path) -> dict[str, str]:
     return _facts(Source(folder), ALONE)
+
+
+def test_a_rank_that_no_launcher_has_started_does_not_end_in_silence():
+    run = [sys.executable, "-m", "mlx_llava.generate", "--prompt", "x"]
+    env = {**os.environ, "MLX_RANK": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: rank 1 has nobody to meet: no hostfile\n"
 
 
 MEASURES = """
