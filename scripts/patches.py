@@ -39,7 +39,7 @@ NAMES = {
     "cell": 9,
     "other": 2,
 }
-STEPS, BATCH, RATE = 1500, 64, 2e-3
+STEPS, BATCH, RATE = 2000, 64, 2e-3
 #: The part of the batches in which the encoder sees no colours.
 GREY = 1 / 3
 #: How much of the loss of an answer's token the distance from words is, and how sharply it is told.

@@ -109,10 +109,10 @@ EXAMPLES = (
 HEADS = "heads.safetensors"
 #: The stages of mlx_llava.train: --stage, training file, --template, --steps, --learning-rate.
 STAGES = {
-    "language": ("full", "facts", "plain", 2700, 2e-3),
+    "language": ("full", "facts", "plain", 3000, 2e-3),
     "align": ("projector", "captions", "plain", 200, 1e-3),
-    "instruct": ("full", "short", None, 4200, 1.5e-3),
-    "refine": ("full", "long", None, 2100, 1e-3),
+    "instruct": ("full", "short", None, 5000, 1.5e-3),
+    "refine": ("full", "long", None, 2800, 1e-3),
 }
 
 
