@@ -37,6 +37,11 @@ def _natural(chance: Chance) -> Colour:
     return _rgb(colour + chance.normal(0, 18, 3))
 
 
+def _pale(chance: Chance) -> Colour:
+    """Bright and nearly grey, as overcast skies, walls and paper."""
+    return _rgb(chance.uniform(205, 256) + chance.normal(0, 7, 3))
+
+
 def _any(chance: Chance) -> Colour:
     return _rgb(chance.uniform(0, 256, 3))
 
@@ -101,6 +106,15 @@ def gradient(chance: Chance) -> Image.Image:
     around = np.minimum(np.hypot(x - u, y - v) / chance.uniform(0.4, 1.2), 1)
     plane = _slope(chance) if chance.random() < 0.5 else around
     return _image(_ramp(chance, plane, _any if chance.random() < 0.5 else _natural))
+
+
+def plain(chance: Chance) -> Image.Image:
+    """Nearly one colour: a sky, a wall, a sheet with nothing on it."""
+    colour = (_pale, _natural, _any)[chance.integers(3)](chance)
+    uneven = chance.uniform(0, 0.12) * _slope(chance)
+    uneven = uneven + chance.uniform(0, 0.12) * _spectrum(chance, chance.uniform(0.6, 2))
+    grain = chance.normal(0, chance.uniform(0, 0.015), (SIDE, SIDE, 1))
+    return _image(np.array(colour) / 255 + (uneven - uneven.mean())[..., None] + grain)
 
 
 def noise(chance: Chance) -> Image.Image:
@@ -259,7 +273,8 @@ def leaves(chance: Chance) -> Image.Image:
 def landscape(chance: Chance) -> Image.Image:
     """A sky, and ridges one before the other."""
     _, y = _grid()
-    pixels = _ramp(chance, 0.7 * y + 0.3 * _spectrum(chance, 1.8), _natural)
+    sky = _pale if chance.random() < 0.5 else _natural
+    pixels = _ramp(chance, 0.7 * y + 0.3 * _spectrum(chance, 1.8), sky)
     horizon = chance.uniform(0.15, 0.75)
     for _ in range(chance.integers(1, 5)):
         ridge = horizon + (_spectrum(chance, 1.6)[0] - 0.5) * chance.uniform(0.05, 0.6)

@@ -115,8 +115,9 @@ def measure_refusals(model: Path, work: Path, seed: int) -> Counts:
 def crops(paths: Sequence[Path], seed: int) -> list[Image.Image]:
     """Squares of any size from anywhere in photographs, as many from each."""
     random_, cut = random.Random(f"crops {seed}"), []
+    photographs = [load_image(path) for path in paths]
     for number in range(CROPS):
-        photograph = load_image(paths[number % len(paths)])
+        photograph = photographs[number % len(photographs)]
         side = random_.randint(others.SIDE, min(photograph.size))
         left, top = (random_.randint(0, length - side) for length in photograph.size)
         cut.append(photograph.crop((left, top, left + side, top + side)))

@@ -36,9 +36,9 @@ Maker: TypeAlias = Callable[[np.random.Generator], Image.Image]
 KINDS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
-        kinds.gradient, kinds.noise, kinds.fractal, kinds.voronoi, kinds.wood, kinds.blobs,
-        kinds.lines, kinds.text, kinds.chart, kinds.boxes, kinds.leaves, kinds.landscape,
-        kinds.portrait,
+        kinds.gradient, kinds.plain, kinds.noise, kinds.fractal, kinds.voronoi, kinds.wood,
+        kinds.blobs, kinds.lines, kinds.text, kinds.chart, kinds.boxes, kinds.leaves,
+        kinds.landscape, kinds.portrait,
     )
 }  # fmt: skip
 HELD_OUT_KINDS: dict[str, Maker] = {
@@ -47,11 +47,14 @@ HELD_OUT_KINDS: dict[str, Maker] = {
 
 
 def could_be_drawn(picture: Image.Image) -> bool:
-    """Whether nothing but one of the world's papers lies between its cells, as in every drawing."""
+    """Whether something stands out from one of the world's papers, and none of it between cells."""
     pixels = np.asarray(picture).astype(int)
     edges = [i for i in range(SIDE) if i % shapes.CELL in (0, shapes.CELL - 1)]
-    between = np.concatenate([pixels[edges], pixels[:, edges].swapaxes(0, 1)]).reshape(-1, 3)
-    return any(np.abs(between - paper).max() <= 30 for paper in shapes.BACKGROUNDS)
+    for paper in shapes.BACKGROUNDS:
+        ink = np.abs(pixels - paper).max(axis=-1)
+        if max(ink[edges].max(), ink[:, edges].max()) <= 30 and ink.max() > 60:
+            return True
+    return False
 
 
 def make(kind: str, seed: int) -> Image.Image:
