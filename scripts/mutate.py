@@ -269,7 +269,6 @@ MUTATIONS = (
     ("codes of the last words left out", "model/linux/kernels", "for j in range(blocks * LANES, W):", "for j in range(0):"),
     ("another kind of layer taken for ours", "model/linux/decoder", "all(type(one) in _LINEAR for one in layers)", "True"),
     ("projector left in 16 bits", "checkpoint/precision", "parts = (model.vision_tower, model.language_model)", "parts = (model,)"),
-    ("scales of the projector left in 16 bits", "checkpoint/precision", "for part in (model.vision_tower, model.language_model)", "for part in (model,)"),
     ("future seen within a block", "model/linux/functions", "where=later[:rows, :rows]", "where=False"),
     ("scores not scaled", "model/linux/functions", "queries[i] * scale", "queries[i]"),
     ("tanh GELU without its cube", "model/linux/functions", "if cubic:", "if False:"),
