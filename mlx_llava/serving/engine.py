@@ -234,7 +234,8 @@ class Engine:
         """Loads the model, unless it is; raises what `checkpoint.load` does."""
         if self._generator is None:
             model, processor = self._checkpoint.load()
-            if _PREPARING(processor) != _PREPARING(self.processor):  # prompts wait that it made
+            is_whole = rank_here() is None  # ranks have compared their files
+            if is_whole and _PREPARING(processor) != _PREPARING(self.processor):  # has made prompts
                 raise ValueError("its files are another model's now; start the server again.")
             self.weight_bytes = tree_reduce(_added, model.parameters(), 0)
             self._generator = self._new_generator(model)
