@@ -432,7 +432,7 @@ MUTATIONS = (
     ("what a kill has left is gone on with", "files", "    beside.unlink(missing_ok=True)  # a kill", "    pass  # a kill"),
     ("half a line on a full disk", "files", "            file.truncate(size)\n", ""),
     ("two commands add to one file", "files", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-    ("another model under its name", "serving/engine", "if _PREPARING(processor) != _PREPARING(self.processor):", "if False:"),
+    ("another model under its name", "serving/engine", "if is_whole and _PREPARING(processor) != _PREPARING(self.processor):", "if False:"),
     ("a folder becomes a repository", "server", "args.offline = True", "pass"),
     ("half-written pictures", "captioning/watch", "if still == 0 or now < file.next_look:", "if now < file.next_look:"),
     ("a broken picture waits for ever", "captioning/watch", "if still >= patience or", "if"),
