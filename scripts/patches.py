@@ -43,7 +43,7 @@ STEPS, BATCH, RATE = 2000, 64, 2e-3
 #: The part of the batches in which the encoder sees no colours.
 GREY = 1 / 3
 #: How much of the loss of an answer's token the distance from words is, and how sharply it is told.
-PULL, SHARPNESS = 0.1, 1 / 0.07
+PULL, SHARPNESS = 0.05, 1 / 0.07
 
 
 class PatchNames(nn.Module):
