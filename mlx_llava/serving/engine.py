@@ -237,6 +237,7 @@ class Engine:
             is_whole = rank_here() is None  # ranks have compared their files
             if is_whole and _PREPARING(processor) != _PREPARING(self.processor):  # has made prompts
                 raise ValueError("its files are another model's now; start the server again.")
+            self.processor = processor  # on ranks, its config is of their part
             self.weight_bytes = tree_reduce(_added, model.parameters(), 0)
             self._generator = self._new_generator(model)
             self.is_loaded = True
