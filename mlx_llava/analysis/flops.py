@@ -33,13 +33,17 @@ def encode_flops(config: LlavaConfig, tiles: int) -> float:
 
 
 def prefill_flops(config: LlavaConfig, length: int) -> float:
-    """Of the decoder, under the causal mask, with the logits of the last position."""
+    """Of the decoder, under the causal mask, with the logits of the last position.
+
+    Of the last layer, only the keys and values of all positions.
+    """
     text = config.text_config
     D, heads = text.hidden_size, text.num_attention_heads * text.dims_per_head
     kv = text.kv_heads * text.dims_per_head
-    matrices = 2 * D * heads + 2 * D * kv + 3 * D * text.intermediate_size
-    layer = 2 * length * matrices + 2 * length**2 * heads
-    return float(text.num_hidden_layers * layer + 2 * D * text.vocab_size)
+    others = 2 * D * heads + 3 * D * text.intermediate_size
+    layer = 2 * length * (2 * D * kv + others) + 2 * length**2 * heads
+    last = 2 * length * 2 * D * kv + 2 * others + 4 * length * heads
+    return float((text.num_hidden_layers - 1) * layer + last + 2 * D * text.vocab_size)
 
 
 def decode_bytes(model: Llava, positions: int) -> float:

@@ -201,7 +201,9 @@ def make_cache(
             return [KVCache() for _ in layers]
         return _quantized_cache(len(layers), config.dims_per_head, kv_bits)
     if kv_bits is not None:
-        raise ValueError("A cache has either kv_bits or max_kv_size.")
+        raise ValueError(
+            f"kv_bits is {kv_bits} and max_kv_size is {max_kv_size}; a cache can have one of them."
+        )
     if any(config.windows):
         raise ValueError(
             f"max_kv_size is {max_kv_size}, but this model has a sliding window of its own, "

@@ -62,8 +62,10 @@ def test_the_operations_are_those_of_llava_1_5_7b(monkeypatch, tmp_path):
     D, hidden, layers, rows, length = 4096, 11008, 32, 32064, 593
     decoder = layers * (4 * D * D + 3 * D * hidden)
     assert decoder == 6_476_005_376  # of 6.74 billion; the rest are embedding, head and norms
-    attention = layers * 4 * D * sum(range(1, length + 1))  # scores and their use, up to each
-    expected = 2 * length * decoder + attention + 2 * D * rows
+    attention = 4 * D * sum(range(1, length + 1))  # scores and their use, up to each
+    others = 2 * D * D + 3 * D * hidden  # of the last layer: queries, output and MLP of one token
+    expected = 2 * length * (decoder - others) + 2 * others + 2 * D * rows
+    expected += (layers - 1) * attention + 4 * D * length
     assert prefill_flops(config, length) == pytest.approx(expected, rel=1e-3)
     width, tokens = 1024, 577
     layer = 2 * tokens * 12 * width * width + 4 * tokens * tokens * width

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_llava import stream_generate
+from mlx_llava.arguments import MAX_REPEATS
 from mlx_llava.generate import build_parser
 from mlx_llava.generation.sampling import Options, keep_top_p, make_logits_processors, make_sampler
 
@@ -106,8 +107,10 @@ def test_biases_are_added():
 def test_options_are_shown_where_they_are_taken():
     parameters = inspect.signature(stream_generate).parameters
     parsed = vars(build_parser().parse_args(["--prompt", "hi"]))
+    for_people = {"max_repeats": MAX_REPEATS}
     for option in fields(Options):
         assert parameters[option.name].default == option.default
         assert f"        {option.name} ({option.type}): " in stream_generate.__doc__
         given = parsed[option.name]
-        assert (tuple(given) if option.name == "stop" else given) == option.default
+        expected = for_people.get(option.name, option.default)
+        assert (tuple(given) if option.name == "stop" else given) == expected
