@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,13 @@ def add_bytes(path: Path, data: bytes) -> None:
         except OSError as error:
             file.truncate(size)
             raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def disk_room(path: Path) -> tuple[Path, int]:
+    """The folder that is there of those around a path, and the bytes that its disk has free."""
+    whole = path.absolute()
+    there = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    return there, shutil.disk_usage(there).free
 
 
 def is_file(path: Path) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.test_docs import DOCS, blocks, served
-from tests.test_readme import SHAPES, provide_hub
+from tests.test_readme import SHAPES, provide_hub, run_with_hub
 
 #: Blocks that are run elsewhere: what installs (test_readme.py), and what never ends.
 ELSEWHERE = ("uv tool install", "scripts/try", "python -m mlx_llava.server", "curl", "python3 -c")
@@ -20,7 +19,7 @@ ELSEWHERE = ("uv tool install", "scripts/try", "python -m mlx_llava.server", "cu
 
 @pytest.fixture
 def place(hub_cache, tmp_path, monkeypatch) -> Path:
-    """A folder with photographs, in which the embedded model stands for those of the hub."""
+    """In a folder with photographs, a hub in which the embedded model stands for its models."""
     provide_hub(hub_cache)
     (tmp_path / "photos" / "2024").mkdir(parents=True)
     for name in ("photo.jpg", "photos/a.png", "photos/2024/b.png"):
@@ -30,20 +29,7 @@ def place(hub_cache, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def shell(code: str) -> str:
-    code = code.replace("mlx-llava ", "python -m mlx_llava ")
-    done = subprocess.run(
-        ["sh", "-e", "-c", code.replace("python ", f"{sys.executable} ")],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return hub_cache
 
 
 @pytest.mark.parametrize("name", ["photographer", "student", "engineer"])
@@ -52,7 +38,9 @@ def test_a_tutorial_runs(name, place, monkeypatch, capsys):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     page = DOCS / "tutorials" / f"{name}.md"
-    said = "".join(shell(code) for code in blocks(page, "sh") if not code.startswith(ELSEWHERE))
+    codes = [code for code in blocks(page, "sh") if not code.startswith(ELSEWHERE)]
+    codes = [code.replace("mlx-llava ", "python -m mlx_llava ") for code in codes]
+    said = "".join(run_with_hub(code, place) for code in codes)
     names: dict = {}
     for code in blocks(page, "python"):
         exec(code, names)
@@ -74,9 +62,9 @@ def test_the_servers_owner_is_answered(place):
     start, ask, key_and_start, health = blocks(page, "sh")
     with served(*start.split()[3:], env=os.environ) as server:
         for code in (ask, health):
-            assert shell(code.replace("http://127.0.0.1:8080", server.url))
+            assert run_with_hub(code.replace("http://127.0.0.1:8080", server.url), place)
     make_key, start = key_and_start.splitlines()
-    shell(make_key)
+    run_with_hub(make_key, place)
     arguments = start.replace("0.0.0.0", "127.0.0.1").split()[3:]
     with served(*arguments, env=os.environ) as server:
         assert (

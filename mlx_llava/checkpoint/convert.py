@@ -5,7 +5,6 @@ What will be written is decided before a weight is read.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from mlx_llava.checkpoint.precision import read_dtype
 from mlx_llava.checkpoint.safetensors import Output, output
 from mlx_llava.checkpoint.save import write_model
 from mlx_llava.checkpoint.tensors import LazyTensor, plain_layer, to_torch_layout
+from mlx_llava.files import disk_room
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.config import LlavaConfig
@@ -159,8 +159,7 @@ def convert(
 
 
 def _check_disk(target: Path, nbytes: int) -> None:
-    parent = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = disk_room(target)
     if free < nbytes * 1.01 + 50_000_000:
         raise ValueError(
             f"{parent} has {free / 1e9:.1f} GB free; the result takes {nbytes / 1e9:.1f} GB."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_llava.files import disk_room
 from mlx_llava.model.device import memory_said, total_memory
 
 logger = logging.getLogger("mlx_llava")
@@ -94,8 +94,7 @@ def _check_memory(name: str, nbytes: int, memory: int | None) -> None:
 
 
 def _check_disk(name: str, nbytes: int, cache: Path) -> None:
-    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    _, free = disk_room(cache)
     if nbytes > free:
         raise ValueError(
             f"{name} takes {nbytes / _GB:.1f} GB of disk and {cache} has {free / _GB:.1f} GB free, "

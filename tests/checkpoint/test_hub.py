@@ -147,7 +147,7 @@ def test_what_has_no_room_is_refused_before_the_first_byte(monkeypatch):
     with pytest.raises(ValueError, match=r"someone/tiny has 0.0 GB of weights and .* --model \w"):
         download.download("someone/tiny", None, False, memory=100)
     usage = shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"takes 0.0 GB of disk and .* has 0.0 GB free, so noth"):
         download.download("someone/tiny", None, False, memory=None)
     assert Hub.fetched == []
