@@ -25,20 +25,23 @@ def fast_dtype() -> str:
 
 
 def total_memory() -> int:
-    """The memory that models can use, in bytes: what Metal recommends, or the machine's."""
+    """The memory that models can use, in bytes: Metal's advice, a card's, or the machine's."""
     if on_cpu():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     info = mx.device_info()
-    return int(info.get("max_recommended_working_set_size") or info["memory_size"])
+    on_metal = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return int(on_metal or info["total_memory"])
 
 
 def available_memory() -> int:
-    """What of that is free now, in bytes."""
+    """What of that is free now, in bytes; Metal does not tell what other processes use."""
     meminfo = Path("/proc/meminfo")
-    if not on_cpu() or not meminfo.exists():
-        return max(0, total_memory() - mx.get_active_memory())
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    if on_cpu() and meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    if (free := mx.device_info().get("free_memory")) is not None:  # CUDA
+        return int(free) + mx.get_cache_memory()
+    return max(0, total_memory() - mx.get_active_memory())
 
 
 def memory_said() -> str:
@@ -46,8 +49,10 @@ def memory_said() -> str:
     total = total_memory() / _GB
     if on_cpu():
         return f"this machine has {total:.1f} GB of memory"
-    whole = int(mx.device_info()["memory_size"]) / _GB
-    return f"Metal recommends at most {total:.1f} GB of this machine's {whole:.0f} GB of memory"
+    if (whole := mx.device_info().get("memory_size")) is None:  # CUDA
+        return f"this graphics card has {total:.1f} GB of memory"
+    machine = int(whole) / _GB
+    return f"Metal recommends at most {total:.1f} GB of this machine's {machine:.0f} GB of memory"
 
 
 def check_weights(nbytes: int, is_quantized: bool, other: str) -> None:

@@ -164,6 +164,30 @@ def test_weights_that_cannot_fit_are_refused(monkeypatch):
         load(GOLDENS / "llava")
 
 
+@pytest.mark.parametrize(
+    ("info", "total", "free", "said"),
+    [
+        (
+            {"max_recommended_working_set_size": 6 * 10**9, "memory_size": 8 * 10**9},
+            *(6 * 10**9, 5 * 10**9, "Metal recommends at most 6.0 GB of this machine's 8 GB of"),
+        ),
+        (
+            {"total_memory": 8 * 10**9, "free_memory": 3 * 10**9},
+            *(8 * 10**9, 5 * 10**9, "this graphics card has 8.0 GB of"),
+        ),
+    ],
+    ids=["metal", "cuda"],
+)
+def test_each_kind_of_gpu_tells_its_memory(monkeypatch, info, total, free, said):
+    """Names as of MLX's backend/metal/device_info.cpp and backend/cuda/device_info.cpp."""
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**9)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 2 * 10**9)
+    assert (device.total_memory(), device.available_memory()) == (total, free)
+    assert device.memory_said() == f"{said} memory"
+
+
 def test_a_prompt_that_cannot_fit_is_refused(loaded, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"\d+ tokens of prompt and 5 of answer need .*pictures 0"):
