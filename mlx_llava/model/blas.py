@@ -6,6 +6,10 @@ its place. macOS (Accelerate, Metal) and CUDA need nothing of this.
 
 Set ``MLX_LLAVA_BLAS=off`` to leave MLX alone (also by linux/), or to the path of a
 library to load that one.
+
+And float32 is float32: on chips with matrix units (M5 and later, NVIDIA's), MLX would round what
+it multiplies to TF32's 10 bits, an error of 7e-4, unless ``MLX_ENABLE_TF32`` says no before its
+first matmul (MLX's usage/precision). Set it to 1 to have that, for speed.
 """
 
 from __future__ import annotations
@@ -65,5 +69,6 @@ def set_blas_threads(count: int) -> None:
             getattr(library, name)(count)
 
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 #: The library below MLX, or None.
 BLAS = preload_blas()

@@ -40,7 +40,7 @@ PICTURE = Image.new("RGB", (60, 60), "red")
 
 @cache
 def embedded():
-    return load()
+    return load(dtype="float32")
 
 
 @pytest.fixture(scope="module")

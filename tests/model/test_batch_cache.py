@@ -160,6 +160,7 @@ def test_memory_is_what_was_said(form):
 
 
 def test_the_form_follows_the_device(monkeypatch):
+    monkeypatch.setattr("mlx_llava.model.batch_cache.on_cpu", lambda: True)
     assert isinstance(make_batch_cache(), RaggedCache)
     monkeypatch.setattr("mlx_llava.model.batch_cache.on_cpu", lambda: False)
     assert isinstance(make_batch_cache(), SlotCache)

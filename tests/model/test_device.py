@@ -61,6 +61,14 @@ def blas_in(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.parametrize(("set_to", "found"), [(None, "0"), ("1", "1")])
+def test_float32_is_not_rounded_unless_that_is_asked_for(monkeypatch, set_to, found):
+    """Which MLX does by itself on an M5."""
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    code = "import os, mlx_llava.model; print(os.environ['MLX_ENABLE_TF32'])"
+    assert blas_in(code, **({"MLX_ENABLE_TF32": set_to} if set_to else {})) == found
+
+
 @on_linux_cpu
 def test_the_blas_is_chosen_safely():
     assert blas_in(BLAS, MLX_LLAVA_BLAS="off") == "None"
@@ -160,7 +168,7 @@ def test_what_would_not_fit_in_float32_stays(tmp_path, caplog, monkeypatch, no_n
 
 def test_weights_that_cannot_fit_are_refused(monkeypatch):
     monkeypatch.setattr(device, "total_memory", lambda: 10_000)
-    with pytest.raises(ValueError, match=r"take 0.0 GB and this machine has 0.0 GB of mem.*; conv"):
+    with pytest.raises(ValueError, match=r"take 0.0 GB and .* 0.0 GB of mem.*; conv"):
         load(GOLDENS / "llava")
 
 

@@ -11,7 +11,7 @@ from tests.servers import serving
 @pytest.fixture(scope="module")
 def served():
     """A server with a tiny model, for all tests of a file."""
-    with serving() as running:
+    with serving("--dtype", "float32") as running:
         yield running
 
 
@@ -25,4 +25,4 @@ def client(served):
 @pytest.fixture(scope="module")
 def tiny():
     """The same model and its processor, to ask without a server."""
-    return load()
+    return load(dtype="float32")
