@@ -2,24 +2,26 @@
 
 MLX's CPU backend takes exp one number at a time. 2^n is made of bits and 2^f, -1/2 <= f <= 1/2,
 of a Taylor polynomial of degree 6 in f ln 2; the relative error of exp stays below 3e-7.
-`installed` puts these in the place of MLX's functions for a while: for float32, for training.
+`installed` puts these in the place of MLX's functions for a while: for float32, for training,
+which is compiled then, as each is a kernel only if `mx.compile` makes it one.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias, cast
+from typing import cast
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_llava.model.blas import set_blas_threads
 from mlx_llava.model.layers import ACTIVATIONS
+from mlx_llava.tuner import trainer
 
-Activation: TypeAlias = "Callable[[mx.array], mx.array]"
 _COEFFICIENTS = [math.log(2) ** k / math.factorial(k) for k in range(7)]
 
 
@@ -95,14 +97,10 @@ def attention(
 def installed() -> Iterator[None]:
     """Puts these functions in the place of MLX's; models must be made inside."""
     set_blas_threads(os.cpu_count() or 1)
-    silu, quick_gelu = nn.silu, ACTIVATIONS["quick_gelu"]
-    mlx_attention = mx.fast.scaled_dot_product_attention
-    setattr(nn, "silu", lambda x: gate(x, mx.array(1.0)))  # noqa: B010
-    setattr(mx.fast, "scaled_dot_product_attention", attention)  # noqa: B010
-    ACTIVATIONS["quick_gelu"] = cast("Activation", lambda x: gate(x, mx.array(1.702)))
-    try:
+    with (
+        patch.object(nn, "silu", lambda x: gate(x, mx.array(1.0))),
+        patch.object(mx.fast, "scaled_dot_product_attention", attention),
+        patch.dict(ACTIVATIONS, quick_gelu=lambda x: gate(x, mx.array(1.702))),
+        patch.object(trainer, "compiles", lambda: True),
+    ):
         yield
-    finally:
-        setattr(nn, "silu", silu)  # noqa: B010
-        setattr(mx.fast, "scaled_dot_product_attention", mlx_attention)  # noqa: B010
-        ACTIVATIONS["quick_gelu"] = quick_gelu

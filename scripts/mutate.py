@@ -218,6 +218,7 @@ MUTATIONS = (
     ("rows without an answer", "tuner/data", "if True not in learned[: self.max_length]:", "if False:"),
     ("placeholders left in the model", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._seed()"),
     ("chance left as a placeholder", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._give_back()"),
+    ("chance the same in every compiled step", "tuner/trainer", "self._compute_gradients, inputs=random, outputs=random", "self._compute_gradients"),
     ("decoder frozen in stage 2", "tuner/recipe", "        model.language_model.unfreeze()\n", "        pass\n"),
     ("projector frozen with LoRA", "tuner/recipe", 'if options.rates["multi_modal_projector"]:', 'if options.stage != "lora":'),
     ("whole tower trained", "tuner/recipe", "*tower.encoder.layers[max(model.config.feature_layers) :]", "*[]"),

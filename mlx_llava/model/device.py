@@ -19,6 +19,15 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
+def compiles() -> bool:
+    """Whether compiling a training step pays, by `mx.compile`.
+
+    On a CPU it does not: of g++ the kernels of one take longer than hundreds of steps, each runs in
+    one thread, and what is traced has no values to give to NumPy.
+    """
+    return not on_cpu()
+
+
 def fast_dtype() -> str:
     """What the device computes fast in; of a CPU's matmuls only float32's has a BLAS."""
     return "float32" if on_cpu() else "bfloat16"

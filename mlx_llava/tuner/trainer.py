@@ -7,7 +7,6 @@ Weights that are trained are kept in float32 and cast to the model's precision f
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +24,9 @@ from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.folders import new_folder, remove_folder
 from mlx_llava.json_files import field, read_json, write_json
 from mlx_llava.model.blas import set_blas_threads
-from mlx_llava.model.device import on_cpu
+from mlx_llava.model.device import compiles
+from mlx_llava.model.linux.threads import threads
 from mlx_llava.model.llava import Llava
-from mlx_llava.model.quantized import is_quantized
 from mlx_llava.tuner.data import Batch, Examples, order
 from mlx_llava.tuner.recipe import TrainingOptions, answer_loss, make_optimizer
 from mlx_llava.tuner.samples import summary
@@ -63,7 +62,7 @@ class Trainer:
             options (TrainingOptions): How to train.
             folder (Path): Checkpoints are written below it.
         """
-        set_blas_threads(os.cpu_count() or 1)
+        set_blas_threads(threads())
         self.model, self.train, self.valid = model, train, valid
         self.options, self.folder = options, folder
         self.group = mx.distributed.init()
@@ -78,10 +77,9 @@ class Trainer:
         self.optimizer_state: Tree = self.optimizer.state
         self.loss, self.count = mx.array(0.0), mx.array(0)  # since the last report
         model.language_model.gradient_checkpointing = options.gradient_checkpointing
-        # Sizes of images decide what an anyres model computes, not only on how much; and on a CPU,
-        # NumPy is what is fast with codes, but what is traced has no values to give to it.
-        eager = model.config.is_anyres or (on_cpu() and any(map(is_quantized, model.modules())))
-        compiled = mx.compile if not eager else lambda function, **_: function
+        # Sizes of images decide what an anyres model computes, not only on how much.
+        is_traced = compiles() and not model.config.is_anyres
+        compiled = mx.compile if is_traced else lambda function, **_: function
         random = [mx.random.state]
         self._gradients = compiled(self._compute_gradients, inputs=random, outputs=random)
         self._loss = compiled(self._compute_loss)
