@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -258,7 +259,15 @@ def test_intervals_are_wilsons():
     assert measure_tiny.wilson(100, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
 
 
-def test_the_fast_functions_of_its_training_are_mlxs():
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """g++ takes a second for each kernel."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def test_the_fast_functions_of_its_training_are_mlxs(uncompiled):
     import fast_cpu
     import mlx.nn as nn
 
@@ -274,7 +283,7 @@ def test_the_fast_functions_of_its_training_are_mlxs():
         assert mx.abs(values[0][1] - values[1][1]).max() < 1e-5
 
 
-def test_masked_scores_leave_nothing_subnormal():
+def test_masked_scores_leave_nothing_subnormal(uncompiled):
     """With which the gradients of a step took five times as long as all the rest."""
     import fast_cpu
 
@@ -282,3 +291,16 @@ def test_masked_scores_leave_nothing_subnormal():
     x = np.linspace(-87, 5, 1001, dtype=np.float32)
     expected = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(np.array(fast_cpu.exp(mx.array(x))), expected, rtol=1e-5)
+
+
+def test_with_them_training_is_compiled():
+    """Each is one kernel only where it is."""
+    import fast_cpu
+
+    from mlx_llava.tuner import trainer
+
+    before = trainer.compiles, mx.fast.scaled_dot_product_attention
+    with fast_cpu.installed():
+        assert trainer.compiles()
+        assert mx.fast.scaled_dot_product_attention is fast_cpu.attention
+    assert (trainer.compiles, mx.fast.scaled_dot_product_attention) == before
