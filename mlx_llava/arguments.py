@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -253,6 +254,45 @@ def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], Non
             bar.update(done - bar.n)
 
         yield show
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of what an answer waits for, where that is longer than a second; it leaves no trace.
+
+    Gives what `stream_generate` is to tell, or None where stderr is no terminal.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    new = functools.partial(tqdm, unit=" tokens", leave=False, delay=1, miniters=0, smoothing=0)
+    bar, is_over = new(bar_format="reading the picture [{elapsed}]"), threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(1):
+            with bar.get_lock():
+                bar.update(0)
+
+    def show(processed: int, total: int) -> None:
+        nonlocal bar
+        with bar.get_lock():
+            if processed == 0:
+                bar.close()
+                bar = new(desc="reading the prompt", total=total)
+            if processed == total:
+                bar.close()
+            bar.update(processed - bar.n)
+
+    ticking = threading.Thread(target=tick, daemon=True)
+    ticking.start()
+    try:
+        yield show
+    finally:
+        is_over.set()
+        ticking.join()
+        bar.close()
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from mlx_llava.arguments import (
     answer_options,
     command,
     load_model,
+    reading_bar,
     say_if_embedded,
     say_if_it_goes_round,
 )
@@ -118,8 +119,9 @@ class Chat:
         """Says the answer; Control-C ends it, and what was said stays."""
         turn = self.session.turns[-1]
         try:
-            for part in self.session.answer():
-                print(part.text, end="", flush=True)
+            with reading_bar() as show:
+                for part in self.session.answer(show):
+                    print(part.text, end="", flush=True)
         except KeyboardInterrupt:
             note("stopped")
         except (ValueError, OSError):

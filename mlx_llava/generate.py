@@ -28,6 +28,7 @@ from mlx_llava.arguments import (
     answer_options,
     command,
     load_model,
+    reading_bar,
     say_if_embedded,
     say_if_it_goes_round,
 )
@@ -129,9 +130,16 @@ def _answer_file(
     failed = total = 0
     is_stdin = args.prompts_file == "-"
     name = STDIN if is_stdin else args.prompts_file
-    with nullcontext(sys.stdin.buffer) if is_stdin else Path(name).open("rb") as file:
-        size = BATCH_SIZE if args.batch_size is None else args.batch_size
-        generator = BatchGenerator(model, processor, batch_size=size, kv_bits=args.kv_bits)
+    with (
+        nullcontext(sys.stdin.buffer) if is_stdin else Path(name).open("rb") as file,
+        reading_bar() as show,
+    ):
+        generator = BatchGenerator(
+            *(model, processor),
+            batch_size=BATCH_SIZE if args.batch_size is None else args.batch_size,
+            kv_bits=args.kv_bits,
+            prompt_progress_callback=show,
+        )
         lines, read = numbered_lines(file, name), partial(read_line, name)
         answers = answer_prompts(lines, read, generator, options, **_prompt_options(args))
         for answer in in_order(answers):
@@ -184,18 +192,18 @@ def _answer(
     if args.show_prompt:
         print(*inputs.prompts, sep="\n", file=sys.stderr)
     tokens = []
-    for part in stream_generate(
-        model,
-        processor,
-        inputs,
-        kv_bits=args.kv_bits,
-        max_kv_size=args.max_kv_size,
-        prompt_cache=cache,
-        **vars(options),
-    ):
-        tokens.append(part.token)
-        if not args.json:
-            print(part.text, end="", flush=True)
+    with reading_bar() as show:
+        for part in stream_generate(
+            *(model, processor, inputs),
+            kv_bits=args.kv_bits,
+            max_kv_size=args.max_kv_size,
+            prompt_cache=cache,
+            prompt_progress_callback=show,
+            **vars(options),
+        ):
+            tokens.append(part.token)
+            if not args.json:
+                print(part.text, end="", flush=True)
     print(_as_json(prompt, tokens, part, load) if args.json else "")
     if cache is not None:
         cache.save(args.prompt_cache_file)

@@ -20,7 +20,13 @@ from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import BATCH_SIZE, Options, greedy
-from mlx_llava.generation.steps import PREFILL_STEP, begin, log_softmax, queues_ahead
+from mlx_llava.generation.steps import (
+    PREFILL_STEP,
+    PromptProgress,
+    begin,
+    log_softmax,
+    queues_ahead,
+)
 from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.model.batch_cache import make_batch_cache
@@ -55,6 +61,7 @@ class BatchGenerator:
         prompt_cache: PromptCache | None = None,
         kv_bits: int | None = None,
         prefill_step: int = PREFILL_STEP,
+        prompt_progress_callback: PromptProgress | None = None,
     ) -> None:
         """Sets up an empty batch.
 
@@ -66,6 +73,8 @@ class BatchGenerator:
                 one, pictures are still encoded together and once.
             kv_bits (int, optional): See `make_cache`.
             prefill_step (int): The length of the chunks in which prompts are read.
+            prompt_progress_callback (callable, optional): See `stream_generate`; is told of all
+                prompts that take a place together.
 
         Raises:
             ValueError: The batch size is not positive.
@@ -77,6 +86,7 @@ class BatchGenerator:
         self.batch_size = batch_size
         self.kv_bits = kv_bits
         self.prefill_step = prefill_step
+        self._tell = prompt_progress_callback
         self._keeps_prompts = prompt_cache is not None
         self._reuse = prompt_cache or PromptCache(model)
         self._waiting: deque[Row] = deque()
@@ -227,15 +237,26 @@ class BatchGenerator:
         admitted = [self._waiting.popleft() for _ in range(fitting)]
         responses: list[tuple[int, GenerationResponse]] = []
         for row, embeddings in embedded(admitted, self._reuse) if admitted else ():
-            responses += self._attempt(row, partial(self._begin, row, embeddings))
+            tell = None if self._tell is None else partial(self._tell_of, admitted, row)
+            responses += self._attempt(row, partial(self._begin, row, embeddings, tell))
             self._take()
         return responses
 
-    def _begin(self, row: Row, embeddings: mx.array) -> list[GenerationResponse]:
+    def _tell_of(self, admitted: Sequence[Row], row: Row, processed: int, _: int) -> None:
+        """Tells what has been read of the prompts up to one; what is forced after it is not one."""
+        assert self._tell is not None
+        lengths = [one.unread for one in admitted]
+        before = sum(lengths[: admitted.index(row)])
+        self._tell(before + min(processed, row.unread), sum(lengths))
+
+    def _begin(
+        self, row: Row, embeddings: mx.array, tell: PromptProgress | None
+    ) -> list[GenerationResponse]:
         forced, row.logits = begin(
             *(embeddings, self.model.language_model, row.cache, row.choose),
             max_tokens=row.max_tokens,
             prefill_step=self.prefill_step,
+            tell=tell,
         )
         self._cache.join(row.cache)
         self._rows.append(row)

@@ -12,6 +12,7 @@ from mlx_llava.generation.batch import AnswerError, BatchGenerator
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
+from mlx_llava.generation.steps import PromptProgress
 from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Processor
@@ -37,6 +38,7 @@ def batch_generate(
     batch_size: int = BATCH_SIZE,
     prompt_cache: PromptCache | None = None,
     prompt_options: dict[str, Any] | None = None,
+    prompt_progress_callback: PromptProgress | None = None,
     **options: Any,
 ) -> list[str]:
     """Answers several prompts; each as if it were alone.
@@ -53,6 +55,8 @@ def batch_generate(
         prompt_cache (PromptCache, optional): What to reuse.
         prompt_options (dict, optional): ``frames``, ``raw``, ``system``, ``image_position``,
             ``image_tokens`` of `Processor`.
+        prompt_progress_callback (callable, optional): See `stream_generate`; is told of all
+            prompts that are read together.
         **options: Fields of `Options`.
 
     Returns:
@@ -69,7 +73,12 @@ def batch_generate(
         return processor(prompt, image, **(prompt_options or {})), row
 
     rows = zip(prompts, images, _split_options(options, len(prompts)), strict=True)
-    generator = BatchGenerator(model, processor, batch_size=batch_size, prompt_cache=prompt_cache)
+    generator = BatchGenerator(
+        *(model, processor),
+        batch_size=batch_size,
+        prompt_cache=prompt_cache,
+        prompt_progress_callback=prompt_progress_callback,
+    )
     texts = [""] * len(prompts)
     for index, outcome in _answer_each(generator, (partial(prepare, *row) for row in rows)):
         if isinstance(outcome, Exception):

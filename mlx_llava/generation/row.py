@@ -93,6 +93,11 @@ class Row:
         self.encode_seconds = self.started = 0.0
         self._first: float | None = None
 
+    @property
+    def unread(self) -> int:
+        """How many positions of the prompt are to be read."""
+        return self.inputs.input_ids.shape[1] - self.cached
+
     def draw(self) -> tuple[()]:
         """Draws the next token where there are logits, unless a constraint awaits the last."""
         if self.logits is not None and (self.choice is None or self.choose.constraint is None):
@@ -140,13 +145,12 @@ class Row:
         self.tokens.append(token)
         text, finish_reason = self._answer.add(token)
         prefill_seconds, decode_seconds = self._first - self.started, now - self._first
-        prompt_tokens = self.inputs.input_ids.shape[1]
         return GenerationResponse(
             text=text,
             token=token,
             logprobs=logprobs,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=(prompt_tokens - self.cached) / max(prefill_seconds, 1e-9),
+            prompt_tokens=self.inputs.input_ids.shape[1],
+            prompt_tps=self.unread / max(prefill_seconds, 1e-9),
             generation_tokens=len(self.tokens),
             generation_tps=(len(self.tokens) - 1) / max(decode_seconds, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,

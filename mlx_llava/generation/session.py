@@ -13,6 +13,7 @@ from PIL import Image
 from mlx_llava.files import expand_home, lasting_name, whole_file
 from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
+from mlx_llava.generation.steps import PromptProgress
 from mlx_llava.generation.stream import stream_generate
 from mlx_llava.inputs.image import data_url, load_image, png
 from mlx_llava.inputs.processor import Processor
@@ -127,11 +128,17 @@ class Session:
             "model's context."
         )
 
-    def answer(self) -> Iterator[GenerationResponse]:
+    def answer(
+        self, prompt_progress_callback: PromptProgress | None = None
+    ) -> Iterator[GenerationResponse]:
         """Answers the last question; what is said is kept also where it is interrupted."""
         turn = self.turns[-1]
         turn.answer = ""
-        options = {"prompt_cache": self._cache, **self.options}
+        options = {
+            "prompt_cache": self._cache,
+            "prompt_progress_callback": prompt_progress_callback,
+            **self.options,
+        }
         for part in stream_generate(self.model, self.processor, self.messages(), **options):
             turn.answer = part.answer.strip()
             yield part

@@ -5,7 +5,7 @@ L tokens of the prompt, D decoder width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias, cast
 
 import mlx.core as mx
@@ -19,26 +19,53 @@ from mlx_llava.model.ranks import ALONE, Alone
 
 PREFILL_STEP = 2048
 
+#: Is told how many tokens of a prompt have been read, of how many: mlx-lm's.
+PromptProgress: TypeAlias = "Callable[[int, int], object]"
 #: An id (1,), and the log-probabilities (1, V) that it was chosen from.
 Choice: TypeAlias = "tuple[mx.array, mx.array]"
 
 
 def prefill(
-    embeddings: mx.array, language_model: LanguageModel, cache: Cache, step: int
+    embeddings: mx.array,
+    language_model: LanguageModel,
+    cache: Cache,
+    step: int,
+    tell: PromptProgress | None = None,
 ) -> mx.array:
     """Reads a prompt in chunks, so that memory does not grow with its square.
+
+    Args:
+        embeddings (mx.array): The prompt, (1, L, D).
+        language_model (LanguageModel): The decoder.
+        cache (list): What came before; is extended.
+        step (int): The length of a chunk.
+        tell (callable, optional): Is told what has been read: after each chunk or, on a CPU,
+            which loses nothing by that, after each layer by its share of the chunk.
 
     Returns:
         mx.array: The logits after its last token, (1, V).
     """
-    length = embeddings.shape[1]
-    for start in range(0, length - step, step):
-        language_model(input_embeddings=embeddings[:, start : start + step], cache=cache)
+    length, parts = embeddings.shape[1], len(language_model.layers) + 1  # and the head
+
+    def read(start: int) -> mx.array:
+        """What the last layer makes of a chunk's last token, (1, 1, D)."""
+        chunk = embeddings[:, start : start + step]
+        for done, x in enumerate(language_model.hidden_states(chunk, cache, last_only=True)):
+            if tell is not None and (done == 0 or on_cpu()):
+                mx.eval(x)
+                tell(start + chunk.shape[1] * done // parts, length)
+        return x
+
+    *before, last = range(0, length, step)
+    for start in before:
+        read(start)
         mx.eval([(layer.keys, layer.values) for layer in cache])
         mx.clear_cache()
-    rest = (length - 1) // step * step
-    logits = language_model(input_embeddings=embeddings[:, rest:], cache=cache, last_only=True)
-    return logits[:, -1]
+    logits = language_model.logits(read(last))[:, -1]
+    if tell is not None:
+        mx.eval(logits)
+        tell(length, length)
+    return logits
 
 
 def queues_ahead() -> bool:
@@ -133,6 +160,7 @@ def begin(
     *,
     max_tokens: int,
     prefill_step: int,
+    tell: PromptProgress | None = None,
 ) -> tuple[list[tuple[int, mx.array]], mx.array]:
     """Reads a prompt, and with it the first tokens of the answer where they are forced.
 
@@ -143,7 +171,7 @@ def begin(
     if forced:
         ids = mx.array([[token for token, _ in forced]])
         embeddings = mx.concatenate([embeddings, language_model.embed(ids)], axis=1)
-    return forced, prefill(embeddings, language_model, cache, prefill_step)
+    return forced, prefill(embeddings, language_model, cache, prefill_step, tell)
 
 
 def decode(
@@ -154,6 +182,7 @@ def decode(
     *,
     max_tokens: int,
     prefill_step: int = PREFILL_STEP,
+    prompt_progress_callback: PromptProgress | None = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Continues a prompt (1, L, D); yields as `generate_step`."""
 
@@ -169,6 +198,7 @@ def decode(
         *(embeddings, language_model, cache, choose),
         max_tokens=max_tokens,
         prefill_step=prefill_step,
+        tell=prompt_progress_callback,
     )
     # A constraint may force tokens to be read with the next one, which is therefore awaited.
     ahead = queues_ahead() and choose.constraint is None
@@ -198,6 +228,7 @@ def generate_step(
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_ids: mx.array | None = None,
     prefill_step: int = PREFILL_STEP,
+    prompt_progress_callback: PromptProgress | None = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Continues a prompt, one id at a time.
 
@@ -210,6 +241,7 @@ def generate_step(
         logits_processors (list of callables): (ids so far, logits) -> logits, as in mlx-lm.
         prompt_ids (mx.array, optional): The prompt's text for the logits processors, (L,).
         prefill_step (int): The length of the chunks in which the prompt is read.
+        prompt_progress_callback (callable, optional): See `stream_generate`.
 
     Yields:
         tuple[int, mx.array]: A token and the log-probabilities that it was chosen from, (V,).
@@ -221,4 +253,5 @@ def generate_step(
         *(embeddings, language_model, cache, choose),
         max_tokens=max_tokens,
         prefill_step=prefill_step,
+        prompt_progress_callback=prompt_progress_callback,
     )

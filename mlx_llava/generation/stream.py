@@ -12,7 +12,7 @@ from mlx_llava.generation.prompt_cache import PromptCache
 from mlx_llava.generation.response import GenerationResponse
 from mlx_llava.generation.row import Row, embedded
 from mlx_llava.generation.sampling import Options
-from mlx_llava.generation.steps import PREFILL_STEP, decode
+from mlx_llava.generation.steps import PREFILL_STEP, PromptProgress, decode
 from mlx_llava.inputs.inputs import Inputs
 from mlx_llava.inputs.messages import Conversation
 from mlx_llava.inputs.processor import Processor
@@ -31,6 +31,7 @@ def stream_generate(
     kv_bits: int | None = None,
     max_kv_size: int | None = None,
     prompt_cache: PromptCache | None = None,
+    prompt_progress_callback: PromptProgress | None = None,
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answers a prompt, piece by piece.
@@ -46,6 +47,11 @@ def stream_generate(
             ones of the answer.
         prompt_cache (PromptCache, optional): What was read before, of which nothing is read
             again; keeps this prompt and its answer.
+        prompt_progress_callback (callable, optional): Is told how many tokens of the prompt have
+            been read, and how many there are to read: none when the pictures are encoded, all
+            before the first token. In between, a GPU is asked after each `prefill_step`, and a
+            CPU after each layer, which counts as its share of the tokens. What `prompt_cache`
+            knows is not counted.
         **options: ``video``, ``frames``, ``raw``, ``system``, ``image_position``,
             ``image_tokens`` of `Processor`.
 
@@ -83,6 +89,7 @@ def stream_generate(
             *(embeddings, model.language_model, row.cache, row.choose),
             max_tokens=row.max_tokens,
             prefill_step=prefill_step,
+            prompt_progress_callback=prompt_progress_callback,
         ):
             yield choice
             orders("step")
@@ -118,7 +125,7 @@ def generate(
         processor (Processor): Its processor.
         prompt (str, list of dict or Inputs): What `Processor` takes, or what it made.
         image (image or list of images, optional): What `load_image` takes.
-        **options: Others of `stream_generate`.
+        **options: Others of `stream_generate`, among them ``prompt_progress_callback``.
 
     Returns:
         str: The answer.

@@ -238,8 +238,9 @@ class LanguageModel(nn.Module):
         if input_embeddings is None:
             assert input_ids is not None
             input_embeddings = self.embed(input_ids)
-        last_only = last_only and input_embeddings.shape[1] > 1
-        states = self._states(input_embeddings, cache, attention_mask, positions, last_only)
+        states = self.hidden_states(
+            input_embeddings, cache, attention_mask, positions, last_only=last_only
+        )
         (x,) = deque(states, maxlen=1)
         return self.logits(x)  # (B, L or 1, V)
 
@@ -249,9 +250,14 @@ class LanguageModel(nn.Module):
         cache: Sequence[LayerCache | BatchLayer] | None = None,
         attention_mask: mx.array | None = None,
         positions: Ids | None = None,
+        last_only: bool = False,
     ) -> Iterator[mx.array]:
-        """The embeddings (B, L, D), and what each block makes of them; see `__call__`."""
-        return self._states(x, cache, attention_mask, positions)
+        """The embeddings (B, L, D), and what each block makes of them; see `__call__`.
+
+        Of the last block, that is the last token's alone if `last_only`.
+        """
+        last_only = last_only and x.shape[1] > 1
+        return self._states(x, cache, attention_mask, positions, last_only)
 
     def _states(
         self,

@@ -240,8 +240,8 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(tmp_path, monkeypatch, capsy
 def test_control_c_stops_the_answer_and_not_the_chat(session, monkeypatch, capsys):
     answer = session.answer
 
-    def interrupted():
-        for number, part in enumerate(answer()):
+    def interrupted(*told):
+        for number, part in enumerate(answer(*told)):
             yield part
             if number == 2:
                 raise KeyboardInterrupt
@@ -256,7 +256,7 @@ def test_control_c_stops_the_answer_and_not_the_chat(session, monkeypatch, capsy
 
 
 def test_nothing_said_is_taken_back(session, monkeypatch, capsys):
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
         yield
 
@@ -443,7 +443,7 @@ def test_a_broken_picture_in_a_question_is_one_line(tmp_path, monkeypatch, capsy
 
 
 def test_a_picture_that_cannot_be_asked_about_leaves_the_conversation(session, monkeypatch):
-    def failing():
+    def failing(*_):
         raise ValueError("no room")
         yield
 

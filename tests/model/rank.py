@@ -59,7 +59,7 @@ def observe(model: Llava, processor: Processor, folder: Path, whole: bool) -> di
         return seen
     options = {"max_tokens": LENGTHS[: len(prompts)], "prompt_options": {"raw": True}}
     seen["rows"] = batch_generate(model, processor, prompts, images, batch_size=2, **options)
-    cache, again = PromptCache(model), []
+    cache, again, told = PromptCache(model), [], []
     for more in ("", " A cat. USER: Why? ASSISTANT:"):
         stream = stream_generate(
             *(model, processor, prompts[0] + more, images[0]),
@@ -67,9 +67,10 @@ def observe(model: Llava, processor: Processor, folder: Path, whole: bool) -> di
             max_tokens=4,
             prompt_cache=cache,
             prefill_step=20,
+            prompt_progress_callback=lambda *now: told.append(now),
         )
         again += [(part.token, part.cached_tokens) for part in stream]
-    return {**seen, "again": again}
+    return {**seen, "again": again, "told": (told[0], told[-1])}
 
 
 def held(model: Llava) -> int:
