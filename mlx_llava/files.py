@@ -7,8 +7,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count, takewhile
 from pathlib import Path
+from typing import IO, Any
 
 #: The longest name that is kept in a hidden one; file systems take 255 bytes, some fewer.
 _LONGEST = 100
@@ -37,15 +39,22 @@ def locked(path: Path, what: str | Path) -> Iterator[None]:
         FileExistsError: Another process holds it.
     """
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(file):
             raise FileExistsError(
                 f"{what} is being written by another command; wait until it has ended."
-            ) from error
-        except OSError:  # a disk without locks
-            pass
+            )
         yield
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Holds a file while it is open; False where another process does. Some disks have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextmanager
@@ -123,18 +132,47 @@ def own_file(path: Path, command: str) -> Iterator[Path]:
 def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     """Gives a hidden path beside `path` to write to; what is there takes its place at the end.
 
+    Of several processes that write one file, each has a path of its own, and the last one's stays.
+
     Args:
         path (Path): The file to make or to replace; of a link, what it leads to.
         ending (str): What the hidden path must end in.
     """
     path = real_path(path)
-    beside = hidden(path, f".partial{ending}")
-    beside.unlink(missing_ok=True)  # a kill has left it
+
+    def paths() -> Iterator[Path]:
+        return (hidden(path, f".partial{number or ''}{ending}") for number in count())
+
+    for one in takewhile(Path.exists, paths()):
+        with _held(one) as is_left:
+            if is_left:
+                one.unlink()  # a kill has left it
+    with ExitStack() as stack:
+        beside = next(one for one in paths() if stack.enter_context(_held(one)))
+        try:
+            yield beside
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Holds a file, which is made where there is none; False where another process does."""
+    while True:
+        with path.open("a") as file:
+            is_free = _lock(file)
+            if not is_free or _is_at(file, path):  # else it was renamed before it was held
+                yield is_free
+                return
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
     try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def add_bytes(path: Path, data: bytes) -> None:
