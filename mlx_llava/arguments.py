@@ -10,14 +10,13 @@ import functools
 import inspect
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from mlx_llava.bars import progress_bar
 from mlx_llava.checkpoint.hub import Source, embedded_note
 from mlx_llava.files import one_line
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
@@ -182,7 +181,7 @@ def load_shared(
     if rank_here() is None:
         if options.get("pipeline") or options.get("split"):
             raise ValueError("--pipeline and --split are for several ranks; see mlx.launch.")
-        with progress_bar("loading", unit="B", unit_scale=True, leave=False) as show:
+        with progress_bar("loading", "opening", unit="B", unit_scale=True, leave=False) as show:
             return load(**options, progress=show)
     from mlx_llava.launched import load_together
 
@@ -240,59 +239,6 @@ def add_image_tokens_argument(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="show at most N features of each picture, those that differ most (default: all)",
     )
-
-
-@contextmanager
-def progress_bar(desc: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; gives what is to be told (done, total)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=desc, disable=None, **options) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
-@contextmanager
-def reading_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of what an answer waits for, where that is longer than a second; it leaves no trace.
-
-    Gives what `stream_generate` is to tell, or None where stderr is no terminal.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    new = functools.partial(tqdm, unit=" tokens", leave=False, delay=1, miniters=0, smoothing=0)
-    bar, is_over = new(bar_format="reading the picture [{elapsed}]"), threading.Event()
-
-    def tick() -> None:
-        while not is_over.wait(1):
-            with bar.get_lock():
-                bar.update(0)
-
-    def show(processed: int, total: int) -> None:
-        nonlocal bar
-        with bar.get_lock():
-            if processed == 0:
-                bar.close()
-                bar = new(desc="reading the prompt", total=total)
-            if processed == total:
-                bar.close()
-            bar.update(processed - bar.n)
-
-    ticking = threading.Thread(target=tick, daemon=True)
-    ticking.start()
-    try:
-        yield show
-    finally:
-        is_over.set()
-        ticking.join()
-        bar.close()
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -28,10 +28,10 @@ from mlx_llava.arguments import (
     answer_options,
     command,
     load_model,
-    reading_bar,
     say_if_embedded,
     say_if_it_goes_round,
 )
+from mlx_llava.bars import reading_bar
 from mlx_llava.files import one_line
 from mlx_llava.generation.session import SHOWN, Picture, Session
 from mlx_llava.inputs.image import from_clipboard

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.arguments import Parser, add_source_arguments, command, progress_bar, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
+from mlx_llava.bars import progress_bar
 from mlx_llava.checkpoint.convert import (
     DEFAULT_PATH,
     MODES,
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_checks(args.model, **source)
         return
     target = args.mlx_path or DEFAULT_PATH
-    with progress_bar("converting", unit="B", unit_scale=True) as show:
+    with progress_bar("converting", "opening", unit="B", unit_scale=True) as show:
         plan = convert(
             args.model,
             target,

@@ -28,8 +28,8 @@ from mlx_llava.arguments import (
     add_video_arguments,
     command,
     load_model,
-    progress_bar,
 )
+from mlx_llava.bars import progress_bar
 from mlx_llava.checkpoint.hub import embedded_note
 from mlx_llava.files import check_output
 

@@ -28,10 +28,10 @@ from mlx_llava.arguments import (
     answer_options,
     command,
     load_model,
-    reading_bar,
     say_if_embedded,
     say_if_it_goes_round,
 )
+from mlx_llava.bars import reading_bar
 from mlx_llava.files import lasting_name
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
 from mlx_llava.json_files import decode, numbered_lines

@@ -154,6 +154,7 @@ def convert(
             template=plan.config.conv_mode,
         )
         (beside / "README.md").write_text(card, encoding="utf-8")
+        advance(0)
         write_model(beside, plan.outputs, plan.config, processor, advance)
     return plan
 

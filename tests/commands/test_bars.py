@@ -1,4 +1,4 @@
-"""What a terminal shows while an answer is waited for."""
+"""What a terminal shows while something lasts."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ import pytest
 
 from tests.conftest import GOLDENS, PICTURE, ROOT
 
-#: Models as slow as on a small machine.
-SLOW = """
+SLOWLY = """
 import sys, time
+def slowly(where, name, seconds, when=lambda *_: True):
+    call = getattr(where, name)
+    def wait(*args, **kwargs):
+        time.sleep(seconds if when(*args) else 0)
+        return call(*args, **kwargs)
+    setattr(where, name, wait)
+"""
+#: A model that reads as slowly as a large one on a small machine.
+READING = """
 from mlx_llava.model import llama, llava
-def slowly(kind, seconds):
-    call = kind.__call__
-    def wait(self, *args, **kwargs):
-        x = args[0]
-        if x.shape[1] > 1:
-            time.sleep(seconds)
-        return call(self, *args, **kwargs)
-    kind.__call__ = wait
-slowly(llama.DecoderLayer, {layer})
-slowly(llava.VisionTower, {tower})
+slowly(llama.DecoderLayer, "__call__", {layer}, lambda _, x, *__: x.shape[1] > 1)
+slowly(llava.VisionTower, "__call__", {tower})
+"""
+#: A checkpoint far away, and a first tensor that is large.
+CONVERTING = """
+from mlx_llava.checkpoint import convert, safetensors
+slowly(convert, "open_checkpoint", 1.3)
+slowly(safetensors, "_write_file", 1.3)
 """
 RUN = "from mlx_llava.{command} import main; sys.exit(main({arguments!r}))"
 MODEL = ["--model", str(GOLDENS / "llava")]
 ASK = [*MODEL, "--image", str(PICTURE), "--prompt", "What is it?", "-m", "4"]
 
 
-def on_terminal(command, arguments, layer, tower, said=""):
+def on_terminal(command, arguments, slow="", said=""):
     """Runs a command whose stderr is a terminal; gives its stdout, and all that stderr shows."""
-    code = SLOW.format(layer=layer, tower=tower) + RUN.format(command=command, arguments=arguments)
+    code = SLOWLY + slow + RUN.format(command=command, arguments=arguments)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     env = {**os.environ, "NO_COLOR": "1", "MLX_LLAVA_BLAS": "off"}
@@ -77,11 +83,11 @@ def left_on(shown):
 
 @pytest.fixture(scope="module")
 def quick():
-    return on_terminal("generate", ASK, 0, 0)
+    return on_terminal("generate", ASK)
 
 
 def test_pictures_and_then_tokens_are_shown_and_go_before_the_answer(quick):
-    out, shown = on_terminal("generate", ASK, 1.3, 1.3)
+    out, shown = on_terminal("generate", ASK, READING.format(layer=1.3, tower=1.3))
     assert out == quick[0]
     picture, prompt = shown.index("reading the picture [00:01]"), shown.index("reading the prompt")
     assert picture < prompt
@@ -95,14 +101,24 @@ def test_nothing_is_shown_of_what_is_quick(quick):
 
 
 def test_a_chat_and_a_prompts_file_show_the_same(tmp_path):
-    out, shown = on_terminal("chat", [*MODEL, "-m", "4"], 1.2, 0, "What?\nWhy?\n")
+    slow = READING.format(layer=1.2, tower=0)
+    out, shown = on_terminal("chat", [*MODEL, "-m", "4"], slow, "What?\nWhy?\n")
     assert len(out.splitlines()) == 2
     assert len(re.findall("reading the prompt: +[1-9]", shown)) >= 2
     assert "reading" not in left_on(shown)
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "What?"}\n' * 2 + '{"prompt": "Why?"}\n')
     arguments = [*MODEL, "--prompts-file", str(file), "--batch-size", "2", "-m", "4"]
-    out, shown = on_terminal("generate", arguments, 1.2, 0)
+    out, shown = on_terminal("generate", arguments, slow)
     assert len(out.splitlines()) == 3
     assert len(re.findall("reading the prompt: +[1-9]", shown)) >= 2
     assert "reading" not in left_on(shown)
+
+
+def test_a_conversion_says_that_it_opens_and_that_it_goes_on(tmp_path):
+    arguments = [*MODEL, "--mlx-path", str(tmp_path / "out")]
+    _, shown = on_terminal("convert", arguments, CONVERTING)
+    assert "opening [00:01]" in shown
+    assert re.search(r"converting: +0%.*0\.00/\d+k \[00:01", shown)
+    assert re.search(r"^converting: 100%.*", left_on(shown), re.MULTILINE)
+    assert "opening" not in left_on(shown)
