@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mlx_llava.interrupts import end_by_interrupt, is_command
 from mlx_llava.version import __version__
 
 if TYPE_CHECKING:
@@ -75,3 +76,6 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+if is_command():
+    end_by_interrupt()  # until `arguments.command` runs it

@@ -20,6 +20,7 @@ from mlx_llava.bars import progress_bar
 from mlx_llava.checkpoint.hub import Source, embedded_note
 from mlx_llava.files import one_line
 from mlx_llava.generation.sampling import MAX_TOKENS, Options
+from mlx_llava.interrupts import raise_interrupts
 from mlx_llava.model.anyres import MODES
 from mlx_llava.model.device import DTYPES
 from mlx_llava.model.links import SECONDS
@@ -281,6 +282,7 @@ def command(
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        raise_interrupts()
         job = functools.partial(_checked, main, argv)
         if rank_here() is None:
             return attempt(job)[0]

@@ -287,6 +287,56 @@ def test_control_c_ends_cleanly_with_130(tmp_path):
     assert (command.returncode, out, err) == (130, "", "\n")
 
 
+#: As `python -m`, and as the two kinds of scripts that pip makes of entry points.
+STARTS = {
+    "module": ["-m", "mlx_llava.chat"],
+    "package": ["-m", "mlx_llava", "chat"],
+    "mlx_llava.chat": ["mlx_llava.chat"],
+    "mlx-llava": ["mlx-llava", "chat"],
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for others")
+@pytest.mark.parametrize("start", STARTS)
+def test_control_c_while_python_imports_ends_in_silence(start, tmp_path):
+    name, *arguments = STARTS[start]
+    if name != "-m":
+        module, function = ("cli", "main") if arguments else ("chat", "main")
+        script = f"import sys\nfrom mlx_llava.{module} import {function}\nsys.exit({function}())\n"
+        (tmp_path / name).write_text(script)
+        name = str(tmp_path / name)
+    command = subprocess.Popen(
+        [sys.executable, "-X", "importtime", name, *arguments, "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with command:
+        try:
+            next(line for line in command.stderr if line.endswith(" argparse\n"))
+            command.send_signal(signal.SIGINT)
+            out, err = command.communicate(timeout=60)
+        finally:
+            command.kill()
+    assert (command.returncode, out) == (-signal.SIGINT, "")  # 130 in a shell
+    assert all(line.startswith("import time:") for line in err.splitlines())
+
+
+def test_others_that_import_the_package_keep_their_interrupts():
+    code = "import signal, mlx_llava; print(signal.getsignal(signal.SIGINT).__name__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert found.stdout == "default_int_handler\n"
+
+
 def test_a_reader_that_leaves_is_no_error():
     command = process(
         *["mlx_llava.generate", "--model", MODEL, "--prompt", "hi", "-m", "400", "--quiet"]
