@@ -284,7 +284,7 @@ def scenes(count: int):
 
 def test_the_object_that_is_asked_about_is_looked_at(embedded):
     shares, largest = [], 0
-    for scene, question, objects in scenes(100):
+    for scene, question, objects in scenes(40):
         seen = explain(*embedded, question.text, scene.draw())
         attention = seen.attention()[:, :, 0].mean(axis=(0, 1))
         share = (objects * attention).sum(axis=1) / attention.sum()
@@ -292,17 +292,17 @@ def test_the_object_that_is_asked_about_is_looked_at(embedded):
         largest += share.argmax() == 0
     assert np.mean(np.array(shares) > 1 / 9) >= 0.95
     assert np.mean(shares) > 0.3
-    assert largest >= 90
+    assert largest >= 36
 
 
 def test_the_object_that_is_asked_about_is_missed_when_it_is_masked(embedded):
     found = 0
-    for scene, question, _ in scenes(30):
+    for scene, question, _ in scenes(20):
         seen = explain(*embedded, question.text, scene.draw())
         effect = mask_effect(*embedded, seen, window=2)
         assert effect.drops.shape == (9, len(seen.tokens))
         found += effect.drops[:, 0].argmax() == scene.things[0].cell
-    assert found >= 27
+    assert found >= 18
 
 
 def test_masking_is_what_the_masked_picture_gives(both):
