@@ -61,38 +61,53 @@ def llama(llama_tokenizer_model, tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_folder(folder, IMAGE)
 
 
+@pytest.fixture(scope="module")
+def llama_again(llama, tmp_path_factory) -> Tokenizer:
+    """The same from the tokenizer.json that we make of it."""
+    folder = tmp_path_factory.mktemp("again")
+    (folder / "tokenizer.json").write_text(json.dumps(llama.spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(llama.config))
+    return Tokenizer.from_folder(folder, IMAGE)
+
+
 @pytest.mark.parametrize("text", VECTORS)
-@pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.json"])
-def test_reference_vectors(llama, text, source, tmp_path):
-    if source == "tokenizer.json":
-        (tmp_path / "tokenizer.json").write_text(json.dumps(llama.spec))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(llama.config))
-        llama = Tokenizer.from_folder(tmp_path, IMAGE)
-    assert llama.encode(text) == VECTORS[text]
+@pytest.mark.parametrize("source", ["llama", "llama_again"])
+def test_reference_vectors(text, source, request):
+    assert request.getfixturevalue(source).encode(text) == VECTORS[text]
 
 
 PIECES = ["a", "aa", " ", "   ", "▁", "\n", "\t", "é", "🦙", "the", "ing", "<0x0A>", "</s>", "<s>"]
 PIECES += ["日本", "=", "==", "--", "0", "100", "<image>", "\u0000", "\u200d", "####"]
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join)))
-def test_ids_are_sentencepieces(llama, llama_tokenizer_model, text):
+@pytest.fixture(scope="module")
+def truth(llama_tokenizer_model):
+    """sentencepiece on the same file."""
     import sentencepiece
 
-    truth = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
+    return sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join)))
+def test_ids_are_sentencepieces(llama, truth, text):
     text = text.replace("\x00", "").replace("\ufdd0", "")
     assert llama.encode(llama.protect(text)) == [1, *truth.encode(text)]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([*PIECES, "USER: ", "ASSISTANT:", "What is this?"])).map("".join))
-def test_ids_are_transformers(text):
-    """On a tokenizer.json with special tokens that have effect."""
+@pytest.fixture(scope="module")
+def golden_tokenizers():
+    """Ours and transformers'."""
     hf = pytest.importorskip("transformers")
     folder = GOLDENS / "llava"
-    ours = Tokenizer.from_folder(folder, 4)
-    theirs = hf.AutoTokenizer.from_pretrained(folder)
+    return Tokenizer.from_folder(folder, 4), hf.AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([*PIECES, "USER: ", "ASSISTANT:", "What is this?"])).map("".join))
+def test_ids_are_transformers(golden_tokenizers, text):
+    """On a tokenizer.json with special tokens that have effect."""
+    ours, theirs = golden_tokenizers
     assert ours.encode(text) == theirs(text).input_ids
 
 
@@ -120,19 +135,16 @@ def test_added_tokens_may_be_in_tokenizer_config_only(llama_tokenizer_model, tmp
     assert tokenizer.encode("<pad>") == [1, IMAGE + 1]
 
 
-def test_added_tokens_have_the_flags_of_tokenizer_config(llama_tokenizer_model, tmp_path):
+def test_added_tokens_have_the_flags_of_tokenizer_config(truth, llama_tokenizer_model, tmp_path):
     """Phi-3's marks of turns swallow the line's end behind them."""
-    import sentencepiece
-
     (tmp_path / "tokenizer.model").write_bytes(llama_tokenizer_model)
     added = {"<|end|>": 32001, "<|user|>": 32002, "<|assistant|>": 32000}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     decoder = {str(i): {"content": t, "rstrip": True, "special": True} for t, i in added.items()}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     ours = Tokenizer.from_folder(tmp_path, IMAGE + 9)
-    words = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model).encode
     ids = ours.encode("<|user|>\nWhat is this?<|end|>\n<|assistant|>\n A dog.<|end|>\n")
-    question, answer = words("What is this?"), words("A dog.")
+    question, answer = map(truth.encode, ("What is this?", "A dog."))
     assert ids == [1, 32002, *question, 32001, 32000, *answer, 32001]
     assert ours.bytes_of(32001) == b"<|end|>"
     assert ours.decode(ids) == "What is this? A dog."
