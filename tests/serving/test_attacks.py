@@ -47,8 +47,12 @@ PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 @pytest.fixture(autouse=True)
-def still_works(served):
-    """After every attack, an honest request is answered."""
+def still_works(request):
+    """After every attack on a server, an honest request is answered."""
+    if "served" not in request.fixturenames:
+        yield
+        return
+    served = request.getfixturevalue("served")
     yield
     reply = chat(served, [user(PICTURE, "What colour is it?")], max_tokens=2)
     assert reply.status_code == 200
@@ -59,8 +63,12 @@ class EveryApi:
     """Attacks that are tried in every API."""
 
     @pytest.fixture(params=WIRES.values(), ids=WIRES.keys())
-    def served(self, served, request):
-        return replace(served, wire=request.param)
+    def wire(self, request):
+        return request.param
+
+    @pytest.fixture
+    def served(self, served, wire):
+        return replace(served, wire=wire)
 
 
 def also(served, *arguments, **limits):
