@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that what is made of a case can be kept
 class Case:
     """What one tiny checkpoint is like; the defaults are no one's defaults."""
 
@@ -185,6 +185,10 @@ def make_processor(case: Case) -> Any:
     )
 
 
+#: The same one each time, to read with.
+processor = cache(make_processor)
+
+
 class LlavaOnevisionProcessor(hf.LlavaOnevisionProcessor):
     """transformers' own without the part for videos, which wants torchvision."""
 
@@ -242,10 +246,11 @@ def save(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Writes a checkpoint as transformers does; returns the reference model."""
     model = make_model(case, dtype)
     model.save_pretrained(folder)
-    make_processor(case).save_pretrained(folder)
+    processor(case).save_pretrained(folder)
     return model
 
 
+@lru_cache(maxsize=8)  # the large ones take longer than what is tested with them
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth random colours with noise on top: every resize filter shows."""
     rng = np.random.default_rng(seed + 1000 * width + height)
@@ -269,12 +274,17 @@ def rows(case: Case) -> tuple[list[str], list[list[Image.Image]]]:
     return prompts, pictures
 
 
-def reference_inputs(case: Case) -> Any:
+def reference_inputs(case: Case) -> hf.BatchFeature:
     """What transformers' processor makes of `rows`."""
+    return hf.BatchFeature(_reference_inputs(case).data)  # to add to
+
+
+@cache
+def _reference_inputs(case: Case) -> hf.BatchFeature:
     prompts, pictures = rows(case)
     flat = [image for row in pictures for image in row]
     images = pictures if case.onevision else flat  # which reads several of one prompt otherwise
-    batch = make_processor(case)(
+    batch = processor(case)(
         text=prompts, images=images if flat else None, padding=True, return_tensors="pt"
     )
     batch.pop("token_type_ids", None)

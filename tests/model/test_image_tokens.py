@@ -83,12 +83,12 @@ def kept_by_reference(features: torch.Tensor, count: int, size, config) -> list[
 class Reference:
     """transformers' decoder on the embeddings that are left, at the positions that they had."""
 
-    def __init__(self, case, count: int) -> None:
-        self.model, self.case, self.count = tiny.make_model(case), case, count
+    def __init__(self, model, case, count: int) -> None:
+        self.model, self.case, self.count = model, case, count
 
     def row(self, prompt: str, pictures: list, config) -> tuple[torch.Tensor, torch.Tensor]:
         images = [pictures] if self.case.onevision else pictures
-        batch = tiny.make_processor(self.case)(
+        batch = tiny.processor(self.case)(
             text=prompt, images=images if pictures else None, return_tensors="pt"
         )
         inner, ids = self.model.model, batch["input_ids"]
@@ -137,11 +137,11 @@ class Reference:
 
 
 @pytest.mark.parametrize(("name", "count"), KEPT.items())
-def test_logits_and_answers_are_those_of_transformers_at_the_kept_positions(name, count, tmp_path):
+def test_logits_and_answers_are_those_of_transformers_at_the_kept_positions(name, count, written):
     case = next(case for case in tiny.CASES if case.name == name)
-    tiny.save(case, tmp_path)
-    model, processor = load(tmp_path)
-    reference = Reference(case, count)
+    folder, whole = written(case)
+    model, processor = load(folder)
+    reference = Reference(whole, case, count)
     prompts, pictures = tiny.rows(case)
     inputs = processor(prompts, pictures, raw=True, image_tokens=count)
     assert {*inputs.image_tokens} == {count}

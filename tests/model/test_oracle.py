@@ -20,6 +20,8 @@ from tests.conftest import MACHINES, as_on, shared_data  # noqa: E402
 from tests.conftest import load_as_stored as load  # noqa: E402
 
 TOLERANCE = 3e-5
+#: More than the smallest windows hold: at the end, they hold tokens of the answer alone.
+TOKENS = 14
 
 
 def reference_logits(model, batch):
@@ -33,9 +35,9 @@ def max_error(ours: mx.array, theirs: np.ndarray, mask: np.ndarray | None = None
 
 
 @pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.name)
-def test_processor_states_logits_and_tokens(case, tmp_path: Path) -> None:
-    reference = tiny.save(case, tmp_path)
-    model, processor = load(tmp_path)
+def test_processor_states_logits_and_tokens(case, written) -> None:
+    folder, reference = written(case)
+    model, processor = load(folder)
     prompts, pictures = tiny.rows(case)
     batch = tiny.reference_inputs(case)
     inputs = processor(prompts, pictures, raw=True)
@@ -57,7 +59,7 @@ def test_processor_states_logits_and_tokens(case, tmp_path: Path) -> None:
             rows = [processor(*row, raw=True) for row in zip(prompts, pictures, strict=True)]
             check_rows(model, rows, [row[m > 0] for row, m in zip(logits, mask, strict=True)])
             embeddings = model.embed(**alone)
-            steps = generate_step(embeddings, model.language_model, max_tokens=32)
+            steps = generate_step(embeddings, model.language_model, max_tokens=TOKENS)
             assert [token for token, _ in steps] == tokens
 
 
@@ -106,10 +108,10 @@ def reference_tokens(reference, case, more: str = "") -> list[int]:
     prompts, pictures = tiny.rows(case)
     images = pictures[0] or None
     images = [images] if case.onevision else images
-    batch = tiny.make_processor(case)(text=prompts[0] + more, images=images, return_tensors="pt")
+    batch = tiny.processor(case)(text=prompts[0] + more, images=images, return_tensors="pt")
     batch.pop("token_type_ids", None)
     with torch.no_grad():
-        theirs = reference.generate(**batch, max_new_tokens=32, do_sample=False)
+        theirs = reference.generate(**batch, max_new_tokens=TOKENS, do_sample=False)
     return theirs[0, batch["input_ids"].shape[1] :].tolist()
 
 
@@ -117,17 +119,17 @@ def reference_tokens(reference, case, more: str = "") -> list[int]:
     "name",
     ["qwen2_tied", "qwen2_windows", "phi3_window", "phi3_longrope", "next_qwen2", "next_phi3"],
 )
-def test_what_is_kept_of_a_prompt_answers_the_next_one(name, tmp_path):
+def test_what_is_kept_of_a_prompt_answers_the_next_one(name, written):
     case = next(case for case in tiny.CASES if case.name == name)
-    reference = tiny.save(case, tmp_path)
-    model, processor = load(tmp_path)
+    folder, reference = written(case)
+    model, processor = load(folder)
     prompts, pictures = tiny.rows(case)
     cache = PromptCache(model)
     for more in ("", " A cat. USER: Why? ASSISTANT:", " A dog. USER: Where? ASSISTANT:"):
         stream = stream_generate(
             *(model, processor, prompts[0] + more, pictures[0]),
             raw=True,
-            max_tokens=32,
+            max_tokens=TOKENS,
             prompt_cache=cache,
         )
         *parts, last = stream
@@ -158,13 +160,13 @@ def test_half_precision_is_close(name, dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("photograph", ["dog.jpeg", "extreme_ironing.jpg"])
 @pytest.mark.parametrize("name", ["gqa", "next"])
-def test_the_command_prints_the_words_of_transformers(name, photograph, tmp_path, capsys):
+def test_the_command_prints_the_words_of_transformers(name, photograph, written, capsys):
     from transformers.image_utils import load_image
 
     path = str(shared_data(f"images/{photograph}"))
     case = next(case for case in tiny.CASES if case.name == name)
-    reference = tiny.save(case, tmp_path)
-    processor = tiny.make_processor(case)
+    folder, reference = written(case)
+    processor = tiny.processor(case)
     parts = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True
@@ -175,6 +177,6 @@ def test_the_command_prints_the_words_of_transformers(name, photograph, tmp_path
         tokens = reference.generate(**batch, max_new_tokens=40, do_sample=False)
     theirs = processor.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    arguments = ["--model", str(tmp_path), "--image", path, "--max-tokens", "40"]
+    arguments = ["--model", str(folder), "--image", path, "--max-tokens", "40"]
     assert main([*arguments, "--prompt", "What is in this picture?"]) == 0
     assert capsys.readouterr().out == theirs + "\n"

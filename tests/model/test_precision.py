@@ -112,13 +112,6 @@ class Computed:
         return [place(logits) for place in self._places]
 
 
-@pytest.fixture(scope="module", params=tiny.CASES, ids=lambda case: case.name)
-def saved(request, tmp_path_factory):
-    """A case, its folder, and transformers' model."""
-    folder = tmp_path_factory.mktemp(request.param.name)
-    return request.param, folder, tiny.save(request.param, folder)
-
-
 def check_16_bits(computed: Computed, reference, times: int = 2) -> None:
     """Compares with transformers in 16 bits, by its own distance from float32."""
     theirs, exact = computed.theirs(reference), copy.deepcopy(reference).float()
@@ -131,8 +124,9 @@ def check_16_bits(computed: Computed, reference, times: int = 2) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_are_as_near_as_transformers_own(saved, dtype) -> None:
-    case, folder, whole = saved
+@pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.name)
+def test_16_bits_are_as_near_as_transformers_own(case, dtype, written) -> None:
+    folder, whole = written(case)
     model, processor = load(folder, dtype=dtype)
     assert model.vision_tower.dtype == model.language_model.dtype == getattr(mx, dtype)
     reference = tiny.in_dtype(copy.deepcopy(whole), getattr(torch, dtype))
