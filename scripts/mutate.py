@@ -32,7 +32,7 @@ TESTS = (
     *(
         *(
             f"tests/model/linux/test_{name}.py"
-            for name in ("functions", "weights", "layers", "decoder")
+            for name in ("functions", "weights", "layers", "decoder", "encoder")
         ),
         "tests/model/test_batch_cache.py",
         "tests/model/test_image_tokens.py",
@@ -268,11 +268,14 @@ MUTATIONS = (
     ("kernels need whole files", "model/linux/kernels", "except (OSError, EOFError, UnpicklingError):", "except ZeroDivisionError:"),
     ("kernels of all codes in one file", "model/linux/kernels", '    dot.__qualname__ = f"dot_{bits}_bits_{units}_words"\n', ""),
     ("codes of the last words left out", "model/linux/kernels", "for j in range(blocks * LANES, W):", "for j in range(0):"),
-    ("another kind of layer taken for ours", "model/linux/decoder", "all(type(one) in _LINEAR for one in layers)", "True"),
+    ("another kind of layer taken for ours", "model/linux/decoder", "all(type(one) in LINEAR for one in layers)", "True"),
     ("projector left in 16 bits", "checkpoint/precision", "parts = (model.vision_tower, model.language_model)", "parts = (model,)"),
-    ("future seen within a block", "model/linux/functions", "where=later[:rows, :rows]", "where=False"),
-    ("scores not scaled", "model/linux/functions", "queries[i] * scale", "queries[i]"),
-    ("tanh GELU without its cube", "model/linux/functions", "if cubic:", "if False:"),
+    ("inputs packed in another order", "model/linux/columns", "few[r, j * count + k]", "few[r, k * words + j]"),
+    ("last rows of many left out", "model/linux/columns", "elif wide > last:", "elif False:"),
+    ("a tower not trained on Linux", "model/linux/encoder", "self.training or ", ""),
+    ("future seen within a block", "model/linux/functions", "where=later[:count, :count]", "where=False"),
+    ("scores not scaled", "model/linux/functions", "queries[mine, block] * np.float32(scale)", "queries[mine, block]"),
+    ("tanh GELU without its cube", "model/linux/passes", "if cubic:", "if False:"),
     ("quick GELU of another slope", "model/linux/functions", "quick_gelu, 1.702, x", "quick_gelu, 1.7, x"),
     ("pictures not told apart", "generation/prompt_cache", "self.keys[position] = image.digest", "pass"),
     ("size not part of a picture", "generation/prompt_cache", "repr((size, pixels.shape, *shown))", "repr((pixels.shape, *shown))"),
@@ -488,7 +491,7 @@ MUTATIONS = (
     ("context of tokens, not of positions", "generation/memory", "context_length - inputs.positions", "context_length - prompt_tokens"),
     ("the last token alone at the first one's position", "model/llama", "return start + (L - 1)", "return start"),
     ("the last token alone with the first one's mask", "model/llama", "mask[..., -1:, :]", "mask[..., :1, :]"),
-    ("gradient of a step silently zero", "model/linux/decoder", "outputs = cast(\"mx.array\", step(x))", "outputs = self._step(x, mask, start, cache)"),
+    ("gradient of a step silently zero", "model/linux/decoder", "return cast(\"mx.array\", step(x))", "return self._step(x, mask, start, cache, last_only)"),
     ("one position for all of a few tokens", "model/linux/decoder", "first if first.ndim == 2 else ", ""),
     ("NaN let through", "checkpoint/verify", "if bad := int((~mx.isfinite(values)).sum()):", "if bad := 0:"),
     ("ids that the embedding has not let through", "checkpoint/verify", "if max(text) >= rows:", "if False:"),

@@ -12,9 +12,11 @@ from mlx_llava.model import clip, layers, llama
 from mlx_llava.model.blas import set_blas_threads
 from mlx_llava.model.linux import functions
 from mlx_llava.model.linux.decoder import DecoderLayer
+from mlx_llava.model.linux.encoder import EncoderLayer
 from mlx_llava.model.linux.functions import (
     Function,
     attention,
+    gelu,
     gelu_tanh,
     quick_gelu,
     swiglu,
@@ -38,12 +40,14 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedEmbedding: QuantizedEmbedding,
     PermutedQuantizedLinear: PermutedLinear,
     clip.PatchEmbedding: PatchEmbedding,
+    clip.EncoderLayer: EncoderLayer,
     llama.DecoderLayer: DecoderLayer,
 }
 _FUNCTIONS: dict[Function, Function] = {
     mx.fast.scaled_dot_product_attention: attention,
     layers.quick_gelu: quick_gelu,
     layers.gelu_tanh: gelu_tanh,
+    nn.gelu: gelu,
     layers.swiglu: swiglu,
 }
 

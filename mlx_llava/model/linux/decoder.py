@@ -1,7 +1,7 @@
-"""A decoder block's step of a few tokens, in NumPy but for the cache, on Linux's CPU.
+"""A decoder block that reads tokens into a cache, in NumPy but for that, on Linux's CPU.
 
-So few rows are bound by the weights, and by what it takes to call each operation: MLX and NumPy
-would take turns 20 times in a block.
+MLX and NumPy would take turns 20 times in a block: of a few tokens that alone takes long, and of
+many what MLX does takes one thread.
 
 B rows, L new tokens, D width, W head width.
 """
@@ -22,15 +22,13 @@ from mlx_llava.model.linux.functions import (
     SMALLEST,
     attention_at_once,
     fits,
-    gated,
     swiglu,
     view,
 )
-from mlx_llava.model.linux.layers import Linear, PermutedLinear, QuantizedLinear, apply
-from mlx_llava.model.linux.weights import SOME, Array
+from mlx_llava.model.linux.layers import LINEAR, apply
+from mlx_llava.model.linux.rows import gated, plus, rms_norm, rotate
+from mlx_llava.model.linux.weights import Array
 from mlx_llava.model.sharding import Sharded
-
-_LINEAR = (Linear, QuantizedLinear, PermutedLinear)
 
 
 class DecoderLayer(llama.DecoderLayer):
@@ -44,8 +42,8 @@ class DecoderLayer(llama.DecoderLayer):
         cache: LayerCache | BatchLayer | None,
         last_only: bool = False,
     ) -> mx.array:
-        """Only decoding is done here: a few tokens after what is cached."""
-        if cache is None or x.size > SOME * x.shape[-1] or not self._is_plain(x):
+        """Without a cache there may be a gradient, which is MLX's."""
+        if cache is None or not self._is_plain(x):
             return super().__call__(x, mask, start, cache, last_only)
         try:
             mx.eval(x)
@@ -54,17 +52,16 @@ class DecoderLayer(llama.DecoderLayer):
 
         @mx.custom_function
         def step(x: mx.array) -> mx.array:
-            return self._step(x, mask, start, cache)
+            return self._step(x, mask, start, cache, last_only)
 
         @step.vjp
         def _vjp(*_: Any) -> Any:
             raise ValueError(
-                f"{x.size // x.shape[-1]} tokens after a cache have no gradient on Linux's CPU; "
+                f"{x.size // x.shape[-1]} tokens with a cache have no gradient on Linux's CPU; "
                 "take it of one pass without a cache, or set MLX_LLAVA_BLAS=off."
             )
 
-        outputs = cast("mx.array", step(x))
-        return outputs[:, -1:] if last_only else outputs
+        return cast("mx.array", step(x))
 
     def _step(
         self,
@@ -72,29 +69,36 @@ class DecoderLayer(llama.DecoderLayer):
         mask: Mask | list[Mask],
         start: mx.array | int,
         cache: LayerCache | BatchLayer,
+        last_only: bool,
     ) -> mx.array:
         attention, mlp, hidden = self.self_attn, self.mlp, view(x)  # (B, L, D)
-        normed = _norm(self.input_layernorm, hidden)
+        normed = rms_norm(self.input_layernorm, hidden)
+        if last_only:
+            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
+            hidden = hidden[:, -1:]
+            asks = apply(normed[:, -1:], attention.q_proj)
+            projected = asks + apply(normed, attention.k_proj, attention.v_proj)
+        else:
+            projected = apply(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         queries, keys, values = (
-            rows.reshape(*x.shape[:2], -1, attention.head_dim).swapaxes(1, 2)
-            for rows in apply(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-        )  # (B, heads, L, W)
+            rows.reshape(*rows.shape[:2], -1, attention.head_dim) for rows in projected
+        )  # (B, L or 1, heads, W)
         turns = _turns(start, x.shape[1], attention)
         seen = attend(
             cache,
-            mx.array(_rotate(queries, turns)),
-            mx.array(_rotate(keys, turns)),
-            mx.array(values),
+            _array(rotate(queries, *(turn[:, -queries.shape[1] :] for turn in turns))),
+            _array(rotate(keys, *turns)),
+            _array(values),
             attention=attention_at_once,
             scale=attention.scale,
             mask=mask,
-        ).swapaxes(1, 2)  # (B, L, heads, W)
+        ).swapaxes(1, 2)  # (B, L or 1, heads, W)
         mx.eval(seen)
-        (output,) = apply(view(seen).reshape(*x.shape[:2], -1), attention.o_proj)
-        hidden = hidden + _total(attention, output)
-        gates = apply(_norm(self.post_attention_layernorm, hidden), mlp.gate_proj, mlp.up_proj)
+        (output,) = apply(view(seen).reshape(*hidden.shape[:2], -1), attention.o_proj)
+        hidden = plus(hidden, _total(attention, output))
+        gates = apply(rms_norm(self.post_attention_layernorm, hidden), mlp.gate_proj, mlp.up_proj)
         (output,) = apply(gated(1, *gates), mlp.down_proj)
-        return mx.array(hidden + _total(mlp, output))
+        return mx.array(plus(hidden, _total(mlp, output)))
 
     def _is_plain(self, x: mx.array) -> bool:
         """Whether all of it is what `adopt` has left, and in float32."""
@@ -103,7 +107,7 @@ class DecoderLayer(llama.DecoderLayer):
         layers = [attention[name] for name in names]
         layers += [mlp["gate_proj"], mlp["up_proj"], mlp["down_proj"]]
         return (
-            fits(SMALLEST, x) and mlp.gate is swiglu and all(type(one) in _LINEAR for one in layers)
+            fits(SMALLEST, x) and mlp.gate is swiglu and all(type(one) in LINEAR for one in layers)
         )
 
 
@@ -112,28 +116,14 @@ def _total(part: nn.Module, x: Array) -> Array:
     return view(part.total(mx.array(x))) if isinstance(part, Sharded) else x
 
 
-def _norm(norm: nn.RMSNorm, x: Array) -> Array:
-    """RMSNorm."""
-    squares = np.einsum("...i,...i->...", x, x)[..., None]
-    return x * (
-        view(norm.weight) / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(norm.eps))
-    )
+def _array(x: Array) -> mx.array:
+    """(B, L, heads, W) as (B, heads, L, W)."""
+    return mx.array(x.swapaxes(1, 2))
 
 
 def _turns(start: mx.array | int, L: int, attention: llama.Attention) -> tuple[Array, Array]:
-    """Cosine and sine of the angles by which each position is rotated, (B or 1, 1, L, W / 2)."""
+    """Cosine and sine of the angles by which each position is rotated, (B or 1, L, W / 2)."""
     first = np.asarray(start if isinstance(start, int) else view(start))
     given = first if first.ndim == 2 else first.reshape(-1, 1) + np.arange(L)  # (B or 1, L)
-    angles = given[:, None, :, None].astype(np.float32) * (np.float32(1) / view(attention._periods))
+    angles = given[..., None].astype(np.float32) * (np.float32(1) / view(attention._periods))
     return np.cos(angles), np.sin(angles)
-
-
-def _rotate(x: Array, turns: tuple[Array, Array]) -> Array:
-    """As `llama.Attention.rope` does (B, heads, L, W)."""
-    cosine, sine = turns
-    half = x.shape[-1] // 2
-    left, right = x[..., :half], x[..., half:]
-    rotated = np.empty(x.shape, np.float32)
-    np.subtract(left * cosine, right * sine, out=rotated[..., :half])
-    np.add(left * sine, right * cosine, out=rotated[..., half:])
-    return rotated

@@ -19,12 +19,16 @@ from itertools import product
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_llava.model import layers
 from mlx_llava.model.layers import Mask
-from mlx_llava.model.linux.threads import parallel, sharing
-from mlx_llava.model.linux.weights import Array, Plain, multiply
+from mlx_llava.model.linux import rows
+from mlx_llava.model.linux.products import multiply
+from mlx_llava.model.linux.rows import gated
+from mlx_llava.model.linux.threads import EXP, parallel, sharing
+from mlx_llava.model.linux.weights import Array, Plain
 
 Function: TypeAlias = "Callable[..., mx.array]"
 
@@ -32,8 +36,6 @@ Function: TypeAlias = "Callable[..., mx.array]"
 SMALLEST = 1 << 17
 #: How many numbers are worked on at a time, so that they stay in a core's cache (1 MB).
 BLOCK = 1 << 18
-#: An exp of MLX's takes as long as so many multiplications.
-EXP = 32
 #: Whether NumPy does anything. Read at every call: False makes all operations MLX's own.
 NUMPY = sys.platform == "linux" and os.environ.get("MLX_LLAVA_BLAS") != "off"
 
@@ -89,7 +91,7 @@ def attention(
     """As mx.fast.scaled_dot_product_attention: (B, H, L, D), keys and values (B, heads, T, D)."""
     mlx = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
     if fits(queries.size * keys.shape[2], queries, keys, values):
-        return by_numpy(partial(_numpy_attention, scale, mask), mlx, queries, keys, values)
+        return by_numpy(partial(numpy_attention, scale, mask), mlx, queries, keys, values)
     return mlx(queries, keys, values)
 
 
@@ -100,21 +102,28 @@ def attention_at_once(
     if not keys.dtype == values.dtype == mx.float32:
         return attention(queries, keys, values, scale=scale, mask=mask)
     mx.eval(queries, keys, values)
-    return mx.array(_numpy_attention(scale, mask, *map(view, (queries, keys, values))))
+    return mx.array(numpy_attention(scale, mask, *map(view, (queries, keys, values))))
 
 
-def _numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
+def numpy_attention(scale: float, mask: Mask, queries: Array, keys: Array, values: Array) -> Array:
+    """`attention` of NumPy's arrays."""
     B, H, L, D = queries.shape
     output = np.empty((B, L, H, D), np.float32)  # as the layer after it reads it
     hidden = [~row[0] for row in view(mask)] if isinstance(mask, mx.array) else [None]
     for i in range(B):
         own = hidden[min(i, len(hidden) - 1)]
-        _attend(output[i], queries[i] * scale, keys[i], values[i], own, isinstance(mask, str))
+        _attend(output[i], scale, queries[i], keys[i], values[i], own, isinstance(mask, str))
     return output.swapaxes(1, 2)
 
 
 def _attend(
-    output: Array, queries: Array, keys: Array, values: Array, hidden: Array | None, causal: bool
+    output: Array,
+    scale: float,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    hidden: Array | None,
+    causal: bool,
 ) -> None:
     """One row's attention, (L, H, D), in blocks of heads and queries.
 
@@ -127,23 +136,24 @@ def _attend(
     step = max(16, BLOCK // (T * group))
     later = ~np.tri(min(step, L), dtype=bool)
     blocks = list(product(range(0, heads, together), range(0, L, step)))
+    exponentiate = rows.of(size).exponentiate
 
     def attend(head: int, start: int) -> None:
         block = slice(start, min(start + step, L))
-        rows, seen = block.stop - start, T - L + block.stop if causal else T
+        count, seen = block.stop - start, T - L + block.stop if causal else T
         own = slice(head, min(head + together, heads))
         mine = slice(own.start * group, own.stop * group)
-        scores = queries[mine, block].reshape(-1, group * rows, D)
-        scores = scores @ keys[own, :seen].swapaxes(1, 2)
-        by_query = scores.reshape(-1, rows, seen)
+        asks = (queries[mine, block] * np.float32(scale)).reshape(-1, group * count, D)
+        scores = asks @ keys[own, :seen].swapaxes(1, 2)
+        by_query = scores.reshape(-1, count, seen)
         if causal:
-            np.copyto(by_query[..., seen - rows :], -np.inf, where=later[:rows, :rows])
+            np.copyto(by_query[..., seen - count :], -np.inf, where=later[:count, :count])
         elif hidden is not None:
             np.copyto(by_query, -np.inf, where=hidden[block])
-        scores -= scores.max(axis=-1, keepdims=True)
-        np.exp(scores, out=scores)
-        mixed = (scores @ values[own, :seen]) / scores.sum(axis=-1, keepdims=True)
-        output[block, mine] = mixed.reshape(-1, rows, D).swapaxes(0, 1)
+        by_row, sums = scores.reshape(-1, seen), np.empty((*scores.shape[:2], 1), np.float32)
+        exponentiate(by_row, by_row.max(axis=1), sums.reshape(-1))
+        mixed = (scores @ values[own, :seen]) / sums
+        output[block, mine] = mixed.reshape(-1, count, D).swapaxes(0, 1)
 
     def part(start: int, stop: int) -> None:
         for block in blocks[start:stop]:
@@ -155,6 +165,11 @@ def _attend(
 def quick_gelu(x: mx.array) -> mx.array:
     """As `layers.quick_gelu`."""
     return _gated(layers.quick_gelu, 1.702, x)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """As nn.gelu."""
+    return by_numpy(rows.gelu, nn.gelu, x) if fits(EXP * x.size, x) else nn.gelu(x)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
@@ -171,26 +186,3 @@ def _gated(mlx: Function, slope: float, *arrays: mx.array, cubic: float = 0.0) -
     if fits(EXP * arrays[0].size, *arrays):
         return by_numpy(partial(gated, slope, cubic=cubic), mlx, *arrays)
     return mlx(*arrays)
-
-
-def gated(slope: float, *arrays: Array, cubic: float = 0.0) -> Array:
-    """x sigmoid(slope (x + cubic x^3)), times another array if there is one; in blocks."""
-    outputs = np.empty(arrays[0].shape, np.float32)
-    flat = [array.reshape(-1) for array in (outputs, *arrays)]
-
-    def part(start: int, stop: int) -> None:
-        for first in range(start, stop, BLOCK // 4):
-            own = slice(first, min(first + BLOCK // 4, stop))
-            output, x, *factors = (array[own] for array in flat)
-            np.multiply(x, np.float32(-slope), out=output)
-            with np.errstate(over="ignore"):  # x / inf is the right 0
-                if cubic:
-                    output *= 1 + np.float32(cubic) * (x * x)
-                np.exp(output, out=output)
-            output += 1
-            np.divide(x, output, out=output)
-            for factor in factors:
-                output *= factor
-
-    parallel(part, outputs.size, EXP * outputs.size)
-    return outputs

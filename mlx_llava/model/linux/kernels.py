@@ -25,7 +25,7 @@ Function: TypeAlias = Callable[..., Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Words: TypeAlias = npt.NDArray[np.uint32]
 Halves: TypeAlias = npt.NDArray[np.uint16]
-_FAST = {"contract", "reassoc", "nsz", "arcp"}  # no promise that there is no NaN
+FAST = {"contract", "reassoc", "nsz", "arcp"}  # no promise that there is no NaN
 _float, _word, _int = np.float32, np.uint32, np.int32
 #: Of what bits a word holds a whole number of codes.
 WHOLE = (2, 4, 8)
@@ -33,27 +33,28 @@ WHOLE = (2, 4, 8)
 AHEAD = 2048
 
 
-_jit = partial(njit, nogil=True, fastmath=_FAST)
+jit = partial(njit, nogil=True, fastmath=FAST, error_model="numpy")
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
+    """A function compiled by numba, kept on disk where that can be."""
     try:
-        compiled = _jit(cache=True)(function)
+        compiled = jit(cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written
-        return cast("Function", _jit(function))
+        return cast("Function", jit(function))
 
     def call(*arguments: Any) -> None:
         nonlocal compiled
         try:
             compiled(*arguments)
         except (OSError, EOFError, UnpicklingError):  # a full disk, or a file that was cut off
-            compiled = _jit(function)
+            compiled = jit(function)
             compiled(*arguments)
 
     return call
 
 
-@_jit
+@jit
 def _float16(half: np.uint16) -> np.float32:
     """A finite float16, given as uint16, as float32.
 
@@ -64,33 +65,35 @@ def _float16(half: np.uint16) -> np.float32:
     return _word(word).view(np.float32) * _float(2.0**112)
 
 
-@_jit
+@jit
 def _bfloat16(half: np.uint16) -> np.float32:
     return _word(_word(half) << _word(16)).view(np.float32)
 
 
-def _number(value: Any, is_bfloat16: bool) -> Any:
+def number(value: Any, is_bfloat16: bool) -> Any:
     """A float32, or the number of 16 bits that a uint16 is, as float32."""
 
 
-@overload(_number, strict=False)  # type: ignore[untyped-decorator]
+@overload(number, strict=False)  # type: ignore[untyped-decorator]
 def _overloaded_number(value: types.Number, is_bfloat16: bool) -> Function:  # noqa: ARG001
     if isinstance(value, types.Float):
         return lambda value, is_bfloat16: value  # noqa: ARG005
     return lambda value, is_bfloat16: _bfloat16(value) if is_bfloat16 else _float16(value)
 
 
-@_jit
-def _in_blocks(x: Floats, blocks: int) -> Floats:
-    """Inputs (R, C, U) in the order in which blocks of words take them, (R, blocks C LANES).
-
-    They begin where a line of the cache does: of a vector in two lines both have to be read.
-    """
-    R, C, _ = x.shape
-    size = blocks * C * LANES
-    memory = np.empty(R * size + LANES, np.float32)
+@jit
+def aligned(size: int) -> Floats:
+    """Memory from where a line of the cache begins: of a vector in two lines both are read."""
+    memory = np.empty(size + LANES, np.float32)
     start = np.uint64(-np.int64(memory.ctypes.data) & 63) // np.uint64(4)
-    ordered = memory[start : start + R * size].reshape(R, size)
+    return memory[start : start + size]
+
+
+@jit
+def _in_blocks(x: Floats, blocks: int) -> Floats:
+    """Inputs (R, C, U) in the order in which blocks of words take them, (R, blocks C LANES)."""
+    R, C, _ = x.shape
+    ordered = aligned(R * blocks * C * LANES).reshape(R, -1)
     for r in range(R):
         for i in range(blocks):
             for k in range(C):
@@ -99,7 +102,7 @@ def _in_blocks(x: Floats, blocks: int) -> Floats:
     return ordered
 
 
-@_jit
+@jit
 def _sums(x: Floats, units: int) -> Floats:
     """Of inputs (R, C, U), those of each group, (R, G)."""
     sums = np.zeros((len(x), x.shape[2] // units), np.float32)
@@ -128,8 +131,8 @@ def dot_words(bits: int, units: int) -> Function:
         factors, shifts = np.empty(G, np.float32), np.empty(G, np.float32)
         for n in range(len(codes)):
             for g in range(G):
-                factors[g] = _number(scales[n, g], is_bfloat16)
-                shifts[g] = _number(biases[n, g], is_bfloat16)
+                factors[g] = number(scales[n, g], is_bfloat16)
+                shifts[g] = number(biases[n, g], is_bfloat16)
             for r in range(len(x)):
                 total, lanes = _float(0), vectors.zeros()
                 for g in range(G):
@@ -152,10 +155,10 @@ def dot_words(bits: int, units: int) -> Function:
 
     # A name is a file: of one for all, two processes could leave each other's code in it.
     dot.__qualname__ = f"dot_{bits}_bits_{units}_words"
-    return _compiled(dot)
+    return compiled(dot)
 
 
-@_compiled
+@compiled
 def unpack(codes: Words, scales: Floats, biases: Floats, bits: int, C: int, block: Floats) -> None:
     """Numbers (N, C U) of codes of any bits, each row's code k of unit j at k U + j."""
     U = block.shape[1] // C
@@ -184,7 +187,7 @@ def unpack(codes: Words, scales: Floats, biases: Floats, bits: int, C: int, bloc
                     output[j] = spread[j] * _float(_int(code)) + shifts[j]
 
 
-@_compiled
+@compiled
 def dot_bfloat16(weight: Halves, x: Floats, output: Floats) -> None:
     """The product of bfloat16 as uint16 (N, I) and float32 (I,)."""
     for n in range(len(weight)):
@@ -194,7 +197,7 @@ def dot_bfloat16(weight: Halves, x: Floats, output: Floats) -> None:
         output[n] = total
 
 
-@_compiled
+@compiled
 def dot_float16(weight: Halves, x: Floats, output: Floats) -> None:
     """The product of float16 as uint16 (N, I) and float32 (I,)."""
     for n in range(len(weight)):
@@ -204,7 +207,7 @@ def dot_float16(weight: Halves, x: Floats, output: Floats) -> None:
         output[n] = total
 
 
-@_compiled
+@compiled
 def widen_float16(weight: Halves, block: Floats) -> None:
     """float16 as uint16 (N, I) -> float32 (N, I)."""
     for n in range(len(weight)):

@@ -12,18 +12,10 @@ import numpy.typing as npt
 
 from mlx_llava.model import clip
 from mlx_llava.model.linux import functions
-from mlx_llava.model.linux.functions import EXP, Function, by_numpy, fits, matmul, view
-from mlx_llava.model.linux.weights import (
-    UNITS,
-    Affine,
-    Array,
-    Half,
-    Plain,
-    Weight,
-    kernels,
-    multiply,
-    multiply_back,
-)
+from mlx_llava.model.linux.functions import Function, by_numpy, fits, matmul, view
+from mlx_llava.model.linux.products import multiply, multiply_back
+from mlx_llava.model.linux.threads import EXP
+from mlx_llava.model.linux.weights import UNITS, Affine, Array, Half, Plain, Weight, kernels
 from mlx_llava.model.quantized import PermutedQuantizedLinear, is_quantized
 
 HALVES = (mx.float16, mx.bfloat16)
@@ -101,11 +93,8 @@ def is_read_fast(layer: nn.Module) -> bool:
 
 def apply(x: Array, *layers: nn.Module) -> list[Array]:
     """Linear layers of this file on NumPy's arrays: (..., inputs) -> (..., outputs) of each."""
-    outputs = multiply(x, *map(stored, layers))
-    for layer, own in zip(layers, outputs, strict=True):
-        if "bias" in layer:
-            own += view(layer.bias)
-    return outputs
+    biases = [view(layer.bias) if "bias" in layer else None for layer in layers]
+    return multiply(x, *map(stored, layers), biases=biases)
 
 
 def _product(layer: nn.Module, x: mx.array, mlx: Function) -> mx.array:
@@ -200,6 +189,10 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., D) -> logits (..., V)."""
         return _product(self, x, super().as_linear)
+
+
+#: What `apply` takes.
+LINEAR = (Linear, QuantizedLinear, PermutedLinear)
 
 
 def _quantized_matmul(layer: nn.Module, x: mx.array) -> mx.array:

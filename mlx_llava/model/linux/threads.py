@@ -16,6 +16,8 @@ import numpy as np
 
 #: Below this many multiplications, waking another thread (about 30 us) does not pay.
 SMALLEST = 1 << 20
+#: To read and write a number takes as long as so many multiplications, and an exp.
+MOVE, EXP = 16, 32
 #: How NumPy's BLAS is called: in its wheels of today, in older ones, and in a system's.
 _PREFIXES = (("scipy_openblas", "64_"), ("openblas", "64_"), ("openblas", ""))
 

@@ -1,14 +1,14 @@
 """Weights as a checkpoint stores them, multiplied by NumPy on Linux's CPU, exact to rounding.
 
-Many rows of inputs: blocks of the weight become float32 in a core's cache, for BLAS. Few rows are
-bound by memory: numba's kernels read what is stored, where numba is installed.
+Many rows of inputs: parts of the weight become float32 in a core's cache, for BLAS or, where numba
+is installed and a vector is a register, for a kernel. Few rows are bound by memory: numba's kernels
+read what is stored.
 
 R rows, I inputs, N outputs, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from mlx_llava.model.linux.threads import parallel
+from mlx_llava.model.linux.threads import MOVE, parallel
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Halves: TypeAlias = npt.NDArray[np.uint16]
@@ -26,10 +26,8 @@ Halves: TypeAlias = npt.NDArray[np.uint16]
 FEW = 4
 #: Up to so many, BLAS is faster with the weight on the left.
 SOME = 16
-#: How many numbers a block of float32 has: with fewer rows it would be the inputs that cost.
-BLOCK = 1 << 21
-#: Into how many parts products that are made together are cut.
-SHARES = 1 << 10
+#: How many numbers of float32 are made for a few rows at a time.
+PART = 1 << 18
 #: Bits -> how many codes fill how many words.
 UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 5: (32, 5), 6: (16, 3), 8: (4, 1)}
 
@@ -41,6 +39,12 @@ def kernels() -> Any:
         return import_module("mlx_llava.model.linux.kernels")
     except ImportError:
         return None
+
+
+@cache
+def columns() -> Any:
+    """linux/columns.py, where there is numba."""
+    return import_module("mlx_llava.model.linux.columns")
 
 
 class Weight(Protocol):
@@ -69,7 +73,7 @@ class Weight(Protocol):
 
 def _dot_blocks(weight: Weight, x: Array, outputs: Array, start: int, stop: int) -> None:
     """Row by row, each block of the weight for all rows while a cache holds it."""
-    step = max(1, BLOCK // 8 // weight.shape[1])
+    step = max(1, PART // weight.shape[1])
     for first in range(start, stop, step):
         last = min(first + step, stop)
         block = weight.block(first, last)
@@ -192,6 +196,11 @@ class Affine:
     def _has_kernel(self) -> bool:
         return kernels() is not None and self.bits in kernels().WHOLE
 
+    @property
+    def is_read_by_columns(self) -> bool:
+        """Whether `dot_columns` is the fastest for many rows."""
+        return self._has_kernel() and columns().WIDE
+
     def order(self, x: Array) -> Array:
         """All first codes' inputs, then all second ones'."""
         if self.permutation is not None:
@@ -251,68 +260,23 @@ class Affine:
         dot(*part, self.is_bfloat16, x.reshape(len(x), UNITS[self.bits][0], -1), products)
         outputs[:, start:stop] = products
 
+    def columns(self, x: Array) -> Array:
+        """Inputs (R, I) as `dot_columns` takes them."""
+        if self.permutation is not None:
+            x = x[:, self.permutation]
+        (R, I), made = x.shape, columns()  # noqa: E741 - inputs
+        packed = np.empty(-(-R // made.LANES) * made.LANES * I, np.float32)
 
-def _blocks(weight: Weight, start: int, stop: int) -> Iterator[tuple[slice, Array]]:
-    """The rows from start to stop as float32, a block at a time."""
-    step = max(1, BLOCK // weight.shape[1])
-    if isinstance(weight, Plain):  # nothing is to be kept in a cache
-        step = stop - start
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        yield slice(first, last), weight.block(first, last)
+        def part(start: int, stop: int) -> None:
+            made.pack(x, 32 // self.bits, start, stop, packed)
 
+        parallel(part, -(-I // made.DEPTH), MOVE * x.size)
+        return packed
 
-class _Product:
-    """``x @ weight.T``, (R, I) and (N, I) -> (R, N), some of N at a time."""
-
-    def __init__(self, x: Array, weight: Weight) -> None:
-        N, self._weight, self._rows = weight.shape[0], weight, weight.order(x)
-        self._is_few = len(x) <= weight.few
-        self._is_left = not self._is_few and len(x) <= SOME
-        self._columns = np.ascontiguousarray(self._rows.T) if self._is_left else self._rows.T
-        self._outputs = np.empty((N, len(x)) if self._is_left else (len(x), N), np.float32)
-
-    def share(self, start: int, stop: int) -> None:
-        """The outputs from start to stop, of `SHARES`."""
-        start, stop = (self._weight.shape[0] * end // SHARES for end in (start, stop))
-        if self._is_few:
-            self._weight.dot(self._rows, self._outputs, start, stop)
-            return
-        for own, block in _blocks(self._weight, start, stop):
-            if self._is_left:
-                np.matmul(block, self._columns, out=self._outputs[own])
-            else:
-                np.matmul(self._rows, block.T, out=self._outputs[:, own])
-
-    def outputs(self) -> Array:
-        """All of them."""
-        return np.ascontiguousarray(self._outputs.T) if self._is_left else self._outputs
-
-
-def multiply(x: Array, *weights: Weight) -> list[Array]:
-    """``x @ weight.T`` for each weight: (..., I) -> (..., N)."""
-    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    products = [_Product(rows, weight) for weight in weights]
-
-    def share(start: int, stop: int) -> None:
-        for product in products:
-            product.share(start, stop)
-
-    parallel(share, SHARES, rows.size * sum(weight.shape[0] for weight in weights))
-    return [product.outputs().reshape(*x.shape[:-1], -1) for product in products]
-
-
-def multiply_back(y: Array, weight: Weight) -> Array:
-    """``y @ weight``, the gradient of the inputs: (..., N) -> (..., I)."""
-    N, inputs = weight.shape
-    rows = np.ascontiguousarray(y).reshape(-1, N)
-    sums: dict[int, Array] = {}
-
-    def part(start: int, stop: int) -> None:
-        sums[start] = np.zeros((len(rows), inputs), np.float32)
-        for own, block in _blocks(weight, start, stop):
-            sums[start] += rows[:, own] @ block
-
-    parallel(part, N, rows.size * inputs)
-    x = np.add.reduce([sums[start] for start in sorted(sums)])
-    return weight.restore(x).reshape(*y.shape[:-1], inputs)
+    def dot_columns(self, packed: Array, outputs: Array, start: int, stop: int) -> None:
+        """As `dot`, of many rows."""
+        scales, biases = (
+            _widened(part[start:stop], self.is_bfloat16) for part in (self.scales, self.biases)
+        )
+        product = columns().product(self.bits, self.codes.shape[1] // self.scales.shape[1])
+        product(self.codes[start:stop], scales, biases, packed, outputs[:, start:stop])

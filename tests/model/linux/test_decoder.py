@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from mlx_llava.model.batch_cache import RaggedCache
@@ -70,6 +71,23 @@ def test_a_step(cache, settings, monkeypatch):
     monkeypatch.setattr(decoder, "apply", lambda *args: calls.append(1) or apply(*args))
     assert mx.allclose(steps(model, CACHES[cache](model.config), lengths), expected, atol=1e-4)
     assert len(calls) == 4 * 2 * 4
+
+
+@pytest.mark.parametrize("positions", [None, "jumping"])
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 9}], ids=str)
+def test_a_prompt_and_its_last_token_alone(settings, positions):
+    model = random_decoder(**settings)
+    ids = mx.random.randint(0, 50, (1, 60))
+    if positions:
+        positions = np.delete(np.arange(90, dtype=np.int32), np.arange(5, 65, 2))[None]
+    expected = model(ids, cache=make_cache(CONFIG), positions=positions)
+    adopt(model)
+    caches = make_cache(CONFIG), make_cache(CONFIG)
+    assert mx.allclose(model(ids, cache=caches[0], positions=positions), expected, atol=1e-4)
+    last = model(ids, cache=caches[1], positions=positions, last_only=True)
+    assert mx.allclose(last, expected[:, -1:], atol=1e-4)
+    for whole, own in zip(*caches, strict=True):
+        assert mx.allclose(whole.state[0], own.state[0], atol=1e-4)
 
 
 def test_rows_of_unequal_length():
@@ -141,5 +159,5 @@ def test_a_step_after_a_cache_has_no_gradient():
     def loss(embeddings):
         return model(input_embeddings=embeddings, cache=cache).sum()
 
-    with pytest.raises(ValueError, match="3 tokens after a cache have no gradient"):
+    with pytest.raises(ValueError, match="3 tokens with a cache have no gradient"):
         mx.eval(mx.grad(loss)(mx.random.normal((1, 3, 128))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -10,7 +12,10 @@ from mlx_llava.model import layers
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.device import on_cpu
 from mlx_llava.model.linux import functions as kernels
+from mlx_llava.model.linux import rows, weights
 from mlx_llava.model.linux.adopt import adopt
+from mlx_llava.model.linux.encoder import EncoderLayer
+from mlx_llava.model.linux.functions import view
 from mlx_llava.model.linux.layers import Embedding, Linear, PatchEmbedding
 from mlx_llava.model.llava import Llava
 
@@ -19,11 +24,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """NumPy does even what is small; in blocks so small that there are several."""
+@pytest.fixture(autouse=True, params=["numba", "numpy"])
+def always(request, monkeypatch):
+    """NumPy, or what numba compiles, does even what is small; in several blocks and threads."""
     monkeypatch.setattr(kernels, "SMALLEST", 0)
     monkeypatch.setattr(kernels, "BLOCK", 512)
+    monkeypatch.setattr("mlx_llava.model.linux.threads.threads", lambda: 3)
+    monkeypatch.setattr("mlx_llava.model.linux.threads.SMALLEST", 0)
+    monkeypatch.setattr(rows, "BLOCK", 64)
+    monkeypatch.setattr(rows, "MANY", 0 if request.param == "numba" else math.inf)
+    if request.param == "numba" and weights.kernels() is None:
+        pytest.skip("there is no numba: pip install '.[cpu]'")
 
 
 def mlx_attention(queries, keys, values, mask):
@@ -72,6 +83,7 @@ def test_attention_to_a_part_of_a_cache():
 FUNCTIONS = {
     "matmul": (kernels.matmul, lambda x, w: x @ w.T, [(2, 3, 17), (5, 17)]),
     "one row": (kernels.matmul, lambda x, w: x @ w.T, [(1, 17), (5, 17)]),
+    "gelu": (kernels.gelu, nn.gelu, [(3, 211)]),
     "tanh gelu": (kernels.gelu_tanh, nn.gelu_approx, [(3, 211)]),
     "quick gelu": (kernels.quick_gelu, lambda x: x * mx.sigmoid(1.702 * x), [(3, 211)]),
     "swiglu": (kernels.swiglu, lambda g, u: nn.silu(g) * u, [(3, 2, 111), (3, 2, 111)]),
@@ -98,9 +110,19 @@ def test_values_gradients_and_compilation(name):
 
 def test_gates_of_large_numbers_are_finite():
     x = mx.array([-1e4, -200.0, -88.0, 0.0, 88.0, 1e4])
-    for function in (kernels.quick_gelu, kernels.gelu_tanh, layers.gelu_tanh):
+    for function in (kernels.quick_gelu, kernels.gelu, kernels.gelu_tanh, layers.gelu_tanh):
         assert mx.allclose(function(x), mx.maximum(x, 0), atol=1e-6)
     assert mx.allclose(kernels.swiglu(x, mx.ones_like(x)), mx.maximum(x, 0), atol=1e-6)
+
+
+def test_norms_and_sums():
+    x, y = 3 * mx.random.normal((2, 7, 48)) + 1, mx.random.normal((2, 7, 48))
+    for norm, own in ((nn.RMSNorm(48), rows.rms_norm), (nn.LayerNorm(48), rows.layer_norm)):
+        norm.weight = mx.random.normal((48,))
+        if "bias" in norm:
+            norm.bias = mx.random.normal((48,))
+        assert mx.allclose(mx.array(own(norm, view(x))), norm(x), atol=1e-5)
+    assert mx.array_equal(mx.array(rows.plus(view(x), view(y))), x + y)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -108,7 +130,8 @@ def test_sixteen_bits_stay_with_mlx(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "by_numpy", None)
     x = mx.ones((2, 8), dtype)
     assert kernels.matmul(x, x).dtype == dtype
-    results = kernels.quick_gelu(x), kernels.gelu_tanh(x), kernels.swiglu(x, x)
+    gates = kernels.quick_gelu, kernels.gelu, kernels.gelu_tanh
+    results = *(gate(x) for gate in gates), kernels.swiglu(x, x)
     assert {result.dtype for result in results} == {dtype}
 
 
@@ -143,3 +166,5 @@ def test_a_model_is_plain_until_it_adopts_them(monkeypatch):
     assert tower.encoder.layers[0].self_attn.attention is kernels.attention
     assert layer.mlp.gate is kernels.swiglu
     assert tower.encoder.layers[0].mlp.activation is kernels.quick_gelu
+    assert type(tower.encoder.layers[0]) is EncoderLayer
+    assert model.multi_modal_projector.activation is kernels.gelu

@@ -12,24 +12,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_llava.model.linux import weights
+from mlx_llava.model.linux import products, weights
 from mlx_llava.model.linux.functions import NUMPY, view
-from mlx_llava.model.linux.weights import Affine, Half, Plain, multiply, multiply_back
+from mlx_llava.model.linux.products import multiply, multiply_back
+from mlx_llava.model.linux.weights import Affine, Half, Plain
 
 pytestmark = pytest.mark.skipif(not NUMPY, reason="NumPy multiplies on Linux only")
 HAS_NUMBA = NUMPY and weights.kernels() is not None
 NEEDS_NUMBA = "there is no numba: pip install '.[cpu]'"
-ROWS = (1, 3, 4, 5, 16, 600)
+ROWS = (1, 3, 4, 5, 16, 17, 100, 600)
 OUTPUTS, INPUTS = 37, 384
 
 
-@pytest.fixture(params=["numba", "numpy"])
+@pytest.fixture(params=["numba", "numba and BLAS", "numpy"])
 def kernels(request, monkeypatch):
-    """What numba compiles, and what NumPy does in its place."""
+    """What numba compiles, with vectors that are registers or not, and NumPy in its place."""
     if request.param == "numpy":
         monkeypatch.setattr(weights, "kernels", lambda: None)
     elif not HAS_NUMBA:
         pytest.skip(NEEDS_NUMBA)
+    else:
+        monkeypatch.setattr(weights.columns(), "WIDE", request.param == "numba")
 
 
 def normal(*shape):
@@ -106,7 +109,7 @@ def test_float32():
 def test_parts_of_several_threads_and_blocks(kernels, monkeypatch):
     monkeypatch.setattr("mlx_llava.model.linux.threads.threads", lambda: 3)
     monkeypatch.setattr("mlx_llava.model.linux.threads.SMALLEST", 0)
-    monkeypatch.setattr(weights, "BLOCK", 5 * INPUTS)
+    monkeypatch.setattr(products, "BLOCK", 5 * INPUTS)
     check(*affine(4, 64))
     check(Plain(values := normal(OUTPUTS, INPUTS)), values)
 
@@ -144,7 +147,7 @@ def test_kernels_work_where_a_disk_is_full_or_a_file_was_cut_off(tmp_path, monke
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def doubled() -> list[float]:
-        weights.kernels()._compiled(double)(normal(3), output := np.zeros(3, np.float32))
+        weights.kernels().compiled(double)(normal(3), output := np.zeros(3, np.float32))
         return (output / normal(3)).tolist()
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
@@ -161,7 +164,7 @@ def test_kernels_work_where_a_disk_is_full_or_a_file_was_cut_off(tmp_path, monke
 @pytest.mark.skipif(not HAS_NUMBA, reason=NEEDS_NUMBA)
 def test_kernels_of_other_codes_are_kept_in_other_files(monkeypatch):
     kernels = weights.kernels()
-    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
+    monkeypatch.setattr(kernels, "compiled", lambda function: function)
     codes = list(product(kernels.WHOLE, (4, 8)))
     names = {kernels.dot_words.__wrapped__(*code).__qualname__ for code in codes}
     assert len(names) == len(codes)
