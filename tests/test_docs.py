@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import mlx_llava
 from mlx_llava.cli import COMMANDS
@@ -216,9 +217,18 @@ def test_diagrams_are_what_the_script_draws():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The documentation as a site, built with all warnings as errors."""
+    """The documentation as a site, built once for all workers of pytest-xdist."""
     pytest.importorskip("mkdocs", reason="the site: pip install '.[docs]'")
-    target = tmp_path_factory.mktemp("site")
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "site.lock"):
+        if not (shared / "site").exists():
+            build_site(shared / "building").rename(shared / "site")
+    return shared / "site"
+
+
+def build_site(target: Path) -> Path:
+    """Builds with all warnings as errors."""
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(target)],
         cwd=ROOT,

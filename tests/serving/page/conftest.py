@@ -11,7 +11,9 @@ from tests.serving.page.people import watch
 
 
 def pytest_collection_modifyitems(items):
-    missing = pytest.mark.skip(reason="there is no Chromium; Debian's package is called chromium")
+    missing = pytest.mark.skip(
+        reason="there is no Chromium; Debian's package is called chromium-headless-shell"
+    )
     for item in items if browser.find() is None else ():
         if "serving/page" in item.path.as_posix():
             item.add_marker(missing)
