@@ -185,7 +185,8 @@ class Links:
         """Ends this process from whatever thread, with one line, unless it is ending."""
         if self._ending.acquire(blocking=False):
             with suppress(OSError):  # who listened has gone
-                print(f"error: {why}", file=sys.__stderr__, flush=True)
+                # In one write: MLX writes there too, and may come between a line and its end.
+                print(f"error: {why}\n", end="", file=sys.__stderr__, flush=True)
             self._say_end(code, why)
             os._exit(code)
 

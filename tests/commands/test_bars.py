@@ -34,8 +34,8 @@ slowly(llava.VisionTower, "__call__", {tower})
 #: A checkpoint far away, and a first tensor that is large.
 CONVERTING = """
 from mlx_llava.checkpoint import convert, safetensors
-slowly(convert, "open_checkpoint", 1.3)
-slowly(safetensors, "_write_file", 1.3)
+slowly(convert, "open_checkpoint", 2.5)
+slowly(safetensors, "_write_file", 2.5)
 """
 RUN = "from mlx_llava.{command} import main; sys.exit(main({arguments!r}))"
 MODEL = ["--model", str(GOLDENS / "llava")]
