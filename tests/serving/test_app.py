@@ -580,7 +580,7 @@ class TestManyAtOnce:
 
 def test_load_of_many_clients():
     """A small run of the script that compares many answers with their single runs."""
-    script = [sys.executable, "scripts/load_server.py", "--requests", "30", "--clients", "16"]
+    script = [sys.executable, "scripts/load_server.py", "--requests", "50", "--clients", "16"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
