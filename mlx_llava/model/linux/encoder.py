@@ -41,8 +41,8 @@ class EncoderLayer(clip.EncoderLayer):
         attention, mlp, (B, L, D) = self.self_attn, self.mlp, x.shape
         normed = layer_norm(self.layer_norm1, x)
         queries, keys, values = (
-            rows.reshape(B, L, attention.num_heads, -1).swapaxes(1, 2)
-            for rows in apply(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+            projected.reshape(B, L, attention.num_heads, -1).swapaxes(1, 2)
+            for projected in apply(normed, attention.q_proj, attention.k_proj, attention.v_proj)
         )  # (B, heads, L, head width)
         seen = functions.numpy_attention(attention.scale, None, queries, keys, values)
         (output,) = apply(seen.swapaxes(1, 2).reshape(B, L, D), attention.out_proj)
