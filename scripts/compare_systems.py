@@ -3,6 +3,7 @@
 python scripts/compare_systems.py --shape 1b --batch 1 --images 1 --against transformers
 python scripts/compare_systems.py --against mlx-vlm --peer-python mlx-vlm=venv/bin/python
 python scripts/compare_systems.py --q-bits 4 --against llama.cpp  # pip install xllamacpp gguf
+python scripts/compare_systems.py --shape 7b --dtype float16 --against llama.cpp --apart
 
 Each system has a process of its own (scripts/peers.py); the tokens are compared too. llama.cpp has
 other random weights in the same shape, so its tokens are others.
@@ -15,8 +16,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,28 @@ def compare(systems: list[Peer], rows: list[Row], max_tokens: int, repeats: int)
     """Medians of each system, and ratios of the first to the others, of runs A B A B."""
     able = systems if len(rows) == 1 else [s for s in systems if s.system not in SINGLE]
     runs = _take_turns(able, rows, max_tokens, repeats)
+    return _compared(rows, runs, {peer.system: peer.versions for peer in able})
+
+
+def compare_apart(
+    starts: Mapping[str, Callable[[], Peer]], rows: list[Row], max_tokens: int, repeats: int
+) -> Figures:
+    """As `compare`, of runs A A B B: each system starts when those before it have ended."""
+    runs, versions = {}, {}
+    for name, start in starts.items():
+        if len(rows) == 1 or name not in SINGLE:
+            with closing(start()) as peer:
+                (runs[name],) = _take_turns([peer], rows, max_tokens, repeats).values()
+                versions[name] = peer.versions
+    return _compared(rows, runs, versions)
+
+
+def _compared(rows: list[Row], runs: dict[str, list[Figures]], versions: Figures) -> Figures:
     ours, *others = runs
     return {
         "batch": len(rows),
         "images": len(rows[0][1]),
-        "versions": {peer.system: peer.versions for peer in able},
+        "versions": versions,
         "systems": {name: _medians(turns) for name, turns in runs.items()},
         "ratios": {name: _ratios(runs[ours], runs[name]) for name in others},
     }
@@ -194,6 +213,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SYSTEM=PYTHON",
         help="the interpreter of the environment that has the system; repeatable",
     )
+    add(
+        "--apart",
+        action="store_true",
+        help="start each system when those before it have ended, where memory holds only one",
+    )
     return parser
 
 
@@ -211,15 +235,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     pythons = dict(pair.split("=", 1) for pair in args.peer_python)
     found = {**benchmark.about(args), "against": []}
     with benchmark.prepared(args) as (folder, pictures), ExitStack() as stack:
-        systems = []
-        for name in ("mlx_llava", *names):
-            systems.append(Peer(name, folder, args.dtype, pythons.get(name)))
-            stack.callback(systems[-1].close)
+        starts = {
+            name: partial(Peer, name, folder, args.dtype, pythons.get(name))
+            for name in ("mlx_llava", *names)
+        }
+        if not args.apart:
+            systems = [stack.enter_context(closing(start())) for start in starts.values()]
         for images in args.images:
             for batch in args.batch:
                 tell(f"{batch} rows of {images} pictures")
                 rows = rows_of(pictures, batch, images)
-                found["against"].append(compare(systems, rows, args.max_tokens, args.repeats))
+                how = args.max_tokens, args.repeats
+                found["against"].append(
+                    compare_apart(starts, rows, *how)
+                    if args.apart
+                    else compare(systems, rows, *how)
+                )
     print(benchmark.heading(found))
     for row in found["against"]:
         print(*lines(row), sep="\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,7 @@ from mlx_llava.analysis.random_model import write_random_model
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from compare_systems import Peer, main
+from compare_systems import Peer, compare_apart, main
 
 SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
 
@@ -62,3 +63,15 @@ def test_our_own_process_answers_rows(tmp_path):
     assert two["tokens"] == one["tokens"] * 2
     assert len(one["tokens"][0]) == 5
     assert 0 < one["first"] <= one["seconds"]
+
+
+def test_systems_that_run_apart_are_compared(tmp_path):
+    write_random_model("tiny", tmp_path / "tiny", "float32")
+    start = partial(Peer, "mlx_llava", tmp_path / "tiny", "float32")
+    row = ("USER: <image> What? ASSISTANT:", draw_pictures(tmp_path, 1))
+    starts = {"ours": start, "again": start, "llama.cpp": start}
+    compared = compare_apart(starts, [row, row], 5, 1)
+    assert [*compared["systems"]] == ["ours", "again"]
+    assert compared["ratios"]["again"]["same_tokens"]
+    assert compared["batch"] == 2
+    assert compared["versions"]["again"] == compared["versions"]["ours"]
