@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -29,11 +30,19 @@ SHARED = Path(os.environ.get("MLX_LLAVA_TEST_DATA", ROOT.parent / "shared" / "da
 #: Many tests start Python: what is compiled is kept, also where a container's image forbids it.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+#: What a shell runs in the background ignores Control-C, as do the commands that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     mx.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_small(monkeypatch) -> None:
+    """Those of tests are, and shall be read as others are."""
+    monkeypatch.setattr("mlx_llava.checkpoint.precision.SMALL", -1)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +90,14 @@ def loaded():
 def loaded_next():
     """A tiny LLaVA 1.6 and its processor."""
     return load(GOLDENS / "llava_next")
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Without mx.compile, for which g++ takes a second for each kernel."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @contextmanager

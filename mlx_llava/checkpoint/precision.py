@@ -15,6 +15,8 @@ from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import dequantize, is_quantized
 
 logger = logging.getLogger("mlx_llava")
+#: Up to so many bytes in float32, nothing is worth the import of what reads fewer bits.
+SMALL = 1 << 26
 
 
 def read_dtype(name: str) -> mx.Dtype:
@@ -45,31 +47,35 @@ def suit_device(model: Llava) -> None:
 
     A GPU takes the weights as they are. Of a CPU's matmuls only float32's is fast, so there all
     is computed in it. Matrices of few bits stay as they are where that is how they are read
-    fastest (linux/layers.py); others become float32, if there is memory for it. The log says so.
+    fastest (linux/layers.py); others, and all of a small model, become float32, if there is memory
+    for it. The log says so.
     """
     if not on_cpu():
         return
     layers = _narrow_layers(model)
-    slow = [layer for layer in layers if not is_read_fast(layer)]
-    needed, available = 4 * sum(map(_numbers, slow)), available_memory()
+    slow = layers
+    if _bytes_in_float32(layers) > SMALL:
+        slow = [layer for layer in layers if not is_read_fast(layer)]
+    needed, available = _bytes_in_float32(slow), available_memory()
     if needed > 0.8 * available:
         logger.warning(
             f"The weights would take {needed / 1e9:.1f} GB in float32 and {available / 1e9:.1f} GB "
             f"are free; they stay in {_kind(slow)}, which is slow on a CPU."
         )
         slow = []
-    elif any(map(is_quantized, slow)):
+    elif needed > SMALL and any(map(is_quantized, slow)):
         logger.warning(f"From {_kind(slow)} to float32 for the CPU: {needed / 1e9:.2f} GB.")
     changed = {id(layer) for layer in slow}
     kept = [layer for layer in layers if id(layer) not in changed]
     if kept and len(slow) < len(layers):
         stored = sum(array.nbytes for layer in kept for array in arrays_of(layer))
-        floats = 4 * sum(map(_numbers, kept))
+        floats = _bytes_in_float32(kept)
         logger.info(
             f"{_kind(kept)} are read as they are: {stored / 1e9:.2f} GB, in float32 "
             f"{floats / 1e9:.2f} GB."
         )
-    _compute_in_float32(model, {id(layer.weight) for layer in kept} | _scales(model))
+    as_stored = {id(layer.weight) for layer in kept} | _scales(model, {*map(id, kept)})
+    _compute_in_float32(model, as_stored)
     paths = {path for path, layer in model.named_modules() if id(layer) in changed}
     dequantize(model, mx.float32, paths)
     if not any(map(is_quantized, model.modules())):
@@ -86,8 +92,8 @@ def _compute_in_float32(model: Llava, kept: set[int]) -> None:
     model.update(tree_map(widen, model.parameters()))
 
 
-def _scales(model: Llava) -> set[int]:
-    """The ids of scales that are read as they are stored.
+def _scales(model: Llava, kept: set[int]) -> set[int]:
+    """The ids of scales that are read as they are stored, of layers with these ids.
 
     An embedding and the projector give what their scales are: in 16 bits, it would be rounded.
     """
@@ -95,7 +101,7 @@ def _scales(model: Llava) -> set[int]:
         id(layer[name])
         for part in (model.vision_tower, model.language_model)
         for layer in part.modules()
-        if isinstance(layer, nn.QuantizedLinear) and is_read_fast(layer)
+        if isinstance(layer, nn.QuantizedLinear) and id(layer) in kept and is_read_fast(layer)
         for name in ("scales", "biases")
     }
 
@@ -112,8 +118,12 @@ def _narrow_layers(model: Llava) -> list[nn.Module]:
     return [layer for layer in model.modules() if is_quantized(layer)] + halves
 
 
-def _numbers(layer: nn.Module) -> int:
-    return layer.weight.size * 32 // layer.bits if is_quantized(layer) else layer.weight.size
+def _bytes_in_float32(layers: list[nn.Module]) -> int:
+    numbers = (
+        layer.weight.size * 32 // layer.bits if is_quantized(layer) else layer.weight.size
+        for layer in layers
+    )
+    return 4 * sum(numbers)
 
 
 def _kind(layers: list[nn.Module]) -> str:

@@ -121,6 +121,20 @@ def test_a_cpu_computes_in_float32(tmp_path, caplog, quantization, no_numba):
     assert_computes_as_stored(model, processor, tmp_path / "m")
 
 
+@on_linux_cpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_small_model_becomes_float32_without_numba(tmp_path, caplog, monkeypatch, bits):
+    quantization = Quantization(bits=bits, group_size=32) if bits else None
+    convert(GOLDENS / "llava", tmp_path / "m", dtype="bfloat16", quantization=quantization)
+    monkeypatch.setattr(precision, "SMALL", 1 << 26)
+    monkeypatch.setattr(precision, "is_read_fast", None)
+    with caplog.at_level(logging.INFO, "mlx_llava"):
+        model, processor = load(tmp_path / "m")
+    assert dtypes(model) == {mx.float32}
+    assert not caplog.text
+    assert_computes_as_stored(model, processor, tmp_path / "m")
+
+
 def assert_computes_as_stored(model, processor, folder):
     stored, _ = load_as_stored(folder)
     assert mx.bfloat16 in dtypes(stored)
