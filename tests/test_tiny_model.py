@@ -7,7 +7,6 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -257,14 +256,6 @@ def test_a_conversation_goes_on(embedded):
 def test_intervals_are_wilsons():
     assert measure_tiny.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)
     assert measure_tiny.wilson(100, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """g++ takes a second for each kernel."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def test_the_fast_functions_of_its_training_are_mlxs(uncompiled):

@@ -412,9 +412,9 @@ def test_the_command_draws_a_picture(tmp_path, capsys):
     arguments = ["--image", str(SHAPES), "--prompt", "What is in this picture?", "--window", "2"]
     assert main([*arguments, "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith("A small black star")
-    pixels = np.asarray(Image.open(out).convert("RGB"))
-    assert pixels.shape[0] > 1500
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+    drawn = Image.open(out).convert("RGB")
+    assert drawn.height > 1500
+    assert drawn.getcolors(maxcolors=1000) is None
     assert [path.name for path in out.parent.iterdir()] == ["report.png"]
     check_output(out, "mlx_llava.explain")
     link = out.with_name("link.png")
@@ -502,8 +502,7 @@ def test_every_figure_shows_something(mode, request):
     for figure in figures:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-        pixels = np.asarray(Image.open(buffer).convert("RGB")).reshape(-1, 3)
-        assert len(np.unique(pixels, axis=0)) > 20
+        assert Image.open(buffer).convert("RGB").getcolors(maxcolors=20) is None
 
 
 def test_a_masked_part_is_drawn_with_its_own_value(embedded):

@@ -10,11 +10,9 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -362,38 +360,53 @@ def test_mistakes_are_one_line(original, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+#: Converts when it is told how long, and kills that then.
+KILLED = """
+import os, signal, sys, time
+import mlx_llava
+from mlx_llava.checkpoint import safetensors
+from mlx_llava.checkpoint.convert import convert
+write = safetensors._write_file
+def slowly(path, outputs, metadata, progress):  # so that some kills hit the writing
+    write(path, outputs, metadata, lambda n: (progress(n), time.sleep(0.005)))
+safetensors._write_file = slowly
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        convert(*sys.argv[1:], force=True)
+        os._exit(0)
+    time.sleep(float(line))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(flush=True)
+"""
+
+
 def test_a_kill_leaves_nothing_or_a_whole_folder(original, tmp_path):
-    """Killed at 20 random moments; the slow disk makes sure that some hit the writing."""
-    slow = (
-        "import sys, time; import mlx_llava; from mlx_llava.checkpoint import safetensors as s\n"
-        "write = s._write_file\n"
-        "def slowly(path, outputs, metadata, progress):\n"
-        "    write(path, outputs, metadata, lambda n: (progress(n), time.sleep(0.005)))\n"
-        "s._write_file = slowly\n"
-        "from mlx_llava.checkpoint.convert import convert; print('go', flush=True)\n"
-        f"convert({str(original)!r}, {str(tmp_path / 'out')!r}, force=True)"
-    )
+    """Killed at 20 random moments."""
     rng = random.Random(0)
     outcomes = []
-    for _ in range(20):
-        with subprocess.Popen(
-            [sys.executable, "-c", slow],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.8))
-            os.kill(process.pid, signal.SIGKILL)
-        whole = (tmp_path / "out").exists()
-        outcomes.append(whole)
-        if whole:
-            assert equal(load(tmp_path / "out")[0], load(original)[0])
-            shutil.rmtree(tmp_path / "out")
-        for path in tmp_path.iterdir():
-            assert path.name == ".out.partial"
-            with suppress(FileNotFoundError, ValueError):
-                assert equal(load(path)[0], load(original)[0])
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, original, tmp_path / "out"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for _ in range(20):
+            print(rng.uniform(0, 0.8), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "\n"
+            whole = (tmp_path / "out").exists()
+            outcomes.append(whole)
+            if whole:
+                assert equal(load(tmp_path / "out")[0], load(original)[0])
+                shutil.rmtree(tmp_path / "out")
+            for path in tmp_path.iterdir():
+                assert path.name == ".out.partial"
+                with suppress(FileNotFoundError, ValueError):
+                    assert equal(load(path)[0], load(original)[0])
+        process.stdin.close()
     assert False in outcomes
     convert(original, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

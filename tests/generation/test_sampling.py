@@ -43,7 +43,7 @@ def logprobs(rows: int = 64, ties: bool = False) -> mx.array:
     ],
     ids=str,
 )
-def test_draws_are_mlx_lms(options, ties):
+def test_draws_are_mlx_lms(options, ties, uncompiled):
     given = {"top_p": 0.0, "min_p": 0.0, "top_k": 0, **options}
     for temp in (0.3, 1.0, 1.9):
         drawn = []

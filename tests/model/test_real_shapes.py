@@ -33,14 +33,17 @@ def write_checkpoint(folder: Path, tokenizer_model: bytes):
     config._attn_implementation = "sdpa"
     with no_init_weights():  # transformers' own takes longer than all the rest
         model = hf.LlavaForConditionalGeneration(config).eval()
+    noise = torch.randn(4_000_037)  # drawing a number for each weight takes as long as both models
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
             else:  # unit-size activations, as trained weights give
                 is_table = "embed" in name and "patch" not in name
-                parameter.normal_(std=0.02 if is_table else 1 / parameter[0].numel() ** 0.5)
-                parameter.copy_(parameter.half())
+                std = 0.02 if is_table else 1 / parameter[0].numel() ** 0.5
+                values = (std * noise.roll(len(name))).half().float()
+                for part in parameter.flatten().split(len(values)):
+                    part.copy_(values[: len(part)])
     # Only what is stored: in 16 bits, the periods of the rotations would lose digits.
     halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=halves)
