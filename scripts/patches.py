@@ -131,12 +131,12 @@ def train_encoder(
 
 
 def words_of(tokenizer: Tokenizer) -> dict[str, mx.array]:
-    """The token of every name of a colour and of a shape; 0 for none."""
-    names = {"colour": tuple(shapes.COLOURS), "shape": shapes.SHAPES}
+    """The token of every name of a colour, of a shape (0 for none) and of a place."""
+    names = {"colour": shapes.COLOURS, "shape": shapes.SHAPES, "cell": shapes.PLACES}
     ids: dict[str, mx.array] = {}
     for head, words in names.items():
-        encoded = [tokenizer.encode(f" {word}") for word in words]
-        ids[head] = mx.array([0, *(token for _, token in encoded)])
+        tokens = [token for _, token in (tokenizer.encode(f" {word}") for word in words)]
+        ids[head] = mx.array(tokens if head == "cell" else [0, *tokens])
     return ids
 
 
@@ -159,7 +159,8 @@ def pulled_to_words(heads: Path, tokenizer: Tokenizer) -> Iterator[None]:
             names = (features @ arrays[f"{head}.weight"].T + arrays[f"{head}.bias"]).argmax(axis=-1)
             near = mx.take_along_axis(scores, ids[names][:, None], axis=-1)[:, 0]
             far = far + (scores.logsumexp(axis=-1) - near) / len(words)
-            are_things = are_things & (names > 0)
+            if head != "cell":  # which all patches have
+                are_things = are_things & (names > 0)
         return (far * are_things).sum() / mx.maximum(are_things.sum(), 1)
 
     def loss(model: Llava, batch: Batch) -> tuple[mx.array, mx.array]:

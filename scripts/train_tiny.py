@@ -10,8 +10,8 @@ python scripts/train_tiny.py        # under 90 minutes on 2 cores; started again
 At last it is measured, in 16, 8 and 4 bits, and gets its card.
 
 Everything after the encoder is `mlx_llava.train`, whose loss also pulls projected patches to the
-words for what they show (scripts/patches.py). Pictures and texts are scripts/shapes.py's, and of
-what is no drawing of that world scripts/others.py's.
+words for what they show, and where (scripts/patches.py). Pictures and texts are
+scripts/shapes.py's, and of what is no drawing of that world scripts/others.py's.
 """
 
 from __future__ import annotations
