@@ -77,6 +77,7 @@ def test_an_answer_that_goes_round_in_circles_is_ended(echo, capsys):
     arguments = ["--prompt", "hi", "--model", str(echo)]
     assert main([*arguments, "--quiet", "--max-repeats", "99", "-m", "50"]) == 0
     whole = capsys.readouterr().out.rstrip("\n")
+    assert whole
     assert whole == whole[: len(whole) // 50] * 50
     assert main(arguments) == 0
     out, err = capsys.readouterr()

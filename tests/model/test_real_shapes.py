@@ -33,15 +33,17 @@ def write_checkpoint(folder: Path, tokenizer_model: bytes):
     config._attn_implementation = "sdpa"
     with no_init_weights():  # transformers' own takes longer than all the rest
         model = hf.LlavaForConditionalGeneration(config).eval()
-    noise = torch.randn(4_000_037)  # drawing a number for each weight takes as long as both models
+    # Drawing a number for each weight takes as long as both models. A prime, and each weight begins
+    # elsewhere: no matrix, and no row of one, is another.
+    noise = torch.randn(4_000_037)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.ndim == 1:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
             else:  # unit-size activations, as trained weights give
                 is_table = "embed" in name and "patch" not in name
                 std = 0.02 if is_table else 1 / parameter[0].numel() ** 0.5
-                values = (std * noise.roll(len(name))).half().float()
+                values = (std * noise.roll(100_003 * number)).half().float()
                 for part in parameter.flatten().split(len(values)):
                     part.copy_(values[: len(part)])
     # Only what is stored: in 16 bits, the periods of the rotations would lose digits.
