@@ -48,7 +48,7 @@ def suit_device(model: Llava) -> None:
     A GPU takes the weights as they are. Of a CPU's matmuls only float32's is fast, so there all
     is computed in it. Matrices of few bits stay as they are where that is how they are read
     fastest (linux/layers.py); others, and all of a small model, become float32, if there is memory
-    for it. The log says so.
+    for it. The log says so of what is not small.
     """
     if not on_cpu():
         return
@@ -74,8 +74,7 @@ def suit_device(model: Llava) -> None:
             f"{_kind(kept)} are read as they are: {stored / 1e9:.2f} GB, in float32 "
             f"{floats / 1e9:.2f} GB."
         )
-    as_stored = {id(layer.weight) for layer in kept} | _scales(model, {*map(id, kept)})
-    _compute_in_float32(model, as_stored)
+    _compute_in_float32(model, {id(layer.weight) for layer in kept} | _scales(model, changed))
     paths = {path for path, layer in model.named_modules() if id(layer) in changed}
     dequantize(model, mx.float32, paths)
     if not any(map(is_quantized, model.modules())):
@@ -92,8 +91,8 @@ def _compute_in_float32(model: Llava, kept: set[int]) -> None:
     model.update(tree_map(widen, model.parameters()))
 
 
-def _scales(model: Llava, kept: set[int]) -> set[int]:
-    """The ids of scales that are read as they are stored, of layers with these ids.
+def _scales(model: Llava, changed: set[int]) -> set[int]:
+    """The ids of scales that are read as they are stored, but of layers with these ids.
 
     An embedding and the projector give what their scales are: in 16 bits, it would be rounded.
     """
@@ -101,7 +100,8 @@ def _scales(model: Llava, kept: set[int]) -> set[int]:
         id(layer[name])
         for part in (model.vision_tower, model.language_model)
         for layer in part.modules()
-        if isinstance(layer, nn.QuantizedLinear) and id(layer) in kept and is_read_fast(layer)
+        if isinstance(layer, nn.QuantizedLinear)
+        if id(layer) not in changed and is_read_fast(layer)
         for name in ("scales", "biases")
     }
 
