@@ -131,8 +131,9 @@ def train_encoder(
 
 
 def words_of(tokenizer: Tokenizer) -> dict[str, mx.array]:
-    """The token of every name of a colour, of a shape (0 for none) and of a place."""
-    names = {"colour": shapes.COLOURS, "shape": shapes.SHAPES, "cell": shapes.PLACES}
+    """The token of every name of a colour, of a shape, of a size (0 for none) and of a place."""
+    things = {"colour": shapes.COLOURS, "shape": shapes.SHAPES, "size": shapes.SIZES}
+    names = {**things, "cell": shapes.PLACES}
     ids: dict[str, mx.array] = {}
     for head, words in names.items():
         tokens = [token for _, token in (tokenizer.encode(f" {word}") for word in words)]

@@ -191,6 +191,8 @@ class Question:
 
 
 TYPES = ("colour", "shape", "count", "position", "size", "yes/no", "description")
+#: What takes longest to learn.
+HARD = ("count", "count", "size")
 
 
 def ask(random_: random.Random, scene: Scene, type_: str) -> Question | None:
@@ -330,26 +332,25 @@ def facts(random_: random.Random, scene: Scene) -> str:
     """Everything that can be asked, as short entries of a key and what is known of it.
 
     A caption that is read in one order only teaches to go through a picture; entries in any
-    order, by any key, teach to look something up in it.
+    order, by any key, with whatever first, teach to look anything up in it.
     """
     things, say = scene.things, random_.choice
     count = _counter(things)
     entries = []
+
+    def look_up(key: str, *values: str) -> str:
+        return f"{key}: {', '.join(random_.sample(values, k=len(values)))}."
+
     for thing in things:
-        keys = ["place", "place"]
-        keys += ["shape"] if count(shape=thing.shape) == 1 else []
-        keys += ["colour"] if count(colour=thing.colour) == 1 else []
-        key = say(keys)
-        if key == "place":
-            entries.append(f"{thing.place}: {thing}.")
-        elif key == "shape":
-            entries.append(f"{thing.shape}: {thing.colour}, {thing.size}, {thing.place}.")
-        else:
-            entries.append(f"{thing.colour}: {thing.shape}, {thing.size}, {thing.place}.")
+        ways = [f"{thing.place}: {thing}."]
+        if count(shape=thing.shape) == 1:
+            ways.append(look_up(thing.shape, thing.colour, thing.size, thing.place))
+        if count(colour=thing.colour) == 1:
+            ways.append(look_up(thing.colour, thing.shape, thing.size, thing.place))
+        entries.append(say(ways))
     thing = say(things)
-    both = f"{thing.colour} {thing.shape}"
     if count(colour=thing.colour, shape=thing.shape) == 1:
-        entries.append(f"{both}: {thing.size}, {thing.place}.")
+        entries.append(look_up(f"{thing.colour} {thing.shape}", thing.size, thing.place))
     shuffled = random_.sample(things, k=len(things))
     text, number = _count(random_, shuffled, count)
     entries.append(f"{text} {NUMBERS[number]}.")
@@ -361,16 +362,23 @@ def facts(random_: random.Random, scene: Scene) -> str:
     return " ".join(entries)
 
 
-def conversation(random_: random.Random, scene: Scene, descriptions: float = 1.0) -> list[Question]:
+def conversation(
+    random_: random.Random,
+    scene: Scene,
+    descriptions: float = 1.0,
+    more: Sequence[str] = (),
+) -> list[Question]:
     """A question of every type about one scene, each about any of its things.
 
     Args:
         random_ (random.Random): Where chance comes from.
         scene (Scene): What is asked about.
         descriptions (float): How often a description, the longest answer, is among them.
+        more (sequence): Types that are asked once more, each as often as it is here.
     """
     questions = []
-    for type_ in random_.sample(TYPES, k=len(TYPES)):
+    types = (*TYPES, *more)
+    for type_ in random_.sample(types, k=len(types)):
         if type_ == "description" and random_.random() < 1 - descriptions:
             continue
         things = tuple(random_.sample(scene.things, k=len(scene.things)))

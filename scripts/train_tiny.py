@@ -109,10 +109,10 @@ EXAMPLES = (
 HEADS = "heads.safetensors"
 #: The stages of mlx_llava.train: --stage, training file, --template, --steps, --learning-rate.
 STAGES = {
-    "language": ("full", "facts", "plain", 3000, 2e-3),
+    "language": ("full", "facts", "plain", 2500, 2e-3),
     "align": ("projector", "captions", "plain", 200, 1e-3),
-    "instruct": ("full", "short", None, 5000, 1.5e-3),
-    "refine": ("full", "long", None, 2800, 1e-3),
+    "instruct": ("full", "short", None, 4000, 1.5e-3),
+    "refine": ("full", "long", None, 2000, 1e-3),
 }
 
 
@@ -135,7 +135,7 @@ def make_data(folder: Path) -> None:
             files[file].append(shapes.training_sample(number, [caption]))
         short = shapes.conversation(chance, scene, descriptions=0.25)
         files["short"].append(shapes.training_sample(number, short))
-        long = shapes.conversation(more_chance, scene)
+        long = shapes.conversation(more_chance, scene, more=shapes.HARD)
         files["long"].append(shapes.training_sample(number, long))
     for number in numbers:
         for file, questions in about_another(random.Random(f"other {number}")).items():
