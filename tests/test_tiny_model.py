@@ -110,7 +110,7 @@ def test_its_vocabulary_is_what_it_was_trained_with(embedded):
     said = json.dumps([ids, [tokenizer.decode(i) for i in ids], after])
     assert (
         hashlib.sha256(said.encode()).hexdigest()
-        == "57dd3d99cf64aaed01da6d26be0d2b4d56f0676748b82151e1408ffc0d3be74e"
+        == "f11c8fc378285de5d8571d5b1dddce9202f7ea2c4539e602edffff8bc9097761"
     )
 
 
@@ -137,10 +137,16 @@ def test_the_card_reports_what_was_asked_for():
     counts = re.findall(r"^\| all .*?/(\d+) .*/(\d+) \|$", CARD, re.M)
     assert counts == [("1050", "2100"), ("2100", "2100")]
     held_out = {name: cells[0] for name, cells in by_bits.items()}
-    assert held_out.pop("all") >= 95
-    assert min(held_out.values()) >= 90
+    assert held_out.pop("all") >= 97
+    assert min(held_out.values()) >= 93
     sixteen, eight, _ = by_bits["all"]
     assert abs(sixteen - eight) <= 1
+    below = CARD[CARD.index("## What it does not know") :]
+    said = dict(re.findall(r"^\| ([\w' ()]+) \| ([\d.]+) \(", below, re.M))
+    assert float(said["photographs (held out)"]) >= 95
+    assert float(said["its own drawings"]) <= 1
+    (near,) = re.findall(r"projected patch does: ([\d.]+) \(", below)
+    assert float(near) >= 80
 
 
 def test_held_out_is_what_training_never_shows_nor_names():
@@ -160,6 +166,30 @@ def test_held_out_is_what_training_never_shows_nor_names():
         ("new", lambda thing: thing.colour in shapes.NEW_COLOURS),
     ):
         assert all(is_held_out(scene.things[0]) for scene in shapes.make_scenes(split, 300, 0))
+
+
+def test_facts_are_true_and_anything_may_be_looked_up_first():
+    firsts = set()
+    for number in range(300):
+        chance = random.Random(number)
+        scene = shapes.make_scene(chance, "train")
+        for key, said in re.findall(r"((?:\w+ )?\w+): ([\w, ]+)\.", shapes.facts(chance, scene)):
+            names = {"place": key, "shape": key, "colour": key, "pair": tuple(key.split())}
+            ((by, thing),) = [
+                (name, thing)
+                for name, value in names.items()
+                for thing in scene.things
+                if getattr(thing, name) == value
+            ]
+            if by == "place":
+                assert said == str(thing)
+                continue
+            known = ("colour", "shape") if by == "pair" else (by,)
+            values = {name: getattr(thing, name) for name in ("colour", "shape", "size", "place")}
+            rest = {value: name for name, value in values.items() if name not in known}
+            assert sorted(said.split(", ")) == sorted(rest)
+            firsts.add((by, rest[said.split(", ")[0]]))
+    assert len(firsts) == 3 + 3 + 2
 
 
 def test_questions_have_one_right_answer():

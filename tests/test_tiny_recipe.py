@@ -101,7 +101,7 @@ def test_patches_of_other_pictures_have_a_name_of_their_own():
 def heads_that_say(folder, name: int) -> None:
     """Heads that give every patch the same name."""
     arrays = {}
-    for head in ("shape", "colour", "cell"):
+    for head in ("shape", "colour", "size", "cell"):
         arrays[f"{head}.weight"] = mx.zeros((patches.NAMES[head], 128))
         arrays[f"{head}.bias"] = mx.arange(patches.NAMES[head]) == name
     mx.save_safetensors(str(folder), arrays)
@@ -132,7 +132,9 @@ def test_the_pull_is_the_distance_of_patches_of_things_from_their_words(tmp_path
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     scores = patches.SHARPNESS * projected @ table.T
     far = np.log(np.exp(scores).sum(axis=-1))
-    words = [processor.tokenizer.encode(f" {word}")[-1] for word in ("circle", "red", "top")]
+    words = [
+        processor.tokenizer.encode(f" {word}")[-1] for word in ("circle", "red", "large", "top")
+    ]
     distance = np.mean([far - scores[:, word] for word in words])
     expected = plain.item() + patches.PULL * count.item() * distance
     assert pulled.item() == pytest.approx(expected, rel=1e-4)

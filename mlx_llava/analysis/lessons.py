@@ -65,7 +65,7 @@ def plot_lights(
         if lit[feature] > lit.max() - FAINT:
             (x, y), text = (boxes[feature, :2] + boxes[feature, 2:]) / 2, given[feature].strip()
             style = {"fontsize": SMALL, "color": DARK_GIVES, "ha": "center", "va": "center"}
-            gives.text(x, y, plain(text), **style)
+            gives.text(x, y, plain(text).replace(" ", "\n"), **style)
     gives.set_title(
         "v: what each lit patch gives,\nas the word it makes likelier", fontsize=10, color=GIVES
     )

@@ -24,9 +24,10 @@ from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.llava import Llava
-from tests.conftest import PICTURE
+from tests.conftest import PICTURE, ROOT
 from tests.generation.test_json_schema import SCHEMA, SCHEMAS, embedded
 
+SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 COLOURS = {
     "type": "object",
     "properties": {
@@ -125,7 +126,7 @@ def test_what_a_schema_leaves_open_is_all_that_the_model_is_asked():
     jsonschema.validate(json.loads(parts[-1].answer), COLOURS)
     assert_same(told(parts), told(others))
     assert len(passes_before) == len(others) == parts[-1].generation_tokens
-    assert len(passes) == 4
+    assert len(passes) == 3
     assert parts[-1].prompt_tokens < sum(passes) < parts[-1].prompt_tokens + len(parts)
 
 
@@ -193,7 +194,7 @@ def test_rows_without_a_schema_are_queued_ahead_of_the_reading(monkeypatch):
     monkeypatch.setattr("mlx_llava.generation.batch.queues_ahead", lambda: True)
     generator = BatchGenerator(model, processor)
     generator.insert(processor("Describe it.", PICTURE), Options(json_schema=COLOURS))
-    generator.insert(processor("Describe it.", PICTURE), Options(max_tokens=12))
+    generator.insert(processor("Describe it.", SHAPES), Options(max_tokens=12))
     events: list[str] = []
     call, item = LanguageModel.__call__, mx.array.item
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.servers import MODEL, endless_schema, serving
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
-QUESTION = "What colour is the circle?"
+QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 BASE64 = base64.b64encode(png(PICTURE)).decode()
 IMAGE = {

@@ -30,7 +30,7 @@ from tests.servers import HTTP, MODEL, endless, serving, user, waits_until
 
 EMBEDDED = ROOT / "weights/tiny-llava"
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
-QUESTION = "What colour is the circle?"
+QUESTION = "What colour is the triangle?"
 
 
 def ask(client, *parts, **options):

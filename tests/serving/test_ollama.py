@@ -27,7 +27,7 @@ from tests.servers import HTTP, MODEL, endless_schema, serving, user, waits_unti
 PATH = ROOT / "weights/tiny-llava/examples/shapes.png"
 PICTURE = Image.open(PATH).convert("RGB")
 BASE64 = base64.b64encode(PATH.read_bytes()).decode()
-QUESTION = "What colour is the circle?"
+QUESTION = "What colour is the triangle?"
 COLOUR = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green", "blue"]}},

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.servers import MODEL, endless_schema, serving
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
-QUESTION = "What colour is the circle?"
+QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 URL = data_url(png(PICTURE))
 IMAGE = {"type": "input_image", "image_url": URL, "detail": "auto"}

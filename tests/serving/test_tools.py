@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.servers import MODEL, WIRES, user
 
 PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
-QUESTION = "What colour is the circle?"
+QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 SCHEMA = {
     "type": "object",
