@@ -1,5 +1,5 @@
-"""CLIP ViT-L/14-336 and a decoder layer of Vicuna's width, on a real photograph and the real
-tokenizer: ids and logits are transformers'. Random weights; about 5 GB of memory."""
+"""Layers of CLIP ViT-L/14-336 and one of Vicuna-7B, on a real photograph and the real tokenizer:
+ids and logits are transformers'. Random weights; the whole tower takes about 5 GB of memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ no_init_weights = pytest.importorskip("transformers.initialization").no_init_wei
 IMAGE = 32000
 
 
-def write_checkpoint(folder: Path, tokenizer_model: bytes):
-    """Vicuna-7B's shape with 1 of its 32 layers; the tower is whole."""
+def write_checkpoint(folder: Path, tokenizer_model: bytes, layers: int):
+    """LLaVA-1.5-7B's shape with so many of its tower's 24 layers, and 1 of its decoder's 32."""
     torch.manual_seed(0)
     config = hf.LlavaConfig(
         text_config=hf.LlamaConfig(
             num_hidden_layers=1, vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096
         )
     )
+    config.vision_config.num_hidden_layers = layers
     config._attn_implementation = "sdpa"
     with no_init_weights():  # transformers' own takes longer than all the rest
         model = hf.LlavaForConditionalGeneration(config).eval()
@@ -60,12 +61,13 @@ def write_checkpoint(folder: Path, tokenizer_model: bytes):
     not mx.is_available(mx.gpu) and not backend.BLAS,
     reason="takes minutes without a fast BLAS: pip install '.[train]'",
 )
-def test_ids_and_logits_at_real_shapes(llama_tokenizer_model, tmp_path):
+@pytest.mark.parametrize("layers", [4, pytest.param(24, marks=pytest.mark.slow)])
+def test_ids_and_logits_at_real_shapes(layers, llama_tokenizer_model, tmp_path):
     import sentencepiece
     from transformers.image_utils import load_image
 
     path = shared_data("images/extreme_ironing.jpg")
-    reference = write_checkpoint(tmp_path, llama_tokenizer_model)
+    reference = write_checkpoint(tmp_path, llama_tokenizer_model, layers)
     model, processor = load(tmp_path, dtype="float32")
     prompt = "USER: <image>\nWhat is in this picture? ASSISTANT:"
     spm = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
