@@ -193,7 +193,7 @@ import itertools, sys, time
 from mlx_llava.generation.follow import _Follower
 from mlx_llava.generate import main
 calls, step = itertools.count(), _Follower.step
-_Follower.step = lambda self, of: step(self, of) if next(calls) < 20 else time.sleep(100)
+_Follower.step = lambda self, of: step(self, of) if next(calls) < 21 else time.sleep(100)
 sys.exit(main(sys.argv[1:]))
 """
 
