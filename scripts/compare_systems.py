@@ -94,7 +94,7 @@ class Peer:
 
 def compare(systems: list[Peer], rows: list[Row], max_tokens: int, repeats: int) -> Figures:
     """Medians of each system, and ratios of the first to the others, of runs A B A B."""
-    able = systems if len(rows) == 1 else [s for s in systems if s.system not in SINGLE]
+    able = [peer for peer in systems if _takes(peer.system, rows)]
     runs = _take_turns(able, rows, max_tokens, repeats)
     return _compared(rows, runs, {peer.system: peer.versions for peer in able})
 
@@ -105,11 +105,15 @@ def compare_apart(
     """As `compare`, of runs A A B B: each system starts when those before it have ended."""
     runs, versions = {}, {}
     for name, start in starts.items():
-        if len(rows) == 1 or name not in SINGLE:
+        if _takes(name, rows):
             with closing(start()) as peer:
                 (runs[name],) = _take_turns([peer], rows, max_tokens, repeats).values()
                 versions[name] = peer.versions
     return _compared(rows, runs, versions)
+
+
+def _takes(system: str, rows: list[Row]) -> bool:
+    return len(rows) == 1 or system not in SINGLE
 
 
 def _compared(rows: list[Row], runs: dict[str, list[Figures]], versions: Figures) -> Figures:

@@ -131,13 +131,17 @@ def train_encoder(
 
 
 def words_of(tokenizer: Tokenizer) -> dict[str, mx.array]:
-    """The token of every name of a colour, of a shape, of a size (0 for none) and of a place."""
-    things = {"colour": shapes.COLOURS, "shape": shapes.SHAPES, "size": shapes.SIZES}
-    names = {**things, "cell": shapes.PLACES}
+    """The token of every name of a colour, of a shape, of a size and of a place; 0 for none."""
+    names = {
+        "colour": shapes.COLOURS,
+        "shape": shapes.SHAPES,
+        "size": shapes.SIZES,
+        "cell": shapes.PLACES,
+    }
     ids: dict[str, mx.array] = {}
     for head, words in names.items():
         tokens = [token for _, token in (tokenizer.encode(f" {word}") for word in words)]
-        ids[head] = mx.array(tokens if head == "cell" else [0, *tokens])
+        ids[head] = mx.array([0] * (NAMES[head] - len(words)) + tokens)
     return ids
 
 
@@ -158,10 +162,10 @@ def pulled_to_words(heads: Path, tokenizer: Tokenizer) -> Iterator[None]:
         far, are_things = mx.array(0.0), mx.array(True)
         for head, ids in words.items():
             names = (features @ arrays[f"{head}.weight"].T + arrays[f"{head}.bias"]).argmax(axis=-1)
-            near = mx.take_along_axis(scores, ids[names][:, None], axis=-1)[:, 0]
+            tokens = ids[names]
+            near = mx.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
             far = far + (scores.logsumexp(axis=-1) - near) / len(words)
-            if head != "cell":  # which all patches have
-                are_things = are_things & (names > 0)
+            are_things = are_things & (tokens > 0)
         return (far * are_things).sum() / mx.maximum(are_things.sum(), 1)
 
     def loss(model: Llava, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -22,6 +22,8 @@ from tests.sites import internet, tls  # noqa: F401 - fixtures
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 PICTURE = GOLDENS / "picture.png"
+#: What the README asks about.
+SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 #: `load` where a test is about the numbers of a checkpoint, not about those of the device.
 load_as_stored = partial(load, as_stored=True)
 MACHINES = ("mac", "linux")

@@ -21,11 +21,10 @@ from click.testing import CliRunner
 from mlx_llava import generate, load
 from mlx_llava.arguments import given_options
 from mlx_llava.serving.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 from tests.test_docs import blocks
 
 PACKAGING = ROOT / "packaging"
-SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 SCRIPT = PACKAGING / "describe-image.sh"
 WORKFLOW = PACKAGING / "Describe image.workflow" / "Contents"
 AGENT = plistlib.loads((PACKAGING / "mlx-llava.server.plist").read_bytes())

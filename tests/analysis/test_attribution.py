@@ -25,7 +25,7 @@ from mlx_llava.explain import explain, logit_lens, main, mask_effect, nearest_wo
 from mlx_llava.files import check_output
 from mlx_llava.inputs.image_processor import ImageProcessor
 from mlx_llava.model.config import LlavaConfig
-from tests.conftest import GOLDENS, ROOT, load_as_stored
+from tests.conftest import GOLDENS, ROOT, SHAPES, load_as_stored
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import shapes
@@ -368,8 +368,6 @@ def test_text_of_a_token_keeps_its_space(embedded):
 
 
 # Figures, reports and Jupyter
-
-SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 
 
 def test_a_report_begins_with_the_answer_and_folds_what_is_repeated(tmp_path, capsys):

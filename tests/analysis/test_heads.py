@@ -12,9 +12,7 @@ from mlx_llava import load
 from mlx_llava.analysis.heads import given_words, take_head
 from mlx_llava.analysis.trace import trace
 from mlx_llava.explain import explain
-from tests.conftest import GOLDENS, PICTURE, ROOT, load_as_stored
-
-SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
+from tests.conftest import GOLDENS, PICTURE, SHAPES, load_as_stored
 
 
 def check(model, ours):

@@ -12,12 +12,11 @@ from llm.cli import cli
 
 from mlx_llava import generate, load
 from mlx_llava.generation.sampling import Options
-from tests.conftest import GOLDENS, ROOT
+from tests.conftest import GOLDENS, ROOT, SHAPES
 
 pytest.importorskip("av", reason="pip install '.[video]'")
 from tests.films import film
 
-SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 QUESTION = "What is in this picture?"
 FOLLOW_UP = "What colour is the square?"
 COLOUR = {

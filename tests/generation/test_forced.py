@@ -24,10 +24,9 @@ from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
 from mlx_llava.model.llama import LanguageModel
 from mlx_llava.model.llava import Llava
-from tests.conftest import PICTURE, ROOT
+from tests.conftest import PICTURE, SHAPES
 from tests.generation.test_json_schema import SCHEMA, SCHEMAS, embedded
 
-SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 COLOURS = {
     "type": "object",
     "properties": {

@@ -25,11 +25,10 @@ from mlx_llava.mcp import build_parser, main
 from mlx_llava.server import start_engine
 from mlx_llava.serving.mcp import TOOLS, Eyes, make_server
 from mlx_llava.serving.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 from tests.inputs.test_image import png_header
 from tests.servers import endless_schema, waits_until
 
-SHAPES = ROOT / "weights/tiny-llava/examples/shapes.png"
 QUESTION = "What colour is the square?"
 #: What a client starts; PYTHONPATH, since clients hand over only a few variables.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT)}

@@ -12,10 +12,8 @@ from playwright.sync_api import expect
 
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.inputs.image import data_url
-from tests.conftest import ROOT
 from tests.servers import serving
 
-SHAPES = ROOT / "weights" / "tiny-llava" / "examples" / "shapes.png"
 QUESTION = "What colour is the triangle?"
 DESCRIPTION = "A small black star, a large red triangle and a large orange square."
 #: Every letter of it is a choice of the model, so that none comes for nothing.

@@ -6,11 +6,11 @@ import json
 
 from playwright.sync_api import expect
 
+from tests.conftest import SHAPES
 from tests.servers import serving, waits_until
 from tests.serving.page.people import (
     DESCRIPTION,
     QUESTION,
-    SHAPES,
     answered,
     ask,
     begun,

@@ -8,9 +8,9 @@ import time
 from playwright.sync_api import expect
 
 from mlx_llava.inputs.image import data_url
+from tests.conftest import SHAPES
 from tests.serving.page.people import (
     QUESTION,
-    SHAPES,
     answered,
     ask,
     begun,

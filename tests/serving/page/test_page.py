@@ -8,11 +8,10 @@ import re
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 from tests.servers import serving
 from tests.serving.page.people import (
     QUESTION,
-    SHAPES,
     add,
     answered,
     ask,

@@ -12,11 +12,11 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from mlx_llava.inputs.image import data_url
+from tests.conftest import SHAPES
 from tests.films import film
 from tests.servers import serving
 from tests.serving.page.people import (
     QUESTION,
-    SHAPES,
     add,
     answered,
     ask,
