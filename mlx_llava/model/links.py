@@ -248,7 +248,7 @@ class Links:
         if self.rank == 0 and self._is_overdue(now) and all(overdue):
             pulses = {0: self._pulses, **{link.rank: link.pulses for link in self._links}}
             behind = [rank for rank, n in pulses.items() if n < max(pulses.values())]
-            who = f"rank {behind[0]} hangs" if behind else "all ranks wait for each other"
+            who = f"rank {behind[0]} hangs" if behind else "a rank hangs, or each waits for another"
             self.fail(f"{who}: no step has ended for {self.seconds:g} s (--rank-timeout)")
 
 
