@@ -2,7 +2,7 @@
 
 Control-C ends it with a reply to everyone. A connection closes where a request's head does not
 come, for which uvicorn waits forever. Of very many, the one that has asked for nothing for the
-longest gives way to a new one.
+longest gives way to a new one. Who is answered while still sending can send on, and read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SHORT_PARTS = 10_000
 PART_BYTES = 100
 #: Between the letters that tell whether a half-closed client is still there.
 PROBE_SECONDS = 0.5
+#: For a client to send the rest of what nobody reads, and then to take its answer.
+LINGER_SECONDS, LINGER_BYTES = 30.0, 200_000_000
 #: For clients to take the last words, where the server ends.
 LAST_SECONDS = 1.0
 #: What every answer begins with, whatever its status.
@@ -84,7 +86,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Waits for the first request; makes room where there are too many connections."""
-        super().connection_made(transport)
+        self._lingering = _Lingering(transport, self)
+        super().connection_made(cast("asyncio.Transport", self._lingering))
         self._wait_for_head()
         others = [other for other in self._others() if not other.transport.is_closing()]
         if len(others) < CONNECTIONS:
@@ -98,6 +101,9 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Reads; a head that is not whole yet gets no more time."""
+        if self._lingering.is_closing():
+            self._lingering.drop(data)
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
@@ -134,6 +140,12 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    @property
+    def is_answered_early(self) -> bool:
+        """Whether the last answer is given, to a client that still sends."""
+        is_over = self.conn.our_state in (h11.MUST_CLOSE, h11.CLOSED)
+        return is_over and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     @property
     def asks_for_nothing(self) -> bool:
@@ -183,6 +195,40 @@ class _Counted(h11.Connection):
             if self._parts > SHORT_PARTS + self._bytes // PART_BYTES:
                 raise h11.RemoteProtocolError("The body comes in too many parts.")
         return event
+
+
+class _Lingering:
+    """A transport that, closed before its client has sent all, first lets it.
+
+    To close with something unread is to reset a connection: the client fails as it sends, and may
+    never see its answer (RFC 9112, 9.6).
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport, self._connection = transport, connection
+        self._lingers, self._left = False, LINGER_BYTES
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Says that no more is coming, and closes after a while; at once if closed again."""
+        if self.is_closing() or not self._connection.is_answered_early:
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._connection.loop.call_later(LINGER_SECONDS, self._transport.close)
+
+    def drop(self, data: bytes) -> None:
+        """Takes what nobody reads, up to so much."""
+        self._left -= len(data)
+        if self._left < 0:
+            self._transport.close()
 
 
 class _Begun:

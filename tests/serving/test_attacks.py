@@ -434,9 +434,23 @@ class TestBodies(EveryApi):
                     connection.sendall(part)
                     sent += 65536
             answer = receive(connection)
-        assert sent < 200_000_000
+        assert 200_000_000 < sent < 300_000_000
         assert answer.startswith(b"HTTP/1.1 413") or not answer  # reset before it could be read
         assert resident_mb() < before + 250
+
+    @pytest.mark.parametrize("is_announced", [False, True])
+    def test_whoever_sends_too_much_reads_why(self, served, is_announced):
+        """Also who reads only after having sent all."""
+        body = b" " * 30_000_000
+        if is_announced:
+            head = self.head(served, length=len(body))
+        else:
+            head = self.head(served, "Transfer-Encoding: chunked")
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        with also(served, "--max-body", "1") as strict:
+            answer = strict.raw(head + body)
+        refusal = served.wire.error(json.loads(answer.partition(b"\r\n\r\n")[2]))
+        assert refusal == "The body has more than 1,000,000 bytes."
 
     def test_many_bodies_at_once(self, served):
         """More than four of the greatest length are not held, in however many pieces."""
