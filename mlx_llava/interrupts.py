@@ -1,10 +1,13 @@
-"""Control-C while a command is still being imported ends it, without a word."""
+"""Control-C ends a command that is still being imported, without a word, or waits a moment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NAMES = ("mlx_llava", "mlx-llava")
 
@@ -27,3 +30,19 @@ def raise_interrupts() -> None:
     """Lets Control-C be a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def waiting_interrupts() -> Iterator[None]:
+    """Lets Control-C wait until all that is done within is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(signal.SIGINT, None)

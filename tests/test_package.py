@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mlx_llava"
 #: The rooms, lowest first; each imports only from lower ones, and rooms on one line never meet.
 #: Files at the top that are none of these are commands.
 ROOMS = (
-    {"version", "files", "json_files", "folders", "signatures"},
+    {"version", "files", "json_files", "folders", "signatures", "interrupts"},
     {"model"},
     {"inputs"},
     {"checkpoint"},

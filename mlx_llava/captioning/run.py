@@ -16,6 +16,7 @@ from mlx_llava.captioning.rename import Renames
 from mlx_llava.captioning.settings import RunSettings
 from mlx_llava.captioning.tables import Lines, Table
 from mlx_llava.files import is_same_file, one_line
+from mlx_llava.interrupts import waiting_interrupts
 
 #: ``--out`` for a text file beside each picture.
 BESIDE = "txt"
@@ -197,8 +198,9 @@ class Run:
 
     def _keep(self, image: str, steps: Iterable[Callable[[str], None]]) -> None:
         try:
-            for step in steps:
-                step(image)
+            with waiting_interrupts():
+                for step in steps:
+                    step(image)
         except ValueError as error:
             self.fail(image, error)
 

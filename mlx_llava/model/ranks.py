@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +23,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import mlx.core as mx
 
+from mlx_llava.interrupts import waiting_interrupts
 from mlx_llava.model import links
 from mlx_llava.version import __version__
 
@@ -156,17 +155,11 @@ class Ranks(Alone):
             yield
             return
         self._links.work()
-        pressed: list[int] = []
-        is_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, lambda n, _: pressed.append(n)) if is_main else None
-        try:
-            yield
-        finally:
-            self._links.rest()
-            if is_main:
-                signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(signal.SIGINT, None)
+        with waiting_interrupts():
+            try:
+                yield
+            finally:
+                self._links.rest()
 
     def steps(self, items: Iterator[T]) -> Iterator[T]:
         none = object()

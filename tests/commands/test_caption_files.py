@@ -21,6 +21,7 @@ from mlx_llava.caption import main
 from mlx_llava.captioning import watch
 from mlx_llava.captioning.questions import PROMPT
 from mlx_llava.captioning.run import Run
+from mlx_llava.captioning.tables import Lines
 from mlx_llava.captioning.xmp import read_description, with_description
 from mlx_llava.files import only_writer
 from tests.conftest import ROOT
@@ -328,6 +329,20 @@ def test_control_c_ends_with_a_summary(expected, monkeypatch, capsys):
     assert main(["photos"]) == 130
     assert "2 written, 0 failed, 0 skipped; --resume goes on" in capsys.readouterr().err
     assert [line["text"] for line in lines()] == [*expected.values()][:2]
+
+
+def test_control_c_waits_for_the_sidecar_of_a_caption(photos, monkeypatch, capsys):
+    write = Lines.write
+
+    def pressed(self, image: str, values: dict) -> None:
+        write(self, image, values)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Lines, "write", pressed)
+    assert main(["photos", "--xmp"]) == 130
+    assert "1 written, 0 failed, 0 skipped; --resume goes on" in capsys.readouterr().err
+    (line,), (sidecar,) = lines(), photos.glob("*.xmp")
+    assert read_description(sidecar.read_bytes()) == line["text"]
 
 
 def test_watching_in_one_process(photos, expected, monkeypatch, capsys):
