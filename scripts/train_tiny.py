@@ -1,6 +1,6 @@
 """Makes weights/tiny-llava: a LLaVA that knows coloured shapes, from nothing, by LLaVA's stages.
 
-python scripts/train_tiny.py        # an hour and a half on 2 cores; started again, it goes on
+python scripts/train_tiny.py        # one to two hours on 2 cores; started again, it goes on
 
 1. vision: the encoder learns to name what each patch belongs to (as CLIP's comes trained).
 2. language: the decoder learns to talk, and to look things up (as Vicuna's comes trained).

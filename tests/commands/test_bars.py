@@ -25,10 +25,13 @@ def slowly(where, name, seconds, when=lambda *_: True):
         return call(*args, **kwargs)
     setattr(where, name, wait)
 """
-#: A model that reads as slowly as a large one on a small machine.
+#: A model whose first of three layers reads as slowly as those of a large one.
 READING = """
+from itertools import count
 from mlx_llava.model import llama, llava
-slowly(llama.DecoderLayer, "__call__", {layer}, lambda _, x, *__: x.shape[1] > 1)
+layers = count()
+is_first = lambda _, x, *__: x.shape[1] > 1 and next(layers) % 3 == 0
+slowly(llama.DecoderLayer, "__call__", {layer}, is_first)
 slowly(llava.VisionTower, "__call__", {tower})
 """
 #: A checkpoint far away, and a first tensor that is large.

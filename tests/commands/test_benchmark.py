@@ -32,9 +32,10 @@ def tiny(tmp_path_factory):
 
 def test_it_measures_every_part(tmp_path, capsys):
     out, plot = tmp_path / "measured.json", tmp_path / "measured.png"
-    requests = ["--requests", "30"]
-    assert main([*SMALL, *requests, "--out", str(out), "--plot", str(plot)]) == 0
+    more = ["--requests", "30", "--dtype", "float32", "--q-bits", "4"]
+    assert main([*SMALL, *more, "--out", str(out), "--plot", str(plot)]) == 0
     found = json.loads(out.read_text())
+    assert found["q_bits"] == 4
     alone = found["alone"]
     assert [row["images"] for row in alone["single"]] == [1, 2]
     for row in alone["single"]:
@@ -53,6 +54,7 @@ def test_it_measures_every_part(tmp_path, capsys):
     for path in (out, plot):
         check_output(path, "mlx_llava.benchmark")
     printed = capsys.readouterr().out
+    assert ", 4 bits, 4 tokens" in printed
     assert "follow-up question: first token in" in printed
     assert "rows  images  seconds  tokens/s" in printed
 
@@ -177,12 +179,3 @@ def test_a_random_model_is_written_in_a_fraction_of_its_size(bits, tmp_path):
     embedding = 32064 * 256 * (2 if bits is None else 0.5)
     assert size > 5 * embedding
     assert int(done.stdout) < 4 * embedding
-
-
-def test_codes_are_measured(tmp_path, capsys):
-    out = tmp_path / "measured.json"
-    small = ["--dtype", "float32", "--batch", "1", "--images", "1", "--repeats", "1", "-m", "4"]
-    assert main(["--shape", "tiny", "--q-bits", "4", *small, "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert found["q_bits"] == 4
-    assert ", 4 bits, 4 tokens" in capsys.readouterr().out

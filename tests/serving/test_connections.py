@@ -254,7 +254,8 @@ class TestBodies:
     def in_chunks_of_one(self, content):
         top, body = b"\r\n".join(head(0).split(b"\r\n")[:-3]), content
         chunks = b"".join(b"1\r\n%c\r\n" % letter for letter in body)
-        return top + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+        top += b"\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        return top + chunks + b"0\r\n\r\n"
 
     def test_a_letter_at_a_time_is_read(self, served):
         body = request().partition(b"\r\n\r\n")[2]
