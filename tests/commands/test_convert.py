@@ -383,7 +383,7 @@ for line in sys.stdin:
 
 
 def test_a_kill_leaves_nothing_or_a_whole_folder(original, tmp_path):
-    """Killed at 20 random moments."""
+    """Killed at 12 random moments."""
     rng = random.Random(0)
     outcomes = []
     with subprocess.Popen(
@@ -394,7 +394,7 @@ def test_a_kill_leaves_nothing_or_a_whole_folder(original, tmp_path):
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
-        for _ in range(20):
+        for _ in range(12):
             print(rng.uniform(0, 0.8), file=process.stdin, flush=True)
             assert process.stdout.readline() == "\n"
             whole = (tmp_path / "out").exists()

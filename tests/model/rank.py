@@ -36,7 +36,7 @@ from tests.conftest import as_on
 #: Of prompts through a pipeline: those of tiny models are short.
 CHUNK = 16
 #: How many tokens are made of a prompt, and of each of several.
-TOKENS = 5
+TOKENS = 2
 LENGTHS = (2, 5, 3)
 
 

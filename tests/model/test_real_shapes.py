@@ -1,5 +1,5 @@
 """Layers of CLIP ViT-L/14-336 and one of Vicuna-7B, on a real photograph and the real tokenizer:
-ids and logits are transformers'. Random weights; the whole tower takes about 5 GB of memory."""
+ids and logits are transformers'. Random weights; all of that takes about 5 GB of memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ no_init_weights = pytest.importorskip("transformers.initialization").no_init_wei
 IMAGE = 32000
 
 
-def write_checkpoint(folder: Path, tokenizer_model: bytes, layers: int):
-    """LLaVA-1.5-7B's shape with so many of its tower's 24 layers, and 1 of its decoder's 32."""
+def write_checkpoint(folder: Path, tokenizer_model: bytes, layers: int, width: int):
+    """LLaVA-1.5-7B's shape with so many of its tower's 24 layers, and 1 of its decoder's 32.
+
+    Of its decoder's 4096 states, so many, with as many heads (of 128) and hidden units to each.
+    """
     torch.manual_seed(0)
     config = hf.LlavaConfig(
         text_config=hf.LlamaConfig(
-            num_hidden_layers=1, vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096
+            num_hidden_layers=1,
+            vocab_size=32064,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            hidden_size=width,
+            num_attention_heads=width // 128,
+            intermediate_size=width * 11008 // 4096,
         )
     )
     config.vision_config.num_hidden_layers = layers
@@ -61,13 +70,15 @@ def write_checkpoint(folder: Path, tokenizer_model: bytes, layers: int):
     not mx.is_available(mx.gpu) and not backend.BLAS,
     reason="takes minutes without a fast BLAS: pip install '.[train]'",
 )
-@pytest.mark.parametrize("layers", [4, pytest.param(24, marks=pytest.mark.slow)])
-def test_ids_and_logits_at_real_shapes(layers, llama_tokenizer_model, tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "width"), [(4, 2048), pytest.param(24, 4096, marks=pytest.mark.slow)]
+)
+def test_ids_and_logits_at_real_shapes(layers, width, llama_tokenizer_model, tmp_path):
     import sentencepiece
     from transformers.image_utils import load_image
 
     path = shared_data("images/extreme_ironing.jpg")
-    reference = write_checkpoint(tmp_path, llama_tokenizer_model, layers)
+    reference = write_checkpoint(tmp_path, llama_tokenizer_model, layers, width)
     model, processor = load(tmp_path, dtype="float32")
     prompt = "USER: <image>\nWhat is in this picture? ASSISTANT:"
     spm = sentencepiece.SentencePieceProcessor(model_proto=llama_tokenizer_model)
