@@ -48,8 +48,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what takes longest, the whole and the page, so that no worker is left with it."""
-    long = (ROOT / "tests", ROOT / "tests" / "serving" / "page")
+    """First what takes longest: the whole, the page, training. So no worker is left with it."""
+    long = {ROOT / "tests" / folder for folder in ("", "serving/page", "tuner")}
     items.sort(key=lambda item: item.path.parent not in long)
 
 
