@@ -393,6 +393,7 @@ MUTATIONS = (
     ("nobody told of the end", "serving/http", "self._stop()", "pass"),
     ("Control-C between a caption and its sidecar", "captioning/run", "with waiting_interrupts():", "if True:"),
     ("who still sends is reset", "serving/http", "if self.is_closing() or not self._connection.is_answered_early:", "if True:"),
+    ("those answered early not counted", "serving/http", "if not other.is_closed]", "if not other.transport.is_closing()]"),
     ("what nobody reads read for ever", "serving/http", "if self._left < 0:", "if False:"),
     ("any name answered to", "serving/guard", "if len(hosts) != 1 or not self._knows(hosts[0]):", "if len(hosts) != 1:"),
     ("pages of others answered", "serving/guard", "if headers.get(\"origin\") not in (None,", "if False and headers.get(\"origin\") not in (None,"),

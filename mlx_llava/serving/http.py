@@ -89,7 +89,7 @@ class Connection(H11Protocol):
         self._lingering = _Lingering(transport, self)
         super().connection_made(cast("asyncio.Transport", self._lingering))
         self._wait_for_head()
-        others = [other for other in self._others() if not other.transport.is_closing()]
+        others = [other for other in self._others() if not other.is_closed]
         if len(others) < CONNECTIONS:
             return
         waiting = [other for other in others if other.asks_for_nothing or other.cycle.more_body]
@@ -140,6 +140,11 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is, or will be once all is written; one that lingers is not."""
+        return self._lingering.transport.is_closing()
 
     @property
     def is_answered_early(self) -> bool:
@@ -205,30 +210,30 @@ class _Lingering:
     """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
-        self._transport, self._connection = transport, connection
+        self.transport, self._connection = transport, connection
         self._lingers, self._left = False, LINGER_BYTES
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+        return getattr(self.transport, name)
 
     def is_closing(self) -> bool:
-        return self._lingers or self._transport.is_closing()
+        return self._lingers or self.transport.is_closing()
 
     def close(self) -> None:
         """Says that no more is coming, and closes after a while; at once if closed again."""
         if self.is_closing() or not self._connection.is_answered_early:
-            self._transport.close()
+            self.transport.close()
             return
         self._lingers = True
-        self._transport.write_eof()
-        self._transport.resume_reading()
-        self._connection.loop.call_later(LINGER_SECONDS, self._transport.close)
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self._connection.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def drop(self, data: bytes) -> None:
         """Takes what nobody reads, up to so much."""
         self._left -= len(data)
         if self._left < 0:
-            self._transport.close()
+            self.transport.close()
 
 
 class _Begun:

@@ -211,6 +211,26 @@ class TestManyConnections:
                 assert httpx.get(served.url + "/health", timeout=60).status_code == 200
             assert receive(idle[0]) == b""
 
+    def test_one_that_is_answered_early_gives_way(self, served, monkeypatch):
+        """However long it might send what nobody reads."""
+        monkeypatch.setattr(connection, "LINGER_SECONDS", 600)
+        early = []
+
+        def is_closed(sending):
+            try:
+                sending.sendall(b"{")
+            except OSError:
+                return True
+            return False
+
+        with contextlib.ExitStack() as all:
+            for _ in range(2 * self.LIMIT):
+                early.append(all.enter_context(connect(served)))
+                early[-1].sendall(head(10**12) + b"{")
+                assert receive(early[-1]).startswith(b"HTTP/1.1 413")
+            assert waits_until(lambda: is_closed(early[0]))
+            assert not is_closed(early[-1])
+
     def test_one_that_has_just_come_outlasts_slow_bodies(self, served, monkeypatch):
         monkeypatch.setattr(connection, "NEW_SECONDS", 60)
         with contextlib.ExitStack() as all:
