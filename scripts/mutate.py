@@ -394,6 +394,8 @@ MUTATIONS = (
     ("Control-C between a caption and its sidecar", "captioning/run", "with waiting_interrupts():", "if True:"),
     ("who still sends is reset", "serving/http", "if self.is_closing() or not self._connection.is_answered_early:", "if True:"),
     ("those answered early not counted", "serving/http", "if not other.is_closed]", "if not other.transport.is_closing()]"),
+    ("what is refused still waited for", "serving/http", "self.cycle.disconnected = True", "pass"),
+    ("the end waits for what nobody reads", "serving/http", "if self._lingering.is_closing():\n            self._lingering.close()", "if False:\n            pass"),
     ("what nobody reads read for ever", "serving/http", "if self._left < 0:", "if False:"),
     ("any name answered to", "serving/guard", "if len(hosts) != 1 or not self._knows(hosts[0]):", "if len(hosts) != 1:"),
     ("pages of others answered", "serving/guard", "if headers.get(\"origin\") not in (None,", "if False and headers.get(\"origin\") not in (None,"),

@@ -128,7 +128,17 @@ class Connection(H11Protocol):
         head = h11.Response(status_code=400, headers=reply.raw_headers, reason="Bad Request")
         events = (head, h11.Data(data=bytes(reply.body)), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if not self.asks_for_nothing:  # of which nothing more comes, for whoever waits for it
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
+
+    def shutdown(self) -> None:
+        """Closes as soon as the request is answered; at once where nobody reads what comes."""
+        if self._lingering.is_closing():
+            self._lingering.close()
+        else:
+            super().shutdown()
 
     def on_response_complete(self) -> None:
         """Waits for the next request, unless none can come."""

@@ -192,6 +192,30 @@ def test_a_request_takes_longer_than_its_head(served, monkeypatch, stream):
         assert asked.result(60).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        head(10**12) + b"{",
+        head(5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"zz\r\n",
+    ],
+    ids=["too long", "no chunk"],
+)
+def test_who_is_answered_early_does_not_hold_up_the_end(content, served, monkeypatch):
+    cut = []
+
+    async def cut_off(self):
+        cut.append(self)
+
+    monkeypatch.setattr(connection.HttpServer, "_cut_off", cut_off)
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 600)
+    with contextlib.ExitStack() as all, serving("--timeout", "10", engine=served.engine) as ending:
+        sending = all.enter_context(connect(ending))
+        sending.sendall(content)
+        assert receive(sending).startswith(b"HTTP/1.1 4")
+        assert waits_until(lambda: not ending.server.server_state.tasks)
+    assert not cut
+
+
 class TestManyConnections:
     LIMIT = 12
 
