@@ -15,13 +15,12 @@ import pytest
 
 from mlx_llava import load
 from mlx_llava.generation.steps import generate_step
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from served import served
 
 EMBEDDED = ROOT / "weights" / "tiny-llava"
-SHAPES = EMBEDDED / "examples" / "shapes.png"
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

@@ -114,15 +114,13 @@ def test_an_explanation_is_of_what_generate_says(both):
 
 
 def test_words_join_to_the_answer(embedded):
-    seen = explain(
-        *embedded, "What is in this picture?", ROOT / "weights/tiny-llava/examples/shapes.png"
-    )
+    seen = explain(*embedded, "What is in this picture?", SHAPES)
     assert seen.answer == "A small black star, a large red triangle and a large orange square."
     assert len(seen.words) == len(seen.tokens) == seen.attention().shape[2]
 
 
 def test_pictures_inside_a_conversation_are_refused(embedded):
-    shape = ROOT / "weights/tiny-llava/examples/shapes.png"
+    shape = SHAPES
     parts = [{"type": "image", "image": str(shape)}, {"type": "text", "text": "What is it?"}]
     with pytest.raises(ValueError, match="1 pictures and 0 were given as image"):
         explain(*embedded, [{"role": "user", "content": parts}])

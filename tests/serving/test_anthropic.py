@@ -14,10 +14,10 @@ from pydantic import BaseModel
 
 from mlx_llava import generate
 from mlx_llava.inputs.image import png
-from tests.conftest import ROOT
+from tests.conftest import SHAPES
 from tests.servers import MODEL, endless_schema, serving
 
-PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
+PICTURE = Image.open(SHAPES).convert("RGB")
 QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 BASE64 = base64.b64encode(png(PICTURE)).decode()

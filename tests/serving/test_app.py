@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlx_llava import generate, server, stream_generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.model.llava import Llava
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 from tests.servers import HTTP, MODEL, endless, serving, user, waits_until
 
 EMBEDDED = ROOT / "weights/tiny-llava"
-PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
+PICTURE = Image.open(SHAPES).convert("RGB")
 QUESTION = "What colour is the triangle?"
 
 

@@ -24,11 +24,10 @@ from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.openai_chat import ChatRequest
 from mlx_llava.serving.openai_completions import CompletionRequest
 from mlx_llava.serving.parameters import UNSUPPORTED
-from tests.conftest import ROOT, shared_data
+from tests.conftest import SHAPES, shared_data
 from tests.servers import MODEL
 
-PICTURE = ROOT / "weights/tiny-llava/examples/shapes.png"
-URL = data_url(PICTURE.read_bytes())
+URL = data_url(SHAPES.read_bytes())
 QUESTION = "What colour is the star?"
 TEXT = {"type": "text", "text": QUESTION}
 IMAGE = {"type": "image_url", "image_url": {"url": URL}}
@@ -426,7 +425,7 @@ STATUSES = {
 def run_report(served, tmp_path):
     """Runs one of the reports' scripts on the server, and gives the lines that it prints."""
     folder = shared_data("reports/server_requests")
-    shutil.copytree(PICTURE.parent, tmp_path / "weights/tiny-llava/examples")
+    shutil.copytree(SHAPES.parent, tmp_path / "weights/tiny-llava/examples")
     for path in folder.glob("*.py"):
         text = re.sub("1823[12]", str(served.port), path.read_text())
         (tmp_path / path.name).write_text(text)

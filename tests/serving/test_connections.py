@@ -49,6 +49,9 @@ def head(length):
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
+NO_CHUNK = head(5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"zz\r\n"
+
+
 def connect(served):
     return socket.create_connection(("127.0.0.1", served.port), 60)
 
@@ -92,7 +95,7 @@ class TestNoHttp:
             b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000,
             head(0)[:-2] + b"Transfer-Encoding: gzip\r\n\r\n",
-            head(5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"zz\r\n",
+            NO_CHUNK,
         ],
         ids=lambda content: repr(content[:24]),
     )
@@ -196,7 +199,7 @@ def test_a_request_takes_longer_than_its_head(served, monkeypatch, stream):
     "content",
     [
         head(10**12) + b"{",
-        head(5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"zz\r\n",
+        NO_CHUNK,
     ],
     ids=["too long", "no chunk"],
 )

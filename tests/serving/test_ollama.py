@@ -21,12 +21,11 @@ from mlx_llava.inputs.messages import Message
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
 from mlx_llava.serving.ollama import ChatRequest, GenerateRequest
-from tests.conftest import ROOT
+from tests.conftest import SHAPES
 from tests.servers import HTTP, MODEL, endless_schema, serving, user, waits_until
 
-PATH = ROOT / "weights/tiny-llava/examples/shapes.png"
-PICTURE = Image.open(PATH).convert("RGB")
-BASE64 = base64.b64encode(PATH.read_bytes()).decode()
+PICTURE = Image.open(SHAPES).convert("RGB")
+BASE64 = base64.b64encode(SHAPES.read_bytes()).decode()
 QUESTION = "What colour is the triangle?"
 COLOUR = {
     "type": "object",
@@ -64,10 +63,10 @@ class TestAnswers:
         by_openai = named.post(messages=[user(PICTURE, question)]).json()
         assert by_openai["choices"][0]["message"]["content"] == expected
         for stream in (False, True):
-            said = client.generate("llava:7b", question, images=[PATH], stream=stream)
+            said = client.generate("llava:7b", question, images=[SHAPES], stream=stream)
             pieces = [*said] if stream else [said]
             assert "".join(piece.response for piece in pieces) == expected
-            said = client.chat("llava", [turn(question, PATH.read_bytes())], stream=stream)
+            said = client.chat("llava", [turn(question, SHAPES.read_bytes())], stream=stream)
             pieces = [*said] if stream else [said]
             assert "".join(piece.message.content for piece in pieces) == expected
             assert {piece.message.role for piece in pieces} == {"assistant"}
@@ -75,7 +74,7 @@ class TestAnswers:
     def test_figures(self, client, named):
         usage = named.post(messages=[user(PICTURE, QUESTION)]).json()["usage"]
         began = time.monotonic_ns()
-        answer = client.generate("llava", QUESTION, images=[PATH])
+        answer = client.generate("llava", QUESTION, images=[SHAPES])
         took = time.monotonic_ns() - began
         assert (answer.model, answer.done, answer.done_reason) == ("llava", True, "stop")
         assert answer.prompt_eval_count == usage["prompt_tokens"]
@@ -83,7 +82,7 @@ class TestAnswers:
         assert 0 < answer.eval_duration < answer.total_duration < took
         assert 0 < answer.prompt_eval_duration < answer.total_duration
         cut_off = client.generate(
-            "llava", "Describe it.", images=[PATH], options={"num_predict": 2}
+            "llava", "Describe it.", images=[SHAPES], options={"num_predict": 2}
         )
         assert (cut_off.done_reason, cut_off.eval_count) == ("length", 2)
 
@@ -105,7 +104,7 @@ class TestAnswers:
 
     def test_are_json_where_that_is_asked_for(self, client):
         for format in (COLOUR, "json"):
-            answer = client.chat("llava", [turn(QUESTION, PATH)], format=format)
+            answer = client.chat("llava", [turn(QUESTION, SHAPES)], format=format)
             if format == COLOUR:
                 assert json.loads(answer.message.content) in (
                     {"colour": colour} for colour in ("red", "green", "blue")
@@ -120,18 +119,18 @@ class TestAnswers:
         found = post(named, "chat", {**body, "logprobs": True, "top_logprobs": 2}).json()
         assert found["logprobs"] == expected
         streamed = client.chat(
-            "llava", [turn(QUESTION, PATH)], logprobs=True, top_logprobs=2, stream=True
+            "llava", [turn(QUESTION, SHAPES)], logprobs=True, top_logprobs=2, stream=True
         )
         tokens = [entry.token for piece in streamed for entry in piece.logprobs or ()]
         assert tokens == [entry["token"] for entry in expected]
 
     def test_raw_text_is_read_as_it_is(self, client, tiny):
         text = f"USER: <image>\n{QUESTION} ASSISTANT:"
-        answer = client.generate("llava", text, images=[PATH], raw=True)
+        answer = client.generate("llava", text, images=[SHAPES], raw=True)
         assert answer.response == generate(*tiny, text, PICTURE, raw=True)
 
     def test_begin_as_the_last_message_does(self, client, tiny):
-        messages = [turn("Describe the picture.", PATH), turn("A small", role="assistant")]
+        messages = [turn("Describe the picture.", SHAPES), turn("A small", role="assistant")]
         answer = client.chat("llava", messages)
         whole = generate(*tiny, "Describe the picture.", PICTURE)
         assert f"A small{answer.message.content}" == whole
@@ -201,7 +200,7 @@ class TestModels:
             "push": lambda: client.push("llava"),
             "embed": lambda: client.embed("llava", "x"),
             "embeddings": lambda: client.embeddings("llava", "x"),
-            "blobs": lambda: client.create_blob(PATH),
+            "blobs": lambda: client.create_blob(SHAPES),
         }
         for name, ask in asked.items():
             with pytest.raises(ollama.ResponseError, match=f"/api/{name}") as caught:

@@ -14,10 +14,10 @@ from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.kept import Answered, Kept
-from tests.conftest import ROOT
+from tests.conftest import SHAPES
 from tests.servers import MODEL, endless_schema, serving
 
-PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
+PICTURE = Image.open(SHAPES).convert("RGB")
 QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 URL = data_url(png(PICTURE))

@@ -13,10 +13,10 @@ from PIL import Image
 from mlx_llava import generate
 from mlx_llava.inputs.image import data_url, png
 from mlx_llava.serving.tools import ForcedTools, described, forced_tools
-from tests.conftest import ROOT
+from tests.conftest import SHAPES
 from tests.servers import MODEL, WIRES, user
 
-PICTURE = Image.open(ROOT / "weights/tiny-llava/examples/shapes.png").convert("RGB")
+PICTURE = Image.open(SHAPES).convert("RGB")
 QUESTION = "What colour is the triangle?"
 DESCRIBE = "Describe the picture."
 SCHEMA = {
