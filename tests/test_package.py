@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -148,12 +149,20 @@ def test_everything_public_is_documented():
         "from mlx_llava.generate import main; "
         "main(['--model', 'tests/goldens/llava', '--prompt', 'hi', '-m', '3', '--temp', '1', "
         "'--top-p', '0.9', '--top-k', '9', '--min-p', '0.1', '--repetition-penalty', '1.1'])",
+        "from mlx_llava.train import main; "
+        "main(['--model', 'tests/goldens/llava', '--data', f'{folder}/train.json', '--stage', "
+        "'lora', '--steps', '1', '--batch-size', '1', '--output', f'{folder}/trained']); "
+        "from mlx_llava.generate import main; "
+        "main(['--model', 'tests/goldens/llava', '--adapter-path', f'{folder}/trained/adapter', "
+        "'--prompt', 'hi', '-m', '3'])",
     ],
-    ids=["import", "help", "generate", "sampling"],
+    ids=["import", "help", "generate", "sampling", "lora"],
 )
-def test_transformers_and_torch_are_not_imported(code):
+def test_transformers_and_torch_are_not_imported(code, tmp_path):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A star."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"conversations": turns}]))
     check = (
-        "import sys\ntry:\n    " + code + "\nexcept SystemExit: pass\n"
+        f"import sys\nfolder = {str(tmp_path)!r}\ntry:\n    {code}\nexcept SystemExit: pass\n"
         "heavy = {'transformers', 'torch', 'mlx_lm', 'huggingface_hub', 'httpx'} & {*sys.modules}\n"
         "assert not heavy, heavy"
     )

@@ -33,6 +33,7 @@ from mlx_llava.checkpoint.tensors import (
 )
 from mlx_llava.json_files import read_json, sensible_values
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.lora import LoRALinear
 from mlx_llava.model.quantized import plain_weight
 
 CONFIG = "adapter_config.json"
@@ -345,14 +346,12 @@ def low_rank_layers(lora: Lora) -> dict[str, LowRank]:
 
 def put_beside(model: Llava, changes: Mapping[str, LowRank]) -> None:
     """Puts trained LoRA layers around linear layers, if they fit."""
-    from mlx_lm.tuner.lora import LoRALinear
-
     modules, adapted = dict(model.named_modules()), {}
     for name, change in changes.items():
         layer = modules.get(path := name.removesuffix(".weight"), nn.Module())
         change.check_shape(name, plain_weight(layer).shape if "weight" in layer else None)
         down, up = change.down.read(), change.up.read()
-        adapted[path] = LoRALinear.from_base(layer, r=len(down), scale=change.scale)
+        adapted[path] = LoRALinear(layer, rank=len(down), scale=change.scale)
         adapted[path].lora_a, adapted[path].lora_b = down.T, up.T
     model.update_modules(tree_unflatten(list(adapted.items())))
     model.eval()

@@ -1,6 +1,6 @@
 """What training adds to a model: LoRA layers and a trained projector, in a small folder.
 
-LoRA: Hu et al. 2021 (arXiv:2106.09685), with mlx-lm's layers; on a quantised model it is QLoRA
+LoRA: Hu et al. 2021 (arXiv:2106.09685); on a quantised model it is QLoRA
 (Dettmers et al. 2023, arXiv:2305.14314). LLaVA's recipe puts it on all linear layers of the
 decoder's blocks and trains the projector beside it (scripts/v1_5/finetune_lora.sh).
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 
 from mlx_llava.checkpoint.adapters import CONFIG, MLX_WEIGHTS
 from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.json_files import write_json
 from mlx_llava.model.llava import Llava
+from mlx_llava.model.lora import LoRALinear
 
 #: The linear layers of a decoder block.
 TARGETS = (
@@ -64,8 +66,6 @@ def add_lora(model: Llava, adapter: Adapter) -> None:
     Raises:
         ValueError: A target is no linear layer of a block.
     """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     unknown = set(adapter.targets) - set(TARGETS)
     if unknown or not adapter.targets:
         raise ValueError(
@@ -74,14 +74,13 @@ def add_lora(model: Llava, adapter: Adapter) -> None:
         )
     if adapter.rank < 1:
         raise ValueError(f"The LoRA rank is {adapter.rank}; it must be at least 1.")
-    decoder = model.language_model
-    settings = {
-        "rank": adapter.rank,
-        "scale": adapter.scale,
-        "dropout": adapter.dropout,
-        "keys": set(adapter.targets),
-    }
-    linear_to_lora_layers(decoder, len(decoder.layers), settings)
+    for block in model.language_model.layers:
+        adapted = [
+            (name, LoRALinear(layer, adapter.rank, adapter.scale, adapter.dropout))
+            for name, layer in block.named_modules()
+            if name in adapter.targets
+        ]
+        block.update_modules(tree_unflatten(adapted))
 
 
 def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, mx.array]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -123,8 +125,17 @@ def check_16_bits(computed: Computed, reference, times: int = 2) -> None:
     assert (computed.ids == theirs[1].argmax(-1))[sure].all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.name)
+def marked(case: tiny.Case, dtype: str) -> Any:
+    """A case in a dtype, slow in one of two: each of them in turn."""
+    is_slow = (dtype == "float16") == bool(tiny.CASES.index(case) % 2)
+    marks = pytest.mark.slow if is_slow else ()
+    return pytest.param(case, dtype, marks=marks, id=f"{case.name}-{dtype}")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [marked(*pair) for pair in product(tiny.CASES, ("float16", "bfloat16"))],
+)
 def test_16_bits_are_as_near_as_transformers_own(case, dtype, written) -> None:
     folder, whole = written(case)
     model, processor = load(folder, dtype=dtype)
