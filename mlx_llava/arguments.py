@@ -149,7 +149,13 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
 def add_frames_argument(parser: argparse.ArgumentParser) -> None:
     """Adds how many frames are taken of a video."""
     how_many = "how many frames are taken of a video (default: as the model was trained, or 8)"
-    parser.add_argument("--frames", type=int, metavar="N", help=how_many)
+    parser.add_argument("--frames", type=_positive, metavar="N", help=how_many)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> tuple[Llava, Processor]:
@@ -236,7 +242,7 @@ def add_image_tokens_argument(parser: argparse.ArgumentParser) -> None:
     """Adds in how many tokens pictures are shown, an option of `Processor`."""
     parser.add_argument(
         "--image-tokens",
-        type=int,
+        type=_positive,
         metavar="N",
         help="show at most N features of each picture, those that differ most (default: all)",
     )

@@ -117,7 +117,8 @@ def _run(args: argparse.Namespace) -> None:
     questions = read_questions(args.prompt or [], options.json_schema, args.prefix, args.suffix)
     existing = Existing(args.resume or args.watch, args.skip_existing, args.overwrite)
     run = Run(args.out, questions.columns, _asked(args, questions, options), existing, args.xmp)
-    run.renames.finish()
+    if not args.dry_run:
+        run.renames.finish()
     others: set[Path] = set()
     images = [] if args.watch else _find(args, args.pictures, others)
     rest = run.todo(images)
@@ -224,7 +225,7 @@ def _watch(args: argparse.Namespace, run: Run, captioner: Captioner, others: set
 def _rename(run: Run, is_dry: bool) -> None:
     """Names pictures by their captions, or shows how."""
     renamed, failed = 0, list[str]()
-    for move in plan(run.titles()):
+    for move in plan(run.titles(), run.own_files()):
         try:
             if not is_dry:
                 run.renames.apply(move)
@@ -234,6 +235,8 @@ def _rename(run: Run, is_dry: bool) -> None:
         if is_dry:
             for old, new in move.paths():
                 print(f"{_printable(old)} -> {_printable(new.name)}")
+    if renamed and not is_dry:
+        run.renames.close()
     would = "would be renamed" if is_dry else f"renamed; --undo {run.renames.path} takes it back"
     print(f"{renamed} files {would}" if renamed else "Nothing to rename.", file=sys.stderr)
     if failed:

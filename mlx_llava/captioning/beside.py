@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +15,29 @@ from typing import Any
 from mlx_llava.captioning.questions import TEXT, whole_text
 from mlx_llava.captioning.xmp import MAX_BYTES, read_description, with_description
 from mlx_llava.files import whole_file
+from mlx_llava.inputs.image_paths import image_endings
+from mlx_llava.inputs.video import ENDINGS, is_film
 
 
 class Beside:
     """Which file belongs to which picture.
 
     ``photo.txt`` is that of ``photo.jpg``. Where there is ``photo.png`` too, the first in order
-    has it, and the other has ``photo.png.txt``, as each has whose file is there under that name.
+    has it, and the other has ``photo.png.txt``, as each has whose file is there under that name,
+    and as both have where nothing tells whose ``photo.txt`` is.
     """
 
-    def __init__(self, ending: str) -> None:
-        self.ending = ending
-        self._owners: dict[str, str] = {}
+    def __init__(self, ending: str, takes_any: bool = False) -> None:
+        """Names an ending.
+
+        Args:
+            ending (str): Of the files.
+            takes_any (bool): A file of which nothing tells whose it is belongs to the first
+                picture that is asked for.
+        """
+        self.ending, self.takes_any = ending, takes_any
+        self._owners: dict[str, str | None] = {}
+        self._names: tuple[Any, Mapping[str, list[str]]] = (None, {})
 
     def path(self, image: str) -> Path:
         """The file of a picture; of two that would share one, whichever is asked for first."""
@@ -34,7 +46,32 @@ class Beside:
         short = picture.with_suffix(self.ending)
         if os.path.lexists(whole):
             return whole
-        return short if self._owners.setdefault(same_name(str(short)), image) == image else whole
+        key = same_name(str(short))
+        if key not in self._owners:
+            is_doubtful = not self.takes_any and os.path.lexists(short) and self._has_twin(picture)
+            self._owners[key] = None if is_doubtful else image
+        return short if self._owners[key] == image else whole
+
+    def _has_twin(self, picture: Path) -> bool:
+        """Whether another picture would have the same file, and has none of its whole name."""
+        endings = image_endings() | (ENDINGS if is_film(picture) else set())
+        twins = self._by_stem(picture.parent)[same_name(picture.stem)]
+        return any(
+            Path(name).suffix.lower() in endings
+            and name != picture.name
+            and not os.path.lexists(picture.with_name(name + self.ending))
+            for name in twins
+        )
+
+    def _by_stem(self, folder: Path) -> Mapping[str, list[str]]:
+        """The names in a folder, looked for again where it has changed."""
+        state = (folder, folder.stat().st_mtime_ns)
+        if self._names[0] != state:
+            by_stem: dict[str, list[str]] = defaultdict(list)
+            for path in folder.iterdir():
+                by_stem[same_name(path.stem)].append(path.name)
+            self._names = (state, by_stem)
+        return self._names[1]
 
 
 def same_name(name: str) -> str:
@@ -45,8 +82,8 @@ def same_name(name: str) -> str:
 class TextFiles:
     """A ``.txt`` beside each picture, which is there whole or not at all."""
 
-    def __init__(self, overwrite: bool = False) -> None:
-        self.overwrite, self._beside = overwrite, Beside(".txt")
+    def __init__(self, overwrite: bool = False, takes_any: bool = False) -> None:
+        self.overwrite, self._beside = overwrite, Beside(".txt", takes_any)
 
     def has(self, image: str) -> bool:
         """Whether a picture has a text."""
@@ -81,8 +118,8 @@ class Sidecars:
     be this picture's; a new one is ``photo.xmp``.
     """
 
-    def __init__(self, overwrite: bool = False) -> None:
-        self.overwrite, self._beside = overwrite, Beside(".xmp")
+    def __init__(self, overwrite: bool = False, takes_any: bool = False) -> None:
+        self.overwrite, self._beside = overwrite, Beside(".xmp", takes_any)
 
     def is_described(self, image: str) -> bool:
         """Whether a picture has a description; False where its file cannot be read."""

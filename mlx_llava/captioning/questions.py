@@ -99,9 +99,13 @@ def read_questions(
 
 
 def with_columns_alone(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A schema whose objects have no other keys than its own, unless it says that they may."""
-    closed = {"additionalProperties": False} if schema and schema.get("properties") else {}
-    return None if schema is None else {**closed, **schema}
+    """A schema of objects that have no other keys than its own, unless it says otherwise.
+
+    To JSON schema, properties are those of an object if it is one; here they are columns.
+    """
+    if schema is None or not schema.get("properties"):
+        return None if schema is None else dict(schema)
+    return {"type": "object", "additionalProperties": False, **schema}
 
 
 def as_text(value: Any) -> str:

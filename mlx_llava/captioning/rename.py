@@ -10,10 +10,9 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_llava.captioning.beside import same_name
 from mlx_llava.files import whole_file
@@ -27,6 +26,8 @@ _RESERVED = re.compile(r'[/\\:*?"<>|\s\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udff
 #: Names that are devices on Windows, which sees a shared disk.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _KEYS = ("folder", "from", "to", "files")
+#: Stands where all that was to be renamed has been.
+_DONE = dict(zip(_KEYS, ("", "", "", []), strict=True))
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,6 @@ class Move:
     new: str
     rests: tuple[str, ...]
 
-    def record(self) -> dict[str, Any]:
-        """What is written down."""
-        values = (self.folder, self.old, self.new, list(self.rests))
-        return dict(zip(_KEYS, values, strict=True))
-
     def paths(self) -> Iterator[tuple[Path, Path]]:
         """The old and the new path of each file."""
         folder = Path(self.folder)
@@ -50,7 +46,10 @@ class Move:
 
 
 class Renames(JsonLines):
-    """The undo file: a JSON line for each group of files that was renamed."""
+    """The undo file: a JSON line for each group of files that was renamed.
+
+    Folders stand in it as they are found from its own, so that all may be moved together.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, '{"folder": "', errors="surrogateescape")
@@ -61,6 +60,9 @@ class Renames(JsonLines):
         Raises:
             ValueError: There is something else in it.
         """
+        return [move for move in self._read() if move.rests]
+
+    def _read(self) -> list[Move]:
         moves = []
         for place, line in self.read():
             folder, old, new = (field(line, key, str, place) for key in _KEYS[:3])
@@ -68,8 +70,19 @@ class Renames(JsonLines):
             names = [old, new, *rests]
             if tuple(line) != _KEYS or any(not isinstance(n, str) or "/" in n for n in names):
                 raise ValueError(f"{self.path} holds lines that this command did not write.")
-            moves.append(Move(folder, old, new, tuple(rests)))
+            moves.append(Move(os.path.abspath(self._home / folder), old, new, tuple(rests)))  # noqa: PTH100
         return moves
+
+    @property
+    def _home(self) -> Path:
+        return Path(os.path.abspath(self.path)).parent  # noqa: PTH100 - links stay as they are
+
+    def _write_down(self, move: Move) -> None:
+        folder = Path(move.folder)
+        if folder.is_relative_to(self._home):
+            folder = folder.relative_to(self._home)
+        values = (str(folder), move.old, move.new, list(move.rests))
+        self.add(dict(zip(_KEYS, values, strict=True)))
 
     def apply(self, move: Move) -> None:
         """Renames files, or none of them; what is done is written down before.
@@ -77,7 +90,7 @@ class Renames(JsonLines):
         Raises:
             OSError: It cannot be.
         """
-        self.add(move.record())
+        self._write_down(move)
         moved: list[tuple[Path, Path]] = []
         try:
             for old, new in move.paths():
@@ -89,47 +102,67 @@ class Renames(JsonLines):
             self._rewrite(self.moves()[:-1])
             raise
 
+    def close(self) -> None:
+        """Writes down that all is renamed: what has an old name from now on is another file."""
+        self.add(_DONE)
+
     def finish(self) -> None:
-        """Renames what a kill has left of the last group."""
+        """Renames what a kill has left of the last group; what was not begun is forgotten."""
         self.mend()
-        for old, new in [pair for move in self.moves()[-1:] for pair in move.paths()]:
+        moves = self._read()
+        if not moves or not moves[-1].rests:
+            return
+        pairs = list(moves[-1].paths())
+        if not any(os.path.lexists(new) for _, new in pairs):
+            self._rewrite(self.moves()[:-1])
+            return
+        for old, new in pairs:
             if os.path.lexists(old) and (not os.path.lexists(new) or _is_same(old, new)):
                 _move(old, new)
+        self.close()
 
-    def names(self) -> list[tuple[str, str]]:
-        """The first name of each file that was renamed, and its name now, the first first."""
+    def names(self) -> list[list[str]]:
+        """All names of each file that was renamed, up to the one that it has now."""
         known: dict[str, list[str]] = {}
         names = []
         for old, new in [pair for move in self.moves() for pair in move.paths()]:
-            first = known.pop(str(old), None)
-            if first is None:
-                first = [str(old)]
-                names.append(first)
-            first[1:] = [str(new)]
-            known[str(new)] = first
-        return [(first, now) for first, now in names]
+            chain = known.pop(str(old), None)
+            if chain is None:
+                chain = [str(old)]
+                names.append(chain)
+            chain.append(str(new))
+            known[str(new)] = chain
+        return names
 
     def undo(self) -> tuple[int, list[str]]:
-        """Gives files their old names, and forgets it.
+        """Gives files their old names, and forgets it; what has come to a picture goes with it.
 
         Returns:
             tuple: How many files have theirs again, and why others have not.
         """
         restored, failed, kept = 0, list[str](), set[Path]()
         left: list[Move] = []
+        newcomers = _Newcomers()
         for move in reversed(self.moves()):
-            rests = []
+            rests, before = [], restored
             for rest, (old, new) in zip(move.rests, move.paths(), strict=True):
                 try:
                     if new not in kept:
                         restored += _move_back(old, new)
                         continue
                 except OSError as error:
-                    failed.append(f"{new} keeps its name: {error.strerror or error}")
+                    failed.append(f"{new}: {error.strerror or error}")
                 kept |= {old, new}
                 rests.append(rest)
+            for rest in newcomers.of(move) if restored > before else ():
+                old, new = (Path(move.folder) / (stem + rest) for stem in (move.old, move.new))
+                try:
+                    restored += _move_back(old, new)
+                except OSError as error:
+                    failed.append(f"{new}: {error.strerror or error}")
+                    rests.append(rest)
             if rests:
-                left.insert(0, Move(move.folder, move.old, move.new, tuple(rests)))
+                left.insert(0, replace(move, rests=tuple(rests)))
         self._rewrite(left)
         return restored, failed
 
@@ -140,20 +173,41 @@ class Renames(JsonLines):
         with whole_file(self.path) as beside:
             rest = Renames(beside)
             for move in moves:
-                rest.add(move.record())
+                rest._write_down(move)
 
 
-def plan(captions: Mapping[str, str]) -> Iterator[Move]:
+class _Newcomers:
+    """Files that belong to renamed pictures and came after the renaming, as sidecars do."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, _Folder] = {}
+        self._restored: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def of(self, move: Move) -> list[str]:
+        """How the names go on of those that have come to a group, which now goes back."""
+        folder = Path(move.folder)
+        if move.folder not in self._folders:
+            self._folders[move.folder] = _Folder(folder)
+        names = self._folders[move.folder].group(move.new)
+        rests = [name[len(move.new) :] for name in names] + self._restored[move.folder, move.new]
+        new = [rest for rest in dict.fromkeys(rests) if rest not in move.rests]
+        self._restored[move.folder, move.old] += [*move.rests, *new]
+        return [rest for rest in new if os.path.lexists(folder / (move.new + rest))]
+
+
+def plan(captions: Mapping[str, str], others: Iterable[Path] = ()) -> Iterator[Move]:
     """How pictures are named by their captions, with all that belongs to them.
 
     Args:
         captions (dict): By picture; files that belong to two are named by the first.
+        others (iterable): Files that keep their names, whatever pictures are called.
     """
     folders: dict[str, _Folder] = {}
+    fixed = {Path(os.path.abspath(path)) for path in others}  # noqa: PTH100 - links stay as they are
     for image, caption in captions.items():
-        path = Path(os.path.abspath(image))  # noqa: PTH100 - links stay as they are
+        path = Path(os.path.abspath(image))  # noqa: PTH100
         if str(path.parent) not in folders:
-            folders[str(path.parent)] = _Folder(path.parent)
+            folders[str(path.parent)] = _Folder(path.parent, fixed)
         if move := folders[str(path.parent)].rename(path, caption):
             yield move
 
@@ -161,10 +215,11 @@ def plan(captions: Mapping[str, str]) -> Iterator[Move]:
 class _Folder:
     """The names in a folder, as they are and as they will be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fixed: Container[Path] = ()) -> None:
         self.path = path
         entries = list(os.scandir(path))
-        self.files = {e.name for e in entries if e.is_symlink() or not e.is_dir()}
+        files = (e.name for e in entries if e.is_symlink() or not e.is_dir())
+        self.files = {name for name in files if path / name not in fixed}
         self.by_stem: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.files):
             self.by_stem[Path(name).stem].append(name)
@@ -174,7 +229,7 @@ class _Folder:
 
     def rename(self, image: Path, caption: str) -> Move | None:
         """How a picture's files get a name; None where they have it, or had it from another."""
-        group = self._group(image.stem)
+        group = self.group(image.stem)
         if image.name not in group or not self.named.isdisjoint(group):
             return None
         self.named.update(group)
@@ -199,7 +254,7 @@ class _Folder:
             if self.taken[same_name(name)] == own.get(same_name(name), 0):
                 return name
 
-    def _group(self, stem: str) -> list[str]:
+    def group(self, stem: str) -> list[str]:
         """The files of a picture: ``photo.jpg``, ``photo.cr2``, ``photo.xmp``, ``photo.jpg.xmp``.
 
         darktable's second development of ``photo.jpg`` is ``photo_01.jpg.xmp``.
@@ -233,11 +288,13 @@ def _beginnings(name: str) -> Iterator[str]:
 
 
 def _move_back(old: Path, new: Path) -> bool:
-    """Gives a file its old name; False where it never got the new one, or has yet another."""
+    """Gives a file its old name; False where it has it."""
     if not new.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {new.parent}")
     if not os.path.lexists(new):
-        return False
+        if os.path.lexists(old):
+            return False
+        raise FileNotFoundError("it is not there")
     _move(new, old)
     return True
 

@@ -15,7 +15,7 @@ from mlx_llava.captioning.questions import as_text, whole_text
 from mlx_llava.captioning.rename import Renames
 from mlx_llava.captioning.settings import RunSettings
 from mlx_llava.captioning.tables import Lines, Table
-from mlx_llava.files import is_same_file, one_line
+from mlx_llava.files import is_same_file, one_line, whole_file
 from mlx_llava.interrupts import waiting_interrupts
 
 #: ``--out`` for a text file beside each picture.
@@ -59,6 +59,11 @@ class Existing:
         return self.overwrites and not (self.resumes or self.skips)
 
     @property
+    def takes_any(self) -> bool:
+        """Whether a file counts of which nothing tells whose it is."""
+        return self.skips or self.overwrites
+
+    @property
     def is_refused(self) -> bool:
         """Whether nothing may be there."""
         return not (self.resumes or self.skips or self.overwrites)
@@ -68,7 +73,7 @@ class Run:
     """The files of a run, and which pictures are done.
 
     Attributes:
-        errors: why pictures have no caption.
+        errors: why pictures have no caption; who goes on tries them again.
         renames: what was renamed by captions.
     """
 
@@ -99,47 +104,44 @@ class Run:
         self.errors = Lines(base.with_suffix(".errors.jsonl"), ("error",))
         self.renames = Renames(renames_path(out))
         self._settings = RunSettings(base.with_suffix(".settings.json"), asked)
-        self._sidecars = Sidecars(existing.overwrites) if xmp else None
+        self._sidecars = Sidecars(existing.overwrites, existing.takes_any) if xmp else None
         self._existing = existing
         self._seen, self._before, self._passed = set[str](), set[str](), set[str]()
-        self._written, self._has_begun = set[str](), False
-        self._broken, self._rows = {*dict(self.errors.rows())}, dict[str, dict[str, Any]]()
+        self._written, self._failed, self._has_begun = set[str](), set[str](), False
+        self._rows = dict[str, dict[str, Any]]()
+        self._reasons = {_key(image) for image, _ in self.errors.rows()}
         self._look_back()
 
     def _look_back(self) -> None:
         """Reads the captions of an earlier run, unless this one replaces them."""
         if self._existing.starts_over:
-            self._broken = set()
             return
-        if not isinstance(self._captions, TextFiles):
-            self._rows = self._named_as_now(self._captions.rows())
-        begun = [path for path in self._tables() if path.exists()]
+        table = None if isinstance(self._captions, TextFiles) else self._captions
+        if table:
+            self._rows = self._named_as_now(table.rows())
+        begun = table.path if table and table.path.exists() else None
         if begun and self._existing.is_refused:
-            raise FileExistsError(f"There is {begun[0]} already; --resume goes on.")
+            raise FileExistsError(f"There is {begun} already; --resume goes on.")
         if not self._existing.resumes or self._existing.skips:
             return
         if not self._settings.check() and begun:
-            warnings.warn(
-                f"Nothing says how the captions in {begun[0]} were asked for.", stacklevel=2
-            )
+            warnings.warn(f"Nothing says how the captions in {begun} were asked for.", stacklevel=2)
 
     def _named_as_now(
         self, rows: Iterable[tuple[str, dict[str, Any]]]
     ) -> dict[str, dict[str, Any]]:
-        """Rows by the names that pictures have now; a new picture may have an old name."""
-        renamed = defaultdict[str, list[str]](list)
-        for first, now in self.renames.names():
-            renamed[first].append(Path(now).name)
+        """Rows by the paths that pictures have now; a new picture may have an old name."""
+        renamed = defaultdict[str, list[list[str]]](list)
+        for chain in self.renames.names():
+            for name in chain[:-1]:
+                renamed[name].append(chain)
         named = {}
         for image, row in rows:
-            later = renamed.get(os.path.abspath(image))  # noqa: PTH100 - links stay as they are
-            named[str(Path(image).with_name(later.pop(0))) if later else image] = row
+            path = _key(image)
+            chain = next(filter(None, renamed[path]), [path])
+            named[chain[-1]] = row
+            chain.clear()  # another row of this name is of another picture
         return named
-
-    def _tables(self) -> list[Path]:
-        """The files with a line for each picture."""
-        own = [] if isinstance(self._captions, TextFiles) else [self._captions.path]
-        return [*own, self.errors.path]
 
     def todo(self, images: Sequence[str]) -> list[str]:
         """Those of some pictures that the model has to see.
@@ -164,12 +166,12 @@ class Run:
         self._seen.add(image)
         if self._existing.starts_over:
             return False
-        if image in self._broken:
-            return True
         if self._has_caption(image):
             self._before.add(image)
             if self._sidecars and not self._sidecars.is_described(image):
                 self._keep(image, [self._write_sidecar])
+            else:
+                self._forget_reason(image)
             return True
         if self._sidecars and not self._existing.overwrites and self._sidecars.is_described(image):
             self._passed.add(image)
@@ -179,12 +181,12 @@ class Run:
     def _has_caption(self, image: str) -> bool:
         if isinstance(self._captions, TextFiles):
             return self._captions.has(image)
-        return image in self._rows
+        return _key(image) in self._rows
 
     def keep(self, image: str, values: Mapping[str, Any]) -> None:
         """Keeps a caption for good, or why it cannot be kept."""
         self._begin()
-        self._rows[image] = dict(values)
+        self._rows[_key(image)] = dict(values)
         steps = [self._write_caption, *([self._write_sidecar] if self._sidecars else [])]
         # What is written last may be missing after a kill: what is replaced is replaced again,
         # and what is new is written anew from the caption.
@@ -192,20 +194,39 @@ class Run:
 
     def fail(self, image: str, error: Exception) -> None:
         """Keeps why a picture has no caption."""
-        self._begin()
+        self._forget_reason(image)
+        self.errors.mend()
         self.errors.write(image, {"error": one_line(error)})
-        self._broken.add(image)
+        self._reasons.add(_key(image))
+        self._failed.add(image)
+
+    def _forget_reason(self, image: str) -> None:
+        """Takes away why a picture had no caption, as it is tried again."""
+        if _key(image) in self._reasons:
+            self._keep_reasons(self._reasons - {_key(image)})
+            self._failed.discard(image)
+
+    def _keep_reasons(self, kept: set[str]) -> None:
+        lines = [(image, row) for image, row in self.errors.rows() if _key(image) in kept]
+        if lines:
+            with whole_file(self.errors.path) as beside:
+                for image, row in lines:
+                    Lines(beside, self.errors.columns).write(image, row)
+        else:
+            self.errors.path.unlink(missing_ok=True)
+        self._reasons &= kept
 
     def _keep(self, image: str, steps: Iterable[Callable[[str], None]]) -> None:
         try:
             with waiting_interrupts():
                 for step in steps:
                     step(image)
+                self._forget_reason(image)
         except ValueError as error:
             self.fail(image, error)
 
     def _write_caption(self, image: str) -> None:
-        self._captions.write(image, self._rows[image])
+        self._captions.write(image, self._rows[_key(image)])
         self._written.add(image)
 
     def _write_sidecar(self, image: str) -> None:
@@ -213,35 +234,39 @@ class Run:
             self._sidecars.write(image, whole_text(self.caption(image)))
 
     def _begin(self) -> None:
-        """Before the first line: takes away what is replaced, and what is half written."""
+        """Before the first caption: takes away what is replaced, and what is half written."""
         if self._has_begun:
             return
         self._has_begun = True
         if self._existing.starts_over:
-            for path in self._tables():
-                path.unlink(missing_ok=True)
+            self._keep_reasons({*map(_key, self._failed)})
+            if not isinstance(self._captions, TextFiles):
+                self._captions.path.unlink(missing_ok=True)
         self.errors.path.parent.mkdir(parents=True, exist_ok=True)
         self._captions.mend()
-        self.errors.mend()
         self._settings.keep()
 
     def caption(self, image: str) -> dict[str, Any]:
         """The caption of a picture that has one."""
         if isinstance(self._captions, TextFiles):
             return self._captions.row(image)
-        return self._rows[image]
+        return self._rows[_key(image)]
 
     def titles(self) -> dict[str, str]:
         """What captioned pictures may be called by, in order of their names."""
-        captioned = [i for i in sorted(self._seen - self._broken) if self._has_caption(i)]
+        captioned = [i for i in sorted(self._seen - self._failed) if self._has_caption(i)]
         return {image: as_text(next(iter(self.caption(image).values()))) for image in captioned}
+
+    def own_files(self) -> list[Path]:
+        """The files that say what became of pictures, none of which lies beside one."""
+        own = [] if isinstance(self._captions, TextFiles) else [self._captions.path]
+        return [*own, self.errors.path, self.renames.path, self._settings.path]
 
     def check(self) -> None:
         """Raises ValueError where something is wrong with a picture."""
-        if failed := len(self._broken & self._seen):
+        if failed := len(self._failed):
             raise ValueError(
-                f"{failed} of {len(self._seen)} pictures have no caption; {self.errors.path} says "
-                "why."
+                f"{failed} of {len(self._seen)} pictures failed; {self.errors.path} says why."
             )
 
     def summary(self, others: Iterable[Path]) -> str:
@@ -250,7 +275,7 @@ class Run:
         Args:
             others (iterable): Files that were found and are no pictures.
         """
-        own = [*self._tables(), self.renames.path, self._settings.path]
+        own = self.own_files()
         beside = {".txt"} if isinstance(self._captions, TextFiles) else set[str]()
         beside |= {".xmp"} if self._sidecars else set()
         kinds = Counter(
@@ -261,18 +286,28 @@ class Run:
         )
         kinds["described"] = len(self._passed)
         listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()) if n)
-        done = len(self._before - self._broken)
-        before = f"{done} done before, " if done else ""
-        skipped = f"{kinds.total()} skipped" + (f" ({listed})" if listed else "")
-        failed = self._broken & self._seen
-        return f"{len(self._written - failed)} written, {before}{len(failed)} failed, {skipped}"
+        done = len(self._before - self._failed)
+        left = self._seen - self._before - self._written - self._failed - self._passed
+        counts = (
+            f"{len(self._written - self._failed)} written",
+            f"{done} done before" if done else "",
+            f"{len(self._failed)} failed",
+            f"{n} left" if (n := sum(map(os.path.lexists, left))) else "",
+            f"{kinds.total()} skipped" + (f" ({listed})" if listed else ""),
+        )
+        return ", ".join(filter(None, counts))
+
+
+def _key(image: str) -> str:
+    """By what a picture is known, however its path was given; links stay as they are."""
+    return os.path.abspath(image)  # noqa: PTH100
 
 
 def _open_captions(out: str, columns: Sequence[str], existing: Existing) -> Captions:
     if out == BESIDE:
         if existing.overwrites and not existing.starts_over:
             raise ValueError(f"--overwrite with --out {BESIDE} cannot tell what is done already.")
-        return TextFiles(existing.overwrites)
+        return TextFiles(existing.overwrites, existing.takes_any)
     path = Path(out)
     return Lines(path, columns) if path.suffix == ".jsonl" else Table(path, columns)
 

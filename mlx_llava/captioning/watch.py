@@ -34,38 +34,44 @@ def whole_pictures(
     """The pictures of folders as they come, without end.
 
     A picture is whole when neither its size nor its time has changed between two looks and it can
-    be decoded; one that stands still and cannot is given after a while, to become an error.
+    be decoded; one that stands still and cannot is given after a while, to become an error, and
+    again when it has changed.
 
     Args:
         find (callable): Gives the pictures that are there.
-        is_done (callable): Whether a picture needs no look.
+        is_done (callable): Whether a picture needs no look, however it changes.
         pause (float): Seconds between two looks, at least.
         patience (float): Seconds after which what cannot be decoded is given.
 
     Yields:
-        list[str]: Pictures that have become whole, each once; maybe none.
+        list[str]: Pictures that have become whole; maybe none.
     """
-    given: set[str] = set()
+    done, given = set[str](), dict[str, tuple[int, int]]()
     waiting: dict[str, _File] = {}
     while True:
         began = time.monotonic()
-        new = [image for image in dict.fromkeys(find()) if image not in given]
-        given.update(image for image in new if is_done(image))
-        new = [image for image in new if image not in given]
+        new = [image for image in dict.fromkeys(find()) if image not in done]
+        new = [image for image in new if image not in given or _state(image) != given[image]]
+        done.update(image for image in new if is_done(image))
+        new = [image for image in new if image not in done]
         waiting = {image: _looked_at(image, waiting.get(image), began) for image in new}
         ready = [image for image in new if _is_ready(image, waiting[image], began, patience)]
-        given.update(ready)
+        given |= {image: waiting[image].state for image in ready}
         looked = time.monotonic() - began
         yield ready
         time.sleep(max(pause, 30 * looked))  # where looking takes long, more rarely
 
 
 def _looked_at(image: str, before: _File | None, now: float) -> _File:
-    state = (-1, -1)
+    state = _state(image)
+    return before if before and before.state == state else _File(state, now, now)
+
+
+def _state(image: str) -> tuple[int, int]:
     with suppress(OSError):
         status = Path(image).stat()
-        state = (status.st_size, status.st_mtime_ns)
-    return before if before and before.state == state else _File(state, now, now)
+        return status.st_size, status.st_mtime_ns
+    return -1, -1
 
 
 def _is_ready(image: str, file: _File, now: float, patience: float) -> bool:

@@ -30,6 +30,30 @@ def test_pictures_of_one_name_have_a_file_each():
 
 
 @pytest.mark.parametrize(
+    ("there", "image", "name"),
+    [
+        (["1.txt"], "1.jpg", "1.txt"),
+        (["1.txt", "1.png"], "1.jpg", "1.jpg.txt"),  # it may be the other's
+        (["1.txt", "1.PNG"], "1.jpg", "1.jpg.txt"),
+        (["1.txt", "1.png", "1.png.txt"], "1.jpg", "1.txt"),
+        (["1.txt", "1.cr2", "1.mov"], "1.jpg", "1.txt"),  # neither of which has texts
+        (["1.txt", "1.heic"], "1.mov", "1.mov.txt"),
+        (["1.png"], "1.jpg", "1.txt"),
+    ],
+)
+def test_a_file_of_which_nothing_tells_whose_it_is_is_nobodys(there, image, name):
+    for other in (*there, image):
+        Path(other).touch()
+    assert str(Beside(".txt").path(image)) == name
+    twins = [other for other in there if other.lower() == "1.png"]
+    assert [str(Beside(".txt").path(twin)) for twin in twins] == (
+        ["1.txt"] if "1.txt" not in there else [f"{twin}.txt" for twin in twins]
+    )
+    if "1.txt" in there:
+        assert str(Beside(".txt", takes_any=True).path(image)) == "1.txt"
+
+
+@pytest.mark.parametrize(
     ("there", "chosen"),
     [
         ([], "a.xmp"),

@@ -79,12 +79,15 @@ def test_fields():
     [
         (None, None),
         ({"type": "object"}, {"type": "object"}),
-        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "additionalProperties": False}),
+        (
+            {"properties": {"a": {}}},
+            {"type": "object", "properties": {"a": {}}, "additionalProperties": False},
+        ),
         (
             {"properties": {"a": {}}, "additionalProperties": True},
-            {"properties": {"a": {}}, "additionalProperties": True},
+            {"type": "object", "properties": {"a": {}}, "additionalProperties": True},
         ),
     ],
 )
-def test_other_keys_than_columns_are_not_written(schema, closed):
+def test_answers_are_objects_of_the_columns_alone(schema, closed):
     assert with_columns_alone(schema) == closed

@@ -74,6 +74,14 @@ def test_what_stays_broken_is_given_in_the_end(tmp_path):
     assert look() == ["a.mp4", "a.png"]
 
 
+def test_what_was_broken_is_given_again_when_it_has_changed(tmp_path):
+    look, path = looking(tmp_path, patience=0), tmp_path / "a.png"
+    path.write_bytes(picture()[:50])
+    assert [look(), look(), look()] == [[], ["a.png"], []]
+    path.write_bytes(picture())
+    assert [look(), look(), look()] == [[], ["a.png"], []]
+
+
 def test_what_vanishes_is_forgotten(tmp_path, look):
     path = tmp_path / "a.png"
     path.write_bytes(picture())

@@ -60,7 +60,7 @@ def read_csv(path: Path) -> list[tuple[str, ...]]:
 def test_lines(drawings, expected, tmp_path, capsys):
     out = tmp_path / "new" / "captions.jsonl"
     assert main([str(drawings), "--recursive", "--out", str(out)]) == 2
-    assert f"1 of {COUNT} pictures have no caption" in capsys.readouterr().err
+    assert f"1 of {COUNT} pictures failed" in capsys.readouterr().err
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [(line["image"], line["text"]) for line in lines] == [*expected.items()]
     (error,) = (tmp_path / "new" / "captions.errors.jsonl").read_text().splitlines()
@@ -209,7 +209,7 @@ def test_one_text_that_cannot_be_written_is_one_error(drawings, capsys):
     assert main([".", "--out", "txt", "-m", "2"]) == 2
     *_, counts, error = capsys.readouterr().err.splitlines()
     assert counts == "3 written, 1 failed, 4 skipped (2 .mov, 1 .raw, 1 without ending)"
-    assert error == "error: 1 of 4 pictures have no caption; captions.errors.jsonl says why."
+    assert error == "error: 1 of 4 pictures failed; captions.errors.jsonl says why."
     line = json.loads(Path("captions.errors.jsonl").read_text())
     assert line == {"image": "a.png", "error": "There is a.txt already."}
     assert Path("a.txt").readlink() == Path("nowhere")
