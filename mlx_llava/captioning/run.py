@@ -64,6 +64,11 @@ class Existing:
         return self.skips or self.overwrites
 
     @property
+    def asks_as_before(self) -> bool:
+        """Whether captions are added to only if they were asked for in the same way."""
+        return self.resumes and not self.skips
+
+    @property
     def is_refused(self) -> bool:
         """Whether nothing may be there."""
         return not (self.resumes or self.skips or self.overwrites)
@@ -108,6 +113,7 @@ class Run:
         self._existing = existing
         self._seen, self._before, self._passed = set[str](), set[str](), set[str]()
         self._written, self._failed, self._has_begun = set[str](), set[str](), False
+        self._checked_for, self._kept_for = set[str](), set[str | None]()
         self._rows = dict[str, dict[str, Any]]()
         self._reasons = {_key(image) for image, _ in self.errors.rows()}
         self._look_back()
@@ -122,9 +128,7 @@ class Run:
         begun = table.path if table and table.path.exists() else None
         if begun and self._existing.is_refused:
             raise FileExistsError(f"There is {begun} already; --resume goes on.")
-        if not self._existing.resumes or self._existing.skips:
-            return
-        if not self._settings.check() and begun:
+        if begun and self._existing.asks_as_before and not self._settings.check():
             warnings.warn(f"Nothing says how the captions in {begun} were asked for.", stacklevel=2)
 
     def _named_as_now(
@@ -166,6 +170,10 @@ class Run:
         self._seen.add(image)
         if self._existing.starts_over:
             return False
+        folder = self._folder(image)
+        if folder and self._existing.asks_as_before and folder not in self._checked_for:
+            self._checked_for.add(folder)
+            self._settings.check(folder)
         if self._has_caption(image):
             self._before.add(image)
             if self._sidecars and not self._sidecars.is_described(image):
@@ -178,6 +186,10 @@ class Run:
             return True
         return False
 
+    def _folder(self, image: str) -> str | None:
+        """The folder of a caption that lies beside its picture; None of a line in a table."""
+        return os.path.dirname(_key(image)) if isinstance(self._captions, TextFiles) else None  # noqa: PTH120
+
     def _has_caption(self, image: str) -> bool:
         if isinstance(self._captions, TextFiles):
             return self._captions.has(image)
@@ -186,6 +198,9 @@ class Run:
     def keep(self, image: str, values: Mapping[str, Any]) -> None:
         """Keeps a caption for good, or why it cannot be kept."""
         self._begin()
+        if (folder := self._folder(image)) not in self._kept_for:
+            self._kept_for.add(folder)
+            self._settings.keep(folder)
         self._rows[_key(image)] = dict(values)
         steps = [self._write_caption, *([self._write_sidecar] if self._sidecars else [])]
         # What is written last may be missing after a kill: what is replaced is replaced again,
@@ -244,7 +259,6 @@ class Run:
                 self._captions.path.unlink(missing_ok=True)
         self.errors.path.parent.mkdir(parents=True, exist_ok=True)
         self._captions.mend()
-        self._settings.keep()
 
     def caption(self, image: str) -> dict[str, Any]:
         """The caption of a picture that has one."""

@@ -26,13 +26,17 @@ class RunSettings:
         text = json.dumps(given, ensure_ascii=False).encode(errors="replace")
         self.path, self.given = path, json.loads(text)  # as it is read again
 
-    def check(self) -> bool:
+    def check(self, folder: str | None = None) -> bool:
         """Whether it is known how the captions so far were asked for.
+
+        Args:
+            folder (str, optional): Of captions that lie beside their pictures.
 
         Raises:
             ValueError: It was otherwise than now.
         """
-        before = read_json(self.path).get("asked")
+        data = read_json(self.path)
+        before = data.get("asked") if folder is None else data.get("folders", {}).get(folder)
         if before is None:
             return False
         differing = [
@@ -41,17 +45,23 @@ class RunSettings:
             if key in self.given and value != self.given[key]  # other versions have other flags
         ]
         if differing:
+            where = "" if folder is None else f" in {folder}"
             raise ValueError(
-                f"{self.path} says that captions so far were asked for otherwise: "
+                f"{self.path} says that captions so far{where} were asked for otherwise: "
                 f"{'; '.join(differing)}. Ask as then, name another --out, or let --skip-existing "
                 "add to them all the same."
             )
         return True
 
-    def keep(self) -> None:
+    def keep(self, folder: str | None = None) -> None:
         """Writes down what is given now."""
+        data = read_json(self.path) | {"command": COMMAND}
+        if folder is None:
+            data["asked"] = self.given
+        else:
+            data["folders"] = {**data.get("folders", {}), folder: self.given}
         with whole_file(self.path) as beside:
-            write_json(beside, {"command": COMMAND, "asked": self.given})
+            write_json(beside, data)
 
 
 def _short(value: Any) -> str:

@@ -136,6 +136,26 @@ def test_another_way_of_asking_is_not_gone_on_with(photos, expected, capsys):
     assert [Path(line["image"]).name for line in lines()] == [*expected, "new.png", "newer.png"]
 
 
+def test_texts_of_each_folder_are_asked_for_in_their_way(photos, expected, capsys):
+    first, *_ = sorted(expected)
+    shutil.copytree(photos, "portraits")
+    (photos / "broken.png").write_bytes(b"broken")
+    one, other = (["--out", "txt", "-m", "2", "--prefix", prefix] for prefix in ("one ", "other "))
+    assert main(["photos", *one]) == 2
+    assert main(["portraits", *other]) == 0
+    (photos / first).with_suffix(".txt").unlink()
+    capsys.readouterr()
+    assert main(["photos", *other, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f'captions so far in {photos.absolute()} were asked for otherwise: --prefix was "on' in said
+    )
+    assert not (photos / first).with_suffix(".txt").exists()
+    assert main(["photos", *one, "--resume"]) == 2
+    assert "1 written, 3 done before, 1 failed" in capsys.readouterr().err
+    assert (photos / first).with_suffix(".txt").read_text().startswith("one ")
+
+
 def test_flags_of_other_versions_are_passed_over(capsys):
     assert main(["photos", "-m", "1"]) == 0
     path = Path("captions.settings.json")
