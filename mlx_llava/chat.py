@@ -100,10 +100,12 @@ class Chat:
         if name.startswith("/") and (question == line or question.startswith(name)):
             kind = "picture" if "/" in name[1:] else "command"
             raise ValueError(f"There is no {kind} {name}; /help lists what can be typed.")
+        for path in missing_paths(question):
+            if path == question or "/" in path:
+                raise ValueError(f"There is no file {path}; nothing was asked.")
+            note(f"note: there is no file {path}")
         self.show([self.film(path) if is_film(path) else Picture.read(path) for path in paths])
         if question:
-            for path in missing_paths(question):
-                note(f"note: there is no file {path}")
             self.ask(question)
 
     def ask(self, text: str) -> None:

@@ -26,7 +26,6 @@ _QUOTES = dict(zip("'\"`\u2018\u201c\u00ab\u201e", "'\"`\u2019\u201d\u00bb\u201c
 _BEFORE = " \t([{<,;:=" + "".join(_QUOTES)
 _AFTER = "?!.,;:)]}>" + "".join(_QUOTES.values())
 _URLS = ("http://", "https://", "data:")
-_MISSING = re.compile(r"(?:^|\s)((?:file://|~|\.{0,2}/)\S*)")
 
 
 class Mention(NamedTuple):
@@ -91,9 +90,9 @@ def image_names(arguments: str) -> list[str]:
 
 
 def missing_paths(line: str) -> list[str]:
-    """What looks like the path of an image or a film and is no file, so that it stays text."""
-    words = [word.rstrip(_AFTER) for word in _MISSING.findall(line)]
-    return [word for word in words if _has_ending(word)]
+    """What looks like the path of an image or a film in a line from which files are taken out."""
+    words = (word.lstrip(_BEFORE).rstrip(_AFTER) for word in line[:MAX_LENGTH].split())
+    return [word for word in words if _has_ending(word) and not word.startswith(_URLS)]
 
 
 def _other_names(text: str) -> Iterator[str]:

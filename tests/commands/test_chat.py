@@ -366,8 +366,8 @@ def test_what_is_no_picture_stays_text(line, pictures):
 
 
 def test_a_path_that_leads_nowhere_is_noted(pictures):
-    line = "a.png or ./gone.png, ~/none.jpg? Not ./x nor ../notes.txt"
-    assert missing_paths(line) == ["./gone.png", "~/none.jpg"]
+    line = "gone.png or './gone.png', ~/none.jpg? Not ./x nor ../notes.txt, http://x/y.png, .png"
+    assert missing_paths(line) == ["gone.png", "./gone.png", "~/none.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -389,6 +389,16 @@ def test_a_path_that_leads_nowhere_is_noted(pictures):
 )
 def test_image_takes_names_as_people_write_them(arguments, names, pictures):
     assert image_names(arguments) == names
+
+
+@pytest.mark.parametrize(
+    "line", ["gone.png", "What is in ./gone.png?", f"{SHAPES} and ~/gone.png?"]
+)
+def test_a_question_about_a_file_that_is_not_there_is_not_asked(line, monkeypatch, capsys):
+    chat(monkeypatch, f"What colour is the star in {SHAPES}?", line)
+    said = capsys.readouterr()
+    assert "gone.png; nothing was asked." in said.err
+    assert len(said.out.split()) == 1
 
 
 def test_a_picture_in_a_question_is_shown_with_it(monkeypatch, capsys):
