@@ -25,6 +25,7 @@ from mlx_llava.checkpoint.hub import Source
 from mlx_llava.checkpoint.load import load
 from mlx_llava.checkpoint.open import open_checkpoint
 from mlx_llava.checkpoint.verify import compare, verify
+from mlx_llava.files import size_said
 from mlx_llava.folders import MANIFEST
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.device import DTYPES
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for warning in plan.contents.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{plan.contents.layout} -> {target}, {plan.nbytes / 1e9:.2f} GB", file=sys.stderr)
+    print(f"{plan.contents.layout} -> {target}, {size_said(plan.nbytes)}", file=sys.stderr)
     if args.verify:
         _print_checks(target)
         measured = compare(load(args.model, **source), load(target))

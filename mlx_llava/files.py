@@ -19,6 +19,11 @@ _HEAD = 4096
 _MARKS = ('<meta name="generator" content="{}">', "Software\0{}", '"command": "{}"')
 
 
+def size_said(nbytes: float) -> str:
+    """How large something is: 13.5 GB, or 3.9 MB of what is below a GB."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def hidden(path: Path, ending: str) -> Path:
     """A hidden path beside another, always the same, with a name that is never too long."""
     name = path.name

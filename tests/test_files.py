@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from mlx_llava.files import whole_file
+from mlx_llava.files import size_said, whole_file
 from tests.conftest import ROOT
 
 #: Writes a file, and waits to be told to end in the middle.
@@ -115,3 +115,12 @@ def test_many_writers_at_once_never_fail(tmp_path):
     text = (tmp_path / "out").read_text()
     assert text in [str(number) * 5000 for number in range(4)]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_size_below_a_gigabyte_is_said_in_megabytes():
+    assert [*map(size_said, (3.9e6, 0.99e9, 1e9, 13.5e9))] == [
+        "3.9 MB",
+        "990.0 MB",
+        "1.0 GB",
+        "13.5 GB",
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_llava.files import size_said
 from mlx_llava.model.quantized import layer_settings
 from mlx_llava.version import __version__
 
@@ -65,7 +66,7 @@ def model_card(
         source=f"[{source}](https://huggingface.co/{source})" if is_repository else source,
         layout=layout,
         version=__version__,
-        size=f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB",
+        size=size_said(nbytes),
         quantization=", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
         template=template or "in chat_template.jinja, or chosen by shape",
     )

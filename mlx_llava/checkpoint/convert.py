@@ -22,7 +22,7 @@ from mlx_llava.checkpoint.precision import read_dtype
 from mlx_llava.checkpoint.safetensors import Output, output
 from mlx_llava.checkpoint.save import write_model
 from mlx_llava.checkpoint.tensors import LazyTensor, plain_layer, to_torch_layout
-from mlx_llava.files import disk_room
+from mlx_llava.files import disk_room, size_said
 from mlx_llava.folders import check_target, new_folder
 from mlx_llava.json_files import sensible_values
 from mlx_llava.model.config import LlavaConfig
@@ -87,7 +87,7 @@ class Plan:
                 lines.append(f"{item.source} -> {name} {kind} {list(shape)}")
         dropped = self.contents.dropped.items()
         lines += [f"{source} -> dropped: {reason}" for source, reason in dropped]
-        lines.append(f"{len(lines) - 1 - len(dropped)} tensors, {self.nbytes / 1e9:.2f} GB")
+        lines.append(f"{len(lines) - 1 - len(dropped)} tensors, {size_said(self.nbytes)}")
         return "\n".join(lines)
 
 
@@ -163,7 +163,7 @@ def _check_disk(target: Path, nbytes: int) -> None:
     parent, free = disk_room(target)
     if free < nbytes * 1.01 + 50_000_000:
         raise ValueError(
-            f"{parent} has {free / 1e9:.1f} GB free; the result takes {nbytes / 1e9:.1f} GB."
+            f"{parent} has {size_said(free)} free; the result takes {size_said(nbytes)}."
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.files import disk_room
+from mlx_llava.files import disk_room, size_said
 from mlx_llava.model.device import memory_said, total_memory
 
 logger = logging.getLogger("mlx_llava")
@@ -87,7 +87,7 @@ def _look_ahead(name: str, revision: str | None, memory: int | None) -> list[str
 def _check_memory(name: str, nbytes: int, memory: int | None) -> None:
     if memory is not None and nbytes > memory:
         raise ValueError(
-            f"{name} has {nbytes / _GB:.1f} GB of weights and {memory_said()}, so nothing is "
+            f"{name} has {size_said(nbytes)} of weights and {memory_said()}, so nothing is "
             f"downloaded; this machine holds {fitting_model()}, or what mlx_llava.convert -q makes "
             f"of {name}."
         )
@@ -97,12 +97,12 @@ def _check_disk(name: str, nbytes: int, cache: Path) -> None:
     _, free = disk_room(cache)
     if nbytes > free:
         raise ValueError(
-            f"{name} takes {nbytes / _GB:.1f} GB of disk and {cache} has {free / _GB:.1f} GB free, "
+            f"{name} takes {size_said(nbytes)} of disk and {cache} has {size_said(free)} free, "
             "so nothing is downloaded; make room, or let HF_HOME name a folder on another disk."
         )
     logger.warning(
-        f"note: {name} is downloaded once, {nbytes / _GB:.1f} GB, to {cache}, which has "
-        f"{free / _GB:.1f} GB free"
+        f"note: {name} is downloaded once, {size_said(nbytes)}, to {cache}, which has "
+        f"{size_said(free)} free"
     )
 
 

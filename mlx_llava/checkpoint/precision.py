@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_llava.files import size_said
 from mlx_llava.model.device import DTYPES, available_memory, on_cpu
 from mlx_llava.model.linux.layers import is_read_fast
 from mlx_llava.model.llava import Llava
@@ -59,20 +60,20 @@ def suit_device(model: Llava) -> None:
     needed, available = _bytes_in_float32(slow), available_memory()
     if needed > 0.8 * available:
         logger.warning(
-            f"The weights would take {needed / 1e9:.1f} GB in float32 and {available / 1e9:.1f} GB "
+            f"The weights would take {size_said(needed)} in float32 and {size_said(available)} "
             f"are free; they stay in {_kind(slow)}, which is slow on a CPU."
         )
         slow = []
     elif needed > SMALL and any(map(is_quantized, slow)):
-        logger.warning(f"From {_kind(slow)} to float32 for the CPU: {needed / 1e9:.2f} GB.")
+        logger.warning(f"From {_kind(slow)} to float32 for the CPU: {size_said(needed)}.")
     changed = {id(layer) for layer in slow}
     kept = [layer for layer in layers if id(layer) not in changed]
     if kept and len(slow) < len(layers):
         stored = sum(array.nbytes for layer in kept for array in arrays_of(layer))
         floats = _bytes_in_float32(kept)
         logger.info(
-            f"{_kind(kept)} are read as they are: {stored / 1e9:.2f} GB, in float32 "
-            f"{floats / 1e9:.2f} GB."
+            f"{_kind(kept)} are read as they are: {size_said(stored)}, in float32 "
+            f"{size_said(floats)}."
         )
     _compute_in_float32(model, {id(layer.weight) for layer in kept} | _scales(model, changed))
     paths = {path for path, layer in model.named_modules() if id(layer) in changed}

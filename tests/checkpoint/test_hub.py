@@ -128,7 +128,7 @@ def test_a_download_says_its_size_before_and_only_once(hub, tmp_path):
         ).stderr
         for _ in range(2)
     ]
-    note = rf"note: someone/tiny is downloaded once, 0.0 GB, to {tmp_path}/hub, which has [\d.]+ GB"
+    note = rf"note: someone/tiny is downloaded once, 0.3 MB, to {tmp_path}/hub, which has [\d.]+ GB"
     assert re.match(note, said[0])
     assert "downloaded" not in said[1]
 
@@ -144,11 +144,11 @@ def in_process(hub, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("in_process")
 def test_what_has_no_room_is_refused_before_the_first_byte(monkeypatch):
-    with pytest.raises(ValueError, match=r"someone/tiny has 0.0 GB of weights and .* --model \w"):
+    with pytest.raises(ValueError, match=r"someone/tiny has 0.3 MB of weights and .* --model \w"):
         download.download("someone/tiny", None, False, memory=100)
     usage = shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"takes 0.0 GB of disk and .* has 0.0 GB free, so noth"):
+    with pytest.raises(ValueError, match=r"takes 0.3 MB of disk and .* has 0.0 MB free, so noth"):
         download.download("someone/tiny", None, False, memory=None)
     assert Hub.fetched == []
 

@@ -249,7 +249,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(original, tmp_path, capsys, 
     assert plan[0] == "layout: original LLaVA"
     target = "embed_tokens.weight -> language_model.model.embed_tokens.scales float16 [384, 1]"
     assert sum(line.endswith(target) for line in plan) == 1
-    assert plan[-1].endswith("GB")
+    assert plan[-1] == f"{len(plan) - 2} tensors, 1.1 MB"
     assert not list(tmp_path.iterdir())
 
 
@@ -341,7 +341,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(original, tmp_path, c
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert main(["--model", str(original), "--mlx-path", str(tmp_path / "out")]) == 2
-    assert "GB free; the result takes" in capsys.readouterr().err
+    assert "0.0 MB free; the result takes 1.3 MB." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
