@@ -22,8 +22,9 @@ COLUMNS_SHOWN = 32
 def plot_flow(model: Llava, explanation: Explanation, figure: Drawing = None) -> Drawing:
     """The way from one picture and a question to an answer, in the arrays of one run.
 
-    A row is a token, a column one of its numbers: those that differ most between tokens, each as
-    it differs from the others of its column; beside a patch stands its own colour. The letters
+    A row is a token, a column one of its numbers: those that differ most between tokens, in each
+    array others, each as it differs from the others of its column; beside a patch stands its own
+    colour. The letters
     are H for what is encoded and Z for what W makes of it; Liu et al. 2023 (arXiv:2304.08485),
     figure 1, has the two the other way round.
     """
@@ -99,7 +100,8 @@ def _rows(axes: Any, rows: Array, colours: Array | None = None) -> Any:
         strip = (-0.12 * width - 0.5, -0.5, count - 0.5, -0.5)
         axes.imshow(np.resize(colours, (count, 1, 3)).astype(np.uint8), extent=strip, **style)
         axes.set_xlim(strip[0], width - 0.5)
-    axes.set_xlabel(f"{rows.shape[0]} x {rows.shape[1]}", fontsize=SMALL)
+    drawn = f", {width} columns drawn" if width < rows.shape[1] else ""
+    axes.set_xlabel(f"{rows.shape[0]} x {rows.shape[1]}{drawn}", fontsize=SMALL)
     return shown
 
 
