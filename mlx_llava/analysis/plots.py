@@ -23,6 +23,8 @@ from mlx_llava.analysis.panels import SMALL, Drawing, new_figure, panels, plain,
 COLUMNS = 6
 #: What the colours of attention mean.
 SHARE = "attention per 1 % of area"
+#: Where the scale of masking ends at least, in nats, so that no effect looks like none.
+LEAST_DROP = 0.1
 
 
 def headline(figure: Drawing, finding: str) -> Drawing:
@@ -187,11 +189,13 @@ def plot_mask_effect(
     words: Sequence[int] | None = None,
     figure: Drawing = None,
 ) -> Drawing:
-    """What each word loses when a part of a picture is masked."""
+    """What each word loses when a part of a picture is masked, on a scale to `LEAST_DROP` or more."""
     image = explanation.images[picture]
     draw = partial(paint, boxes=effect.boxes, size=(image.height, image.width))
-    label = "fall of log-probability (nats)"
-    return _plot_words(explanation, picture, words, draw, effect.drops.T, label, figure)
+    drops, label = effect.drops.T, "fall of log-probability (nats)"
+    shown = drops if words is None else drops[[*words]]
+    largest = max(LEAST_DROP, float(np.abs(shown).max(initial=0)))
+    return _plot_words(explanation, picture, words, draw, drops, label, figure, largest)
 
 
 def plot_lens(

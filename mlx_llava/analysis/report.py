@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlx_llava.analysis.attribution import Explanation, folded, logit_lens, mask_effect
 from mlx_llava.files import own_file
@@ -29,6 +32,7 @@ _OVERVIEW = "The picture, and where the answer looked in it. Grey is what the mo
 _ATTENTION = "Where each word looked when it was chosen; all layers, mean head."
 _ROLLOUT = "What came from the picture to each word through all layers together."
 _MASKING = "How much less likely each word becomes when a part of the picture is hidden."
+_NO_EFFECT = "Hiding a single part changes nothing here; larger ones (--window) may."
 _LENS = "The word that the model would have said if it had ended after each layer."
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -75,12 +79,14 @@ def sections(
     largest = plots.largest_share(explanation)
     for i, _ in enumerate(explanation.images):
         effect = mask_effect(model, processor, explanation, i, **mask_options)
+        is_seen = np.abs(effect.drops).max(initial=0) > plots.LEAST_DROP
+        masking = _MASKING if is_seen else f"{_MASKING} {_NO_EFFECT}"
         attention = partial(plots.plot_attention, explanation, i, largest=largest)
         rollout = partial(plots.plot_rollout, explanation, i, largest=largest)
         for title, caption, draw in (
             ("attention", _ATTENTION, attention),
             ("rollout", _ROLLOUT, rollout),
-            ("masking", _MASKING, partial(plots.plot_mask_effect, explanation, effect, i)),
+            ("masking", masking, partial(plots.plot_mask_effect, explanation, effect, i)),
         ):
             found.append(Section(f"Picture {i + 1}: {title}", caption, height, draw))
     observed = explanation.trace.hidden_states[:, explanation.trace.queries][:, [*words]]
@@ -106,10 +112,11 @@ def _png(found: list[Section], question: str, answer: str) -> bytes:
 
     heights = [section.height + 0.5 for section in found]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=100, layout="constrained")
-    figure.suptitle(plain(f"{question}\n{answer}"), fontsize=12)
+    said = "\n".join(textwrap.fill(text, 100) for text in (question, answer))
+    figure.suptitle(plain(said), fontsize=12)
     parts = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False).flatten()
     for part, section in zip(parts, found, strict=True):
-        part.suptitle(f"{section.title}. {section.caption}", fontsize=9)
+        part.suptitle(textwrap.fill(f"{section.title}. {section.caption}", 120), fontsize=9)
         section.draw(figure=part)
     return _saved(figure)
 

@@ -516,6 +516,32 @@ def test_a_masked_part_is_drawn_with_its_own_value(embedded):
     assert np.allclose(drawn[half:, half:], 4)
 
 
+def test_what_changes_nothing_is_not_drawn_as_if_it_did(embedded):
+    """The colours go to a tenth of a nat at least, and the report says that nothing is there."""
+    from mlx_llava.analysis import plots, report
+
+    question = "What colour is the triangle?"
+    seen = explain(*embedded, question, SHAPES, max_tokens=1)
+    captions = {
+        window: "changes nothing" in report.sections(*embedded, seen, window=window)[3].caption
+        for window in (1, 2)
+    }
+    assert captions == {1: True, 2: False}
+    for window, ends in ((1, plots.LEAST_DROP), (2, None)):
+        effect = mask_effect(*embedded, seen, window=window)
+        (shown, _) = plots.plot_mask_effect(seen, effect).axes
+        assert shown.images[-1].norm.vmax == (ends or np.abs(effect.drops).max())
+
+
+def test_long_texts_are_not_cut_off_in_a_report(tmp_path):
+    from mlx_llava.analysis import report
+
+    section = report.Section("Title", "a caption " * 20, 1.0, lambda figure: figure.subplots())
+    report.write_report([section], "a question " * 20, "an answer " * 20, tmp_path / "report.png")
+    pixels = np.asarray(Image.open(tmp_path / "report.png").convert("L"))
+    assert (pixels[:, [0, 1, -2, -1]] == 255).all()
+
+
 def test_inputs_and_answers_show_themselves_in_jupyter(both):
     from mlx_llava import stream_generate
 
