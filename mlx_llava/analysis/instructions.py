@@ -76,12 +76,13 @@ def plot_instructions(counts: Mapping[tuple[str, str], int], figure: Any = None)
         nouns = Counter({noun: n for (v, noun), n in counts.items() if v == verb})
         common = nouns.most_common(MOST_NOUNS)
         inner.append((verb, count))
-        outer += [*common, ("", count - sum(n for _, n in common))]
+        outer += [(noun or "(none)", n) for noun, n in common]
+        outer.append(("others", count - sum(n for _, n in common)))
         colours.append(_colour(i, 0.2))
         shades += [_colour(i, 0.35 + 0.07 * j) for j in range(len(common))] + ["0.95"]
     if rest:
         inner.append(("others", rest))
-        outer.append(("", rest))
+        outer.append(("others", rest))
         colours.append("0.8")
         shades.append("0.95")
     total = sum(by_verb.values())

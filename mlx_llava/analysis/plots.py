@@ -189,7 +189,7 @@ def plot_mask_effect(
     words: Sequence[int] | None = None,
     figure: Drawing = None,
 ) -> Drawing:
-    """What each word loses when a part of a picture is masked, on a scale to `LEAST_DROP` or more."""
+    """What each word loses when a part of a picture is masked; see `LEAST_DROP`."""
     image = explanation.images[picture]
     draw = partial(paint, boxes=effect.boxes, size=(image.height, image.width))
     drops, label = effect.drops.T, "fall of log-probability (nats)"

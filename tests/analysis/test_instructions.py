@@ -70,3 +70,11 @@ def test_rings_hold_every_instruction():
     ends = {round(end % 360, 2) for _, end in outer}
     assert {round(end % 360, 2) for _, end in inner} <= ends
     assert {"verb0", "noun0", "others"} <= {text.get_text() for text in axes.texts}
+
+
+def test_no_wide_part_of_a_ring_is_without_a_word():
+    counts = {("what", ""): 5, **{("what", f"noun{i}"): 4 for i in range(9)}}
+    (axes,) = plot_instructions(counts).axes
+    texts = [text.get_text() for text in axes.texts if text.get_text()]
+    assert len(texts) == len(axes.patches)
+    assert {"(none)", "others"} <= {*texts}
