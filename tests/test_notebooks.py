@@ -35,6 +35,8 @@ EXERCISES = {
     "6_finetune": ("4096", "16384"),
     "7_convert_and_quantise": ("4.5", "4"),
 }
+#: What is neither, in any of them.
+ODD = ("np.array([1, 2])", "[[1, 2, 3], [4, 5, 6]]", "[1, [2, 3]]", "'two'", "processor")
 
 
 def figures(notebook) -> list[list[bytes]]:
@@ -78,6 +80,9 @@ def test_its_exercise_knows_the_answer(path, capsys):
     ):
         exec(f"answer = {answer}\n{first}", dict(known))
         assert capsys.readouterr().out.startswith(said)
+    for answer in ODD:
+        exec(f"answer = {answer}\n{first}", dict(known))
+        assert capsys.readouterr().out.endswith(" please.\n")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
