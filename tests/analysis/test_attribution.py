@@ -501,6 +501,14 @@ def test_every_figure_shows_something(mode, request):
         assert Image.open(buffer).convert("RGB").getcolors(maxcolors=20) is None
 
 
+def test_the_flow_says_how_many_columns_it_draws(embedded):
+    from mlx_llava.analysis import flow
+
+    seen = explain(*embedded, "What is it?", SHAPES, max_tokens=1)
+    labels = [axes.get_xlabel() for axes in flow.plot_flow(embedded[0], seen).axes]
+    assert labels.count("36 x 128, 32 columns drawn") == 2
+
+
 def test_a_masked_part_is_drawn_with_its_own_value(embedded):
     from mlx_llava.analysis import plots
 
