@@ -30,7 +30,7 @@ from mlx_llava.arguments import (
     given_options,
     load_model,
 )
-from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model
+from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model, lasting_part
 from mlx_llava.checkpoint.save import save
 from mlx_llava.files import whole_file
 from mlx_llava.folders import Kind, check_target, new_folder
@@ -187,6 +187,17 @@ def _check_missing(path: str, reading: TrainingFile, image_folder: str) -> None:
         )
 
 
+def _origin(args: argparse.Namespace, adapter: Adapter, dtype: str) -> dict[str, Any]:
+    """What a run begins with, by flag."""
+    parts = {name: lasting_part(getattr(args, name)) for name in ("base", "vision_tower", "mmproj")}
+    model = lasting_part(args.model or embedded_model())
+    found = {"model": model, **parts, "revision": args.revision, "dtype": dtype}
+    if adapter.stage == "lora":
+        numbers = {f"lora_{key}": getattr(adapter, key) for key in ("rank", "alpha", "dropout")}
+        found |= {**numbers, "lora_targets": sorted(adapter.targets)}
+    return found
+
+
 @contextmanager
 def _stopped_by_control_c() -> Iterator[Callable[[], bool]]:
     """Gives whether Control-C was pressed; pressed again, it ends everything."""
@@ -236,13 +247,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main:
         _check_folder(folder / kind, kind, args.resume, keep)
     template = args.template or ("plain" if args.stage == "projector" else None)
-    model, processor = load_model(args, dtype=args.dtype or fast_dtype(), template=template)
+    dtype = args.dtype or fast_dtype()
+    model, processor = load_model(args, dtype=dtype, template=template)
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     adapter = Adapter(args.model or EMBEDDED, options.stage, *lora)
     mx.random.seed(options.seed)
     prepare(model, options, adapter)
     data, left_out = _read_data(args, processor, speaks=is_main)
-    trainer = Trainer(model, data["data"], data.get("valid"), options, folder)
+    origin = _origin(args, adapter, dtype)
+    trainer = Trainer(model, data["data"], data.get("valid"), options, folder, origin)
     if args.resume:
         trainer.resume()
     skipped = Skipped(folder / ("skipped.jsonl" if is_main else f"skipped-{rank}.jsonl"))

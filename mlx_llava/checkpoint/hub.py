@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_llava.checkpoint.download import download, fitting_model
-from mlx_llava.files import expand_home
+from mlx_llava.files import expand_home, real_path
 from mlx_llava.signatures import option
 
 #: The model that comes with the package: beside it in a checkout, inside it when installed.
@@ -74,6 +74,15 @@ def find_checkpoint(
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {name}.")
     return download(name, revision, offline, memory)
+
+
+def lasting_part(part: str | Path | None) -> str | None:
+    """A part of a checkpoint by a path that means the same in another folder, or by its repository.
+
+    Without a name it stays without one.
+    """
+    path = None if part is None else expand_home(part)
+    return str(real_path(path)) if path and path.exists() else part and str(part)
 
 
 def checkpoint_name(path: Path) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Learnable, Processor
 from mlx_llava.inputs.video import Video
 from mlx_llava.model.anyres import ImageSizes
-from mlx_llava.tuner.samples import Film, LeftOut, Sample, UnusableError
+from mlx_llava.tuner.samples import Film, LeftOut, Sample, UnusableError, fingerprint
 
 #: What a token that is not learned has for a label, as in PyTorch.
 IGNORED = -100
@@ -85,6 +86,15 @@ class Examples:
     def problems(self) -> Counter[str]:
         """How many samples were left out for each reason."""
         return Counter(left_out.error.reason for left_out in self.left_out.values())
+
+    def settings(self) -> dict[str, Any]:
+        """By option, what tells that the same is learned: what is said and shown, and how."""
+        return {
+            "samples_sha256": fingerprint(self.samples),
+            "template": self.processor.template.name,
+            "image_mode": self.processor.image_processor.mode,
+            "frames": self.frames,
+        }
 
     def row(self, sample: Sample) -> tuple[list[int], list[int], list[Image.Image | Video]]:
         """The ids, the labels, and the images and videos of a sample.

@@ -7,6 +7,8 @@ LLaVA's own JSON, ShareGPT's and OpenAI's messages: ``conversations`` of ``from`
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,6 +166,16 @@ def read_samples(
             f"{path} has no sample that can be used: {reasons or 'it is empty'}{first}."
         )
     return reading
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """What tells samples from others: their order, their texts and their files' paths."""
+    found = hashlib.sha256()
+    for sample in samples:
+        turns = [(message.role, message.text, message.images) for message in sample.messages]
+        files = [os.path.abspath(str(getattr(one, "path", one))) for one in sample.images]
+        found.update(repr((turns, files)).encode())
+    return found.hexdigest()[:16]
 
 
 def summary(counts: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +52,7 @@ class Trainer:
         valid: Examples | None,
         options: TrainingOptions,
         folder: Path,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepares a run.
 
@@ -61,10 +62,13 @@ class Trainer:
             valid (Examples, optional): What to measure.
             options (TrainingOptions): How to train.
             folder (Path): Checkpoints are written below it.
+            origin (mapping, optional): By option, what else a run cannot be gone on without: which
+                model it is, and its adapter.
         """
         set_blas_threads(threads())
         self.model, self.train, self.valid = model, train, valid
         self.options, self.folder = options, folder
+        self.origin = origin or {}
         self.group = mx.distributed.init()
         self.batches_per_epoch = len(self._order(0))
         self.steps = options.steps or options.epochs * self.batches_per_epoch
@@ -284,8 +288,14 @@ class Trainer:
         free = ("report_every", "validate_every", "save_every", "gradient_checkpointing")
         options = {key: value for key, value in asdict(self.options).items() if key not in free}
         parameters = sum(array.size for array in dict(tree_flatten(self.trained)).values())
-        samples = len(self.train.samples)
-        return {**options, "steps": self.steps, "samples": samples, "parameters": parameters}
+        return {
+            **options,
+            **self.origin,
+            "steps": self.steps,
+            "samples": len(self.train.samples),
+            "parameters": parameters,
+            **self.train.settings(),
+        }
 
     def resume(self) -> None:
         """Goes on from the last checkpoint of this run's folder, if there is one.
@@ -301,9 +311,9 @@ class Trainer:
         options = field(state, "options", dict, path)
         step, tokens = (field(state, key, int, path) for key in ("step", "tokens"))
         differences = [
-            f"{key} was {options.get(key)}, is {value}"
+            f"{key} was {options[key]}, is {value}"
             for key, value in self._identity().items()
-            if options.get(key) != value
+            if key in options and options[key] != value  # earlier versions wrote fewer
         ]
         if differences:
             raise ValueError(
@@ -314,6 +324,13 @@ class Trainer:
             tensors = cast("Tree", mx.load(str(last / "state.safetensors")))
         except RuntimeError as error:
             raise ValueError(f"{last} is broken; remove it: {error}") from error
+        expected = {f"trained.{n}": array.shape for n, array in tree_flatten(self.trained)}
+        found = {n: a.shape for n, a in tensors.items() if n.startswith("trained.")}
+        if found != expected:
+            raise ValueError(
+                f"{last} belongs to another run, which trained other weights; give the same "
+                "options, or another --output."
+            )
         arrays: Tree = tree_unflatten(list(tensors.items()))
         self.trained, self.optimizer_state = _ordered(arrays["trained"]), arrays["optimizer"]
         self.loss, self.count = arrays["loss"], arrays["count"]

@@ -483,7 +483,35 @@ def test_a_run_is_not_resumed_with_other_options(folder, capsys):
     assert command.main(arguments(folder, "--steps", "2")) == 0
     assert command.main(arguments(folder, "--steps", "3", "--resume")) == 2
     assert "steps was 2, is 3" in capsys.readouterr().err
+    more = ["--lora-alpha", "8", "--lora-dropout", "0.5", "--lora-targets", "mlp.up_proj"]
+    more += ["--template", "vicuna_v0", "--image-mode", "pad", "--frames", "3"]
+    entries = json.loads((folder / "train.json").read_text())
+    entries[1]["conversations"][1]["value"] = "Something else"
+    (folder / "other.json").write_text(json.dumps(entries))
+    shutil.copytree(LLAVA, folder / "copy")
+    more += ["--data", str(folder / "other.json"), "--model", str(folder / "copy")]
+    assert command.main(arguments(folder, "--steps", "2", "--resume", *more)) == 2
+    error = capsys.readouterr().err
+    for difference in (
+        "lora_alpha was 256.0, is 8.0",
+        "lora_dropout was 0.05, is 0.5",
+        "lora_targets was ['mlp.down_proj', 'mlp.gate_proj', ",
+        "template was the checkpoint's own, is vicuna_v0",
+        "image_mode was crop, is pad",
+        "frames was None, is 3",
+        "samples_sha256 was ",
+        f"model was {LLAVA.resolve()}, is {folder / 'copy'}",
+    ):
+        assert difference in error
     state = folder / "out" / "checkpoints" / "step-0000002"
+    said = json.loads((state / "state.json").read_text())
+    known = ("steps", "seed", "samples")  # as earlier versions wrote it
+    said["options"] = {key: said["options"][key] for key in known}
+    (state / "state.json").write_text(json.dumps(said))
+    assert command.main(arguments(folder, "--steps", "2", "--resume")) == 0
+    targets = ["--resume", "--lora-targets", "mlp.up_proj"]
+    assert command.main(arguments(folder, "--steps", "2", *targets)) == 2
+    assert "belongs to another run, which trained other weights" in capsys.readouterr().err
     for name, content, message in (
         ("state.safetensors", "", "step-0000002 is broken; remove it"),
         ("state.json", '{"step": 2}', "state.json has no options; it has step"),
