@@ -7,6 +7,7 @@ python -m mlx_llava.evaluate --questions question.jsonl --image-folder images \\
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -27,8 +28,10 @@ from mlx_llava.arguments import (
     command,
     load_model,
 )
-from mlx_llava.checkpoint.hub import EMBEDDED
-from mlx_llava.files import check_not_read, is_file, is_folder
+from mlx_llava.checkpoint.adapters import CONFIG, adapter_files
+from mlx_llava.checkpoint.hub import EMBEDDED, Source
+from mlx_llava.files import check_not_read, expand_home, is_file, is_folder
+from mlx_llava.folders import fingerprint
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
@@ -81,7 +84,20 @@ def read_questions(path: Path, suffix: str = "") -> list[dict[str, Any]]:
     questions = [_read_question(record, str(place), suffix) for place, record in read_records(path)]
     if not questions:
         raise ValueError(f"{path} holds no question.")
+    _check_distinct(questions)
     return questions
+
+
+def _check_distinct(questions: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError where an answer line would not say which of two pictures it is about."""
+    first: dict[tuple[Any, str], dict[str, Any]] = {}
+    for question in questions:
+        other = first.setdefault(identity(question), question)
+        if any(question[key] != other[key] for key in ("image", "video")):
+            raise ValueError(
+                f"{question['place']} has the question_id {question['question_id']!r:.60} and the "
+                f"text of {other['place']}, but shows something else; give it another question_id."
+            )
 
 
 def _read_question(record: Any, place: str, suffix: str) -> dict[str, Any]:
@@ -120,6 +136,28 @@ def identity(record: dict[str, Any]) -> tuple[Any, str]:
     return record["question_id"], record["prompt"]
 
 
+def model_id(args: argparse.Namespace) -> str:
+    """Who answers, as answer files say it: the model's name, as the original has it.
+
+    An adapter's follows, with a hash, as adapters of one name are trained again and again.
+    """
+    name = _part_name(args.model or EMBEDDED)
+    if args.adapter_path is None:
+        return name
+    folder = Source(offline=args.offline).find(args.adapter_path)
+    folder = folder.parent if folder.is_file() else folder
+    files = [path for path in (folder / CONFIG, *adapter_files(folder)) if path.exists()]
+    found = hashlib.sha256(" ".join(map(fingerprint, files)).encode()).hexdigest()
+    return f"{name}+{_part_name(args.adapter_path)}@{found[:8]}"
+
+
+def _part_name(part: str) -> str:
+    """A folder's name, or a repository's; where training gave it, that of the folder around too."""
+    path = expand_home(part).absolute()
+    says_little = path.name in ("model", "adapter") or path.name.startswith("checkpoint-")
+    return f"{path.parent.name}_{path.name}" if says_little else path.name
+
+
 def read_answers(file: JsonLines) -> dict[tuple[Any, str], str]:
     """The answers that are there, by `identity`; a last line that was cut off is none.
 
@@ -132,6 +170,17 @@ def read_answers(file: JsonLines) -> dict[tuple[Any, str], str]:
         field(answer, "prompt", str, place)
         answers[identity(answer)] = field(answer, "text", str, place)
     return answers
+
+
+def check_answerer(file: JsonLines, expected: str) -> None:
+    """Raises ValueError for an answer of another model; what other programs write may not say."""
+    for place, answer in file.read():
+        found = field(answer, "model_id", (str, type(None)), place, default=None)
+        if found not in (None, expected):
+            raise ValueError(
+                f"{place} is an answer of {found:.200}, expected one of {expected}; name another "
+                "--answers (or, to score what is there, neither --model nor --adapter-path)."
+            )
 
 
 def _check_shown(questions: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -167,7 +216,7 @@ def answer_all(
         return {"prompt": [{"role": "user", "content": question["text"]}], **paths}
 
     generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
-    model_id = Path(args.model or EMBEDDED).name
+    answers_as = model_id(args)
     asked = {"image_tokens": args.image_tokens, "frames": args.frames}
     answers = in_order(answer_prompts(questions, read, generator, options, **asked))
     shown = tqdm(answers, total=len(questions), desc="answering", disable=None)
@@ -180,7 +229,7 @@ def answer_all(
             continue
         record = {key: question[key] for key in ("question_id", "prompt")}
         record |= {"text": answer["text"].strip(), "answer_id": uuid.uuid4().hex}
-        file.add({**record, "model_id": model_id, "metadata": {}})
+        file.add({**record, "model_id": answers_as, "metadata": {}})
     if failed:
         raise ValueError(
             f"{failed} of {len(questions)} questions have no answer, for the reasons above; "
@@ -218,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = JsonLines(args.answers, '{"question_id": ')
     answers = read_answers(file)
     rest = [question for question in chunk if identity(question) not in answers]
+    if rest or args.model or args.adapter_path:
+        check_answerer(file, model_id(args))
     if rest:
         _check_shown(rest, args.image_folder)
         answer_all(rest, file, args, options)

@@ -120,7 +120,7 @@ def _contains(folder: Path, path: Path) -> bool:
     return any(is_same_file(parent, folder) for parent in (path, *path.parents))
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """A hash of a file's size and of its first and last megabyte."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -156,7 +156,7 @@ def _empty(beside: Path) -> None:
 
 def _write_manifest(folder: Path, kind: Kind) -> None:
     listed = {
-        path.relative_to(folder).as_posix(): _fingerprint(path)
+        path.relative_to(folder).as_posix(): fingerprint(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and not _SYSTEM_FILES.fullmatch(path.name)
     }
@@ -172,7 +172,7 @@ def _sort(folder: Path, kind: Kind) -> tuple[list[Path], list[str]]:
         if path.is_symlink() or not path.is_file():
             return not path.is_symlink() and any(file.startswith(f"{name}/") for file in listed)
         if name in listed:
-            return _fingerprint(path) == listed[name]
+            return fingerprint(path) == listed[name]
         is_known = is_model and _MODEL_FILES.fullmatch(name)
         return bool(is_known or _SYSTEM_FILES.fullmatch(path.name) or (name == MANIFEST and listed))
 

@@ -81,8 +81,10 @@ def lasting_part(part: str | Path | None) -> str | None:
 
     Without a name it stays without one.
     """
-    path = None if part is None else expand_home(part)
-    return str(real_path(path)) if path and path.exists() else part and str(part)
+    if part is None:
+        return None
+    path = expand_home(part)
+    return str(real_path(path) if path.exists() else part)
 
 
 def checkpoint_name(path: Path) -> str:

@@ -8,7 +8,6 @@ LLaVA's own JSON, ShareGPT's and OpenAI's messages: ``conversations`` of ``from`
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -173,7 +172,9 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     found = hashlib.sha256()
     for sample in samples:
         turns = [(message.role, message.text, message.images) for message in sample.messages]
-        files = [os.path.abspath(str(getattr(one, "path", one))) for one in sample.images]
+        files = [
+            str((one.path if isinstance(one, Film) else one).absolute()) for one in sample.images
+        ]
         found.update(repr((turns, files)).encode())
     return found.hexdigest()[:16]
 

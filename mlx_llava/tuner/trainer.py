@@ -324,7 +324,8 @@ class Trainer:
             tensors = cast("Tree", mx.load(str(last / "state.safetensors")))
         except RuntimeError as error:
             raise ValueError(f"{last} is broken; remove it: {error}") from error
-        expected = {f"trained.{n}": array.shape for n, array in tree_flatten(self.trained)}
+        trained: dict[str, mx.array] = dict(tree_flatten(self.trained))
+        expected = {f"trained.{n}": array.shape for n, array in trained.items()}
         found = {n: a.shape for n, a in tensors.items() if n.startswith("trained.")}
         if found != expected:
             raise ValueError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_llava import batch_generate, generate, load
 from mlx_llava.evaluate import SINGLE_PREDICTION, choose_chunk, main
@@ -88,6 +91,58 @@ def test_what_is_answered_is_not_asked_again(folder, capsys):
     texts = {a["prompt"]: a["text"] for a in answers(folder)}
     assert texts == {a["prompt"]: a["text"] for a in whole}
     assert len(answers(folder)) == 4
+
+
+def test_answers_of_another_model_are_neither_gone_on_with_nor_scored(folder, capsys):
+    adapters = [folder / name / "adapter" for name in ("one", "two")]
+    projector = tree_flatten(load(LLAVA)[0].multi_modal_projector.parameters())
+    for scale, adapter in enumerate(adapters, 1):
+        adapter.mkdir(parents=True)
+        weights = {f"multi_modal_projector.{name}": w * scale for name, w in projector}
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+        (adapter / "adapter_config.json").write_text('{"stage": "projector"}')
+    with_one = ("--adapter-path", str(adapters[0]))
+    assert run(folder, *with_one, "--num-chunks", "2") == 0
+    (named,) = {answer["model_id"] for answer in answers(folder)}
+    assert re.fullmatch("llava[+]one_adapter@[0-9a-f]{8}", named)
+    assert run(folder, *with_one, "--score", "exact") == 0
+    before = (folder / "a.jsonl").read_bytes()
+    capsys.readouterr()
+    shutil.rmtree(adapters[0])
+    adapters[1].rename(adapters[0])  # trained again
+    for more in ((), with_one):
+        assert run(folder, *more, "--score", "exact") == 2
+        error = capsys.readouterr().err
+        assert f"a.jsonl, line 1 is an answer of {named}, expected one of llava" in error
+        assert "name another --answers" in error
+    scored = ["--questions", str(folder / "q.jsonl"), "--answers", str(folder / "a.jsonl")]
+    assert main([*scored, "--score", "exact"]) == 0  # whose ever they are
+    assert (folder / "a.jsonl").read_bytes() == before
+    (folder / "a.jsonl").write_bytes(before.split(b"\n")[0])
+    assert main(scored) == 2
+    assert "expected one of tiny-llava; name" in capsys.readouterr().err
+
+
+def test_answers_of_the_original_and_of_nobody_named_are_gone_on_with(folder):
+    lines = [{"question_id": 0, "prompt": QUESTIONS[0], "text": "A", "model_id": "llava"}]
+    lines += [{"question_id": 1, "prompt": QUESTIONS[1], "text": "B"}]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(folder) == 0
+    assert [answer["text"] for answer in answers(folder)][:2] == ["A", "B"]
+    assert len(answers(folder)) == 4
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_one_question_on_two_pictures_needs_two_ids(kind, folder, capsys):
+    question = {"question_id": "seven", "text": "Q", kind: "a.png"}
+    lines = [question, question, {**question, kind: "b.png"}]
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(folder) == 2
+    assert (
+        f"q.jsonl, line 3 has the question_id 'seven' and the text of {folder / 'q.jsonl'}, line 1,"
+        " but shows something else; give it another question_id."
+    ) in capsys.readouterr().err
+    assert not (folder / "a.jsonl").exists()
 
 
 def test_options_of_answers_are_those_of_generate(folder, capsys):
