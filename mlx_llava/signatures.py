@@ -17,6 +17,7 @@ _BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
     "ge": (operator.ge, "at least"),
     "gt": (operator.gt, "more than"),
     "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
 }
 
 
@@ -25,7 +26,7 @@ def option(
 ) -> Any:
     """A field: of what kind it is, what it does, and what else argparse is told of its flag.
 
-    Its bounds are ``ge``, ``gt`` and ``le``, as pydantic has them.
+    Its bounds are ``ge``, ``gt``, ``le`` and ``lt``, as pydantic has them.
     """
     if kind is bool:
         usual: dict[str, Any] = {"action": "store_true", "help": what}
@@ -38,13 +39,18 @@ def option(
     )
 
 
-def check_bounds(options: Any) -> None:
-    """Raises ValueError unless the options of a dataclass lie within their bounds."""
+def check_bounds(options: Any, prefix: str = "") -> None:
+    """Raises ValueError unless the options of a dataclass lie within their bounds.
+
+    Args:
+        options: An instance of it.
+        prefix (str): What errors put before an option's name.
+    """
     for one in fields(options):
         value, bounds = getattr(options, one.name), one.metadata["bounds"]
         if value is not None and not all(_BOUNDS[b][0](value, bounds[b]) for b in bounds):
             expected = " and ".join(f"{_BOUNDS[b][1]} {bounds[b]}" for b in bounds)
-            raise ValueError(f"{one.name} is {value}; it must be {expected}.")
+            raise ValueError(f"{prefix}{one.name} is {value}; it must be {expected}.")
 
 
 def documented(cls: type[Class]) -> type[Class]:

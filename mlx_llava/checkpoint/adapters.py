@@ -307,6 +307,8 @@ def _change(
             f"{CONFIG} gives {name} the rank {rank}, but its matrices have {down.shape[0]}."
         )
     scale = settings["scale"] if is_mlx else _peft_scale(module, rank, settings)
+    if not math.isfinite(scale):
+        raise ValueError(f"{CONFIG} gives {name} the scale {scale}, expected a finite number.")
     magnitude = parts.get("m")
     if settings.get("use_dora") and magnitude is None:
         raise ValueError(f"{CONFIG} says use_dora, but {name} has no lora_magnitude_vector.")

@@ -7,8 +7,9 @@ decoder's blocks and trains the projector beside it (scripts/v1_5/finetune_lora.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_llava.checkpoint.safetensors import write_arrays
 from mlx_llava.json_files import write_json
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.lora import LoRALinear
+from mlx_llava.signatures import check_bounds, documented, option
 
 #: The linear layers of a decoder block.
 TARGETS = (
@@ -28,25 +30,22 @@ TARGETS = (
 )
 
 
+@documented
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder of ours says about itself.
+    """What an adapter folder of ours says about itself."""
 
-    Attributes:
-        base_model: the checkpoint that it was trained on.
-        stage: ``projector`` (no LoRA layers) or ``lora``.
-        rank: of the LoRA matrices.
-        alpha: their strength is ``alpha / rank``.
-        dropout: of their inputs, in training.
-        targets: the layers of each decoder block that have them.
-    """
+    base_model: str = option(MISSING, str, "the checkpoint that it was trained on")
+    stage: str = option(MISSING, str, "projector (no LoRA layers) or lora")
+    rank: int = option(128, int, "of the LoRA matrices", ge=1, le=1 << 16)
+    alpha: float = option(256.0, float, "their strength is alpha / rank", gt=0, lt=math.inf)
+    dropout: float = option(0.05, float, "of their inputs, in training", ge=0, lt=1)
+    targets: tuple[str, ...] = option(
+        TARGETS, tuple, "the layers of each decoder block that have them"
+    )
 
-    base_model: str
-    stage: str
-    rank: int = 128
-    alpha: float = 256.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = TARGETS
+    def __post_init__(self) -> None:
+        check_bounds(self, "lora_")
 
     @property
     def scale(self) -> float:
@@ -72,8 +71,6 @@ def add_lora(model: Llava, adapter: Adapter) -> None:
             f"There is no layer {', '.join(sorted(unknown))!r} in a block; "
             f"known: {', '.join(TARGETS)}."
         )
-    if adapter.rank < 1:
-        raise ValueError(f"The LoRA rank is {adapter.rank}; it must be at least 1.")
     for block in model.language_model.layers:
         adapted = [
             (name, LoRALinear(layer, adapter.rank, adapter.scale, adapter.dropout))

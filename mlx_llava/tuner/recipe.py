@@ -25,6 +25,8 @@ Schedule = Callable[[mx.array], mx.array]
 STAGES = ("projector", "full", "lora")
 LEARNING_RATES = {"projector": 1e-3, "full": 2e-5, "lora": 2e-4}
 LORA_PROJECTOR_LEARNING_RATE = 2e-5
+#: So many steps a schedule can count, of as many epochs.
+MOST = 2**31 - 1
 
 
 @documented
@@ -39,27 +41,35 @@ class TrainingOptions:
         {"choices": STAGES, "required": True, "help": "the projector, all, or LoRA layers"},
     )
     steps: int | None = option(
-        None, int, "how often weights change (default: epochs over the data)", ge=1
+        None, int, "how often weights change (default: epochs over the data)", ge=1, le=MOST
     )
-    epochs: int = option(1, int, "how often everything is seen", ge=1)
+    epochs: int = option(1, int, "how often everything is seen", ge=1, le=MOST)
     batch_size: int = option(16, int, "rows of a step, of all processes together", ge=1)
     accumulation: int = option(
         1, int, "in how many parts a process computes its rows of a step", ge=1
     )
     learning_rate: float | None = option(
-        None, float, "the highest (default: 1e-3, 2e-5 or 2e-4 by stage)"
+        None, float, "the highest (default: 1e-3, 2e-5 or 2e-4 by stage)", ge=0, lt=math.inf
     )
     projector_learning_rate: float | None = option(
-        None, float, "the projector's (default: as the others; 2e-5 with LoRA)"
+        None, float, "the projector's (default: as the others; 2e-5 with LoRA)", ge=0, lt=math.inf
     )
     vision_learning_rate: float | None = option(
-        None, float, "trains the vision tower too (LLaVA 1.6: 2e-6)"
+        None, float, "trains the vision tower too (LLaVA 1.6: 2e-6)", ge=0, lt=math.inf
     )
     warmup_ratio: float = option(
-        0.03, float, "the part of the steps in which rates rise; then they fall as a cosine"
+        0.03,
+        float,
+        "the part of the steps in which rates rise; then they fall as a cosine",
+        ge=0,
+        lt=1,
     )
-    weight_decay: float = option(0.0, float, "of matrices, not of biases and norms")
-    max_grad_norm: float = option(1.0, float, "gradients are scaled down to it")
+    weight_decay: float = option(
+        0.0, float, "of matrices, not of biases and norms", ge=0, lt=math.inf
+    )
+    max_grad_norm: float = option(
+        1.0, float, "gradients are scaled down to it; 0 leaves them as they are", ge=0, lt=math.inf
+    )
     gradient_checkpointing: bool = option(False, bool, "less memory for more time")
     max_length: int = option(2048, int, "the longest row in tokens", ge=1)
     report_every: int = option(10, int, "steps from report to report", ge=1)
@@ -71,8 +81,6 @@ class TrainingOptions:
         if self.stage not in STAGES:
             raise ValueError(f"There is no stage {self.stage!r}; known: {', '.join(STAGES)}.")
         check_bounds(self)
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1).")
 
     @property
     def rates(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ Weights that are trained are kept in float32 and cast to the model's precision f
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -134,7 +135,7 @@ class Trainer:
     ) -> tuple[Tree, Tree, mx.array]:
         """New weights from the sum of all tokens' gradients, and the mean gradient's norm."""
         mean = tree_map(lambda g: g / mx.maximum(count, 1), gradients)
-        clipped, norm = optim.clip_grad_norm(mean, self.options.max_grad_norm)
+        clipped, norm = optim.clip_grad_norm(mean, self.options.max_grad_norm or math.inf)
         self.optimizer.state = state
         trained = self.optimizer.apply_gradients(clipped, trained)
         return _ordered(trained), self.optimizer.state, norm
@@ -149,7 +150,8 @@ class Trainer:
             is_stopped (callable): Is asked after every step; a run that is stopped is saved.
 
         Raises:
-            ValueError: There is nothing to learn in the samples.
+            ValueError: There is nothing to learn in the samples, or the loss or the gradients are
+                no numbers any more; what is saved stays as it was.
         """
         self.model.train()
         try:
@@ -173,6 +175,7 @@ class Trainer:
             parts = next(batches)  # while the device computes
             mx.eval(self._state, norm)
             if self._is_due(self.options.report_every):
+                self._check_finite(norm)
                 measured = self._measured(norm, time.perf_counter() - started)
                 if not self.tokens:
                     reasons = summary(self.train.problems) or "there is no answer"
@@ -184,12 +187,23 @@ class Trainer:
                 started = time.perf_counter()
             stops = is_stopped()
             if stops or self._is_due(self.options.save_every):
+                self._check_finite(norm)
                 self.save()
             if stops:
                 return
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
+
+    def _check_finite(self, norm: mx.array) -> None:
+        """Raises ValueError if the loss since the last report, or the gradients, are no numbers."""
+        found = {"the loss": float(self.loss), "the gradients' norm": float(norm)}
+        for what, value in found.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"At step {self.step} {what} is {value}, so that nothing more can be learned; "
+                    "start again in another --output with a lower --learning-rate."
+                )
 
     def _learn(self, parts: list[Batch]) -> mx.array:
         """Queues one step; returns the norm of its gradients."""

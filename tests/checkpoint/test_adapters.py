@@ -275,6 +275,10 @@ def test_adapters_of_old_mlx_vlm_say_how_they_are_read(base, tmp_path):
     assert np.abs(np.array(ours(**inputs)) - expected).max() < TOLERANCE * expected.max()
     (file.parent / "adapter_config.json").write_text(json.dumps({**config, "scale": 3.0}))
     load(base, adapter_path=file.parent)
+    endless = json.dumps({**config, "scale": float("inf")})
+    (file.parent / "adapter_config.json").write_text(endless)
+    with pytest.raises(ValueError, match="the scale inf, expected a finite number"):
+        load(base, adapter_path=file.parent)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -289,6 +293,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"q_proj": 2}}, "the rank 2, but its matrices have 4"),
     ({"alpha_pattern": {"(": 2}}, r"has the pattern '\('"),
     ({"lora_alpha": "many"}, "value of the wrong kind"),
+    ({"lora_alpha": float("nan")}, "the scale nan, expected a finite number"),
 ]
 
 

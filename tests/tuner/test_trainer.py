@@ -372,6 +372,40 @@ def test_clipping_bounds_what_a_step_does(folder):
     assert free[0]["gradient_norm"] == clipped[0]["gradient_norm"] > 1e-3
 
 
+def test_a_gradient_norm_of_0_clips_nothing(folder, compiled):
+    """As in transformers' Trainer."""
+    free, unclipped = (run(folder, "projector", 2, max_grad_norm=most)[0] for most in (1e9, 0))
+    for (name, array), (_, other) in zip(
+        tree_flatten(free.trained), tree_flatten(unclipped.trained), strict=True
+    ):
+        assert mx.array_equal(array, other), name
+
+
+@pytest.mark.parametrize(("report", "save"), [("1", "9"), ("9", "1")])
+def test_a_run_that_diverges_ends_and_leaves_what_was_good(report, save, folder, capsys):
+    more = ["--stage", "projector", "--steps", "9", "--warmup-ratio", "0"]
+    more += ["--learning-rate", "1e30", "--report-every", report, "--save-every", save]
+    assert command.main(arguments(folder, *more)) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: At step 3 the loss is nan, ")
+    assert error.endswith("; start again in another --output with a lower --learning-rate.")
+    assert not (folder / "out" / "adapter").exists()
+    found = [mx.load(str(p)) for p in (folder / "out" / "checkpoints").rglob("*.safetensors")]
+    assert len(found) == (2 if save == "1" else 0)
+    assert all(mx.isfinite(array).all() for state in found for array in state.values())
+
+
+def test_gradients_that_are_no_numbers_are_not_saved(folder, monkeypatch):
+    def steep(model, batch) -> tuple[mx.array, mx.array]:
+        nothing = 0 * model.multi_modal_projector.linear_1.weight.sum()
+        return mx.sqrt(nothing), (batch.labels != IGNORED).sum()
+
+    monkeypatch.setattr(trainer_module, "answer_loss", steep)
+    with pytest.raises(ValueError, match="At step 1 the gradients' norm is nan, so that"):
+        run(folder, "projector", save_every=1, report_every=9)
+    assert not (folder / "run").exists()
+
+
 def test_sixteen_bits_train_with_weights_kept_in_thirty_two(folder):
     model, processor = load(LLAVA, dtype="bfloat16")
     options = TrainingOptions("full", steps=3, batch_size=4, learning_rate=1e-5, warmup_ratio=0)
@@ -682,9 +716,20 @@ def test_checkpoints_with_notes_and_copies_of_them_stay(folder):
     [
         (["--stage", "projector", "--learning-rate", "0"], "Nothing is left to train"),
         (["--lora-targets", "lm_head"], "no layer 'lm_head' in a block; known: self_attn.q_proj"),
-        (["--lora-rank", "0"], "rank is 0; it must be at least 1"),
+        (["--lora-rank", "0"], "lora_rank is 0; it must be at least 1"),
+        (["--lora-rank", "9" * 23], "; it must be at least 1 and at most 65536."),
+        (["--lora-alpha", "nan"], "lora_alpha is nan; it must be more than 0 and less than inf."),
+        (["--lora-alpha", "0"], "lora_alpha is 0.0; it must be more than 0"),
+        (["--lora-dropout", "1"], "lora_dropout is 1.0; it must be at least 0 and less than 1"),
+        (["--learning-rate", "inf"], "learning_rate is inf; it must be at least 0 and less than"),
+        (["--projector-learning-rate", "-1"], "projector_learning_rate is -1.0; it must be at"),
+        (["--vision-learning-rate", "nan"], "vision_learning_rate is nan; it must be at least 0"),
+        (["--weight-decay", "-0.1"], "weight_decay is -0.1; it must be at least 0 and less than"),
+        (["--max-grad-norm", "-1"], "max_grad_norm is -1.0; it must be at least 0 and less than"),
+        (["--steps", "9" * 23], "; it must be at least 1 and at most 2147483647."),
+        (["--epochs", "9" * 23], "; it must be at least 1 and at most 2147483647."),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
-        (["--warmup-ratio", "2"], "warmup_ratio is 2.0; it must be in"),
+        (["--warmup-ratio", "2"], "warmup_ratio is 2.0; it must be at least 0 and less than 1."),
         (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--data", "gone.json"], "gone.json"),
     ],
