@@ -217,6 +217,8 @@ MUTATIONS = (
     ("frames of training not asked for", "tuner/data", "load_video(source.path, self.frames)", "load_video(source.path)"),
     ("unread keys not named", "tuner/samples", "if k not in read and value and isinstance(value, kinds)", "if False"),
     ("a skipped sample listed in every run", "tuner/samples", "if identity in self._listed:", "if False:"),
+    ("answers of no weight learned", "tuner/samples", "return weight != 0", "return True"),
+    ("answers of no weight learned from own templates", "inputs/chat_template", "answer=message.learned", "answer=True"),
     ("rows without an answer", "tuner/data", "if True not in learned[: self.max_length]:", "if False:"),
     ("placeholders left in the model", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._seed()"),
     ("chance left as a placeholder", "tuner/trainer", "            self._give_back()\n            self._seed()", "            self._give_back()"),

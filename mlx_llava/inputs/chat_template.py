@@ -35,7 +35,7 @@ class Segment(NamedTuple):
     """A part of a conversation's text.
 
     Attributes:
-        answer: the assistant wrote it, its end mark included: training learns it.
+        answer: the assistant wrote it, its end mark included, and training learns it.
     """
 
     text: str
@@ -171,7 +171,7 @@ class JinjaTemplate(ChatTemplate):
             ends = [after.index(stop) + len(stop) for stop in self.stops if stop in after]
             mark = after[: min(ends)] if ends else after.rstrip()
             lent = "" if mark else next(iter(self.stops), self.tokens.get("eos_token", ""))
-            segments.append(Segment(answer + (mark or lent), answer=True))
+            segments.append(Segment(answer + (mark or lent), answer=message.learned))
             segments.append(Segment(after[len(mark) :]))
         return segments
 

@@ -23,6 +23,7 @@ class Message:
     text: str  # for a template, <image> in it marks the position of an image
     images: int = 0  # how many have no mark, and go to the default position
     videos: int = 0  # the same; until a message is read, they count as images
+    learned: bool = True  # in training, if it is the assistant's
 
 
 Conversation: TypeAlias = "str | Sequence[Mapping[str, Any] | Message]"

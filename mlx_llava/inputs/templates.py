@@ -51,7 +51,10 @@ class Template(ChatTemplate):
         for i, message in enumerate(turns):
             if message.role == "assistant":
                 said = answer.replace("{text}", message.text)
-                segments += [Segment(said + mark, i >= inserted), Segment(after)]
+                segments += [
+                    Segment(said + mark, i >= inserted and message.learned),
+                    Segment(after),
+                ]
                 continue
             said = self.images_first(message)
             between = self.between if i else ""

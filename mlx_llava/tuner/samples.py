@@ -171,7 +171,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     """What tells samples from others: their order, their texts and their files' paths."""
     found = hashlib.sha256()
     for sample in samples:
-        turns = [(message.role, message.text, message.images) for message in sample.messages]
+        turns = [(one.role, one.text, one.images, one.learned) for one in sample.messages]
         files = [
             str((one.path if isinstance(one, Film) else one).absolute()) for one in sample.images
         ]
@@ -206,6 +206,8 @@ def _read_sample(entry: Any, folder: Path) -> tuple[list[Message], list[Path | F
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UnusableError("turns do not alternate", ", ".join(roles))
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise UnusableError("every answer has the weight 0")
     marks = [mark for _, inside in turns for mark in inside]
     if not marks:
         marks = [_Mark(kind) for kind in _KINDS for _ in names[kind]]
@@ -277,12 +279,20 @@ def _read_turn(turn: Any, has_videos: bool) -> tuple[Message, list[_Mark]]:
     if role != "user":
         if marks:
             raise UnusableError("a picture in a turn that is not the user's")
-        return Message(role, text), []
+        return Message(role, text, learned=role != "assistant" or _is_learned(turn)), []
     pattern = "|".join(_MARKS) if has_videos else IMAGE_TOKEN
     if found := re.findall(pattern, text):
         marks += [_Mark(_MARKS[mark]) for mark in found]
         text = re.sub(pattern, "", text).strip()
     return Message(role, text, images=len(marks)), marks
+
+
+def _is_learned(turn: Mapping[str, Any]) -> bool:
+    """Whether an answer has OpenAI's weight 1, as most have without saying so."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise UnusableError("the weight of an answer is neither 0 nor 1", short(weight))
+    return weight != 0
 
 
 def _key(turn: Mapping[str, Any], *names: str) -> str:

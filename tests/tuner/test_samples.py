@@ -240,6 +240,27 @@ def test_the_system_text_is_the_templates(name, folder):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("name", [*TEMPLATES, None])
+def test_an_answer_of_the_weight_0_is_read_and_not_learned(name, folder):
+    _, processor = load(LLAVA, template=name)
+    asked, told = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "blue"}
+    first = {"role": "user", "content": "<image>\nWhat?"}
+    rows = []
+    for weights in ((0, None), (1, 1), (None, None)):
+        answers = [{**told, "weight": weight} for weight in weights]
+        entry = {"image": "a.png", "messages": [first, answers[0], asked, answers[1]]}
+        own = Examples(read(folder, entry).samples, processor, 10_000)
+        own.max_length = 10_000  # more than the model's context: vicuna_v0 has long examples
+        rows.append(own.row(own.samples[0])[:2])
+    (ids, labels), (all_ids, all_labels), unweighted = rows
+    assert (all_ids, all_labels) == unweighted
+    assert ids == all_ids
+    known, both = ([i for i in row if i != IGNORED] for row in (labels, all_labels))
+    assert 0 < len(known) < len(both)
+    assert known == both[-len(known) :]
+    assert labels[-len(known) :] == known
+
+
 LEFT_OUT = {
     "not an object": 7,
     "no list of conversations or messages: id, caption": {"id": 1, "caption": "x"},
@@ -276,6 +297,8 @@ LEFT_OUT = {
     "a part is neither text nor image: {'type': 'text'}": sample(
         {"role": "user", "content": [{"type": "text"}]}
     ),
+    "the weight of an answer is neither 0 nor 1: 0.5": sample(QUESTION, {**ANSWER, "weight": 0.5}),
+    "every answer has the weight 0": sample(QUESTION, {**ANSWER, "weight": 0}),
     "more than one system text": sample({"from": "system", "value": "x"}, *TURNS, system="y"),
     "the system text is no text: 3": sample(system=3),
     "a picture in a turn that is not the user's": sample(
