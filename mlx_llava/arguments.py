@@ -71,6 +71,13 @@ def given_options(args: argparse.Namespace, options: Iterable[Field[Any]]) -> di
     return {option.name: getattr(args, option.name) for option in options}
 
 
+def named(text: str) -> str:
+    """An argument's type: a path or a repository, which an unset variable of a shell is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, expected a name")
+    return text
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says where the parts of a checkpoint are, as the fields of `Source`."""
     add_options(parser, _SOURCE)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, named, source_options
 from mlx_llava.bars import progress_bar
 from mlx_llava.checkpoint.convert import (
     DEFAULT_PATH,
@@ -39,8 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         "GGUF, deltas and LoRA are recognised by what is in them.",
     )
     add = parser.add_argument
-    add("--model", "--hf-path", required=True, help="a folder, a GGUF file, or a hub repository")
-    add("--mlx-path", help=f"the folder to make (default: {DEFAULT_PATH})")
+    add(
+        "--model",
+        "--hf-path",
+        type=named,
+        required=True,
+        help="a folder, a GGUF file, or a hub repository",
+    )
+    add("--mlx-path", type=named, help=f"the folder to make (default: {DEFAULT_PATH})")
     add_source_arguments(parser)
     add("--quantize", "-q", action="store_true", help="quantise the language model")
     add("--q-bits", type=int, help="bits of a weight (default: the mode's, 4 for affine)")
@@ -58,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="check that the result is read right, and compare it with the source on a picture; "
         "with nothing to convert to or by, check --model and write nothing",
     )
-    add("--upload-repo", help="then upload the result to this hub repository")
+    add("--upload-repo", type=named, help="then upload the result to this hub repository")
     return parser
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_llava.arguments import Parser, add_source_arguments, command, source_options
+from mlx_llava.arguments import Parser, add_source_arguments, command, named, source_options
 from mlx_llava.checkpoint.adapters import read_adapter
 from mlx_llava.checkpoint.convert import make_plan
 from mlx_llava.checkpoint.fused import split_lora
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="what mlx_llava.train, PEFT, mlx-lm or mlx-vlm wrote",
     )
-    add("--output", default="fused", help="the folder to make (default: %(default)s)")
+    add("--output", type=named, default="fused", help="the folder to make (default: %(default)s)")
     add("--requantize", action="store_true", help="quantise again what was quantised")
     add("--force", action="store_true", help="replace the folder if it is a model's")
     add_source_arguments(parser)

@@ -29,6 +29,7 @@ from mlx_llava.arguments import (
     command,
     given_options,
     load_model,
+    named,
 )
 from mlx_llava.checkpoint.hub import EMBEDDED, embedded_model, lasting_part
 from mlx_llava.checkpoint.save import save
@@ -66,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-folder", default=".", help=paths)
     add("--allow-missing", action="store_true", help="train also where many files are missing")
     add_frames_argument(parser)
-    add("--output", default="trained", help="the folder to write (default: %(default)s)")
+    add(
+        "--output", type=named, default="trained", help="the folder to write (default: %(default)s)"
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add_options(parser, fields(TrainingOptions))
     for name in ("rank", "alpha", "dropout"):

@@ -28,7 +28,7 @@ from mlx_llava.json_files import sensible_values
 from mlx_llava.model.config import LlavaConfig
 from mlx_llava.model.llava import Llava
 from mlx_llava.model.quantized import layer_settings
-from mlx_llava.signatures import takes
+from mlx_llava.signatures import check_bounds, documented, option, takes
 
 DEFAULT_PATH = "mlx_model"
 #: mlx-lm's defaults: group size and bits of each mode (mlx_lm/utils.py, quantize_model).
@@ -36,23 +36,21 @@ MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
+@documented
 @dataclass(frozen=True)
 class Quantization:
-    """How to quantise; see mlx-lm's convert.
+    """How to quantise; see mlx-lm's convert."""
 
-    Attributes:
-        bits: of each weight; None is the mode's own.
-        group_size: weights that share a scale; None is the mode's own.
-        mode: a key of MODES.
-        recipe: one of RECIPES, which gives some layers more bits.
-        vision: quantises vision tower and projector too.
-    """
+    bits: int | None = option(None, int, "of each weight; None is the mode's own", ge=1, le=8)
+    group_size: int | None = option(
+        None, int, "weights that share a scale; None is the mode's own", ge=1
+    )
+    mode: str = option("affine", str, "a key of MODES")
+    recipe: str | None = option(None, str, "one of RECIPES, which gives some layers more bits")
+    vision: bool = option(False, bool, "quantises vision tower and projector too")
 
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    recipe: str | None = None
-    vision: bool = False
+    def __post_init__(self) -> None:
+        check_bounds(self, "q_")
 
     def settings(self) -> dict[str, Any]:
         """What MLX calls this."""
@@ -60,8 +58,8 @@ class Quantization:
             raise ValueError(f"There is no mode {self.mode!r}; known: {', '.join(MODES)}.")
         group_size, bits = MODES[self.mode]
         return {
-            "group_size": self.group_size or group_size,
-            "bits": self.bits or bits,
+            "group_size": group_size if self.group_size is None else self.group_size,
+            "bits": bits if self.bits is None else self.bits,
             "mode": self.mode,
         }
 

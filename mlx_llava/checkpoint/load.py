@@ -145,8 +145,8 @@ def _take_share(
     """Leaves this rank's part of a checkpoint; what is wrong with it, every rank finds."""
     if beside:
         raise ValueError(
-            "An adapter beside quantised layers cannot be shared by several ranks; make one model "
-            "of both with mlx_llava.fuse."
+            "An adapter beside the layers cannot be shared by several ranks; make one model of "
+            "both with mlx_llava.fuse."
         )
     empty_model(checkpoint)
     if pipeline or split:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -306,6 +307,12 @@ def test_other_adapters_are_refused_by_name(settings, message, base, plain, tmp_
     ):
         with pytest.raises(ValueError, match=message):
             load(**arguments)
+
+
+def test_an_adapter_beside_plain_layers_is_not_shared_and_says_so(base, plain):
+    two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ValueError, match=r"An adapter beside the layers cannot be shared by"):
+        load(base, adapter_path=plain, group=two)
 
 
 def test_what_is_no_whole_adapter_is_said_in_one_line(base, plain, tmp_path):

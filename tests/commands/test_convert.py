@@ -350,6 +350,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(original, tmp_path, c
     [
         (["--q-bits", "4"], "need -q"),
         (["-q", "--q-group-size", "1024"], "No layer can be quantised in groups of 1024"),
+        (["-q", "--q-bits", "0"], "q_bits is 0; it must be at least 1 and at most 8."),
+        (["-q", "--q-group-size", "0"], "q_group_size is 0; it must be at least 1."),
+        (["-q", "--q-bits", "9" * 23], "it must be at least 1 and at most 8."),
         (["--model", "nowhere/at/all"], "There is no folder"),
     ],
 )
@@ -358,6 +361,16 @@ def test_mistakes_are_one_line(original, tmp_path, capsys, arguments, message):
     assert main(["--model", str(original), *target, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--model", "--mlx-path", "--upload-repo"])
+def test_an_empty_name_is_no_name(flag, original, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(original), flag, ""])
+    expected = f"{flag}(/--hf-path)?: it is empty, expected a name"
+    assert re.search(expected, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 #: Converts when it is told how long, and kills that then.
