@@ -242,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     options = TrainingOptions(**given_options(args, fields(TrainingOptions)))
+    lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
+    adapter = Adapter(args.model or EMBEDDED, options.stage, *lora)
     folder = Path(args.output)
     rank = met().rank
     is_main = rank == 0
@@ -252,8 +254,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     template = args.template or ("plain" if args.stage == "projector" else None)
     dtype = args.dtype or fast_dtype()
     model, processor = load_model(args, dtype=dtype, template=template)
-    lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
-    adapter = Adapter(args.model or EMBEDDED, options.stage, *lora)
     mx.random.seed(options.seed)
     prepare(model, options, adapter)
     data, left_out = _read_data(args, processor, speaks=is_main)

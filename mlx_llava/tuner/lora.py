@@ -46,6 +46,12 @@ class Adapter:
 
     def __post_init__(self) -> None:
         check_bounds(self, "lora_")
+        unknown = set(self.targets) - set(TARGETS)
+        if unknown or not self.targets:
+            raise ValueError(
+                f"There is no layer {', '.join(sorted(unknown))!r} in a block; "
+                f"known: {', '.join(TARGETS)}."
+            )
 
     @property
     def scale(self) -> float:
@@ -60,17 +66,7 @@ class Adapter:
 
 
 def add_lora(model: Llava, adapter: Adapter) -> None:
-    """Puts LoRA layers, which change nothing yet, around the targets of every decoder block.
-
-    Raises:
-        ValueError: A target is no linear layer of a block.
-    """
-    unknown = set(adapter.targets) - set(TARGETS)
-    if unknown or not adapter.targets:
-        raise ValueError(
-            f"There is no layer {', '.join(sorted(unknown))!r} in a block; "
-            f"known: {', '.join(TARGETS)}."
-        )
+    """Puts LoRA layers, which change nothing yet, around the targets of every decoder block."""
     for block in model.language_model.layers:
         adapted = [
             (name, LoRALinear(layer, adapter.rank, adapter.scale, adapter.dropout))

@@ -188,6 +188,7 @@ class Trainer:
             stops = is_stopped()
             if stops or self._is_due(self.options.save_every):
                 self._check_finite(norm)
+                self._check_weights()
                 self.save()
             if stops:
                 return
@@ -197,13 +198,20 @@ class Trainer:
 
     def _check_finite(self, norm: mx.array) -> None:
         """Raises ValueError if the loss since the last report, or the gradients, are no numbers."""
-        found = {"the loss": float(self.loss), "the gradients' norm": float(norm)}
-        for what, value in found.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"At step {self.step} {what} is {value}, so that nothing more can be learned; "
-                    "start again in another --output with a lower --learning-rate."
-                )
+        self._check_number("the loss", self.loss)
+        self._check_number("the gradients' norm", norm)
+
+    def _check_weights(self) -> None:
+        weights: dict[str, mx.array] = dict(tree_flatten(self.trained))
+        largest = mx.stack([mx.abs(array).max() for array in weights.values()]).max()
+        self._check_number("the largest weight", largest)
+
+    def _check_number(self, what: str, value: mx.array) -> None:
+        if not math.isfinite(float(value)):
+            raise ValueError(
+                f"At step {self.step} {what} is {float(value)}, so that nothing more can be "
+                "learned; start again in another --output with a lower --learning-rate."
+            )
 
     def _learn(self, parts: list[Batch]) -> mx.array:
         """Queues one step; returns the norm of its gradients."""

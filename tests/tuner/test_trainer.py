@@ -395,6 +395,14 @@ def test_a_run_that_diverges_ends_and_leaves_what_was_good(report, save, folder,
     assert all(mx.isfinite(array).all() for state in found for array in state.values())
 
 
+def test_a_last_step_that_leaves_no_number_is_not_saved(folder, capsys):
+    more = ["--stage", "projector", "--steps", "1", "--warmup-ratio", "0", "--learning-rate"]
+    assert command.main(arguments(folder, *more, "1e39")) == 2  # which float32 has not
+    assert "At step 1 the largest weight is " in capsys.readouterr().err
+    assert not (folder / "out" / "adapter").exists()
+    assert not (folder / "out" / "checkpoints").exists()
+
+
 def test_gradients_that_are_no_numbers_are_not_saved(folder, monkeypatch):
     def steep(model, batch) -> tuple[mx.array, mx.array]:
         nothing = 0 * model.multi_modal_projector.linear_1.weight.sum()
