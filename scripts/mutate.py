@@ -241,6 +241,7 @@ MUTATIONS = (
     ("nothing learned without clipping", "tuner/trainer", "self.options.max_grad_norm or math.inf", "self.options.max_grad_norm"),
     ("diverged runs go on", "tuner/trainer", "if not math.isfinite(float(value)):", "if False:"),
     ("weights without a number saved", "tuner/trainer", "                self._check_weights()\n", ""),
+    ("groups of nothing", "checkpoint/convert", '        check_bounds(self, "q_")\n', "        pass\n"),
     ("an adapter of infinite strength", "checkpoint/adapters", "if not math.isfinite(scale):", "if False:"),
     ("weights kept in 16 bits", "tuner/trainer", "lambda array: array.astype(mx.float32), parameters", "lambda array: array, parameters"),
     ("processes do not share", "tuner/trainer", "indices[self.group.rank() :: self.group.size()]", "indices"),
