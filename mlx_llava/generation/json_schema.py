@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,10 +15,20 @@ from mlx_llava.files import expand_home
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.json_files import parse, read_json
 
-#: All white space there is, so that no answer ends in blanks without end.
-_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+logger = logging.getLogger(__name__)
+
+#: All white space there is, so that no answer ends in blanks without end; of what is not known
+#: there are warnings.
+_SETTINGS: Any = {
+    **{"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    "lenient": True,
+}
 #: The schema of any object.
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+#: What makes of a schema a hint, in llguidance's own words: what it does not know is no error.
+LENIENT: dict[str, Any] = {"x-guidance": {"lenient": True}}
+#: What never was a constraint, unless it is known (JSON Schema 2020-12, Validation, 7.2.1).
+_UNKNOWN_FORMAT = "Unknown format"
 
 
 def read_schema(text: str) -> dict[str, Any]:
@@ -56,6 +67,8 @@ class JsonConstraint:
     ) -> None:
         """Compiles a schema; a token of `eos_ids` can only follow a whole text.
 
+        A `format` that is not known is no constraint, and with `LENIENT` no keyword is.
+
         Raises:
             ValueError: The schema makes no sense or uses what llguidance does not know,
                 llguidance is missing, or no id ends an answer.
@@ -65,8 +78,10 @@ class JsonConstraint:
         try:
             text = json.dumps(dict(schema), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"The JSON schema cannot be used: {error}") from error
-        self._matcher = _compiled(text, tokenizer, frozenset(eos_ids), vocab_size).deep_copy()
+            raise _unusable(error) from error
+        self._matcher = _compiled(
+            *(text, _is_lenient(schema), tokenizer, frozenset(eos_ids), vocab_size)
+        ).deep_copy()
         self._eos_ids, self.vocab_size = tuple(eos_ids), vocab_size
 
     def follow(self, token: int) -> None:
@@ -101,12 +116,42 @@ class JsonConstraint:
 
 def _check(matcher: Any) -> None:
     if matcher.is_error():
-        why = matcher.get_error().partition("<state>")[0].split()
-        raise ValueError(f"The JSON schema cannot be used: {' '.join(why)}")
+        why = " ".join(matcher.get_error().partition("<state>")[0].split())
+        if why == "NoExtensionBias":
+            why = "No text can follow it, as it refers to itself without end."
+        raise _unusable(why)
+
+
+def _unusable(why: object) -> ValueError:
+    return ValueError(f"The JSON schema cannot be used: {why}")
+
+
+def _is_lenient(schema: Mapping[str, Any]) -> bool:
+    guidance = schema.get("x-guidance")
+    return isinstance(guidance, Mapping) and guidance.get("lenient") is True
+
+
+def _check_enforced(matcher: Any, is_lenient: bool) -> None:
+    """Says which keywords are not enforced, or refuses them."""
+    left_out = [
+        warning.partition(", falling back")[0]
+        for warning in matcher.get_grammar_warnings()
+        if not warning.startswith(_UNKNOWN_FORMAT)
+    ]
+    if left_out and not is_lenient:
+        raise _unusable("; ".join(left_out))
+    if left_out:
+        logger.warning(f"A JSON schema is not enforced in all it says: {'; '.join(left_out)}")
 
 
 @lru_cache(maxsize=16)
-def _compiled(schema: str, tokenizer: Tokenizer, eos_ids: frozenset[int], vocab_size: int) -> Any:
+def _compiled(
+    schema: str,
+    is_lenient: bool,
+    tokenizer: Tokenizer,
+    eos_ids: frozenset[int],
+    vocab_size: int,
+) -> Any:
     """What follows a schema from its beginning; compiled once, as that can take a second."""
     try:
         from llguidance import LLMatcher
@@ -114,9 +159,10 @@ def _compiled(schema: str, tokenizer: Tokenizer, eos_ids: frozenset[int], vocab_
         raise ValueError(
             "Answers of a JSON schema need llguidance: pip install 'mlx_llava[json]'."
         ) from error
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_SETTINGS)
     matcher = LLMatcher(_vocabulary(tokenizer, eos_ids, vocab_size), grammar, log_level=0)
     _check(matcher)
+    _check_enforced(matcher, is_lenient)
     return matcher
 
 

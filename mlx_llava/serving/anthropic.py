@@ -29,7 +29,7 @@ from mlx_llava.serving.forms import (
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, as_json, event
 from mlx_llava.serving.requests import Request, Turn, arrange, begun
-from mlx_llava.serving.schemas import Schema
+from mlx_llava.serving.schemas import Schema, wanted
 from mlx_llava.serving.tools import ForcedTools, Growing, described, forced_tools
 
 #: What would change the answer, and the values that do not.
@@ -170,7 +170,7 @@ class MessagesRequest(CountRequest):
     def request(self, defaults: Options) -> Request:
         options, tools = self.options(defaults, self.stop_sequences), self._tools()
         if self.output_config.format:
-            options = replace(options, json_schema=self.output_config.format.schema_)
+            options = replace(options, json_schema=wanted(self.output_config.format.schema_))
         if tools:
             options = replace(options, json_schema=tools.schema())
         return replace(super().request(options), stream=self.stream)

@@ -31,7 +31,7 @@ from mlx_llava.serving.ollama_messages import ChatMessage, Images
 from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply, Token, as_json
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
-from mlx_llava.serving.schemas import closed, short_schema
+from mlx_llava.serving.schemas import closed, short_schema, wanted
 
 LINES = "application/x-ndjson"
 _UNSUPPORTED: Neutral = {"suffix": ("",), "think": (False,)}
@@ -62,7 +62,7 @@ def _as_schema(format: Any) -> Any:
     """Takes Ollama's words for no schema, and for one of any object."""
     if isinstance(format, str):
         return _FORMATS.get(format, format)
-    return closed(short_schema(format)) if isinstance(format, dict) else format
+    return wanted(closed(short_schema(format))) if isinstance(format, dict) else format
 
 
 Duration = Annotated[Annotated[float, AllowInfNan()], BeforeValidator(_as_duration)]

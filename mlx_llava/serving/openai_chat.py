@@ -16,7 +16,7 @@ from mlx_llava.serving.forms import MAX_MESSAGES, Form
 from mlx_llava.serving.openai import AnswerRequest, MaxTokens, logprobs
 from mlx_llava.serving.replies import Piece
 from mlx_llava.serving.requests import Request, arrange, begun
-from mlx_llava.serving.schemas import Schema
+from mlx_llava.serving.schemas import Schema, wanted
 from mlx_llava.serving.tools import ForcedTools, Growing, described, forced_tools
 
 MAX_FRAMES = 64
@@ -35,6 +35,7 @@ class _JsonFormat(Form):
 
 class _JsonSchema(Form):
     schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
 
 
 class _SchemaFormat(Form):
@@ -75,10 +76,10 @@ class ChatRequest(AnswerRequest):
         if self.max_completion_tokens is not None:
             options = replace(options, max_tokens=self.max_completion_tokens)
         match self.response_format:
-            case _SchemaFormat(json_schema=_JsonSchema(schema_=schema)):
-                options = replace(options, json_schema=schema)
+            case _SchemaFormat(json_schema=_JsonSchema(schema_=schema, strict=strict)):
+                options = replace(options, json_schema=wanted(schema, strict))
             case _JsonFormat(schema_=schema):
-                options = replace(options, json_schema=schema or ANY_OBJECT)
+                options = replace(options, json_schema=wanted(schema or ANY_OBJECT))
             case _TextFormat():
                 options = replace(options, json_schema=None)
         if tools := self._tools():

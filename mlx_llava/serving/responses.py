@@ -25,7 +25,7 @@ from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 from mlx_llava.serving.response_events import Response
 from mlx_llava.serving.response_items import Item, as_items
-from mlx_llava.serving.schemas import MAX_SCHEMA_LENGTH, Schema
+from mlx_llava.serving.schemas import MAX_SCHEMA_LENGTH, Schema, wanted
 from mlx_llava.serving.tools import ForcedTools, described, forced_tools
 
 #: What would change the answer, and the values that do not.
@@ -42,6 +42,7 @@ class _Format(Form):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(None, max_length=256)
     schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
 
 
 class _TextOptions(Form):
@@ -127,7 +128,7 @@ class ResponseRequest(RequestForm):
             message = "Missing required parameter: 'text.format.schema'."
             raise ApiError(400, message, "missing_required_parameter", param="text.format.schema")
         if form.type != "text":
-            return replace(options, json_schema=form.schema_ or ANY_OBJECT)
+            return replace(options, json_schema=wanted(form.schema_ or ANY_OBJECT, form.strict))
         return replace(options, json_schema=None) if "text" in self.model_fields_set else options
 
     def _has_logprobs(self) -> bool:

@@ -7,12 +7,15 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator
 
+from mlx_llava.generation.json_schema import LENIENT
+
 MAX_SCHEMA_LENGTH = 100_000
 #: What is no schema, and what is one only together with others.
 _AS_THEY_ARE = frozenset("const default enum examples required allOf".split())
 #: What lets an object have other properties.
 _OPENING = frozenset(
-    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf $ref".split()
+    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf then else "
+    "dependentSchemas $ref".split()
 )
 
 
@@ -40,6 +43,11 @@ def closed(schema: Any) -> Any:
     if "properties" in schema and not _OPENING & schema.keys():
         parts["additionalProperties"] = False
     return parts
+
+
+def wanted(schema: Mapping[str, Any], strict: bool | None = False) -> dict[str, Any]:
+    """A schema as strict as it is meant: of a hint, what cannot be enforced is left out."""
+    return {**schema} if strict else {**schema, **LENIENT}
 
 
 def _read(schema: Any) -> Any:

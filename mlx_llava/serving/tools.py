@@ -11,7 +11,7 @@ from mlx_llava.generation.json_schema import ANY_OBJECT
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.replies import Piece
 from mlx_llava.serving.requests import Turn
-from mlx_llava.serving.schemas import closed, short_schema
+from mlx_llava.serving.schemas import closed, short_schema, wanted
 
 #: Characters of descriptions that a question leaves room for; longer ones are not shown.
 MAX_DESCRIPTIONS = 2000
@@ -24,10 +24,12 @@ class ForcedTools:
     Attributes:
         schemas: of the arguments, by the names of the tools.
         descriptions: what they are for, of those that say so.
+        is_strict: whether nothing that their schemas say may be left out.
     """
 
     schemas: Mapping[str, Mapping[str, Any]]
     descriptions: Mapping[str, str]
+    is_strict: bool = False
 
     def text(self) -> str:
         """What is said of them, or nothing, if it leaves no room for a question."""
@@ -49,9 +51,10 @@ class ForcedTools:
         """What the answer has to follow."""
         if len(self.schemas) == 1:
             (schema,) = self.schemas.values()
-            return {"type": "object", **schema}
+            return wanted({"type": "object", **schema}, self.is_strict)
         calls = enumerate(self.schemas.items())
-        return {"anyOf": [_call(index, name, schema) for index, (name, schema) in calls]}
+        choice = {"anyOf": [_call(index, name, schema) for index, (name, schema) in calls]}
+        return wanted(choice, self.is_strict)
 
     def read(self, text: str, finish_reason: str | None) -> tuple[str | None, str]:
         """The name of the tool and its arguments so far, as JSON; no name where it is not out."""
@@ -129,7 +132,7 @@ def forced_tools(tools: Any, choice: Any) -> ForcedTools | None:
     if kind in (None, "", "auto", "none"):
         return None
     functions = [*filter(None, map(_function, tools if isinstance(tools, list) else ()))]
-    schemas = {name: schema for name, schema, _ in functions}
+    schemas = {name: schema for name, schema, *_ in functions}
     if kind in ("function", "tool"):
         function = choice.get("function", choice)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -143,11 +146,13 @@ def forced_tools(tools: Any, choice: Any) -> ForcedTools | None:
         short_schema(schemas)
     except ValueError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from error
-    return ForcedTools(schemas, {name: description for name, _, description in functions})
+    descriptions = {name: description for name, _, description, _ in functions}
+    is_strict = all(strict for name, *_, strict in functions if name in schemas)
+    return ForcedTools(schemas, descriptions, is_strict)
 
 
-def _function(tool: Any) -> tuple[str, Mapping[str, Any], str] | None:
-    """Its name, the schema of its arguments and its description, if a tool is a function."""
+def _function(tool: Any) -> tuple[str, Mapping[str, Any], str, bool] | None:
+    """Its name, schema and description, and whether it is strict, if a tool is a function."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
@@ -157,4 +162,5 @@ def _function(tool: Any) -> tuple[str, Mapping[str, Any], str] | None:
         function["name"],
         closed(schema) if isinstance(schema, Mapping) else ANY_OBJECT,
         said if isinstance(said, str) else "",
+        function.get("strict") is True,
     )

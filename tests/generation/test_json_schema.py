@@ -18,7 +18,7 @@ from mlx_llava import batch_generate, generate, load, stream_generate
 from mlx_llava.checkpoint.hub import embedded_model
 from mlx_llava.generate import main
 from mlx_llava.generation.batch import AnswerError, BatchGenerator
-from mlx_llava.generation.json_schema import ANY_OBJECT, JsonConstraint, read_schema
+from mlx_llava.generation.json_schema import ANY_OBJECT, LENIENT, JsonConstraint, read_schema
 from mlx_llava.generation.sampling import Options
 from mlx_llava.inputs.tokenizer import Tokenizer
 from mlx_llava.inputs.vocabulary import spec_from_sentencepiece
@@ -204,12 +204,32 @@ def test_an_answer_that_is_cut_off_says_so(tiny):
         ({"not": {"type": "string"}}, "not"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
         ({"const": float("nan")}, "Out of range"),
+        ({"type": "string", "format": "invented", "not": {"const": ""}}, r"""\["not"\]$"""),
+        ({"oneOf": [{"type": "object"}, {"properties": {}}]}, "oneOf not fully supported$"),
+        ({"$ref": "#"}, "No text can follow it, as it refers to itself"),
     ],
 )
 def test_schemas_that_cannot_be_used(tiny, schema, words):
     with pytest.raises(ValueError, match="The JSON schema cannot be used: .*" + words) as caught:
         generate(*tiny, "Hi", json_schema=schema)
     assert "<state>" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["password", "ipvanyaddress", "not\nUnimplemented keys"])
+def test_formats_that_are_not_known_are_no_constraint(tiny, caplog, format):
+    schema = {"properties": {"format": {"const": format, "format": format}}, "required": ["format"]}
+    schema = {"type": "object", "additionalProperties": False, **schema}
+    said = generate(*tiny, "Hi", json_schema=schema)
+    assert json.loads(said)["format"] == format
+    assert not caplog.records
+
+
+def test_of_a_hint_the_rest_is_enforced(tiny, caplog):
+    schema = {"items": {"const": "a"}, "minItems": 2, "maxItems": 2, "uniqueItems": True, **LENIENT}
+    for _ in range(2):
+        assert generate(*tiny, "Hi", json_schema={"type": "array", **schema}) == '["a", "a"]'
+    (record,) = caplog.records
+    assert "uniqueItems" in record.message
 
 
 def test_without_llguidance(tiny, monkeypatch):

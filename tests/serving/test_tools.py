@@ -249,6 +249,59 @@ def test_objects_have_the_properties_that_their_schema_names(served, wire):
     assert '{\\"colour\\": \\"red\\"}' in reply.text
 
 
+#: Keywords and formats of ordinary schemas that nothing enforces.
+ODD = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green"], "not": {"const": "green"}},
+        "password": {"const": "a", "format": "password"},
+        "tags": {"type": "array", "items": {"const": 1}, "maxItems": 1, "uniqueItems": True},
+    },
+    "required": ["colour", "password", "tags"],
+    "dependentRequired": {"colour": ["tags"]},
+    "if": {"required": ["tags"]},
+    "then": {"propertyNames": {"minLength": 1}},
+}
+
+
+@pytest.mark.parametrize("wire", ["openai", "responses", "anthropic", "ollama chat"])
+def test_what_a_schema_says_beyond_what_is_known_is_a_hint(served, wire):
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": ODD}}
+    asked = replace(served, wire=WIRES[wire])
+    reply = asked.post(messages=[user(PICTURE, QUESTION)], response_format=format, max_tokens=90)
+    assert reply.status_code == 200
+    assert '{\\"colour\\": \\"red\\", \\"password\\": \\"a\\"' in reply.text
+
+
+def test_strict_schemas_are_refused_by_what_is_not_known(client):
+    for strict in (False, True):
+        function = {"name": "f", "parameters": ODD, "strict": strict}
+        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": ODD}}
+        format["json_schema"]["strict"] = strict
+        hint = {"tools": [{"type": "function", "function": {**function, "strict": False}}]}
+        hint["tools"].append({"type": "function", "function": {**function, "name": "g"}})
+        for options in (
+            {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+            {"response_format": format},
+        ):
+            if not strict:
+                assert ask(client, **options, max_tokens=1).choices
+                continue
+            with pytest.raises(openai.BadRequestError, match="dependentRequired"):
+                ask(client, **options)
+        assert ask(client, **hint, tool_choice="required", max_tokens=1).choices
+
+
+def test_arguments_of_anthropics_tools_are_hints(served):
+    with anthropic.Anthropic(base_url=served.url, api_key="none", timeout=60) as other:
+        fields = WIRES["anthropic"].body({"messages": [user(PICTURE, QUESTION)], "max_tokens": 90})
+        tool = {"name": "f", "input_schema": ODD}
+        (block,) = other.messages.create(
+            model=MODEL, **fields, tools=[tool], tool_choice={"type": "any"}
+        ).content
+    assert block.input["colour"] == "red"
+
+
 def test_pictures_as_files(client):
     url = data_url(png(PICTURE))
     for part in (
