@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 #: All white space there is, so that no answer ends in blanks without end; of what is not known
 #: there are warnings.
 _SETTINGS: Any = {
-    **{"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
     "lenient": True,
 }
 #: The schema of any object.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    FailFast,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from mlx_llava.serving.forms import MAX_PARTS, Form, as_parts
 from mlx_llava.serving.requests import Turn, VideoUrl
@@ -18,8 +25,10 @@ def _as_object(image_url: Any) -> Any:
 
 
 class _TextPart(Form):
-    type: Literal["text", "input_text"]
-    text: str
+    """A text, or what an assistant said where it would not answer."""
+
+    type: Literal["text", "input_text", "refusal"]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class _ImageUrl(Form):
@@ -78,13 +87,16 @@ class ChatMessage(Form):
     @model_validator(mode="before")
     @classmethod
     def _may_say_nothing(cls, message: Any) -> Any:
-        """An assistant's content is null where it did something else, or holds thoughts."""
+        """An assistant's content is null where it refused or did something else, or thoughts."""
         if not isinstance(message, dict) or message.get("role") != "assistant":
             return message
-        content = message.get("content") or []
+        content = as_parts(message.get("content") or [])
         if isinstance(content, list):
+            refused = as_parts(message.get("refusal") or [])
             content = [
-                p for p in content if not (isinstance(p, dict) and p.get("type") in THOUGHTS)
+                p
+                for p in [*content, *(refused if isinstance(refused, list) else ())]
+                if not (isinstance(p, dict) and p.get("type") in THOUGHTS)
             ]
         return {**message, "content": content}
 

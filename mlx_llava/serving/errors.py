@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -42,8 +43,10 @@ class ApiError(Exception):
         return JSONResponse(self.body(path), self.status, self.headers)
 
 
-def _openais(error: ApiError) -> dict[str, Any]:
-    return {"error": error.fields}
+def _openais(error: ApiError, asked: str = "messages") -> dict[str, Any]:
+    """OpenAI's, in an API whose field `asked` is what chats call their messages."""
+    param = error.fields["param"]
+    return {"error": {**error.fields, "param": asked if param == "messages" else param}}
 
 
 def _ollamas(error: ApiError) -> dict[str, Any]:
@@ -68,6 +71,8 @@ _ANTHROPICS_KINDS = {
 _SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {
     "/api/": _ollamas,
     "/v1/messages": _anthropics,
+    "/v1/responses": partial(_openais, asked="input"),
+    "/v1/completions": partial(_openais, asked="prompt"),
 }
 
 

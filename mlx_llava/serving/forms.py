@@ -159,6 +159,7 @@ def _path(location: Sequence[int | str]) -> str:
     kinds = {
         *("text", "image_url", "video_url", "image", "tool_use", "tool_result"),
         *("message", "function_call", "function_call_output", "reasoning"),
+        *("item_reference", "refusal"),
         *("input_text", "input_image", "input_file", "output_text", "file"),
     }
     return ".".join(

@@ -30,6 +30,10 @@ class Answered:
     images: Sequence[str]
     body: Mapping[str, Any]
 
+    def items(self) -> Mapping[str, Mapping[str, Any]]:
+        """What was answered, item by item."""
+        return {item["id"]: item for item in self.body.get("output", ())}
+
     def size(self) -> int:
         """About how many bytes it takes."""
         texts = sum(len(text) for _, texts, _ in self.turns for text in texts)
@@ -42,6 +46,7 @@ class Kept:
     def __init__(self, max_bytes: int = MAX_BYTES, max_answers: int = MAX_ANSWERS) -> None:
         self._max_bytes, self._max_answers = max_bytes, max_answers
         self._answers: OrderedDict[str, tuple[Answered, int]] = OrderedDict()
+        self._items: dict[str, str] = {}  # the answers that have them
         self._bytes = 0
         self._lock = threading.Lock()  # requests are read in threads of their own
 
@@ -54,8 +59,9 @@ class Kept:
         with self._lock:
             self._answers[name] = answered, answered.size()
             self._bytes += self._answers[name][1]
+            self._items.update(dict.fromkeys(answered.items(), name))
             while self._bytes > self._max_bytes or len(self._answers) > self._max_answers:
-                self._bytes -= self._answers.popitem(last=False)[1][1]
+                self._forget(next(iter(self._answers)))
 
     def get(self, name: str) -> Answered:
         """One that is kept, and from now on the last to go.
@@ -78,7 +84,25 @@ class Kept:
         with self._lock:
             if name not in self._answers:
                 raise _not_found(name)
-            self._bytes -= self._answers.pop(name)[1]
+            self._forget(name)
+
+    def item(self, name: str) -> Mapping[str, Any]:
+        """One of the items of an answer that is kept.
+
+        Raises:
+            ApiError: There is none.
+        """
+        with self._lock:
+            if name in self._items:
+                return self._answers[self._items[name]][0].items()[name]
+        message = f"There is no item {name[:80]!r} here; it was not stored, or is gone."
+        raise ApiError(404, message, "item_not_found", param="input")
+
+    def _forget(self, name: str) -> None:
+        answered, size = self._answers.pop(name)
+        self._bytes -= size
+        for item in answered.items():
+            del self._items[item]
 
 
 def _not_found(name: str) -> ApiError:

@@ -67,7 +67,6 @@ _OF_MESSAGES: Neutral = {
     **_each("audio function_call", {}),
     **_each("files images", []),
     **_each("partial prefix", False),
-    "refusal": ("",),
 }
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import AliasChoices, BeforeValidator, FailFast, Field, TypeAdapter
 
 from mlx_llava.serving.forms import MAX_PARTS, Form, as_parts
+from mlx_llava.serving.kept import Kept
 from mlx_llava.serving.requests import Turn
 
 
 class _Text(Form):
-    type: Literal["input_text", "output_text", "text"]
-    text: str
+    """A text, or what an assistant said where it would not answer."""
+
+    type: Literal["input_text", "output_text", "text", "refusal"]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
 class _Image(Form):
@@ -93,15 +96,41 @@ class _Reasoning(_Item):
         return "assistant"
 
 
+class Reference(_Item):
+    """An item that is kept."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 Item: TypeAlias = Annotated[
-    _Message | _Call | _CallOutput | _Reasoning, Field(discriminator="type")
+    _Message | _Call | _CallOutput | _Reasoning | Reference, Field(discriminator="type")
 ]
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+
+
+def resolved(items: Sequence[Item], kept: Kept | None) -> list[Item]:
+    """Items, with those that are kept in the place of their references.
+
+    Raises:
+        ApiError: There is none of a name.
+    """
+    return [
+        _ITEM.validate_python((kept or Kept()).item(item.id))
+        if isinstance(item, Reference)
+        else item
+        for item in items
+    ]
 
 
 def as_items(said: Any) -> Any:
-    """Takes a text for what a user says, and what has no type for a message."""
+    """Takes a text for what a user says, and what has no type for a message or a reference."""
     if isinstance(said, str):
         said = [{"role": "user", "content": said}]
     if not isinstance(said, list):
         return said
-    return [{"type": "message", **item} if isinstance(item, dict) else item for item in said]
+    return [{"type": _kind(item), **item} if isinstance(item, dict) else item for item in said]
+
+
+def _kind(item: Mapping[str, Any]) -> str:
+    return "item_reference" if item.keys() == {"id"} else "message"

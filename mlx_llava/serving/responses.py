@@ -24,7 +24,7 @@ from mlx_llava.serving.parameters import Neutral, refuse_said
 from mlx_llava.serving.replies import Piece, Reply
 from mlx_llava.serving.requests import Request, Turn, arrange, as_seed, begun
 from mlx_llava.serving.response_events import Response
-from mlx_llava.serving.response_items import Item, as_items
+from mlx_llava.serving.response_items import Item, as_items, resolved
 from mlx_llava.serving.schemas import MAX_SCHEMA_LENGTH, Schema, wanted
 from mlx_llava.serving.tools import ForcedTools, described, forced_tools
 
@@ -90,8 +90,8 @@ class ResponseRequest(RequestForm):
         self._kept = kept
 
     def request(self, defaults: Options) -> Request:
-        earlier = self._earlier()
-        turns, prefill = begun([*earlier.turns, *(item.turn() for item in self.input)])
+        earlier, items = self._earlier(), resolved(self.input, self._kept)
+        turns, prefill = begun([*earlier.turns, *(item.turn() for item in items)])
         instructions: list[Turn] = [("system", [self.instructions or ""], 0)]
         shown = described(turns, self._tools())
         self._turns = turns
@@ -103,7 +103,7 @@ class ResponseRequest(RequestForm):
             self.model,
             [arrange([*(instructions if self.instructions else ()), *shown])],
             self._with_format(self.options(defaults, self.stop)),
-            images=[*earlier.images, *(url for item in self.input for url in item.images())],
+            images=[*earlier.images, *(url for item in items for url in item.images())],
             prefill=prefill,
             top_logprobs=(self.top_logprobs or 0) if self._has_logprobs() else None,
             stream=self.stream,

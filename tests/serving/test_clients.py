@@ -353,7 +353,6 @@ def test_a_part_that_says_nothing_is_named(content, place):
     [
         ("function_call", {"name": "f", "arguments": "{}"}),
         ("images", ["iVBORw0KGgo="]),
-        ("refusal", "I cannot."),
         ("audio", {"id": "x"}),
         ("prefix", True),
     ],

@@ -101,6 +101,45 @@ class TestConversation:
         ]
         assert reply.output_text == generate(*tiny, same, PICTURE)
 
+    def test_items_that_are_kept_are_named(self, client, tiny):
+        """As Vercel's AI SDK does for each earlier answer."""
+        first = ask(client, IMAGE, QUESTION)
+        (message,) = first.output
+        call = {"type": "function", "name": "paint"}
+        second = ask(client, "Paint.", tools=[PAINT], tool_choice=call)
+        references = [{"type": "item_reference", "id": message.id}, {"id": second.output[0].id}]
+        items = [*said(IMAGE, QUESTION), *references, *said("And the star?")]
+        reply = client.responses.create(model=MODEL, input=items)
+        same = [
+            {"role": "user", "content": f"<image>\n{QUESTION}"},
+            {"role": "assistant", "content": f"red\n{second.output[0].arguments}"},
+            {"role": "user", "content": "And the star?"},
+        ]
+        assert reply.output_text == generate(*tiny, same, PICTURE)
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError, match=message.id) as caught:
+            client.responses.create(model=MODEL, input=items)
+        assert (caught.value.param, caught.value.type) == ("input", "invalid_request_error")
+
+    def test_refusals_are_what_an_assistant_said(self, client, tiny):
+        part = {"type": "refusal", "refusal": "No."}
+        items = [*said("Hi"), {"role": "assistant", "content": [part]}, *said("And?")]
+        same = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "No."},
+            {"role": "user", "content": "And?"},
+        ]
+        expected = generate(*tiny, same, max_tokens=9)
+        reply = client.responses.create(model=MODEL, input=items, max_output_tokens=9)
+        assert reply.output_text == expected
+        for refusal in (
+            {"role": "assistant", "content": [part]},
+            {"role": "assistant", "content": None, "refusal": "No."},
+        ):
+            messages = [same[0], refusal, same[2]]
+            chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=9)
+            assert chat.choices[0].message.content == expected
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_goes_on_from_what_was_stored(self, client, tiny, stream):
         first = ask(client, IMAGE, QUESTION, instructions="Be brief.", stream=stream)
@@ -149,6 +188,11 @@ class TestConversation:
         with pytest.raises(ApiError, match="'c'"):
             kept.get("c")
         kept.remove("b")
+        kept.add("i", Answered([], [], {"output": [{"id": "m", "text": "a"}]}))
+        assert kept.item("m")["text"] == "a"
+        kept.remove("i")
+        with pytest.raises(ApiError, match="no item 'm'"):
+            kept.item("m")
         kept.add("f", long)
         assert kept.get("d") == kept.get("e") == short
 
@@ -219,9 +263,11 @@ def test_what_is_long_is_not_repeated(client):
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [PAINT], "tool_choice": {"type": "web_search"}}, "tool_choice"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"type": "item_reference"}]}, "input.0.id"),
         ({"input": said({"type": "input_image", "file_id": "x"})}, "input.0.content.0.image_url"),
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
+        ({"input": "x " * 5000}, "input"),
+        ({"input": said({"type": "input_image", "image_url": "data:,"})}, "input"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ],
     ids=str,
