@@ -78,12 +78,16 @@ class Api:
         completion = partial(self.complete, kind=CompletionRequest)
         messages = partial(self.complete, kind=MessagesRequest)
         response = partial(self.complete, kind=ResponseRequest)
+        counted = partial(self.count_tokens, kind=CountRequest)
+        what = "response.input_tokens"
+        counted_input = partial(self.count_tokens, kind=ResponseRequest, object=what)
         v1 = [
             Route("/chat/completions", chat, methods=["POST"]),
             Route("/completions", completion, methods=["POST"]),
             Route("/messages", messages, methods=["POST"]),
-            Route("/messages/count_tokens", self.count_tokens, methods=["POST"]),
+            Route("/messages/count_tokens", counted, methods=["POST"]),
             Route("/responses", response, methods=["POST"]),
+            Route("/responses/input_tokens", counted_input, methods=["POST"]),
             Route("/responses/{name}", self.response),
             Route("/responses/{name}", self.forget_response, methods=["DELETE"]),
             Route("/models", self.list_models),
@@ -95,7 +99,6 @@ class Api:
             Route("/metrics", self.metric),
             Mount("/api", routes=Ollama(self).routes()),
             Route("/", self.root),
-            Mount("/", self._page),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _refuse,
@@ -103,7 +106,9 @@ class Api:
             ClientDisconnect: lambda *_: Response(status_code=499),  # which no one reads
             Exception: _mistake,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.default, app.router.redirect_slashes = self._page, False
+        return app
 
     async def list_models(self, _: HttpRequest) -> Response:
         names = [*self.models.names]
@@ -117,6 +122,9 @@ class Api:
 
     async def response(self, http: HttpRequest) -> Response:
         """A response that was kept."""
+        if http.query_params.get("stream", "").lower() in ("true", "1"):
+            message = "A stored response is not streamed again; leave stream out (or false)."
+            raise ApiError(400, message, "unsupported_parameter", param="stream")
         return JSONResponse(self._kept.get(http.path_params["name"]).body)
 
     async def forget_response(self, http: HttpRequest) -> Response:
@@ -158,14 +166,17 @@ class Api:
         await _while_connected(http, reply.begin())
         return _Stream(form.events(reply), headers=form.headers(), media_type=form.media_type)
 
-    async def count_tokens(self, http: HttpRequest) -> Response:
-        """Tells how many tokens a prompt takes, as Anthropic has it."""
-        _, request = await self.read(http, partial(_read, CountRequest, self.defaults, self._kept))
+    async def count_tokens(
+        self, http: HttpRequest, kind: type[RequestForm], **said: str
+    ) -> Response:
+        """Tells how many tokens a prompt takes, as Anthropic and OpenAI have it."""
+        _, request = await self.read(http, partial(_read, kind, self.defaults, self._kept))
         engine = self._check(request)
         with refusals(self.settings.timeout), engine.place(request.answers):
             with anyio.fail_after(self.settings.timeout):
                 prompts = await self._prepare(engine.processor, request)
-        return JSONResponse({"input_tokens": sum(inputs.input_ids.size for inputs, _ in prompts)})
+        tokens = sum(inputs.input_ids.size for inputs, _ in prompts)
+        return JSONResponse({**said, "input_tokens": tokens})
 
     def _check(self, request: Request) -> Engine:
         """Finds the model; refuses what this server has not, and what cannot fit."""
@@ -278,6 +289,8 @@ async def _mistake(http: HttpRequest, _: Exception) -> Response:
 
 def _http_error(http: HttpRequest, error: HTTPException) -> Response:
     message = f"Invalid URL ({http.method} {http.url.path})"
+    if error.status_code == 404 and not http.url.path.startswith(("/v1/", "/api/")):
+        message += "; OpenAI's API and Anthropic's are under /v1, Ollama's under /api."
     code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
     refusal = ApiError(error.status_code, message, code, headers=error.headers)
     return refusal.response(http.scope["path"])

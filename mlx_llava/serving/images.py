@@ -43,6 +43,7 @@ FETCHES = 8
 REMOTE_SECONDS = 30.0
 #: And one of them.
 SECONDS = 10.0
+_OUTSIDE = "The file is not in the image root."
 _NO_FILE = "There is no such file in the image root."
 
 T = TypeVar("T")
@@ -189,14 +190,17 @@ def _scheme(url: str) -> str:
 
 
 def _path_in(url: str, root: Path) -> PurePosixPath:
-    """The path below a folder that a ``file://`` URL or a relative path names."""
-    if not url.startswith("file:"):
-        return PurePosixPath(url)
-    parts = urlsplit(url)
-    path = PurePosixPath(unquote(parts.path))
-    if parts.netloc not in ("", "localhost") or not path.is_relative_to(root.resolve()):
-        raise ValueError("The file is not in the image root.")
-    return path.relative_to(root.resolve())
+    """The path below a folder that a ``file://`` URL or a path names; others stay as they are."""
+    path = PurePosixPath(url)
+    if _scheme(url) == "file":
+        parts = urlsplit(url)
+        path = PurePosixPath(unquote(parts.path))
+        if parts.netloc not in ("", "localhost") or not path.is_absolute():
+            raise ValueError(_OUTSIDE)
+    for folder in (root, root.resolve()) if path.is_absolute() else ():
+        if path.is_relative_to(folder):
+            return path.relative_to(folder)
+    return path
 
 
 def read_below(root: Path, path: PurePosixPath, max_bytes: int = MAX_BYTES) -> bytes:
@@ -208,7 +212,7 @@ def read_below(root: Path, path: PurePosixPath, max_bytes: int = MAX_BYTES) -> b
         ValueError: There is no such file there, or it is too large.
     """
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in str(path):
-        raise ValueError("The file is not in the image root.")
+        raise ValueError(_OUTSIDE)
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         *above, name = path.parts

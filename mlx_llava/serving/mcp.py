@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 import anyio
@@ -130,7 +129,7 @@ class Eyes:
             model="",
             prompts=[[Message("user", question, images=1)]],
             options=self._options,
-            images=[self._below_root(image)],
+            images=[image],
             image_tokens=self._image_tokens,
         )
         request.check_length(engine.processor)
@@ -166,14 +165,6 @@ class Eyes:
         except Exception:
             self._loading = None  # so that the next call tries again
             raise
-
-    def _below_root(self, image: str) -> str:
-        """Agents are told whole paths; those below the folder of pictures are as good as others."""
-        root, path = self.settings.root, PurePosixPath(image)
-        for folder in () if root is None else (root, root.resolve()):
-            if path.is_absolute() and path.is_relative_to(folder):
-                return str(path.relative_to(folder))
-        return image
 
 
 def make_server(eyes: Eyes, instructions: str) -> Server[Any]:

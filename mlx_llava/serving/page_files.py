@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -22,6 +24,11 @@ class PageFiles(StaticFiles):
 
     def __init__(self) -> None:
         super().__init__(directory=_PAGE, html=True)
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if self.lookup_path(path)[1] is None:
+            raise HTTPException(404)  # whatever the method
+        return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)

@@ -8,6 +8,7 @@ import http.server
 import io
 import struct
 import threading
+import urllib.parse
 import zlib
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mlx_llava import load_image
+from mlx_llava.inputs.image import decode_data_url
 from tests.conftest import PICTURE
 
 
@@ -36,12 +38,20 @@ def same(ours: Image.Image, expected: Image.Image) -> bool:
 def test_all_kinds_of_source_give_the_same_picture(picture):
     data = PICTURE.read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in (PICTURE, str(PICTURE), data, io.BytesIO(data), url, picture):
+    percents = "data:image/png," + urllib.parse.quote(data)
+    for source in (PICTURE, str(PICTURE), data, io.BytesIO(data), url, percents, picture):
         assert same(load_image(source), picture)
     assert same(load_image(np.asarray(picture)), picture)
     with PICTURE.open("rb") as file:
         assert same(load_image(file), picture)
         assert not file.closed
+
+
+def test_percents_are_any_bytes():
+    content = bytes(range(256)) + b" \t\n=\r\n%41 "
+    for safe in ("", "=", "/"):
+        assert decode_data_url("data:," + urllib.parse.quote(content, safe=safe)) == content
+    assert decode_data_url("DATA:;charset=x,%ff=%4a") == b"\xff=J"
 
 
 def test_a_ready_image_is_taken_as_it_is(picture):

@@ -365,7 +365,14 @@ class TestErrors:
             reply = httpx.get(served.url + path, timeout=60)
             assert reply.status_code == 404
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+        for path in ("/nothing", "/chat/completions", "/v1/nothing"):
+            reply = httpx.post(served.url + path, json={}, timeout=60)
+            assert reply.status_code == 404
+            is_told = "API and Anthropic's are under /v1" in reply.json()["error"]["message"]
+            assert is_told == (path != "/v1/nothing")
         assert httpx.get(served.url + "/v1/chat/completions", timeout=60).status_code == 405
+        for path in ("/", "/health", "/index.html"):
+            assert httpx.post(served.url + path, json={}, timeout=60).status_code == 405
 
 
 def test_models(client):

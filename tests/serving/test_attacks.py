@@ -298,7 +298,8 @@ class TestLocalFiles(EveryApi):
     def test_are_read_below_the_root(self, served, root):
         status = 200 if served.wire.takes_urls else 400
         with also(served, "--image-root", str(root)) as open_one:
-            for url in ("sub/ok.png", f"file://{root}/sub/ok.png", "sub/./ok.png"):
+            path = f"{root}/sub/ok.png"
+            for url in ("sub/ok.png", f"file://{path}", f"FILE://{path}", path, "sub/./ok.png"):
                 assert chat(open_one, [named(url)], max_tokens=1).status_code == status
 
     def test_nothing_escapes(self, served, root):

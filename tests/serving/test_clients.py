@@ -415,8 +415,7 @@ STATUSES = {
         "image root name", "image root bad exif", "utf16 body", "latin1 body",
         "lone surrogate \\ud83d",
     ],
-    404: ["model other", "model empty"],
-    405: ["GET-like /chat/completions"],
+    404: ["model other", "model empty", "GET-like /chat/completions"],
 }  # fmt: skip
 
 

@@ -171,6 +171,12 @@ class TestConversation:
                 client.responses.create(model=MODEL, input="Hi", previous_response_id=name)
             assert caught.value.code == "previous_response_not_found"
 
+    def test_what_is_stored_is_not_streamed_again(self, client):
+        stored = ask(client, "Hi", max_output_tokens=1)
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.retrieve(stored.id, stream=True)
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "stream")
+
     def test_memory_is_bounded(self):
         kept = Kept(max_bytes=1000, max_answers=3)
         long = Answered([("user", ["x" * 400], 0)], ["y" * 50], {})
@@ -244,6 +250,13 @@ class TestJson:
             (call,) = reply.output
             said = json.loads(call.arguments)
             assert [*said] == {"paint": ["colour"], "point": ["at"]}[call.name]
+
+
+def test_tokens_are_counted_as_they_are_read(client):
+    reply = ask(client, IMAGE, QUESTION)
+    counted = client.responses.input_tokens.count(model=MODEL, input=said(IMAGE, QUESTION))
+    assert counted.input_tokens == reply.usage.input_tokens
+    assert counted.object == "response.input_tokens"
 
 
 def test_what_is_long_is_not_repeated(client):
