@@ -74,6 +74,7 @@ class _AnswerRequest(RequestForm):
     media_type: ClassVar[str] = LINES
 
     model: str
+    truncate: bool = True
     stream: bool = True
     format: Annotated[dict[str, Any] | None, BeforeValidator(_as_schema)] = None
     keep_alive: Duration | None = None
@@ -122,6 +123,7 @@ class _AnswerRequest(RequestForm):
             top_logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
             keep_alive=self.keep_alive,
+            truncate=self.truncate,
         )
 
     def asked(self) -> tuple[list[Any], list[str], str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -13,11 +15,18 @@ from mlx_llava.inputs.messages import Message
 from mlx_llava.inputs.processor import Processor
 from mlx_llava.serving.errors import ApiError, context_error
 
+#: The part of a context that an answer has where turns are dropped, if it may be so long.
+ANSWER_PART = 4
+
 
 class VideoUrl(str):
     """The URL of a video, among those of images."""
 
     __slots__ = ()
+
+
+#: A conversation, or a text as the model reads it.
+Prompt: TypeAlias = "str | Sequence[Message]"
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,11 @@ class Request:
             None for no tokens at all.
         stream: whether the answers are sent as they are made.
         keep_alive: for how many seconds the model then stays loaded; None for as the server does.
+        truncate: whether the oldest turns of a conversation that does not fit are dropped.
     """
 
     model: str
-    prompts: Sequence[str | Sequence[Message]]
+    prompts: Sequence[Prompt]
     options: Options
     images: Sequence[str] = ()
     frames: int | None = None
@@ -50,6 +60,7 @@ class Request:
     top_logprobs: int | None = None
     stream: bool = False
     keep_alive: float | None = None
+    truncate: bool = False
 
     @property
     def answers(self) -> int:
@@ -62,8 +73,9 @@ class Request:
         Raises:
             ApiError: It has more characters than the model's context can hold.
         """
-        characters = max(map(_length, self.prompts), default=0) + len(self.prefill)
-        if characters > processor.context_length * processor.tokenizer.longest_piece:
+        shortest = [self._ends(prompt)[-1] for prompt in self.prompts]
+        characters = max(map(self._characters, shortest), default=0)
+        if characters > _most_characters(processor):
             raise context_error(
                 f"The text has {characters:,} characters, more than the model's context of "
                 f"{processor.context_length} tokens can hold."
@@ -83,21 +95,47 @@ class Request:
             processor (Processor): Makes them.
             images (list): What the URLs of its images stand for.
         """
-        inputs = [
-            processor(
-                text,
-                images,
-                raw=isinstance(text, str),
+        inputs = [self._inputs(processor, prompt, images) for prompt in self.prompts]
+        return [(one, options) for one in inputs for options in self.seeded()]
+
+    def _ends(self, prompt: Prompt) -> Sequence[Prompt]:
+        """A prompt, and if it may be cut what is left of it, turn by turn, to the last question."""
+        if isinstance(prompt, str) or not self.truncate:
+            return [prompt]
+        first = int(prompt[0].role == "system")
+        return [[*prompt[:first], *prompt[at:]] for at in range(first, len(prompt), 2)]
+
+    def _inputs(self, processor: Processor, prompt: Prompt, images: Sequence[Any]) -> Inputs:
+        """A prompt as the model reads it; what is cut leaves room for an answer."""
+
+        def read(end: Prompt) -> Inputs:
+            shown = 0 if isinstance(end, str) else sum(message.images for message in end)
+            return processor(
+                end,
+                images if isinstance(end, str) else images[len(images) - shown :],
+                raw=isinstance(end, str),
                 prefill=self.prefill,
                 image_tokens=self.image_tokens,
             )
-            for text in self.prompts
-        ]
-        return [(one, options) for one in inputs for options in self.seeded()]
+
+        def fits(end: Prompt, room: int) -> bool:
+            is_short = self._characters(end) <= _most_characters(processor)
+            return is_short and read(end).positions + room <= processor.context_length
+
+        ends = self._ends(prompt)
+        if len(ends) == 1 or fits(prompt, 1):
+            return read(prompt)
+        room = max(1, min(self.options.max_tokens, processor.context_length // ANSWER_PART))
+        cut = bisect_left(ends, True, hi=len(ends) - 1, key=partial(fits, room=room))
+        return read(ends[cut])
+
+    def _characters(self, prompt: Prompt) -> int:
+        texts = [prompt] if isinstance(prompt, str) else [message.text for message in prompt]
+        return sum(map(len, texts)) + len(self.prefill)
 
 
-def _length(prompt: str | Sequence[Message]) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
+def _most_characters(processor: Processor) -> int:
+    return processor.context_length * processor.tokenizer.longest_piece
 
 
 def as_seed(number: int) -> int:

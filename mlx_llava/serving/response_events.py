@@ -158,7 +158,6 @@ _HEAD: Mapping[str, Any] = {
     "parallel_tool_calls": False,
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
-    "truncation": "disabled",
     "usage": None,
     "user": None,
 }

@@ -59,6 +59,7 @@ class ResponseRequest(RequestForm):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
+    truncation: Literal["auto", "disabled"] = "disabled"
     max_tokens: int | None = Field(None, ge=1, validation_alias="max_output_tokens")
     temp: float | None = parameter("temp", le=2, validation_alias="temperature")
     top_p: float | None = parameter("top_p")
@@ -107,6 +108,7 @@ class ResponseRequest(RequestForm):
             prefill=prefill,
             top_logprobs=(self.top_logprobs or 0) if self._has_logprobs() else None,
             stream=self.stream,
+            truncate=self.truncation == "auto",
         )
         return self._asked
 
@@ -173,6 +175,7 @@ class ResponseRequest(RequestForm):
             **self._repeated,
             "top_logprobs": self.top_logprobs,
             "top_p": options.top_p or 1,
+            "truncation": self.truncation,
         }
         return Response(said, self._tools(), self._has_logprobs())
 

@@ -17,6 +17,7 @@ from PIL import Image
 from mlx_llava import generate
 from mlx_llava.generation.json_schema import ANY_OBJECT, LENIENT
 from mlx_llava.generation.sampling import Options
+from mlx_llava.inputs.image import png
 from mlx_llava.inputs.messages import Message
 from mlx_llava.serving.errors import ApiError
 from mlx_llava.serving.forms import read_form
@@ -26,6 +27,7 @@ from tests.servers import HTTP, MODEL, endless_schema, serving, user, waits_unti
 
 PICTURE = Image.open(SHAPES).convert("RGB")
 BASE64 = base64.b64encode(SHAPES.read_bytes()).decode()
+RED = base64.b64encode(png(Image.new("RGB", (9, 9), "red"))).decode()
 QUESTION = "What colour is the triangle?"
 COLOUR = {
     "type": "object",
@@ -144,6 +146,29 @@ class TestAnswers:
         assert (answer.message.content, answer.done_reason) == ("", "load")
         (line,) = client.generate("llava", stream=True)
         assert (line.done, line.done_reason) == (True, "load")
+
+    def test_a_long_chat_loses_its_oldest_turns(self, named, client):
+        """As many as make room for the answer; system texts and the last question stay."""
+        turns = []
+        for i in range(12):
+            shown = [BASE64 if i > 5 else RED] if i % 2 else []
+            turns += [turn(f"Question {i}. " + "a b c d " * 12, *shown)]
+            turns += [turn("e f g h " * 12, role="assistant")]
+        system, last = turn("Be brief.", role="system"), turn(QUESTION)
+        asked = {"model": "llava", "options": {"num_predict": 200}}
+        cut = client.chat(messages=[*turns, system, last], **asked)
+        whole = {**asked, "truncate": False, "stream": False}
+        answers = [
+            post(named, "chat", {**whole, "messages": [system, *turns[first:], last]}).json()
+            for first in range(0, len(turns), 2)
+        ]
+        assert "context" in answers[0]["error"]
+        said = [answer for answer in answers if "error" not in answer]
+        lengths = {answer["prompt_eval_count"]: answer["message"]["content"] for answer in said}
+        longest = max(length for length in lengths if length + 200 <= 1024)
+        assert (cut.prompt_eval_count, cut.message.content) == (longest, lengths[longest])
+        alone = {**asked, "messages": [turn("x " * 9000)]}
+        assert "context" in post(named, "chat", alone).json()["error"]
 
 
 class TestModels:

@@ -140,6 +140,20 @@ class TestConversation:
             chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=9)
             assert chat.choices[0].message.content == expected
 
+    def test_what_does_not_fit_is_dropped_where_that_is_asked(self, client):
+        kept = [*said("Hi", IMAGE), {"role": "assistant", "content": "A."}, *said(QUESTION)]
+        old = [*said(IMAGE, "x " * 3000), {"role": "assistant", "content": "B."}]
+        asked = {"model": MODEL, "instructions": "Be brief.", "max_output_tokens": 9}
+        reply = client.responses.create(input=[*old * 9, *kept], truncation="auto", **asked)
+        expected = client.responses.create(input=kept, **asked)
+        assert reply.output_text == expected.output_text
+        assert reply.usage.input_tokens == expected.usage.input_tokens
+        assert (reply.truncation, expected.truncation) == ("auto", "disabled")
+        for wrong in ({"input": [*old, *kept]}, {"input": old[:1], "truncation": "auto"}):
+            with pytest.raises(openai.BadRequestError, match="context") as caught:
+                client.responses.create(**asked, **wrong)
+            assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_goes_on_from_what_was_stored(self, client, tiny, stream):
         first = ask(client, IMAGE, QUESTION, instructions="Be brief.", stream=stream)
