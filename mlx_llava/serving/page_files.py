@@ -26,9 +26,11 @@ class PageFiles(StaticFiles):
         super().__init__(directory=_PAGE, html=True)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        if self.lookup_path(path)[1] is None:
-            raise HTTPException(404)  # whatever the method
-        return await super().get_response(path, scope)
+        try:
+            found = await super().get_response(path, {**scope, "method": "GET"})
+        except ValueError as error:  # no file has such a name
+            raise HTTPException(404) from error
+        return found if scope["method"] == "GET" else await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)

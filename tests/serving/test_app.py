@@ -365,7 +365,7 @@ class TestErrors:
             reply = httpx.get(served.url + path, timeout=60)
             assert reply.status_code == 404
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-        for path in ("/nothing", "/chat/completions", "/v1/nothing"):
+        for path in ("/nothing", "/chat/completions", "/v1/nothing", "/%00", "/" + "x" * 5000):
             reply = httpx.post(served.url + path, json={}, timeout=60)
             assert reply.status_code == 404
             is_told = "API and Anthropic's are under /v1" in reply.json()["error"]["message"]
