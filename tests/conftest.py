@@ -44,7 +44,6 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     """What is imported by now stays: looking through it for garbage took a tenth of all time."""
     gc.freeze()
-    gc.set_threshold(50_000)
     gc.enable()
 
 

@@ -18,6 +18,7 @@ from compare_systems import Peer, compare_apart, main
 SMALL = ["--shape", "tiny", "--batch", "1,2", "--images", "1,2", "--repeats", "1", "-m", "4"]
 
 
+@pytest.mark.slow
 def test_it_takes_turns_with_transformers(tmp_path, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("torch")

@@ -470,7 +470,7 @@ def test_without_matplotlib_it_says_what_to_install(capsys, monkeypatch):
     assert "pip install 'mlx_llava[plot]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["loaded", "loaded_next", "embedded"])
+@pytest.mark.parametrize("mode", ["loaded_next", "embedded"])
 def test_every_figure_shows_something(mode, request):
     from mlx_llava.analysis import flow, lessons, plots
 

@@ -71,6 +71,11 @@ class Job:
     whole: bool = False
     count: bool = False
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is left out: ranks wait at full speed for the others, on two cores."""
+        return self.size > 3 or (self == Job(2, self.name) and self.name not in COMMON)
+
     def __str__(self) -> str:
         how = [f"{key}={value}" for key, value in self.how.items()]
         more = [name for name in ("whole", "count") if getattr(self, name)]
@@ -78,9 +83,11 @@ class Job:
         return "-".join(map(str, parts))
 
 
-LAYERS = {"pipeline": True}
 #: One of each decoder: what is before it is the same where ranks have some of the layers each.
 DECODERS = {f"{case.family} {case.text}": case for case in tiny.CASES}.values()
+#: Of which two ranks always share the layers; they are one of each decoder and each kind of images.
+COMMON = {"gqa", "siglip", "next_three_images", "onevision", *(case.name for case in DECODERS)}
+LAYERS = {"pipeline": True}
 JOBS = (
     *(Job(2, case.name) for case in tiny.CASES),
     *(
@@ -123,8 +130,8 @@ def found(tmp_path_factory, written) -> Callable[[Job], list[dict[str, Any]]]:
         return _make(folder / f"{name}-{bits}", plain, name, bits)
 
     @cache
-    def of_size(size: int) -> dict[str, list[dict[str, Any]]]:
-        own = [job for job in JOBS if job.size == size]
+    def together(size: int, is_slow: bool) -> dict[str, list[dict[str, Any]]]:
+        own = [job for job in JOBS if (job.size, job.is_slow) == (size, is_slow)]
         asked = [{**asdict(job), "folder": str(made(job.name, job.bits))} for job in own]
         (folder / f"jobs-{size}.json").write_text(json.dumps(asked))
         with launched("-m", "tests.model.rank", str(folder), size=size) as ranks:
@@ -134,7 +141,7 @@ def found(tmp_path_factory, written) -> Callable[[Job], list[dict[str, Any]]]:
         each = zip(*map(json.loads, read), strict=True)
         return {str(job): list(ranks) for job, ranks in zip(own, each, strict=True)}
 
-    return lambda job: of_size(job.size)[str(job)]
+    return lambda job: together(job.size, job.is_slow)[str(job)]
 
 
 def _make(folder: Path, plain: Path, name: str, bits: int | None) -> Path:
@@ -162,8 +169,7 @@ def _make(folder: Path, plain: Path, name: str, bits: int | None) -> Path:
 
 
 def marked(job: Job) -> Any:
-    """Four ranks are slow: each waits at full speed for the others, on two cores."""
-    return pytest.param(job, marks=pytest.mark.slow if job.size > 3 else (), id=str(job))
+    return pytest.param(job, marks=pytest.mark.slow if job.is_slow else (), id=str(job))
 
 
 @pytest.mark.parametrize("job", [marked(job) for job in JOBS if not job.count])

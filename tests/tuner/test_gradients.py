@@ -163,7 +163,9 @@ def assert_equal(found: dict, expected: dict) -> None:
         assert np.abs(gradient - expected[name]).max() <= TOLERANCE * scale + 1e-7, name
 
 
-@pytest.mark.parametrize("stage", ["projector", "full", "full and vision"])
+@pytest.mark.parametrize(
+    "stage", ["projector", pytest.param("full", marks=pytest.mark.slow), "full and vision"]
+)
 @pytest.mark.parametrize(
     "name",
     [
