@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -107,8 +107,11 @@ class Request:
 
     def _inputs(self, processor: Processor, prompt: Prompt, images: Sequence[Any]) -> Inputs:
         """A prompt as the model reads it; what is cut leaves room for an answer."""
+        ends = self._ends(prompt)
 
-        def read(end: Prompt) -> Inputs:
+        @cache  # preparing pictures takes the longest
+        def read(cut: int) -> Inputs:
+            end = ends[cut]
             shown = 0 if isinstance(end, str) else sum(message.images for message in end)
             return processor(
                 end,
@@ -118,16 +121,15 @@ class Request:
                 image_tokens=self.image_tokens,
             )
 
-        def fits(end: Prompt, room: int) -> bool:
-            is_short = self._characters(end) <= _most_characters(processor)
-            return is_short and read(end).positions + room <= processor.context_length
+        def fits(cut: int, room: int) -> bool:
+            is_short = self._characters(ends[cut]) <= _most_characters(processor)
+            return is_short and read(cut).positions + room <= processor.context_length
 
-        ends = self._ends(prompt)
-        if len(ends) == 1 or fits(prompt, 1):
-            return read(prompt)
+        if len(ends) == 1 or fits(0, 1):
+            return read(0)
         room = max(1, min(self.options.max_tokens, processor.context_length // ANSWER_PART))
-        cut = bisect_left(ends, True, hi=len(ends) - 1, key=partial(fits, room=room))
-        return read(ends[cut])
+        cuts = range(len(ends))
+        return read(bisect_left(cuts, True, hi=cuts[-1], key=partial(fits, room=room)))
 
     def _characters(self, prompt: Prompt) -> int:
         texts = [prompt] if isinstance(prompt, str) else [message.text for message in prompt]

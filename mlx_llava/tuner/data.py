@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Examples:
         """How many samples were left out for each reason."""
         return Counter(left_out.error.reason for left_out in self.left_out.values())
 
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """By option, what tells that the same is learned: what is said and shown, and how."""
         return {

@@ -316,7 +316,7 @@ class Trainer:
             "steps": self.steps,
             "samples": len(self.train.samples),
             "parameters": parameters,
-            **self.train.settings(),
+            **self.train.settings,
         }
 
     def resume(self) -> None:
