@@ -32,7 +32,8 @@ from mlx_llava.captioning.questions import PROMPT, Questions, read_questions, wi
 from mlx_llava.captioning.rename import Renames, plan
 from mlx_llava.captioning.run import BESIDE, Existing, Run, renames_path
 from mlx_llava.captioning.watch import whole_pictures
-from mlx_llava.files import expand_home, only_writer, real_path
+from mlx_llava.checkpoint.hub import lasting_part
+from mlx_llava.files import expand_home, only_writer
 from mlx_llava.generation.batch import BatchGenerator
 from mlx_llava.generation.jobs import answer_prompts, in_order
 from mlx_llava.generation.sampling import BATCH_SIZE, Options
@@ -157,8 +158,7 @@ def _asked(args: argparse.Namespace, questions: Questions, options: Options) -> 
     """How captions are asked for: by whom, with what words, and how answers are chosen."""
     asked = {name: value for name, value in vars(args).items() if name not in _NOT_ASKED}
     for name in ("model", "adapter_path", "base", "vision_tower", "mmproj"):
-        if asked[name] and (path := expand_home(asked[name])).exists():
-            asked[name] = str(real_path(path))
+        asked[name] = asked[name] and lasting_part(asked[name])
     return {**asked, "prompt": dict(questions.prompts), "json_schema": options.json_schema}
 
 

@@ -202,6 +202,7 @@ def answer_all(
     file: JsonLines,
     args: argparse.Namespace,
     options: Options,
+    answerer: str,
 ) -> None:
     """Adds the answers of some questions to the answer file in order, as they are made.
 
@@ -216,7 +217,6 @@ def answer_all(
         return {"prompt": [{"role": "user", "content": question["text"]}], **paths}
 
     generator = BatchGenerator(*load_model(args), batch_size=args.batch_size)
-    answers_as = model_id(args)
     asked = {"image_tokens": args.image_tokens, "frames": args.frames}
     answers = in_order(answer_prompts(questions, read, generator, options, **asked))
     shown = tqdm(answers, total=len(questions), desc="answering", disable=None)
@@ -229,7 +229,7 @@ def answer_all(
             continue
         record = {key: question[key] for key in ("question_id", "prompt")}
         record |= {"text": answer["text"].strip(), "answer_id": uuid.uuid4().hex}
-        file.add({**record, "model_id": answers_as, "metadata": {}})
+        file.add({**record, "model_id": answerer, "metadata": {}})
     if failed:
         raise ValueError(
             f"{failed} of {len(questions)} questions have no answer, for the reasons above; "
@@ -267,11 +267,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = JsonLines(args.answers, '{"question_id": ')
     answers = read_answers(file)
     rest = [question for question in chunk if identity(question) not in answers]
+    answerer = model_id(args)
     if rest or args.model or args.adapter_path:
-        check_answerer(file, model_id(args))
+        check_answerer(file, answerer)
     if rest:
         _check_shown(rest, args.image_folder)
-        answer_all(rest, file, args, options)
+        answer_all(rest, file, args, options, answerer)
     if args.score:
         print(json.dumps(score(questions, read_answers(file), args), indent=2))
 

@@ -85,6 +85,11 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError on a loop
 
 
+def absolute_path(path: str | Path) -> Path:
+    """A path from the root on, without ``..``; links stay as they are."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def lasting_name(source: str) -> str:
     """A path or URL that means the same in another folder."""
     is_url = source.startswith(("http://", "https://", "data:"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_llava.captioning.beside import same_name
-from mlx_llava.files import whole_file
+from mlx_llava.files import absolute_path, whole_file
 from mlx_llava.json_files import JsonLines, field
 
 #: Bytes of a name without its ending: long enough to be read, and short enough for any disk.
@@ -70,12 +70,13 @@ class Renames(JsonLines):
             names = [old, new, *rests]
             if tuple(line) != _KEYS or any(not isinstance(n, str) or "/" in n for n in names):
                 raise ValueError(f"{self.path} holds lines that this command did not write.")
-            moves.append(Move(os.path.abspath(self._home / folder), old, new, tuple(rests)))  # noqa: PTH100
+            whole = str(absolute_path(self._home / folder))
+            moves.append(Move(whole, old, new, tuple(rests)))
         return moves
 
     @property
     def _home(self) -> Path:
-        return Path(os.path.abspath(self.path)).parent  # noqa: PTH100 - links stay as they are
+        return absolute_path(self.path).parent
 
     def _write_down(self, move: Move) -> None:
         folder = Path(move.folder)
@@ -154,8 +155,8 @@ class Renames(JsonLines):
                     failed.append(f"{new}: {error.strerror or error}")
                 kept |= {old, new}
                 rests.append(rest)
-            for rest in newcomers.of(move) if restored > before else ():
-                old, new = (Path(move.folder) / (stem + rest) for stem in (move.old, move.new))
+            come = replace(move, rests=newcomers.of(move) if restored > before else ())
+            for rest, (old, new) in zip(come.rests, come.paths(), strict=True):
                 try:
                     restored += _move_back(old, new)
                 except OSError as error:
@@ -183,7 +184,7 @@ class _Newcomers:
         self._folders: dict[str, _Folder] = {}
         self._restored: dict[tuple[str, str], list[str]] = defaultdict(list)
 
-    def of(self, move: Move) -> list[str]:
+    def of(self, move: Move) -> tuple[str, ...]:
         """How the names go on of those that have come to a group, which now goes back."""
         folder = Path(move.folder)
         if move.folder not in self._folders:
@@ -192,7 +193,7 @@ class _Newcomers:
         rests = [name[len(move.new) :] for name in names] + self._restored[move.folder, move.new]
         new = [rest for rest in dict.fromkeys(rests) if rest not in move.rests]
         self._restored[move.folder, move.old] += [*move.rests, *new]
-        return [rest for rest in new if os.path.lexists(folder / (move.new + rest))]
+        return tuple(rest for rest in new if os.path.lexists(folder / (move.new + rest)))
 
 
 def plan(captions: Mapping[str, str], others: Iterable[Path] = ()) -> Iterator[Move]:
@@ -203,9 +204,9 @@ def plan(captions: Mapping[str, str], others: Iterable[Path] = ()) -> Iterator[M
         others (iterable): Files that keep their names, whatever pictures are called.
     """
     folders: dict[str, _Folder] = {}
-    fixed = {Path(os.path.abspath(path)) for path in others}  # noqa: PTH100 - links stay as they are
+    fixed = {*map(absolute_path, others)}
     for image, caption in captions.items():
-        path = Path(os.path.abspath(image))  # noqa: PTH100
+        path = absolute_path(image)
         if str(path.parent) not in folders:
             folders[str(path.parent)] = _Folder(path.parent, fixed)
         if move := folders[str(path.parent)].rename(path, caption):

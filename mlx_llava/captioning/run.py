@@ -15,7 +15,7 @@ from mlx_llava.captioning.questions import as_text, whole_text
 from mlx_llava.captioning.rename import Renames
 from mlx_llava.captioning.settings import RunSettings
 from mlx_llava.captioning.tables import Lines, Table
-from mlx_llava.files import is_same_file, one_line, whole_file
+from mlx_llava.files import absolute_path, is_same_file, one_line, whole_file
 from mlx_llava.interrupts import waiting_interrupts
 
 #: ``--out`` for a text file beside each picture.
@@ -188,7 +188,8 @@ class Run:
 
     def _folder(self, image: str) -> str | None:
         """The folder of a caption that lies beside its picture; None of a line in a table."""
-        return os.path.dirname(_key(image)) if isinstance(self._captions, TextFiles) else None  # noqa: PTH120
+        is_beside = isinstance(self._captions, TextFiles)
+        return str(absolute_path(image).parent) if is_beside else None
 
     def _has_caption(self, image: str) -> bool:
         if isinstance(self._captions, TextFiles):
@@ -210,7 +211,8 @@ class Run:
     def fail(self, image: str, error: Exception) -> None:
         """Keeps why a picture has no caption."""
         self._forget_reason(image)
-        self.errors.mend()
+        if not self._failed:
+            self.errors.mend()
         self.errors.write(image, {"error": one_line(error)})
         self._reasons.add(_key(image))
         self._failed.add(image)
@@ -314,7 +316,7 @@ class Run:
 
 def _key(image: str) -> str:
     """By what a picture is known, however its path was given; links stay as they are."""
-    return os.path.abspath(image)  # noqa: PTH100
+    return str(absolute_path(image))
 
 
 def _open_captions(out: str, columns: Sequence[str], existing: Existing) -> Captions:
